@@ -1,0 +1,251 @@
+"""What can be recorded, and how it leaves the job: a snapshot, bit for bit.
+
+1. `classify` says whether a tapped value is a tensor, a value row, or neither.
+2. `local_part` takes the local tensor out of a DTensor, with its placements as text.
+3. `as_bits` refuses what cannot be captured faithfully and views the rest as integers, so that no
+   copy on the way can change a NaN's payload.
+4. `Staging` is the memory that snapshots wait in: allocated once, reused in turn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from .errors import CaptureError
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ALIGNMENT = 64
+_EXTRAS_ELEMENTS = 65_536  # extras are facts, not payloads
+
+
+def classify(value: Any) -> str:
+    """Return `tensor`, `value`, or what is wrong with it as a clause starting with `it is`."""
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if _is_scalar(value):
+        return "value"
+    if isinstance(value, (list, tuple)):
+        odd = [type(item).__name__ for item in value if not _is_scalar(item)]
+        return f"it is a {type(value).__name__} holding a {odd[0]}" if odd else "value"
+    return f"it is a {type(value).__name__}"
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str))
+
+
+def encode_value(value: Any) -> str:
+    """Return a value row's JSON; floats that are not finite become NaN, Infinity, -Infinity."""
+    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+
+
+def encode_extras(extras: Mapping[str, Any] | None) -> tuple[str, list[str]]:
+    """Return extras as JSON, and a fact about each entry that had to be left out."""
+    if not extras:
+        return "", []
+    kept, lost = {}, []
+    for name, value in extras.items():
+        if hasattr(value, "tolist"):  # small tensors and arrays, such as sequence lengths
+            if getattr(value, "numel", lambda: 0)() > _EXTRAS_ELEMENTS:
+                lost.append(
+                    f"extras[{name!r}] has over {_EXTRAS_ELEMENTS} elements; tap it instead"
+                )
+                continue
+            value = value.tolist()
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            lost.append(f"extras[{name!r}] is a {type(value).__name__}, which JSON cannot hold")
+        else:
+            kept[str(name)] = value
+    return json.dumps(kept, separators=(",", ":")), lost
+
+
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
+    """Return the tensor on this rank, and a DTensor's mesh and placements as text, else ""."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then it is no DTensor
+    if module is None or not isinstance(tensor, module.DTensor):
+        return _waited(tensor), ""
+    with torch.no_grad():
+        local = _waited(tensor.to_local())
+    mesh = tensor.device_mesh
+    names = mesh.mesh_dim_names or [str(i) for i in range(mesh.ndim)]
+    axes = " ".join(
+        f"{name}:{size}={placement}"
+        for name, size, placement in zip(names, mesh.shape, tensor.placements, strict=True)
+    )
+    return local, f"DTensor {list(tensor.shape)} {axes}"
+
+
+def _waited(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor once the functional collective that computes it, if any, has ended."""
+    if type(tensor).__name__ != "AsyncCollectiveTensor":
+        return tensor
+    return tensor.wait()  # type: ignore[no-any-return, attr-defined]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype without the prefix: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the stream that computes this tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check(tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose elements cannot be read faithfully.
+
+    Raises:
+        CaptureError: the reason, as one clause.
+    """
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise CaptureError(f"its layout is {layout}; tap its dense form or its parts")
+    if tensor.is_quantized:
+        raise CaptureError("it is quantized; tap its int_repr() and its scales")
+    if tensor.is_nested:
+        raise CaptureError("it is a nested tensor; tap its values() and offsets()")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise CaptureError("it is inside torch.func (vmap, grad); tap outside of it")
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        raise CaptureError(
+            f"it is a {type(tensor).__name__}, whose storage need not hold its elements; "
+            "tap a plain tensor made from it"
+        )
+    if tensor.device.type == "meta":
+        raise CaptureError("it is on the meta device and has no elements")
+    if is_capturing(tensor):
+        raise CaptureError(
+            "a CUDA graph is being captured, and a copy made now would be replayed with it; "
+            "tap outside the captured region, or run this job without CUDA graphs"
+        )
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's elements, in its own order and strides, viewed as integers.
+
+    Raises:
+        CaptureError: it cannot be captured faithfully.
+    """
+    check(tensor)
+    plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain)
+    try:
+        return plain.view(_BITS[plain.element_size()])
+    except (RuntimeError, KeyError) as err:
+        name = dtype_name(tensor.dtype)
+        raise CaptureError(f"its dtype {name} cannot be viewed as bytes ({err})") from None
+
+
+def pieces(bits: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """Split a tensor into parts of at most `limit` bytes whose contents follow one another."""
+    if bits.numel() * bits.element_size() <= limit or bits.dim() == 0:
+        yield bits
+        return
+    row = bits[0].numel() * bits.element_size()
+    if row > limit:
+        for part in bits:
+            yield from pieces(part, limit)
+        return
+    rows = max(1, limit // max(1, row))
+    for start in range(0, bits.shape[0], rows):
+        yield bits[start : start + rows]
+
+
+class Staging:
+    """A ring of bytes that snapshots wait in until they are written.
+
+    Any thread may `put`; one thread releases, in the order of the puts. Memory is touched once and
+    reused: while nothing waits, the ring starts over at its warm beginning.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self.budget = max(4 * _ALIGNMENT, budget)
+        self._room = threading.Condition()
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._head = 0
+        self._closed = False
+        self._arena: torch.Tensor | None = None
+        self._bytes = memoryview(b"")
+
+    @property
+    def largest(self) -> int:
+        """The most bytes that one `put` takes."""
+        return self.budget // 4
+
+    def put(self, bits: torch.Tensor) -> tuple[int, int] | None:
+        """Copy a tensor in; return its offset and length in bytes, or None once closed.
+
+        Waits while there is no room.
+        """
+        nbytes = bits.numel() * bits.element_size()
+        size = -(-max(nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
+        with self._room:
+            offset = self._find(size)
+            while offset is None and not self._closed:
+                self._room.wait()
+                offset = self._find(size)
+            if self._closed or offset is None:
+                return None
+            self._waiting.append((offset, size))
+            self._head = offset + size
+        arena = self._allocated()
+        flat = arena[offset : offset + nbytes].view(bits.dtype)
+        flat.view(bits.shape).copy_(bits)
+        return offset, nbytes
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Return staged bytes without copying them."""
+        return self._bytes[offset : offset + nbytes]
+
+    def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return staged bytes as a tensor of uint8, without copying them."""
+        return self._allocated()[offset : offset + nbytes]
+
+    def release(self) -> None:
+        """Give back what was put first and not yet released."""
+        with self._room:
+            self._waiting.popleft()
+            self._room.notify()
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        with self._room:
+            self._closed = True
+            self._room.notify_all()
+
+    def _find(self, size: int) -> int | None:
+        if not self._waiting:
+            return 0 if size <= self.budget else None
+        tail = self._waiting[0][0]
+        if self._head > tail:
+            if self._head + size <= self.budget:
+                return self._head
+            return 0 if size < tail else None
+        return self._head if self._head + size < tail else None
+
+    def _allocated(self) -> torch.Tensor:
+        if self._arena is None:
+            # Named devices throughout: the job may have set another default device or mode.
+            self._arena = torch.empty(self.budget, dtype=torch.uint8, device="cpu")
+            self._bytes = bytes_of(self._arena)
+        return self._arena
+
+
+def bytes_of(raw: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's bytes without copying; keep the tensor alive meanwhile."""
+    nbytes = raw.numel() * raw.element_size()
+    if nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(raw.data_ptr())).cast("B")

@@ -1,0 +1,222 @@
+"""The commands that make and show recordings: `record`, `ls`, `show`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import claim, launch, ranks
+from .errors import RecordingError
+from .filters import Filter
+from .format.schema import LEVELS, RECORDING
+from .options import (
+    COMMAND,
+    UNTRUSTED,
+    FilterType,
+    SizeType,
+    expected_errors,
+    note,
+    text_of,
+)
+from .reports import read_reports
+from .sizes import format_size
+
+
+@click.command(short_help="Run COMMAND and keep every tensor it taps.")
+@click.option("-o", "--out", "run", required=True, metavar="RUN", help="Folder to record into.")
+@click.option("--filter", type=FilterType(), help="Record only these taps. [GRAFT_RECORD_FILTER]")
+@click.option(
+    "--level",
+    type=click.Choice(LEVELS),
+    default="tensors",
+    show_default=True,
+    help="What to keep of a tensor: its elements, its statistics and digest, or its digest. "
+    "[GRAFT_RECORD_LEVEL]",
+)
+@click.option(
+    "--max-bytes",
+    type=SizeType(),
+    help="Stop recording, not the job, before RUN's tensors take more than this, each rank an "
+    "equal share: 20GB, 512MiB. [GRAFT_RECORD_MAX_BYTES]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a recording that is in RUN already.")
+@COMMAND
+@expected_errors
+def record(
+    run: str,
+    filter: Filter | None,
+    level: str,
+    max_bytes: int | None,
+    overwrite: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND and keep every tensor it taps, from every rank, in RUN.
+
+    COMMAND keeps its stdin, stdout, signals and exit status. Under no wrapper, GRAFT_RECORD=RUN in
+    a rank's environment does the same.
+
+    \b
+    Example:
+      graft record -o runs/base -- torchrun --nproc-per-node 4 train.py
+    """
+    folder = Path(os.path.abspath(run))
+    prepare(folder, overwrite)
+    with launch.reports_folder() as reports:
+        env = launch.environment(
+            {
+                "GRAFT_RECORD": str(folder),
+                "GRAFT_RECORD_FILTER": text_of(filter),
+                "GRAFT_RECORD_LEVEL": level,
+                "GRAFT_RECORD_MAX_BYTES": None if max_bytes is None else str(max_bytes),
+                "GRAFT_RECORD_OVERWRITE": "1" if overwrite else None,
+            },
+            command,
+            reports,
+        )
+        started = {"job": env["GRAFT_JOB"]}
+        status = launch.run(command, env)
+        found = [r for r in read_reports(reports) if r.get("session") == "GRAFT_RECORD"]
+    trusted = conclude(folder, started["job"], found, filter)
+    sys.exit(status if status else 0 if trusted else UNTRUSTED)
+
+
+def prepare(folder: Path, overwrite: bool) -> None:
+    """Refuse, or with `overwrite` clear, a folder that is taken, as far as a wrapper can know.
+
+    Raises:
+        RecordingExists: it holds a recording that this job cannot join.
+        RecordingError: it cannot be written.
+    """
+    rank = ranks.from_variables(os.environ, "GRAFT_RANK", "GRAFT_WORLD_SIZE")
+    rank = rank or ranks.from_variables(os.environ, "RANK", "WORLD_SIZE")
+    job = claim.Job.from_environment()
+    if not overwrite:
+        known = (rank.rank, rank.world_size) if rank else (None, None)
+        claim.check_free(folder, known[0], known[1], job)
+    elif rank is None and (folder / RECORDING).exists() and not claim.is_live(folder):
+        claim.replace_recording(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise RecordingError(
+            f"{folder} cannot be made: {err.strerror or err}; choose a folder you may write to"
+        ) from err
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RecordingError(f"{folder} cannot be written; choose a folder you may write to")
+
+
+def conclude(folder: Path, job: str, reports: list[dict[str, Any]], filter: Filter | None) -> bool:
+    """Say how a recording ended; return whether it is to be trusted."""
+    claims = _claims_of(folder, job)
+    wrong = {
+        f"rank {r.get('rank', '?')}: {r.get('reason')}"
+        for r in reports
+        if r.get("state") in ("refused", "failed")
+    }
+    wrong |= {f"rank {c['rank']}: {c.get('reason')}" for c in claims if c.get("state") == "failed"}
+    for line in sorted(wrong):
+        note(f"not to be trusted, {line}")
+    for one in claims:
+        if one.get("state") == "running":
+            alive = "is still running" if claim.is_alive(one) else "ended without closing it"
+            note(
+                f"rank {one['rank']} (pid {one.get('pid')}) {alive}; "
+                "what it tapped until then is in the recording"
+            )
+    rows = sum(c.get("rows", 0) for c in claims)
+    nbytes = sum(c.get("bytes", 0) for c in claims)
+    if claims:
+        stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
+        note(
+            f"{folder}: {rows} records from {len({c['rank'] for c in claims})} ranks, "
+            f"{format_size(nbytes)} of tensors" + "".join(f"; stopped: {s}" for s in stopped)
+        )
+    if not rows and not wrong and not any(c.get("state") == "running" for c in claims):
+        _say_why_nothing(reports, filter)
+    return not wrong
+
+
+def _claims_of(folder: Path, job: str) -> list[dict[str, Any]]:
+    """Return this wrapper's claims; a torchelastic restart's earlier attempts are among them."""
+    found = []
+    for rank in claim.claimed_ranks(folder):
+        try:
+            found += [{**c, "rank": rank} for c in claim.read_claims(folder, rank)]
+        except RecordingError as err:
+            note(str(err))
+    return [c for c in found if c.get("job") == job]
+
+
+def _say_why_nothing(reports: list[dict[str, Any]], filter: Filter | None) -> None:
+    names = {name for r in reports for name in r.get("names_seen", ())}
+    if filter is not None and names:
+        tags = {tag for r in reports for tag in r.get("tags_seen", ())}
+        note(filter.why_nothing(tags, names))
+    else:
+        note(
+            "nothing was recorded: COMMAND made no tap; check that it calls recorder.tap, and run "
+            "graft doctor in its place to see what reaches it"
+        )
+
+
+@click.command("ls", short_help="List what a recording holds, a line per tap.")
+@click.argument("run", metavar="RUN")
+@click.option("--filter", type=FilterType(), help="Only the records it selects.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: a list of objects.")
+@expected_errors
+def ls(run: str, filter: Filter | None, as_json: bool) -> None:
+    """List what a recording holds: one line per tap name, with its tags, ranks, steps and sizes.
+
+    \b
+    Example:
+      graft ls runs/base --filter 'layer < 2'
+    """
+    from . import report
+    from .format.recording import Recording
+
+    recording = Recording.open(run)
+    rows, why = report.selected(recording, filter)
+    taps = report.taps(rows)
+    if as_json:
+        click.echo(json.dumps(taps, indent=2))
+    else:
+        report.print_taps(recording, rows, taps, _width())
+    if why:
+        note(why)
+
+
+@click.command("show", short_help="Show each record of a recording, with its statistics.")
+@click.argument("run", metavar="RUN")
+@click.option("--filter", type=FilterType(), help="Only the records it selects.")
+@click.option("--rank", type=click.IntRange(min=0), help="Only this rank's.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: a list of objects.")
+@expected_errors
+def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> None:
+    """Show each record of a recording: key, dtype, shape and statistics.
+
+    \b
+    Example:
+      graft show runs/base --rank 0 --filter 'name == "attn_out" and layer == 3'
+    """
+    from . import report
+    from .format.recording import Recording
+
+    recording = Recording.open(run)
+    rows, why = report.selected(recording, filter, rank)
+    if as_json:
+        click.echo(json.dumps(report.records(rows), indent=2))
+    else:
+        report.print_records(rows, _width())
+    if why:
+        note(why)
+
+
+def _width() -> int:
+    """Return the terminal's columns; where there is none, enough not to cut anything."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200

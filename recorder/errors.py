@@ -1,0 +1,126 @@
+"""The exceptions of tensorgraft; each words itself and says what to do next.
+
+GraftError                     every expected failure; the command line prints it and exits with 2
++-- UsageError                 an option or argument that cannot be used
+|   +-- FilterError            a filter that cannot be read or evaluated, with its place
++-- RecordingError             a recording that cannot be opened, read or begun
+|   +-- NotARecording          the folder holds no recording
+|   +-- RecordingExists        the folder, or this rank's place in it, is taken
+|   +-- UnsupportedVersion     written by a format this version does not read
+|   +-- DamagedRecording       a file does not hold what it should
+|   +-- NoSuchRecord           no record under that key; carries the nearest ones
++-- CaptureError               a value that cannot be recorded faithfully
++-- ReplayError                a tap that could not be grafted
+    +-- MissingRecord          nothing recorded matches the tap
+    +-- TransformError         the transform failed or cannot be loaded
+    +-- GraftRefused           the copy would not be faithful
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class GraftError(Exception):
+    """Base of every expected failure."""
+
+
+class UsageError(GraftError):
+    """An option or argument that cannot be used."""
+
+
+class FilterError(UsageError):
+    """A filter that cannot be read or evaluated.
+
+    Attributes:
+        text: the filter as typed.
+        reason: one fact, without the filter's text.
+        column: 0-based offset of the place in `text`.
+        width: how many characters the place covers, at least 1.
+    """
+
+    def __init__(self, text: str, reason: str, column: int = 0, width: int = 1) -> None:
+        self.text = text
+        self.reason = reason
+        self.column = max(0, min(column, len(text)))
+        self.width = max(1, min(width, len(text) - self.column))
+        super().__init__(text, reason, column, width)
+
+    def __str__(self) -> str:
+        marker = " " * self.column + "^" * self.width
+        return f"filter cannot be used: {self.reason}\n  {self.text}\n  {marker}"
+
+
+class RecordingError(GraftError):
+    """A recording that cannot be opened, read or begun."""
+
+
+class NotARecording(RecordingError):
+    """The folder holds no recording."""
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+        super().__init__(
+            f"{path} is not a recording: it has no recording.json; "
+            "make one with: graft record -o RUN -- COMMAND"
+        )
+
+
+class RecordingExists(RecordingError):
+    """The folder, or this rank's place in it, is taken."""
+
+    def __init__(self, path: object, what: str) -> None:
+        self.path = path
+        super().__init__(f"{path} {what}; choose another folder, or replace it with --overwrite")
+
+
+class UnsupportedVersion(RecordingError):
+    """Written by a format that this version does not read."""
+
+    def __init__(self, path: object, got: object, expected: int) -> None:
+        self.path, self.got, self.expected = path, got, expected
+        super().__init__(
+            f"{path} has format version {got!r}, expected {expected}; "
+            "read it with the version of tensorgraft that wrote it, or record again"
+        )
+
+
+class DamagedRecording(RecordingError):
+    """A file of a recording does not hold what it should."""
+
+    def __init__(self, path: object, fact: str) -> None:
+        self.path, self.fact = path, fact
+        super().__init__(f"{path} is damaged: {fact}; record again, or restore it from a copy")
+
+
+class NoSuchRecord(RecordingError):
+    """No record under the key that was asked for.
+
+    Attributes:
+        nearest: the closest recorded keys, best first, each with what differs.
+    """
+
+    def __init__(self, asked: str, nearest: Sequence[str]) -> None:
+        self.asked, self.nearest = asked, tuple(nearest)
+        tail = f"; nearest: {'; '.join(nearest)}" if nearest else "; graft ls RUN lists what is"
+        super().__init__(f"nothing recorded under {asked}{tail}")
+
+
+class CaptureError(GraftError):
+    """A value that cannot be recorded faithfully."""
+
+
+class ReplayError(GraftError):
+    """A tap that could not be grafted."""
+
+
+class MissingRecord(ReplayError):
+    """Nothing recorded matches the tap."""
+
+
+class TransformError(ReplayError):
+    """The transform failed, returned something unusable, or cannot be loaded."""
+
+
+class GraftRefused(ReplayError):
+    """The copy would not be faithful."""

@@ -1,0 +1,1 @@
+"""What a recording is on disk, writer and reader of each file side by side."""

@@ -1,0 +1,229 @@
+"""Find the rows of a key: one sorted array of numbers, searched by bisection.
+
+1. `Index.build` gives every distinct group (kind, name, tags that count) a number.
+2. Group, step and occurrence become one integer a row; the rows are sorted by it and by rank.
+3. `Index.find` turns a key into that integer and bisects.
+
+Rows of a second forward (`recompute`) share the key of the first, which is the one that is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ..errors import DamagedRecording
+from ..tags import TagValue, is_recompute, key_tags
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Group = tuple[str, str]  # name and canonical tags, or whatever stands for them
+Grouping = Callable[[str, "dict[str, TagValue]"], Group]
+
+
+def parse_tags(text: str, path: object = "the manifest") -> dict[str, TagValue]:
+    """Return the tags in a manifest row's JSON.
+
+    Raises:
+        DamagedRecording: it is no JSON object.
+    """
+    try:
+        tags = json.loads(text)
+    except (ValueError, RecursionError, TypeError):
+        tags = None
+    if not isinstance(tags, dict):
+        raise DamagedRecording(path, f"a row's tags are {text!r:.80}, expected a JSON object")
+    return tags
+
+
+def whole_key(name: str, tags: dict[str, TagValue]) -> Group:
+    """Group by name and every tag that is part of the key."""
+    return name, key_tags(tags)
+
+
+@dataclass
+class Index:
+    """Rows by key.
+
+    Attributes:
+        groups: the number of each (kind, group).
+    """
+
+    groups: dict[tuple[str, Group], int]
+    _steps: dict[int, int]
+    _occurrences: dict[int, int]
+    _codes: array[int] = field(repr=False)
+    _ranks: array[int] = field(repr=False)
+    _rows: array[int] = field(repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        frame: pl.DataFrame,
+        *,
+        group: Grouping = whole_key,
+        use_step: bool = True,
+        recount: bool = False,
+    ) -> Index:
+        """Index a manifest.
+
+        Args:
+            frame: rows with rank, seq, step, name, occurrence, tags, kind.
+            group: what of name and tags counts.
+            use_step: whether the step counts.
+            recount: count the occurrence anew, in execution order, over what counts.
+        """
+        import polars as pl
+
+        names = frame.select("name", "tags").unique(maintain_order=True)
+        known: dict[Group, int] = {}
+        numbers, seconds = [], []
+        for name, text in names.iter_rows():
+            tags = parse_tags(text)
+            numbers.append(known.setdefault(group(name, tags), len(known)))
+            seconds.append(is_recompute(tags))
+        names = names.with_columns(
+            pl.Series("group", numbers, pl.Int64), pl.Series("second", seconds, pl.Boolean)
+        )
+        rows = (
+            frame.select("rank", "seq", "step", "name", "occurrence", "tags", "kind")
+            .with_row_index("row")
+            .join(names, on=["name", "tags"], how="left", maintain_order="left")
+        )
+        if not use_step:
+            rows = rows.with_columns(step=pl.lit(0, pl.Int64))
+        if recount:
+            within = ["rank", "kind", "second", "group", "step"]
+            rows = rows.sort("rank", "seq").with_columns(
+                occurrence=pl.int_range(pl.len(), dtype=pl.Int32).over(within)
+            )
+        kinds = rows["kind"].unique(maintain_order=True).to_list()
+        steps = _numbered(rows["step"])
+        occurrences = _numbered(rows["occurrence"])
+        if len(known) * len(kinds) * len(steps) * len(occurrences) >= 1 << 62:
+            raise DamagedRecording("the manifest", "it has more keys than can be counted")
+        code = (
+            (
+                pl.col("group") * len(kinds)
+                + pl.col("kind").replace_strict(kinds, range(len(kinds)), return_dtype=pl.Int64)
+            )
+            * max(1, len(steps))
+            + pl.col("step").replace_strict(
+                list(steps), list(steps.values()), return_dtype=pl.Int64
+            )
+        ) * max(1, len(occurrences)) + pl.col("occurrence").replace_strict(
+            list(occurrences), list(occurrences.values()), return_dtype=pl.Int64
+        )
+        if rows.height:
+            rows = (
+                rows.with_columns(code=code)
+                .sort("code", "rank", "second", "seq")
+                .unique(["code", "rank"], keep="first", maintain_order=True)
+            )
+        else:
+            rows = rows.with_columns(code=pl.lit(0, pl.Int64))
+        groups = {
+            (kind, one): number * len(kinds) + k
+            for one, number in known.items()
+            for k, kind in enumerate(kinds)
+        }
+        return cls(
+            groups,
+            steps,
+            occurrences,
+            array("q", rows["code"].to_list()),
+            array("q", rows["rank"].to_list()),
+            array("q", rows["row"].to_list()),
+        )
+
+    def find(self, kind: str, group: Group, step: int, occurrence: int) -> dict[int, int]:
+        """Return the row of each rank that has the key: rank -> row number in the frame."""
+        number = self.groups.get((kind, group))
+        at_step = self._steps.get(step)
+        at_occurrence = self._occurrences.get(occurrence)
+        if number is None or at_step is None or at_occurrence is None:
+            return {}
+        code = (number * len(self._steps) + at_step) * len(self._occurrences) + at_occurrence
+        low = bisect_left(self._codes, code)
+        high = bisect_right(self._codes, code, low)
+        return dict(zip(self._ranks[low:high], self._rows[low:high], strict=True))
+
+    def places(self, kind: str, group: Group) -> list[tuple[int, int]]:
+        """Return the (step, occurrence) pairs recorded for a group, in order."""
+        number = self.groups.get((kind, group))
+        if number is None:
+            return []
+        each = len(self._steps) * len(self._occurrences)
+        low = bisect_left(self._codes, number * each)
+        high = bisect_left(self._codes, (number + 1) * each, low)
+        steps, occurrences = list(self._steps), list(self._occurrences)
+        return [
+            (steps[code // len(occurrences) % len(steps)], occurrences[code % len(occurrences)])
+            for code in sorted(set(self._codes[low:high]))
+        ]
+
+
+def _numbered(column: pl.Series) -> dict[int, int]:
+    return {value: i for i, value in enumerate(column.unique().sort().to_list())}
+
+
+def nearest(
+    index: Index, kind: str, group: Group, step: int, occurrence: int, limit: int = 3
+) -> list[str]:
+    """Describe the recorded keys closest to one that is not there, and what differs."""
+    import difflib
+
+    from ..tags import label
+
+    name, text = group
+    wanted = _as_tags(text)
+    found: list[tuple[float, str]] = []
+    for one_kind, (other, other_text) in index.groups:
+        places = index.places(one_kind, (other, other_text))
+        if not places:
+            continue
+        tags = _as_tags(other_text)
+        differing = sorted(tag for tag in {*wanted, *tags} if wanted.get(tag) != tags.get(tag))
+        likeness = difflib.SequenceMatcher(None, name, other).ratio() if name != other else 1.0
+        if likeness < 0.5:
+            continue
+        facts = [f"{tag} is {_show(tags, tag)}, asked {_show(wanted, tag)}" for tag in differing]
+        if other != name:
+            facts.insert(0, "the name differs")
+        if one_kind != kind:
+            facts.append(f"it is a {one_kind}, asked for a {kind}")
+        steps = sorted({s for s, _ in places})
+        near_step = step if step in steps else min(steps, key=lambda s: (abs(s - step), s))
+        if near_step != step:
+            facts.append(f"step is {near_step}, asked {step}")
+        times = [o for s, o in places if s == near_step]
+        near = occurrence if occurrence in times else max(times)
+        if near != occurrence:
+            facts.append(
+                f"it was recorded {len(times)} time{'s' if len(times) > 1 else ''} in that step, "
+                f"asked for occurrence {occurrence}"
+            )
+        if not facts:
+            continue
+        distance = len(facts) + 4 * (1 - likeness) + (one_kind != kind)
+        where = f"{label(other, tags)} step={near_step} occurrence={near}"
+        found.append((distance, f"{where} ({', '.join(facts)})"))
+    found.sort()
+    return [text for _, text in found[:limit]]
+
+
+def _as_tags(text: str) -> dict[str, TagValue]:
+    try:
+        tags = json.loads(text)
+    except ValueError:
+        return {}
+    return tags if isinstance(tags, dict) else {}
+
+
+def _show(tags: dict[str, TagValue], tag: str) -> str:
+    return repr(tags[tag]) if tag in tags else "absent"

@@ -1,0 +1,116 @@
+"""Rows that must outlive their process: appended as JSON lines, later sealed into parquet.
+
+A line is whole or it is nothing: a reader stops at the first that is not, so that a process killed
+in the middle of one costs that line alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DamagedRecording
+from .schema import polars_schema
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+class Journal:
+    """Appends rows to a file; each `append` is one write. Not thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        self._file = os.open(path, flags, 0o666)
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows, all of them before returning."""
+        text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        data = memoryview(text.encode())
+        while data.nbytes:
+            data = data[os.write(self._file, data) :]
+
+    def sync(self) -> None:
+        """Ask the system to put what was written on the disk."""
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Close the file; twice is fine."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the whole rows of a journal.
+
+    Raises:
+        FileNotFoundError: it has been sealed in the meantime.
+        DamagedRecording: it cannot be read.
+    """
+    rows = []
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    break
+                if not isinstance(row, dict):
+                    break
+                rows.append(row)
+    except FileNotFoundError:
+        raise
+    except OSError as err:
+        raise DamagedRecording(path, err.strerror or str(err)) from err
+    return rows
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+    """Write rows as a parquet file that appears whole or not at all."""
+    import polars as pl
+
+    frame = pl.DataFrame(
+        [[row.get(name) for row in rows] for name in columns],
+        schema=polars_schema(columns),
+        orient="col",
+        strict=False,
+    )
+    temporary = path.with_name("." + path.name + ".tmp")
+    frame.write_parquet(temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def read_parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
+    """Return a parquet file's rows, its columns checked.
+
+    Raises:
+        DamagedRecording: no parquet, or columns missing or of another type.
+        FileNotFoundError: it is not there (any more).
+    """
+    import polars as pl
+
+    schema = polars_schema(columns)
+    try:
+        # Not memory-mapped: a file that shrinks under a mapping kills the process.
+        frame = pl.read_parquet(path, memory_map=False)
+    except FileNotFoundError:
+        raise
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
+        raise DamagedRecording(path, f"it is no parquet file ({_first_line(err)})") from None
+    for name, dtype in schema.items():
+        if frame.schema.get(name) != dtype:
+            raise DamagedRecording(
+                path, f"column {name} has type {frame.schema.get(name)}, expected {dtype}"
+            )
+    return frame.select(list(schema))
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0][:200]

@@ -1,0 +1,95 @@
+"""Bytes of a recording to tensors, believing nothing that a file claims about itself.
+
+Small payloads are read, large ones mapped copy-on-write: either way the tensor is the caller's own.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import DamagedRecording
+from .shard import Place
+
+_MAPPED_FROM = 1 << 20
+_UNSUPPORTED = "it has the dtype {!r}, which this torch does not know"
+
+
+def read_bytes(path: Path, place: Place) -> torch.Tensor:
+    """Return a payload as a 1-d tensor of uint8 of its own memory.
+
+    Raises:
+        DamagedRecording: the file is shorter than that, or cannot be read.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except FileNotFoundError:
+        raise
+    except OSError as err:
+        raise DamagedRecording(path, err.strerror or str(err)) from err
+    try:
+        size = os.fstat(file).st_size
+        if place.offset + place.nbytes > size:
+            raise DamagedRecording(
+                path, f"it ends at byte {size}, a tensor in it at {place.offset + place.nbytes}"
+            )
+        if place.nbytes == 0:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        if place.nbytes >= _MAPPED_FROM:
+            start = place.offset % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(
+                file,
+                place.nbytes + start,
+                access=mmap.ACCESS_COPY,
+                offset=place.offset - start,
+            )
+            return torch.frombuffer(mapped, dtype=torch.uint8, count=place.nbytes, offset=start)
+        data = bytearray(place.nbytes)
+        view = memoryview(data)
+        done = 0
+        while done < place.nbytes:
+            got = os.preadv(file, [view[done:]], place.offset + done)
+            if got == 0:
+                raise DamagedRecording(path, "it ended while it was read")
+            done += got
+        return torch.frombuffer(data, dtype=torch.uint8)
+    except OSError as err:
+        raise DamagedRecording(path, err.strerror or str(err)) from err
+    finally:
+        os.close(file)
+
+
+def parse_dtype(name: str, path: object) -> torch.dtype:
+    """Return the dtype of torch's name for it; raise `DamagedRecording` where there is none."""
+    dtype = getattr(torch, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedRecording(path, _UNSUPPORTED.format(name))
+    return dtype
+
+
+def restore(
+    raw: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], path: object
+) -> torch.Tensor:
+    """Return bytes as the tensor they were.
+
+    Raises:
+        DamagedRecording: dtype, shape and number of bytes do not fit together.
+    """
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != raw.numel():
+        raise DamagedRecording(
+            path, f"{raw.numel()} bytes are no tensor of shape {list(shape)} and dtype {dtype}"
+        )
+    if raw.numel() == 0:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    if (raw.data_ptr() if raw.numel() else 0) % dtype.itemsize:
+        raw = raw.clone()  # safetensors packs payloads without gaps, so one may be misaligned
+    if dtype.is_complex:
+        part = {4: torch.float16, 8: torch.float32, 16: torch.float64}[dtype.itemsize]
+        return torch.view_as_complex(raw.view(part).view(*shape, 2))
+    return raw.view(dtype).view(tuple(shape))

@@ -1,0 +1,360 @@
+"""Open a recording, finished or still being written, and read from it.
+
+1. `Recording.open` checks the version and lists the ranks.
+2. `rows` reads the manifest: the parquet part of each finished shard, the journal of the open one.
+3. `load` finds a key through the `Index`, then `read` brings its bytes back, digest checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DamagedRecording, NoSuchRecord, UsageError
+from ..tags import canonical, clean, label
+from .index import Index, nearest, parse_tags, whole_key
+from .journal import read_journal, read_parquet
+from .schema import (
+    ATTEMPT,
+    COLUMNS,
+    PART,
+    RANK_FOLDER,
+    STATISTICS,
+    polars_schema,
+    rank_folder,
+    read_json,
+    read_recording_json,
+    stem,
+)
+from .shard import Place, read_header
+
+if TYPE_CHECKING:
+    import polars as pl
+    import torch
+
+_HEADERS_KEPT = 256
+
+
+class Recording:
+    """A recording on disk, for reading.
+
+    What is read is what had been completed when it was first asked for; open it again to see more.
+
+    Attributes:
+        path: its folder.
+        meta: what `recording.json` says: format version, world size, command, provenance, options.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path = path
+        self.meta = meta
+        self._rows: pl.DataFrame | None = None
+        self._places: dict[tuple[str, str], Place] = {}
+        self._headers: dict[str, dict[str, Place]] = {}
+        self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
+        self._checked: set[tuple[str, str, str]] = set()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Recording:
+        """Open the recording in a folder.
+
+        Raises:
+            NotARecording: the folder holds none.
+            UnsupportedVersion: another version wrote it.
+            DamagedRecording: `recording.json` does not hold what it should.
+        """
+        folder = Path(path)
+        return cls(folder, read_recording_json(folder))
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of the job that was recorded."""
+        return int(self.meta["world_size"])
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that recorded something, sorted."""
+        return sorted({claim["rank"] for claim in self.claims()})
+
+    def claims(self) -> list[dict[str, Any]]:
+        """Return what each attempt of each rank says of itself: state, reason, host, times."""
+        claims = []
+        for rank, folder in self._rank_folders():
+            for path in sorted(folder.iterdir()):
+                found = ATTEMPT.fullmatch(path.name)
+                if found:
+                    claim = read_json(path)
+                    claims.append({**claim, "rank": rank, "attempt": int(found[1])})
+        return sorted(claims, key=lambda claim: (claim["rank"], claim["attempt"]))
+
+    def rows(self, attempt: int | None = None) -> pl.DataFrame:
+        """Return the manifest's columns and `attempt`, a row a record, by rank and seq.
+
+        Args:
+            attempt: of every rank this attempt only; by default all of them.
+
+        Raises:
+            DamagedRecording: a part of the manifest does not hold what it should.
+        """
+        if self._rows is None:
+            self._rows = self._read_rows()
+        if attempt is None:
+            return self._rows
+        return self._rows.filter(self._rows["attempt"] == attempt)
+
+    def latest(self) -> pl.DataFrame:
+        """Return the rows of each rank's latest attempt."""
+        import polars as pl
+
+        rows = self.rows()
+        return rows.filter(pl.col("attempt") == pl.col("attempt").max().over("rank"))
+
+    def manifest(self) -> pl.DataFrame:
+        """Return the manifest with one more column per tag.
+
+        A tag with the name of a manifest column gets `tag.` before it. A tag whose values are of
+        several types becomes text, as JSON.
+        """
+        rows = self.rows()
+        return rows.hstack(tag_columns(rows))
+
+    def load(
+        self,
+        rank: int,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> torch.Tensor:
+        """Return a recorded tensor, on the CPU and the caller's own.
+
+        Args:
+            rank: the rank that recorded it.
+            name: the tap's name.
+            step: the iteration, from 0.
+            occurrence: how often the same tags were tapped before it in that step.
+            kind: `tensor`, or `grad` for its gradient.
+            attempt: which attempt of a restarted job; by default each rank's latest.
+            **tags: every other tag of the tap.
+
+        Raises:
+            NoSuchRecord: nothing is recorded under this key; names the nearest.
+            DamagedRecording: the bytes are not there, or not those that were written.
+        """
+        return self.read(self._row(rank, name, step, occurrence, kind, attempt, tags))
+
+    def value(
+        self,
+        rank: int,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> Any:
+        """Return a recorded number, string or list; arguments and errors as for `load`."""
+        row = self._row(rank, name, step, occurrence, "value", attempt, tags)
+        return json.loads(row["value"])
+
+    def read(self, row: dict[str, Any], *, check: bool = True) -> torch.Tensor:
+        """Return the tensor of a manifest row.
+
+        Args:
+            row: a row of `rows`, as a dict.
+            check: compare the bytes with the row's digest, once for each payload.
+
+        Raises:
+            UsageError: the row holds no tensor.
+            DamagedRecording: the bytes are not there, or not those that were written.
+        """
+        from .payload import parse_dtype, read_bytes, restore
+
+        shard, tensor = row["shard"], row["tensor"]
+        if shard is None or tensor is None:
+            raise UsageError(self._why_no_tensor(row))
+        path = self._shard_path(shard, row["rank"])
+        place = self._place(shard, tensor, path)
+        if place.nbytes != row["nbytes"]:
+            raise DamagedRecording(
+                path,
+                f"tensor {tensor!r} has {place.nbytes} bytes, the manifest says {row['nbytes']}",
+            )
+        try:
+            raw = read_bytes(path, place)
+        except FileNotFoundError:
+            try:  # the open shard, or one that has been finished since the path was looked up
+                raw = read_bytes(self._other_name(path), place)
+            except FileNotFoundError:
+                raise DamagedRecording(path, "it is missing") from None
+        about = (shard, tensor, row["digest"])
+        if check and about not in self._checked:
+            import xxhash
+
+            from ..capture import bytes_of
+
+            if xxhash.xxh3_128_hexdigest(bytes_of(raw)) != row["digest"]:
+                raise DamagedRecording(
+                    path,
+                    f"the bytes of {label(row['name'], row['tags'])} step={row['step']} "
+                    f"occurrence={row['occurrence']} do not have the digest that was recorded",
+                )
+            self._checked.add(about)
+        return restore(raw, parse_dtype(row["dtype"], path), row["shape"] or [], path)
+
+    def _why_no_tensor(self, row: dict[str, Any]) -> str:
+        what = f"{label(row['name'], row['tags'])} step={row['step']}"
+        if row["kind"] == "value":
+            return f"{what} is a value, not a tensor; read it with Recording.value"
+        level = self.meta.get("options", {}).get("level", "tensors")
+        return f"{what} was recorded with --level {level}, without its elements; record it again"
+
+    def _row(
+        self,
+        rank: int,
+        name: str,
+        step: int,
+        occurrence: int,
+        kind: str,
+        attempt: int | None,
+        tags: dict[str, Any],
+    ) -> dict[str, Any]:
+        if attempt not in self._indices:
+            frame = self.latest() if attempt is None else self.rows(attempt)
+            self._indices[attempt] = frame, Index.build(frame)
+        frame, index = self._indices[attempt]
+        try:
+            group = whole_key(name, {tag: clean(tag, value) for tag, value in tags.items()})
+        except ValueError as err:
+            raise UsageError(str(err)) from None
+        found = index.find(kind, group, step, occurrence)
+        if rank in found:
+            return frame.row(found[rank], named=True)
+        asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence} on rank {rank}"
+        if found:
+            ranks = ", ".join(map(str, sorted(found)))
+            raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
+        raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+
+    def _rank_folders(self) -> list[tuple[int, Path]]:
+        found = []
+        for path in sorted(self.path.iterdir()):
+            match = RANK_FOLDER.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                found.append((int(match[1]), path))
+        return found
+
+    def _read_rows(self) -> pl.DataFrame:
+        import polars as pl
+
+        schema = {**polars_schema(COLUMNS), "attempt": pl.Int32()}
+        parts = [pl.DataFrame(schema=schema)]
+        for rank, folder in self._rank_folders():
+            for attempt, index, has_parquet in _stems(folder):
+                name = stem(attempt, index)
+                frame = self._read_part(folder / name, rank, has_parquet)
+                parts.append(frame.with_columns(attempt=pl.lit(attempt, pl.Int32)))
+        return pl.concat(parts, rechunk=True).sort("rank", "attempt", "seq")
+
+    def _read_part(self, base: Path, rank: int, has_parquet: bool) -> pl.DataFrame:
+        path = base.with_suffix(".parquet")
+        frame = None
+        if not has_parquet:
+            try:
+                frame = self._from_journal(base.with_suffix(".journal"))
+            except FileNotFoundError:
+                pass  # sealed since the folder was listed
+        if frame is None:
+            try:
+                frame = read_parquet(path, COLUMNS)
+            except FileNotFoundError:
+                raise DamagedRecording(path, "it is missing") from None
+        odd = frame.filter(
+            (frame["rank"] != rank) | frame["name"].is_null() | frame["tags"].is_null()
+        )
+        if odd.height or any(frame[c].null_count() for c in ("rank", "seq", "step", "kind")):
+            raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
+        return frame
+
+    def _from_journal(self, path: Path) -> pl.DataFrame:
+        import polars as pl
+
+        rows = read_journal(path)
+        for row in rows:
+            offset, nbytes = row.get("offset"), row.get("nbytes")
+            if type(offset) is int and type(nbytes) is int and min(offset, nbytes) >= 0:
+                self._places[str(row.get("shard")), str(row.get("tensor"))] = Place(offset, nbytes)
+        try:
+            return pl.DataFrame(
+                [[row.get(name) for row in rows] for name in COLUMNS],
+                schema=polars_schema(COLUMNS),
+                orient="col",
+                strict=True,
+            )
+        except (pl.exceptions.PolarsError, TypeError, OverflowError, ValueError) as err:
+            raise DamagedRecording(path, f"a row does not fit the manifest ({err})") from None
+
+    def _shard_path(self, shard: str, rank: int) -> Path:
+        """Return a shard's path; whatever a manifest says, it lies in its rank's folder."""
+        folder, _, file = shard.partition("/")
+        part = PART.fullmatch(file)
+        if folder != rank_folder(rank) or part is None or part[3] != "safetensors":
+            raise DamagedRecording(self.path, f"a row names the shard {shard!r}")
+        return self.path / folder / file
+
+    def _place(self, shard: str, tensor: str, path: Path) -> Place:
+        place = self._places.get((shard, tensor))
+        if place is not None:
+            return place
+        header = self._headers.get(shard)
+        if header is None:
+            if len(self._headers) >= _HEADERS_KEPT:
+                self._headers.pop(next(iter(self._headers)))
+            header = self._headers[shard] = read_header(path)
+        if tensor not in header:
+            raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
+        return header[tensor]
+
+    def _other_name(self, path: Path) -> Path:
+        return path.with_suffix(".partial")
+
+
+def _stems(folder: Path) -> list[tuple[int, int, bool]]:
+    """Return (attempt, index, whether it has parquet) of each part that has rows."""
+    found: dict[tuple[int, int], bool] = {}
+    for path in folder.iterdir():
+        match = PART.fullmatch(path.name)
+        if match and match[3] in ("parquet", "journal"):
+            key = int(match[1]), int(match[2])
+            found[key] = found.get(key, False) or match[3] == "parquet"
+    return [(attempt, index, found[attempt, index]) for attempt, index in sorted(found)]
+
+
+def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return a column per tag, a row per row of `rows`, in alphabetical order."""
+    import polars as pl
+
+    unique = rows.select("tags").unique(maintain_order=True)
+    parsed = [parse_tags(text) for text in unique["tags"].to_list()]
+    columns: list[pl.Series] = []
+    for tag in sorted({tag for tags in parsed for tag in tags}):
+        values: list[Any] = [tags.get(tag) for tags in parsed]
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 or kinds & {list, dict}:
+            values = [None if value is None else json.dumps(value) for value in values]
+        taken = tag in rows.columns or tag in (*STATISTICS, "attempt")
+        try:
+            column = pl.Series(f"tag.{tag}" if taken else tag, values, strict=True)
+        except (TypeError, OverflowError, pl.exceptions.PolarsError):
+            column = pl.Series(tag, [None if v is None else str(v) for v in values])
+        columns.append(column)
+    if not columns:
+        return pl.DataFrame()
+    table = unique.hstack(columns)
+    joined = rows.select("tags").join(table, on="tags", how="left", maintain_order="left")
+    return joined.drop("tags")

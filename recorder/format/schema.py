@@ -1,0 +1,160 @@
+"""Names, version and column types of a recording on disk.
+
+    RUN/recording.json               what, by whom, how: written once, by the first rank to come
+    RUN/rank-00003/attempt-0.json    the claim of one process on its rank, and how it ended
+    RUN/rank-00003/a0-00000.safetensors   a finished shard
+    RUN/rank-00003/a0-00000.parquet       the manifest rows written while that shard was open
+    RUN/rank-00003/a0-00001.partial       the shard being written: room for a header, then data
+    RUN/rank-00003/a0-00001.journal       its rows so far, a line of JSON each
+
+`a0` is the attempt: torchelastic's restart count, else 0. A finished stem has its `.parquet`; any
+journal beside it is then void. An unfinished stem is read from its journal and `.partial` (or
+`.safetensors`, renamed just before the end came): offsets are the same in both, because the
+header's room is reserved when the file is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DamagedRecording, NotARecording, RecordingError, UnsupportedVersion
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FORMAT_VERSION = 1
+RECORDING = "recording.json"
+RANK_FOLDER = re.compile(r"rank-(\d{5,7})")
+PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)")
+ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
+LEVELS = ("tensors", "stats", "digests")
+
+STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
+
+COLUMNS = {
+    "rank": "Int32",
+    "seq": "Int64",
+    "step": "Int64",
+    "name": "String",
+    "occurrence": "Int32",
+    "tags": "String",
+    "kind": "String",
+    "dtype": "String",
+    "shape": "List(Int64)",
+    "dims": "String",
+    "extras": "String",
+    "value": "String",
+    "nbytes": "Int64",
+    "digest": "String",
+    "shard": "String",
+    "tensor": "String",
+    "min": "Float64",
+    "max": "Float64",
+    "mean": "Float64",
+    "std": "Float64",
+    "l2": "Float64",
+    "nan_count": "Int64",
+    "inf_count": "Int64",
+    "time_ns": "Int64",
+}
+"""The manifest's columns and their polars types."""
+
+
+def polars_schema(columns: dict[str, str]) -> dict[str, pl.DataType]:
+    """Return columns as a polars schema."""
+    import polars as pl
+
+    def dtype(text: str) -> Any:
+        inner = re.fullmatch(r"List\((\w+)\)", text)
+        return pl.List(getattr(pl, inner[1])) if inner else getattr(pl, text)
+
+    return {name: dtype(text) for name, text in columns.items()}
+
+
+def rank_folder(rank: int) -> str:
+    """Return the name of a rank's folder."""
+    return f"rank-{rank:05d}"
+
+
+def stem(attempt: int, index: int) -> str:
+    """Return the common name of one shard, its manifest part and its journal."""
+    return f"a{attempt}-{index:05d}"
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def create_json(path: Path, data: dict[str, Any]) -> bool:
+    """Write JSON unless the file exists, in one step; return whether this call made it."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        os.link(temporary, path)  # fails where the name is taken, and is never seen half-written
+    except FileExistsError:
+        return False
+    except PermissionError:
+        raise
+    except OSError:
+        # A file system without hard links: exclusive creation is atomic too, if not its content.
+        try:
+            with path.open("x") as file:
+                file.write(json.dumps(data, indent=2) + "\n")
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file.
+
+    Raises:
+        DamagedRecording: no JSON, no object, or absurdly large.
+        RecordingError: the file cannot be read.
+    """
+    try:
+        if path.stat().st_size > 64 << 20:
+            raise DamagedRecording(path, "it is larger than any such file can be")
+        data = json.loads(path.read_bytes())
+    except OSError as err:
+        raise RecordingError(
+            f"{path} cannot be read: {err.strerror}; check its permissions"
+        ) from err
+    except (ValueError, RecursionError):
+        raise DamagedRecording(path, "it does not hold JSON") from None
+    if not isinstance(data, dict):
+        raise DamagedRecording(path, f"expected a JSON object, got a {type(data).__name__}")
+    return data
+
+
+def read_recording_json(folder: Path) -> dict[str, Any]:
+    """Return `recording.json`, its version checked.
+
+    Raises:
+        NotARecording: there is none.
+        UnsupportedVersion: another version wrote it.
+        DamagedRecording: it does not hold what it should.
+    """
+    path = folder / RECORDING
+    if not path.is_file():
+        raise NotARecording(folder)
+    data = read_json(path)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise UnsupportedVersion(path, data.get("format_version"), FORMAT_VERSION)
+    world = data.get("world_size")
+    if not isinstance(world, int) or isinstance(world, bool) or world < 1:
+        raise DamagedRecording(path, f"world_size is {world!r}, expected a number from 1 up")
+    return data

@@ -1,0 +1,197 @@
+"""Write and read one shard, a plain safetensors file.
+
+Layout of the file (https://github.com/huggingface/safetensors#format): 8 bytes with the header's
+length, the header as JSON padded with spaces, the data.
+
+1. `ShardWriter` reserves room for the header and appends payloads behind it.
+2. `ShardWriter.finish` writes the header into its room and gives the file its final name.
+3. `read_header` checks every number of a finished shard's header before anybody believes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import DamagedRecording
+
+_LENGTH = struct.Struct("<Q")
+_PREAMBLE = len(_LENGTH.pack(0))
+_FIRST_ROOM = 16 << 10
+_LAST_ROOM = 4 << 20
+MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+
+# What every release of the safetensors libraries reads; other dtypes travel as bytes.
+CODES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a payload lies: absolute byte offset in the shard, and length in bytes."""
+
+    offset: int
+    nbytes: int
+
+
+def header_room(index: int) -> int:
+    """Return the bytes reserved for the header of a rank's `index`-th shard, length included.
+
+    It doubles from shard to shard, so that a small recording stays small and a long one gets few
+    shards.
+    """
+    return min(_FIRST_ROOM << min(index, 20), _LAST_ROOM)
+
+
+class ShardWriter:
+    """Appends payloads to one shard. Not thread-safe; one writer thread owns it."""
+
+    def __init__(self, final: Path, room: int) -> None:
+        self.final = final
+        self.partial = final.with_suffix(".partial")
+        self._room = room
+        self._entries: list[str] = []
+        self._header_bytes = 2
+        self._end = room
+        self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        os.ftruncate(self._file, room)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of payload written so far."""
+        return self._end - self._room
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added."""
+        return not self._entries
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of `data` at an absolute offset."""
+        while data.nbytes:
+            done = os.pwrite(self._file, data, offset)
+            data, offset = data[done:], offset + done
+
+    @property
+    def end(self) -> int:
+        """The absolute offset at which the next payload starts."""
+        return self._end
+
+    def add(
+        self, tensor: str, dtype: str, itemsize: int, shape: Sequence[int], nbytes: int
+    ) -> Place:
+        """Make the `nbytes` written from `end` on a tensor of the shard.
+
+        Args:
+            tensor: its name in the shard.
+            dtype: torch's name of the dtype.
+            itemsize: bytes an element.
+            shape: its sizes.
+            nbytes: how many bytes it has.
+        """
+        code, sizes = CODES.get(dtype), [int(n) for n in shape]
+        if code is None:
+            code, sizes = "U8", [*sizes, itemsize]
+        begin = self.data_bytes
+        entry = (
+            f'"{tensor}":{{"dtype":"{code}","shape":{json.dumps(sizes)},'
+            f'"data_offsets":[{begin},{begin + nbytes}]}}'
+        )
+        self._entries.append(entry)
+        self._header_bytes += len(entry) + 1
+        place = Place(self._end, nbytes)
+        self._end += nbytes
+        return place
+
+    def has_room(self, dimensions: int) -> bool:
+        """Whether the header can take one more tensor of so many dimensions."""
+        longest = 120 + 24 * (dimensions + 1)
+        return self._header_bytes + longest <= self._room - _PREAMBLE
+
+    def finish(self, sync: bool = False) -> None:
+        """Write the header and give the file its final name."""
+        header = ("{" + ",".join(self._entries) + "}").encode()
+        room = self._room - _PREAMBLE
+        os.ftruncate(self._file, self._end)  # drop what a payload written in vain left behind
+        self.write_at(0, memoryview(_LENGTH.pack(room) + header.ljust(room, b" ")))
+        if sync:
+            os.fsync(self._file)
+        os.close(self._file)
+        self._file = -1
+        self.partial.rename(self.final)
+
+    def sync(self) -> None:
+        """Ask the system to put what was written on the disk."""
+        os.fsync(self._file)
+
+    def abandon(self) -> None:
+        """Close the file and leave it as it is."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def discard(self) -> None:
+        """Close and remove a shard that nothing was added to."""
+        self.abandon()
+        self.partial.unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Return where each tensor of a finished shard lies.
+
+    Raises:
+        DamagedRecording: the header is no header, or points outside the file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(_PREAMBLE)
+            if len(start) < _PREAMBLE:
+                raise DamagedRecording(path, f"it has {len(start)} bytes, a shard has more")
+            (length,) = _LENGTH.unpack(start)
+            if length > MAX_HEADER or _PREAMBLE + length > size:
+                raise DamagedRecording(
+                    path, f"its header claims {length} bytes of a file of {size}"
+                )
+            raw = file.read(length)
+    except OSError as err:
+        raise DamagedRecording(path, err.strerror or str(err)) from err
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise DamagedRecording(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise DamagedRecording(path, "its header is not a JSON object")
+    base, places = _PREAMBLE + length, {}
+    for tensor, entry in header.items():
+        if tensor == "__metadata__":
+            continue
+        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+        if (
+            not isinstance(offsets, list)
+            or len(offsets) != 2
+            or not all(type(n) is int for n in offsets)
+            or not 0 <= offsets[0] <= offsets[1] <= size - base
+        ):
+            raise DamagedRecording(path, f"tensor {tensor!r} has the offsets {offsets!r}")
+        places[tensor] = Place(base + offsets[0], offsets[1] - offsets[0])
+    return places

@@ -1,0 +1,72 @@
+"""Pieces that the commands share: errors to exit statuses, options, filters, sizes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from .errors import GraftError
+from .filters import Filter
+from .sizes import parse_size
+from .tap import printable
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+UNTRUSTED = 3
+"""Exit status of a command that ended well while its result is not to be trusted."""
+
+COMMAND = click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+
+
+def note(message: str) -> None:
+    """Write one diagnostic line to stderr."""
+    click.echo(f"[graft] {printable(message)}", err=True)
+
+
+def expected_errors(function: F) -> F:
+    """Turn expected errors into one clear line on stderr and exit status 2."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except GraftError as err:
+            lines = str(err).split("\n")  # a filter's error points at its place on two more
+            click.echo(
+                "\n".join(["Error: " + printable(lines[0]), *map(printable, lines[1:])]), err=True
+            )
+            sys.exit(2)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader has gone, as with `| head`; that is no error
+            sys.exit(0)
+
+    return inner  # type: ignore[return-value]
+
+
+class FilterType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A filter expression, checked where it is typed."""
+
+    name = "EXPR"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Filter:
+        """Return the parsed filter."""
+        return value if isinstance(value, Filter) else Filter.parse(value)
+
+
+class SizeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
+    """A number of bytes such as 20GB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return the number."""
+        return parse_size(value)
+
+
+def text_of(filter: Filter | None) -> str | None:
+    """Return a filter's text for a variable."""
+    return None if filter is None else filter.text

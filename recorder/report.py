@@ -1,0 +1,215 @@
+"""Recordings as tables and as JSON, for people and for scripts."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from .filters import Filter
+from .format.index import parse_tags
+from .format.recording import Recording
+from .selecting import matching
+from .sizes import format_size
+from .tags import label
+from .tap import printable
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.table import Table
+
+
+def selected(
+    recording: Recording, filter: Filter | None, rank: int | None = None
+) -> tuple[pl.DataFrame, str | None]:
+    """Return the rows that a filter and a rank select, and why there are none."""
+    rows = recording.rows()
+    kept = rows if filter is None else rows.filter(matching(rows, filter))
+    if rank is not None:
+        kept = kept.filter(kept["rank"] == rank)
+    if kept.height:
+        return kept, None
+    if not rows.height:
+        return kept, "the recording is empty: no tap was selected when it was made"
+    if rank is not None and rank not in recording.ranks:
+        have = ", ".join(map(str, recording.ranks))
+        return kept, f"rank {rank} recorded nothing; the recording has rank {have}"
+    if filter is None:
+        return kept, f"rank {rank} recorded nothing"
+    tags = {tag for text in rows["tags"].unique().to_list() for tag in parse_tags(text)}
+    return kept, filter.why_nothing(tags, rows["name"].unique().to_list())
+
+
+def taps(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return one object per name and kind, in order of first execution.
+
+    Each has `name`, `kind`, `tags` (tag -> its distinct values, at most 1000), `ranks`, `steps`,
+    `records`, `dtypes`, `shapes` (at most 100) and `nbytes`.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows.select(
+        "name", "kind", "tags", "rank", "step", "dtype", "shape", "nbytes"
+    ).iter_rows(named=True):
+        tap = found.setdefault(
+            (row["name"], row["kind"]),
+            {
+                "name": row["name"],
+                "kind": row["kind"],
+                "tags": {},
+                "ranks": set(),
+                "steps": set(),
+                "records": 0,
+                "dtypes": {},
+                "shapes": {},
+                "nbytes": 0,
+            },
+        )
+        for tag, value in parse_tags(row["tags"]).items():
+            values = tap["tags"].setdefault(tag, {})
+            if len(values) < 1000:
+                values[json.dumps(value)] = value
+        tap["ranks"].add(row["rank"])
+        tap["steps"].add(row["step"])
+        tap["records"] += 1
+        tap["nbytes"] += row["nbytes"] or 0
+        if row["dtype"] is not None:
+            tap["dtypes"][row["dtype"]] = None
+            if len(tap["shapes"]) < 100:
+                tap["shapes"][tuple(row["shape"])] = None
+    for tap in found.values():
+        tap["tags"] = {tag: list(values.values()) for tag, values in tap["tags"].items()}
+        tap["ranks"], tap["steps"] = sorted(tap["ranks"]), sorted(tap["steps"])
+        tap["dtypes"], tap["shapes"] = list(tap["dtypes"]), [list(s) for s in tap["shapes"]]
+    return list(found.values())
+
+
+def records(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return each row as an object, JSON columns decoded: `tags`, `extras`, `value`."""
+    found = []
+    for row in rows.iter_rows(named=True):
+        for column in ("tags", "extras", "value"):
+            if row[column] is not None:
+                row[column] = _decoded(row[column])
+        found.append({k: _jsonable(v) for k, v in row.items()})
+    return found
+
+
+def _decoded(text: str) -> Any:
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return text  # NaN and infinities stay as text: JSON proper has neither
+    return value
+
+
+def _jsonable(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_taps(
+    recording: Recording, rows: pl.DataFrame, found: list[dict[str, Any]], width: int
+) -> None:
+    """Print a recording's head line and one line per tap."""
+    console = _console(width)
+    claims = recording.claims()
+    open_ranks = [str(c["rank"]) for c in claims if c.get("state") == "running"]
+    state = f", not closed on rank {' '.join(open_ranks)}" if open_ranks else ""
+    missing = sorted(set(range(recording.world_size)) - set(recording.ranks))
+    absent = f", nothing from rank {' '.join(map(str, missing))}" if missing else ""
+    attempts = max((c["attempt"] for c in claims), default=0)
+    again = f", restarted {attempts} time{'s' if attempts > 1 else ''}" if attempts else ""
+    command = " ".join(map(str, recording.meta.get("command") or []))
+    console.print(
+        printable(
+            f"{recording.path}: {recording.world_size} ranks, {rows.height} records, "
+            f"{format_size(int(rows['nbytes'].sum() or 0))}{state}{absent}{again}"
+        ),
+        soft_wrap=True,
+    )
+    console.print(printable(f"command: {command}"), soft_wrap=True)
+    if not found:
+        return
+    table = _table("name", "tags", "ranks", "steps", "records", "dtype", "shape", "bytes")
+    for tap in found:
+        name = tap["name"] + ("" if tap["kind"] == "tensor" else f" ({tap['kind']})")
+        tags = " ".join(f"{tag}={_span(values)}" for tag, values in sorted(tap["tags"].items()))
+        shapes = " ".join("x".join(map(str, s)) or "scalar" for s in tap["shapes"][:2])
+        table.add_row(
+            *map(
+                printable,
+                (
+                    name,
+                    tags,
+                    _span(tap["ranks"]),
+                    _span(tap["steps"]),
+                    str(tap["records"]),
+                    " ".join(tap["dtypes"]),
+                    shapes + (" ..." if len(tap["shapes"]) > 2 else ""),
+                    format_size(tap["nbytes"]),
+                ),
+            )
+        )
+    console.print(table)
+
+
+def print_records(rows: pl.DataFrame, width: int) -> None:
+    """Print one line per record."""
+    if not rows.height:
+        return
+    console = _console(width)
+    table = _table(
+        "rank", "step", "tap", "occ", "dtype", "shape", "min", "max", "mean", "std", "bad"
+    )
+    for row in rows.iter_rows(named=True):
+        bad = (row["nan_count"] or 0) + (row["inf_count"] or 0)
+        shape = "" if row["shape"] is None else "x".join(map(str, row["shape"])) or "scalar"
+        what = row["kind"] if row["kind"] != "tensor" else ""
+        cells = (
+            str(row["rank"]),
+            str(row["step"]),
+            label(row["name"], row["tags"]) + (f" ({what})" if what else ""),
+            str(row["occurrence"]),
+            row["dtype"] or "",
+            shape if row["value"] is None else _short(row["value"]),
+            *(_number(row[c]) for c in ("min", "max", "mean", "std")),
+            str(bad) if bad else "",
+        )
+        table.add_row(*map(printable, cells))
+    console.print(table)
+    console.print("bad: elements that are NaN or infinite; the statistics are over the others")
+
+
+def _console(width: int) -> Any:
+    from rich.console import Console
+
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for column in columns:
+        numeric = column in ("records", "bytes", "min", "max", "mean", "std", "bad")
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    return table
+
+
+def _span(values: list[Any]) -> str:
+    """Return values in as few characters as say it: `0-3`, `q,k,v`, `0,2,..,14`."""
+    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
+    if whole and len(values) > 2 and sorted(values) == list(range(min(values), max(values) + 1)):
+        return f"{min(values)}-{max(values)}"
+    texts = [str(v) for v in values]
+    return ",".join(texts if len(texts) <= 4 else [*texts[:2], "..", texts[-1]])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else text[:21] + "..."

@@ -1,0 +1,182 @@
+"""Which taps a session wants, and the key of each: shared by recording and replaying.
+
+`Selection.select` cleans a call's tags, asks the filter (once per distinct tags, unless the filter
+reads the step), and counts the occurrence. It also remembers what it saw, so that a filter that
+selected nothing can say why.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from . import tags as tagging
+from .capture import classify
+from .errors import FilterError
+from .filters import Filter
+from .tags import BadTag, Key, TagValue
+from .tap import Call, clean_tags, say
+
+_CACHED = 100_000
+_NAMES_KEPT = 2_000
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is fixed for equal tags."""
+
+    tags: dict[str, TagValue]
+    text: str
+    key_text: str
+    recompute: bool
+    wanted: bool | None  # None: depends on the step or the kind
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A tap that the session wants.
+
+    Attributes:
+        key: its key; `recompute` is no part of it.
+        tags: all its tags but the name.
+        text: the canonical JSON of `tags`.
+        recompute: whether this is a second forward.
+        seq: its position in execution order on this rank.
+        forward: whether the tapped value itself is wanted.
+        grad: whether its gradient is wanted.
+    """
+
+    key: Key
+    tags: dict[str, TagValue]
+    text: str
+    recompute: bool
+    seq: int
+    forward: bool
+    grad: bool
+
+
+class Warnings:
+    """Says each distinct thing once, and no more than a hundred of them."""
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, ...]] = set()
+
+    def once(self, about: tuple[str, ...], message: str, where: str) -> None:
+        """Say `message` unless something about the same was said before."""
+        if about in self._said or len(self._said) > 100:
+            return
+        self._said.add(about)
+        if len(self._said) > 100:
+            message = "more such warnings follow and are left out"
+        say(message, where)
+
+
+class Selection:
+    """The taps of one rank as one session sees them. Thread-safe."""
+
+    def __init__(self, filter: Filter | None) -> None:
+        self.filter = filter
+        self.step = 0
+        self.selected = 0
+        self.names_seen: set[str] = set()
+        self.tags_seen: set[str] = set()
+        self.refused = 0
+        self._seq = 0
+        self._sites: dict[Any, _Site] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._lock = threading.Lock()
+        self._late = filter is not None and bool(filter.names & {"step", "kind"})
+
+    def next_step(self) -> None:
+        """Begin the next step: occurrences count from 0 again."""
+        with self._lock:
+            self.step += 1
+            self._counts.clear()
+
+    def next_seq(self) -> int:
+        """Return the next position in execution order."""
+        with self._lock:
+            self._seq += 1
+            return self._seq - 1
+
+    def select(self, call: Call, rank: int) -> Selected | None:
+        """Return the tap's key if it is wanted.
+
+        Raises:
+            tags.BadTag: the call has a tag that cannot be part of a key.
+            FilterError: the filter compares what cannot be compared.
+        """
+        site = self._site(call, rank)
+        if site.wanted is False:
+            return None
+        forward = grad = True
+        if site.wanted is None and self.filter is not None:
+            env = {**site.tags, "name": call.name, "step": self.step, "rank": rank}
+            kind = None
+            if "kind" in self.filter.names:
+                kind = "tensor" if classify(call.value()) == "tensor" else "value"
+            forward = self.filter({**env, "kind": kind})
+            grad = self.filter({**env, "kind": "grad"})
+            if not forward and not (grad and call.grad):
+                return None
+        counted = (call.name, site.text)
+        with self._lock:
+            occurrence = self._counts[counted]
+            self._counts[counted] += 1
+            seq = self._seq
+            self._seq += 1
+            self.selected += 1
+            key = Key(call.name, site.key_text, self.step, occurrence)
+        return Selected(key, site.tags, site.text, site.recompute, seq, forward, grad and call.grad)
+
+    def _site(self, call: Call, rank: int) -> _Site:
+        about: Any = None
+        try:
+            # The types too: 1, 1.0 and True are equal but differ as JSON.
+            values = tuple(call.tags.values())
+            about = (call.name, tuple(call.tags), values, tuple(map(type, values)))
+            site = self._sites.get(about)
+        except TypeError:  # a list among the tags: not worth remembering
+            about, site = None, None
+        if site is not None:
+            return site
+        if not isinstance(call.name, str):
+            raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
+        name = tagging.text("its name", call.name)
+        tags = clean_tags(call)
+        if len(self.names_seen) < _NAMES_KEPT:
+            self.names_seen.add(name)
+            self.tags_seen.update(tags)
+        wanted: bool | None = True
+        if self._late:
+            wanted = None
+        elif self.filter is not None:
+            wanted = self.filter({**tags, "name": name, "rank": rank})
+        text = tagging.canonical(tags)
+        site = _Site(tags, text, tagging.key_tags(tags), tagging.is_recompute(tags), wanted)
+        if about is not None:
+            if len(self._sites) >= _CACHED:
+                self._sites.clear()
+            self._sites[about] = site
+        return site
+
+    def select_or_warn(
+        self, call: Call, rank: int, warnings: Warnings, where: str
+    ) -> Selected | None:
+        """As `select`; what cannot be selected is said once, with its call site."""
+        try:
+            return self.select(call, rank)
+        except (BadTag, FilterError) as err:
+            self.refused += 1
+            reason = err.reason if isinstance(err, FilterError) else str(err)
+            message = f"tap {call.name!r} at {call.site} is ignored: {reason}"
+            warnings.once((str(call.name), reason), message, where)
+            return None
+
+    def why_nothing(self) -> str | None:
+        """Say why the filter selected nothing; None where there is no filter or it did."""
+        if self.selected or self.filter is None:
+            return None
+        return self.filter.why_nothing(self.tags_seen, self.names_seen)

@@ -1,0 +1,351 @@
+"""The recording session of one rank: tap -> selection -> capture -> writer.
+
+1. `on_tap` asks the `Selection` whether the tap is wanted, and under which key.
+2. The first tap that is wanted claims this rank's place in the recording (`claim`).
+3. `_record` takes a snapshot and hands it to the `Writer`; a gradient follows when it comes.
+4. `close` waits for the writer and writes down how the recording ended.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .capture import as_bits, classify, dtype_name, encode_extras, encode_value, local_part
+from .claim import Claim, Job, check_free, claim_rank, command_line
+from .errors import CaptureError, GraftError, UsageError
+from .filters import Filter
+from .format.schema import LEVELS
+from .gradients import GradientTaps
+from .ranks import Rank, RankWatch
+from .reports import write_report
+from .selection import Selected, Selection, Warnings
+from .sizes import parse_size
+from .tap import Call, activate, deactivate, say
+from .writer import DEFAULT_BUDGET, Writer
+
+
+class Recorder:
+    """Records every tap of this process while it is open.
+
+    ```python
+    with Recorder("runs/base", filter="layer < 4"):
+        train()
+    ```
+
+    Args:
+        path: the recording's folder; made if need be.
+        filter: which taps to record, an expression over their tags; every tap by default.
+        level: `tensors`; `stats` to store statistics and digests but no elements; `digests`
+            for digests alone.
+        max_bytes: stop, in good order, before this recording's tensors take more bytes on disk; a
+            number or text such as `20GB`. Each rank gets an equal share.
+        overwrite: replace what another job left under this rank.
+        staging: bytes of memory in which snapshots wait to be written.
+        rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
+        world_size: the number of ranks.
+
+    Raises:
+        UsageError: an argument that cannot be used.
+        RecordingExists: on entering, where this rank's place in the folder is taken.
+        RecordingError: on entering, where the folder cannot be used.
+    """
+
+    order = 0
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        filter: Filter | str | None = None,
+        level: str = "tensors",
+        max_bytes: int | str | None = None,
+        overwrite: bool = False,
+        staging: int | str = DEFAULT_BUDGET,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        if level not in LEVELS:
+            raise UsageError(f"level is {level!r}; choose one of {', '.join(LEVELS)}")
+        self.path = Path(os.path.abspath(path))
+        self.state = "new"
+        self.reason = ""
+        self._filter = Filter.coerce(filter)
+        self._level = level
+        self._max_bytes = None if max_bytes is None else parse_size(max_bytes)
+        self._overwrite = overwrite
+        self._staging = parse_size(staging)
+        self._ranks = RankWatch(rank, world_size)
+        self._job = Job.from_environment()
+        self._selection = Selection(self._filter)
+        self._warnings = Warnings()
+        self._gradients = GradientTaps()
+        self._lock = threading.RLock()
+        self._claim: Claim | None = None
+        self._writer: Writer | None = None
+        self._closed = False
+        self._lazy = False
+        self._pid = os.getpid()
+        self._skipped = 0
+
+    @property
+    def rank(self) -> int:
+        """The rank recorded under."""
+        return self._rank.rank
+
+    def __enter__(self) -> Recorder:
+        self.start()
+        activate(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if error is None and self.state == "failed":
+            self._say(f"the recording in {self.path} is not to be trusted: {self.reason}")
+
+    def start(self) -> None:
+        """Check that the folder can be recorded into; nothing is written before the first tap."""
+        if self.state != "new":
+            raise UsageError("this Recorder was used before; make a new one")
+        if not self._overwrite:
+            check_free(self.path, self._rank.rank, self._rank.world_size, self._job)
+        self.state = "running"
+
+    def start_lazily(self) -> None:
+        """Begin without looking at the folder: no tap, no trace.
+
+        For sessions that the environment asks for, which reach helper processes too; a place that
+        is taken then shows at the first tap that is wanted.
+        """
+        self._lazy = True
+        self.state = "running"
+
+    def on_step(self) -> None:
+        """End an iteration."""
+        self._selection.next_step()
+
+    def on_tap(self, call: Call) -> None:
+        """Record a tap if it is wanted."""
+        if self.state != "running" or not self._has_rank():
+            return
+        selected = self._selection.select_or_warn(
+            call, self._rank.rank, self._warnings, self._where()
+        )
+        if selected is None or not self._has_writer():
+            return
+        try:
+            value = call.value()
+        except Exception as err:
+            self._warn(call, f"its callable raised {type(err).__name__}: {err}")
+            return
+        kind = classify(value)
+        if kind == "tensor":
+            if selected.forward:
+                self._record(call, selected, value, "tensor")
+            if selected.grad:
+                self._watch_gradient(call, selected, value)
+        elif kind == "value":
+            if selected.forward:
+                self._record_value(call, selected, value)
+        else:
+            self._warn(
+                call,
+                f"{kind}; tap a tensor, a callable returning one, "
+                "or a number, a string or a flat list of these",
+            )
+
+    def fail(self, reason: str) -> None:
+        """End the recording as one that is not to be trusted."""
+        with self._lock:
+            if self.state == "running":
+                self.state, self.reason = "failed", reason
+
+    def close(self) -> None:
+        """Wait until everything is written, and write down how it ended; twice is fine."""
+        if os.getpid() != self._pid:
+            return  # a forked child's exit is not ours
+        deactivate(self)
+        with self._lock:
+            if self._closed or self.state in ("new", "refused"):
+                return
+            self._closed = True
+            if self.state == "running" and not self._lazy:
+                self._has_writer()  # asked for by name, so an empty recording is one too
+            writer = self._writer
+            if self.state == "running":
+                self.state = "complete"
+        if writer is not None:
+            writer.close()
+        self._settle(writer)
+        why = self._selection.why_nothing()
+        if why is not None and "GRAFT_REPORTS" not in os.environ:
+            self._say(why)
+
+    def _settle(self, writer: Writer | None) -> None:
+        """Write down how the recording ended, for readers and for the wrapper."""
+        facts = {
+            "state": self.state,
+            "reason": self.reason,
+            "ended_ns": time.time_ns(),
+            "steps": self._selection.step,
+            "rows": writer.rows_written if writer is not None else 0,
+            "bytes": writer.bytes_written if writer is not None else 0,
+        }
+        if self._claim is not None:
+            try:
+                self._claim.update(**facts)
+            except OSError as err:
+                self.state = facts["state"] = "failed"
+                facts["reason"] = f"writing failed: {err.strerror or err}"
+                self._say(f"{facts['reason']}; the recording in {self.path} ends early")
+        write_report(
+            {
+                "session": "GRAFT_RECORD",
+                "rank": self._rank.rank,
+                "world_size": self._rank.world_size,
+                **facts,
+                "selected": self._selection.selected,
+                "refused": self._selection.refused + self._skipped,
+                "names_seen": sorted(self._selection.names_seen),
+                "tags_seen": sorted(self._selection.tags_seen),
+            }
+        )
+
+    def _has_rank(self) -> bool:
+        """Whether the rank still stands; the process group may have come up meanwhile."""
+        wrong = self._ranks.contradiction(committed=self._claim is not None)
+        if wrong is not None:
+            self._end("failed", wrong)
+        return wrong is None
+
+    @property
+    def _rank(self) -> Rank:
+        return self._ranks.current
+
+    def _has_writer(self) -> bool:
+        """Whether there is somewhere to write; the first call claims the rank."""
+        if self._writer is not None:
+            return True
+        with self._lock:
+            if self._writer is not None or self.state != "running":
+                return self._writer is not None
+            options = {
+                "filter": self._filter.text if self._filter else None,
+                "level": self._level,
+                "max_bytes": self._max_bytes,
+            }
+            about = {"command": command_line(), "options": options}
+            try:
+                self._claim = claim_rank(
+                    self.path, self._rank, self._job, about=about, overwrite=self._overwrite
+                )
+            except (GraftError, OSError) as err:
+                self.state, self.reason = "refused", str(err)
+                self._say(f"this rank is not recorded: {err}")
+                self._settle(None)
+                return False
+            share = self._max_bytes
+            self._writer = Writer(
+                self._claim.folder,
+                self._claim.attempt,
+                level=self._level,
+                budget=self._staging,
+                max_bytes=None if share is None else share // self._rank.world_size,
+                on_stop=self._end,
+            )
+            return True
+
+    def _end(self, state: str, reason: str) -> None:
+        """Stop recording early; may be called from the writer's thread."""
+        with self._lock:
+            if self.state != "running":
+                return
+            self.state, self.reason = state, reason
+        verb = "stopped" if state == "stopped" else "ended early"
+        self._say(f"recording {verb}, the job goes on: {reason}")
+
+    def _record(self, call: Call, selected: Selected, value: torch.Tensor, kind: str) -> None:
+        try:
+            local, placements = local_part(value)
+            bits = as_bits(local)
+        except CaptureError as err:
+            self._warn(call, str(err))
+            return
+        row = self._row(call, selected, kind)
+        row["dtype"], row["shape"] = dtype_name(local.dtype), list(local.shape)
+        row["dims"] = row["dims"] or placements or None
+        if self._writer is not None:
+            self._writer.submit(row, bits, local.dtype)
+
+    def _record_value(self, call: Call, selected: Selected, value: Any) -> None:
+        row = self._row(call, selected, "value")
+        row["value"] = encode_value(value)
+        if self._writer is not None:
+            self._writer.submit(row, None, torch.uint8)
+
+    def _watch_gradient(self, call: Call, selected: Selected, value: torch.Tensor) -> None:
+        def arrived(grad: torch.Tensor) -> None:
+            if self.state == "running":
+                self._record(call, selected, grad, "grad")
+
+        self._gradients.watch(value, call.name, arrived)
+
+    def _row(self, call: Call, selected: Selected, kind: str) -> dict[str, Any]:
+        extras, lost = encode_extras(call.extras)
+        for fact in lost:
+            self._warn(call, fact, what="is recorded without one of its extras")
+        return {
+            "rank": self._rank.rank,
+            "seq": self._selection.next_seq() if kind == "grad" else selected.seq,
+            "step": selected.key.step,
+            "name": selected.key.name,
+            "occurrence": selected.key.occurrence,
+            "tags": selected.text,
+            "kind": kind,
+            "dims": call.dims or None,
+            "extras": extras or None,
+            "time_ns": time.time_ns(),
+        }
+
+    def _warn(self, call: Call, reason: str, what: str = "is not recorded") -> None:
+        self._skipped += 1
+        site = call.site
+        self._warnings.once(
+            (site, reason), f"tap {call.name!r} at {site} {what}: {reason}", self._where()
+        )
+
+    def _where(self) -> str:
+        return f"rank={self._rank.rank} step={self._selection.step}"
+
+    def _say(self, message: str) -> None:
+        say(message, self._where())
+
+
+def from_environment(environ: Mapping[str, str]) -> Recorder:
+    """Return the recorder that `GRAFT_RECORD` and its companions ask for, started.
+
+    Raises:
+        GraftError: a variable cannot be used, or the folder is taken.
+    """
+    session = Recorder(
+        environ["GRAFT_RECORD"],
+        filter=environ.get("GRAFT_RECORD_FILTER") or None,
+        level=environ.get("GRAFT_RECORD_LEVEL") or "tensors",
+        max_bytes=environ.get("GRAFT_RECORD_MAX_BYTES") or None,
+        overwrite=environ.get("GRAFT_RECORD_OVERWRITE") == "1",
+        staging=environ.get("GRAFT_RECORD_STAGING") or DEFAULT_BUDGET,
+    )
+    session.start_lazily()
+    return session

@@ -1,0 +1,39 @@
+"""Numbers of bytes, as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(value: int | str) -> int:
+    """Return a number of bytes from a number or text such as `20GB`, `512MiB`, `1.5g`.
+
+    Raises:
+        UsageError: it is no size, or not positive.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        found = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        if found is None or (found[3] and not found[2]):
+            raise UsageError(f"{value!r} is no size; write a number of bytes, or 20GB, or 512MiB")
+        number, unit, binary = found.groups()
+        power = list(_UNITS).index(unit.lower())
+        size = int(float(number) * (1024**power if binary else _UNITS[unit.lower()]))
+    if size <= 0:
+        raise UsageError(f"the size {value!r} is not positive; write for example 20GB")
+    return size
+
+
+def format_size(nbytes: float) -> str:
+    """Return a number of bytes in three or four digits: `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError  # the loop always returns

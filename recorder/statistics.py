@@ -1,0 +1,94 @@
+"""Statistics of a payload, gathered chunk by chunk.
+
+`min`, `max`, `mean`, `std` and `l2` are over the finite elements, in float64; `nan_count` and
+`inf_count` count the others. `std` is torch's default, the sample standard deviation. Chunks are
+combined by the update of Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances" (1979). A complex tensor has only `l2` and the counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_CHUNK = 1 << 17  # elements; as float64 they still fit a core's cache
+
+
+class Statistics:
+    """Running statistics of one payload."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._known = not dtype.is_complex
+        self._count = 0
+        self._mean = 0.0
+        self._m2 = 0.0
+        self._squares = 0.0
+        self._min = math.inf
+        self._max = -math.inf
+        self._nan = 0
+        self._inf = 0
+
+    def add(self, raw: torch.Tensor) -> None:
+        """Take in bytes of the payload, a whole number of elements, as a tensor of uint8."""
+        flat = raw if self._aligned(raw) else raw.clone()
+        values = flat.view(self._dtype)
+        if self._dtype.is_complex:
+            values = torch.view_as_real(values).flatten()
+        for chunk in values.split(_CHUNK):
+            self._add_chunk(chunk)
+
+    def _aligned(self, raw: torch.Tensor) -> bool:
+        return int(raw.storage_offset()) % self._dtype.itemsize == 0
+
+    def _add_chunk(self, chunk: torch.Tensor) -> None:
+        if chunk.numel() == 0:
+            return
+        if chunk.dtype.itemsize == 1 and chunk.dtype.is_floating_point:
+            chunk = chunk.to(torch.float32)  # 8-bit floats convert to few dtypes directly
+        x = chunk.to(torch.float64)
+        low, high = (float(v) for v in torch.aminmax(x))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self._nan += int(x.isnan().sum())
+            self._inf += int(x.isinf().sum())
+            x = x[x.isfinite()]
+            if x.numel() == 0:
+                return
+            low, high = (float(v) for v in torch.aminmax(x))
+        variance, mean = (float(v) for v in torch.var_mean(x, correction=0))
+        n = x.numel()
+        self._min, self._max = min(self._min, low), max(self._max, high)
+        total, delta = self._count + n, mean - self._mean
+        self._m2 += variance * n + delta * delta * self._count * n / total
+        self._mean += delta * n / total
+        self._squares += float(torch.dot(x, x))
+        self._count = total
+
+    def result(self) -> dict[str, float | int | None]:
+        """Return the statistics by column name; None where they are not defined."""
+        some = self._count > 0
+        full = some and self._known
+
+        def finite(value: float) -> float | None:
+            return value if math.isfinite(value) else None  # squares of huge values overflow
+
+        return {
+            "min": self._min if full else None,
+            "max": self._max if full else None,
+            "mean": finite(self._mean) if full else None,
+            "std": finite(math.sqrt(self._m2 / (self._count - 1)))
+            if full and self._count > 1
+            else None,
+            "l2": finite(math.sqrt(self._squares)) if some else None,
+            "nan_count": self._nan,
+            "inf_count": self._inf,
+        }
+
+
+def has_statistics(dtype: torch.dtype) -> bool:
+    """Whether torch can compute with this dtype at all; sub-byte and bit dtypes it cannot."""
+    name = str(dtype).removeprefix("torch.")
+    return not name.startswith(("bits", "float4", "quint", "qint")) and name not in {
+        f"{sign}int{width}" for sign in ("", "u") for width in range(1, 8)
+    }

@@ -1,0 +1,108 @@
+"""Tags and keys: what a tap is called, and how often.
+
+A key is the tags, the step and the occurrence. `recompute`, the tag of activation checkpointing's
+second forward, is kept in a record's tags but is no part of its key: both firings count on their
+own and so get the same occurrence.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Union
+
+TagValue = Union[str, int, float, bool, None, list["TagValue"]]
+
+RECOMPUTE = "recompute"
+RESERVED = frozenset({"step", "rank", "occurrence", "seq", "kind"})
+"""Names that the key or the recorder gives; a tag of that name would be ambiguous."""
+
+
+class BadTag(ValueError):
+    """A tag that cannot be part of a key; the text is one fact."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What identifies a record on one rank.
+
+    Attributes:
+        name: the tap's name.
+        tags: canonical JSON of its other tags, `recompute` left out.
+        step: iterations before it.
+        occurrence: how often the same tags were tapped before it in this step.
+        kind: `tensor`, `grad` or `value`.
+    """
+
+    name: str
+    tags: str
+    step: int
+    occurrence: int
+    kind: str = "tensor"
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "tensor" else f" ({self.kind})"
+        return f"{label(self.name, self.tags)} step={self.step} occurrence={self.occurrence}{kind}"
+
+
+def clean(name: object, value: object) -> TagValue:
+    """Return `value` as a plain tag value; raise `BadTag` if it cannot be one."""
+    if name in RESERVED:
+        raise BadTag(f"the tag {name!r} has a meaning of its own; call it something else")
+    return _plain(name, value)
+
+
+def _plain(name: object, value: object) -> TagValue:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return text(f"the tag {name!r}", value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise BadTag(f"the tag {name}={value!r} is not a finite number")
+        return float(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(name, item) for item in value]
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # numpy and 0-d torch integers
+    except Exception:
+        raise BadTag(
+            f"the tag {name!r} is a {type(value).__name__}; "
+            "tags are strings, numbers, booleans, None or lists of these"
+        ) from None
+
+
+def text(what: str, value: str) -> str:
+    """Return a plain string; raise `BadTag` where it cannot be written as UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadTag(f"{what} is {value!r}, which is no valid Unicode text") from None
+    return str.__str__(value)
+
+
+def canonical(tags: Mapping[str, TagValue]) -> str:
+    """Return tags as JSON with sorted keys and no spaces, so that equal tags are equal text."""
+    return json.dumps(tags, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def is_recompute(tags: Mapping[str, TagValue]) -> bool:
+    """Whether the tags mark a second forward; absent, None and False all mean the first."""
+    return bool(tags.get(RECOMPUTE))
+
+
+def key_tags(tags: Mapping[str, TagValue]) -> str:
+    """Return the canonical JSON of the tags that count for the key."""
+    if RECOMPUTE in tags:
+        tags = {k: v for k, v in tags.items() if k != RECOMPUTE}
+    return canonical(tags)
+
+
+def label(name: str, tags: str | Mapping[str, TagValue]) -> str:
+    """Return a tap's name and tags as people write them: `attn_out layer=3`."""
+    items = json.loads(tags) if isinstance(tags, str) else tags
+    return " ".join([name, *(f"{k}={v}" for k, v in items.items())])

@@ -1,0 +1,295 @@
+"""The background writer of one rank: staged snapshots to shards and rows, behind the job's back.
+
+1. `submit` (any thread of the job) stages a payload, in pieces if it is large, and queues its row.
+2. `_run` (the writer's thread) takes what has queued up: `_take` gathers digest and statistics and
+   writes a payload unless equal bytes were written before.
+3. `_flush` appends the finished rows to the journal; from then on a killed process loses none.
+4. `_seal` closes a shard that is full: header, final name, then its rows as parquet.
+
+Failure of any write ends the recording at the last row in the journal; the job never notices.
+
+Known limits: equal bytes are recognised among the last 200,000 distinct payloads of a rank.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from .capture import Staging, dtype_name, pieces
+from .format.journal import Journal, read_journal, write_parquet
+from .format.schema import COLUMNS, stem
+from .format.shard import ShardWriter, header_room
+from .statistics import Statistics, has_statistics
+
+DEFAULT_BUDGET = 256 << 20
+SHARD_BYTES = 1 << 30
+_ROWS_A_SHARD = 20_000  # values and repeats need no header room, but rows need memory to seal
+_FLUSH_SECONDS = 0.2
+_REMEMBERED = 200_000
+
+
+@dataclass
+class _Payload:
+    """A payload on its way: its row, and what has been gathered of it."""
+
+    row: dict[str, Any]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    hash: Any = field(default_factory=xxhash.xxh3_128)
+    statistics: Statistics | None = None
+    written: int = 0
+
+
+@dataclass
+class _Piece:
+    """A part of a payload in the staging ring; `None` for a row without one."""
+
+    payload: _Payload | None
+    row: dict[str, Any]
+    offset: int = 0
+    nbytes: int = 0
+    first: bool = True
+    last: bool = True
+
+
+class Writer:
+    """Writes one rank's recording from a thread of its own.
+
+    Args:
+        folder: the rank's folder; exists.
+        attempt: the number in this attempt's file names.
+        level: `tensors`, `stats` (no payloads) or `digests` (no statistics either).
+        budget: bytes of staging memory.
+        max_bytes: stop in good order before more bytes of payload than this are written.
+        on_stop: called once, from the writer's thread, when recording had to end early, with the
+            state (`stopped` or `failed`) and the reason.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        attempt: int,
+        *,
+        level: str = "tensors",
+        budget: int = DEFAULT_BUDGET,
+        max_bytes: int | None = None,
+        on_stop: Any = None,
+    ) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._level = level
+        self._max_bytes = max_bytes
+        self._on_stop = on_stop or (lambda state, reason: None)
+        self._staging = Staging(budget)
+        self._submitting = threading.Lock()
+        self._queue: deque[_Piece] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._ended = False
+        self._index = 0
+        self._tensors = 0
+        self._shard: ShardWriter | None = None
+        self._journal: Journal | None = None
+        self._done: list[dict[str, Any]] = []
+        self._journaled = 0
+        self._written: OrderedDict[tuple[bytes, int], tuple[str, str]] = OrderedDict()
+        self.rows_written = 0
+        self.bytes_written = 0
+        self._thread = threading.Thread(target=self._run, name="graft-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, row: dict[str, Any], bits: torch.Tensor | None, dtype: torch.dtype) -> None:
+        """Queue a row and a snapshot of its payload; the caller may change `bits` afterwards.
+
+        Args:
+            row: manifest columns, without those that the payload decides.
+            bits: the payload viewed as integers, of any strides; None for a value row.
+            dtype: the payload's real dtype.
+        """
+        if self._ended or self._closing:
+            return
+        with self._submitting:
+            if bits is None:
+                self._put(_Piece(None, row))
+                return
+            nbytes = bits.numel() * bits.element_size()
+            payload = _Payload(row, dtype, tuple(row["shape"]), nbytes)
+            parts = list(pieces(bits, self._staging.largest))
+            for i, part in enumerate(parts):
+                placed = self._staging.put(part)
+                if placed is None:
+                    return
+                self._put(_Piece(payload, row, *placed, i == 0, i == len(parts) - 1))
+
+    def close(self) -> None:
+        """Write what is queued, seal the shard and end the thread; twice is fine."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _put(self, piece: _Piece) -> None:
+        with self._wake:
+            self._queue.append(piece)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not self._queue and not self._closing:
+                        self._wake.wait()
+                    batch = list(self._queue)
+                    self._queue.clear()
+                    closing = self._closing
+                flushed = time.monotonic()
+                for piece in batch:
+                    if not self._ended:
+                        self._take(piece)
+                    if piece.payload is not None:
+                        self._staging.release()
+                    if not self._ended and time.monotonic() - flushed > _FLUSH_SECONDS:
+                        self._flush()
+                        flushed = time.monotonic()
+                if not self._ended:
+                    self._flush()
+                if closing and not batch:
+                    break
+            if not self._ended:
+                self._seal()
+        except OSError as err:
+            self._stop("failed", f"writing failed: {err.strerror or err}")
+        except Exception as err:  # a bug of ours: the recording ends, the job does not
+            self._stop("failed", f"internal error: {type(err).__name__}: {err}")
+
+    def _stop(self, state: str, reason: str) -> None:
+        """End recording early; what is in the journal stays."""
+        self._ended = True
+        self._staging.close()
+        self._done.clear()
+        try:
+            if state == "stopped":
+                self._seal()
+        except OSError as err:
+            state, reason = "failed", f"writing failed: {err.strerror or err}"
+        if self._shard is not None:
+            self._shard.abandon()
+        if self._journal is not None:
+            self._journal.close()
+        self._on_stop(state, reason)
+
+    def _take(self, piece: _Piece) -> None:
+        payload, row = piece.payload, piece.row
+        if payload is None:
+            data = row["value"].encode()
+            row["nbytes"], row["digest"] = len(data), xxhash.xxh3_128_hexdigest(data)
+            self._open()
+            self._finish_row(row)
+            return
+        data = self._staging.view(piece.offset, piece.nbytes)
+        if piece.first and self._level != "digests" and has_statistics(payload.dtype):
+            payload.statistics = Statistics(payload.dtype)
+        payload.hash.update(data)
+        if payload.statistics is not None:
+            payload.statistics.add(self._staging.tensor(piece.offset, piece.nbytes))
+        known = None
+        if piece.last:
+            row["nbytes"], row["digest"] = payload.nbytes, payload.hash.hexdigest()
+            if payload.statistics is not None:
+                row.update(payload.statistics.result())
+            known = self._known(payload)
+        if piece.first:
+            self._open(len(payload.shape))
+        if self._level == "tensors" and known is None:
+            if self._max_bytes is not None and (
+                self.bytes_written + payload.nbytes > self._max_bytes
+            ):
+                self._flush()
+                self._stop("stopped", f"--max-bytes was reached at {row['name']!r}")
+                return
+            shard = self._require_shard()
+            shard.write_at(shard.end + payload.written, data)
+            payload.written += piece.nbytes
+        if not piece.last:
+            return
+        if self._level == "tensors":
+            row["shard"], row["tensor"] = known or self._store(payload)
+        self._finish_row(row)
+
+    def _known(self, payload: _Payload) -> tuple[str, str] | None:
+        key = (payload.hash.digest(), payload.nbytes)
+        place = self._written.get(key)
+        if place is not None:
+            self._written.move_to_end(key)
+        return place
+
+    def _store(self, payload: _Payload) -> tuple[str, str]:
+        shard = self._require_shard()
+        tensor = f"t{self._tensors:08d}"
+        self._tensors += 1
+        name, size = dtype_name(payload.dtype), payload.dtype.itemsize
+        place = shard.add(tensor, name, size, payload.shape, payload.nbytes)
+        payload.row["offset"] = place.offset
+        self.bytes_written += payload.nbytes
+        where = (f"{self._folder.name}/{shard.final.name}", tensor)
+        self._written[payload.hash.digest(), payload.nbytes] = where
+        if len(self._written) > _REMEMBERED:
+            self._written.popitem(last=False)
+        return where
+
+    def _finish_row(self, row: dict[str, Any]) -> None:
+        self._done.append(row)
+        self.rows_written += 1
+
+    def _flush(self) -> None:
+        if not self._done or self._journal is None:
+            return
+        self._journal.append(self._done)
+        self._journaled += len(self._done)
+        self._done.clear()
+
+    def _open(self, dimensions: int = 0) -> None:
+        """Make sure that there is a shard and a journal with room for one more row."""
+        if self._shard is not None:
+            full = (
+                self._shard.data_bytes >= SHARD_BYTES
+                or not self._shard.has_room(dimensions)
+                or self._journaled + len(self._done) >= _ROWS_A_SHARD
+            )
+            if not full:
+                return
+            self._flush()
+            self._seal()
+        name = stem(self._attempt, self._index)
+        self._shard = ShardWriter(self._folder / f"{name}.safetensors", header_room(self._index))
+        self._journal = Journal(self._folder / f"{name}.journal")
+
+    def _require_shard(self) -> ShardWriter:
+        assert self._shard is not None  # `_open` has just made sure
+        return self._shard
+
+    def _seal(self) -> None:
+        """Close the current shard and turn its journal into parquet."""
+        shard, journal = self._shard, self._journal
+        if shard is None or journal is None:
+            return
+        # In this order a reader finds every row at every moment; see format/schema.py.
+        if shard.is_empty:
+            shard.discard()
+        else:
+            shard.finish()
+        journal.close()
+        rows = read_journal(journal.path)
+        write_parquet(journal.path.with_suffix(".parquet"), rows, COLUMNS)
+        journal.path.unlink(missing_ok=True)
+        self._shard, self._journal, self._journaled = None, None, 0
+        self._index += 1

@@ -1,0 +1,29 @@
+"""Replay a recording onto another job: match, transform, graft, and a log of what came of it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .log import read_log
+    from .session import Replayer
+    from .transforms import GraftInput
+
+_LAZY = {
+    "GraftInput": "replayer.transforms",
+    "Replayer": "replayer.session",
+    "read_log": "replayer.log",
+}
+
+__all__ = ["GraftInput", "Replayer", "read_log"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

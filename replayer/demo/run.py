@@ -1,0 +1,231 @@
+"""Run the demo: record the baseline and the faulty target, graft one tap, show what that changed.
+
+1. `commands` lists the three `graft` commands; `run_demo` prints each and runs it.
+2. `compare_runs` joins each side's shards and measures every tap before and after the graft.
+3. `effects_table` and `verdict` word the result.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from recorder import Recording
+from replayer.compare import difference
+from replayer.demo.model import STEPS
+from replayer.demo.target import FAULTY_LAYER
+from replayer.demo.transform import SHARDED_DIM
+
+GRAFTED_TAP = "attn_q"  # the first tap after the fault
+TOLERANCE = 1e-5  # 4 and 2 ranks sum in another order, so outputs are equal up to rounding
+VISIBLE = 1e-6  # no rounding makes a relative difference as great as this
+
+BIN = Path(sys.executable).parent
+
+Command = list[list[str]]  # the words of one command, in the lines it is printed in
+
+
+@dataclass(frozen=True)
+class TapEffect:
+    """One tap's relative difference from the baseline without and with the graft."""
+
+    name: str
+    layer: int | None
+    before: float
+    after: float
+
+    @property
+    def grafted(self) -> bool:
+        """Whether this is the tap that the replay overwrites."""
+        return self.name == GRAFTED_TAP and self.layer == FAULTY_LAYER
+
+
+def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
+    """Run the demo in `folder`: 0 if the graft restored the target's output, 1 if it did not.
+
+    A command that fails ends the demo with that command's status.
+    """
+    environment = dict(os.environ)
+    if any(shutil.which(name) != str(BIN / name) for name in ("graft", "torchrun")):
+        echo(f"$ export PATH={shlex.quote(str(BIN))}:$PATH")
+        environment["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    if "OMP_NUM_THREADS" not in environment:  # torchrun would choose 1 too, but with a warning
+        echo("$ export OMP_NUM_THREADS=1")
+        environment["OMP_NUM_THREADS"] = "1"
+    for purpose, command in commands(folder):
+        echo(f"\n# {purpose}\n$ {spelled(command)}")
+        words = [word for line in command for word in line]
+        status = subprocess.run(words, env=environment, check=False).returncode
+        if status:
+            echo(f"\nThe demo stops here: that command ended with status {status}.")
+            return status
+
+    baseline, target, grafted = (
+        Recording.open(folder / name) for name in ("baseline", "target", "grafted")
+    )
+    echo("\n" + effects_table(compare_runs(baseline, target, grafted)))
+    logits = whole(baseline, "logits")
+    before = or_nan(difference(logits, whole(target, "logits")).max_abs)
+    after = or_nan(difference(logits, whole(grafted, "logits")).max_abs)
+    echo("\n" + verdict(before, after))
+    echo(next_steps(folder))
+    return 0 if restored(before, after) else 1
+
+
+def commands(folder: Path) -> list[tuple[str, Command]]:
+    """What the demo runs, in order, each with its purpose."""
+    graft = program("graft", "replayer.cli")
+    torchrun = ["--", *program("torchrun", "torch.distributed.run"), "--standalone"]
+    baseline = [*torchrun, "--nproc-per-node", "4", "-m", "replayer.demo.baseline"]
+    target = [*torchrun, "--nproc-per-node", "2", "-m", "replayer.demo.target"]
+    runs = {name: str(folder / name) for name in ("baseline", "target", "grafted")}
+    only_first_wrong = f'name == "{GRAFTED_TAP}" and layer == {FAULTY_LAYER}'
+    return [
+        (
+            "The trusted baseline: 4 ranks, every tapped tensor recorded.",
+            [[*graft, "record", "-o", runs["baseline"]], baseline],
+        ),
+        (
+            f"The target: 2 ranks, a fault in layer {FAULTY_LAYER}. Recorded to show its effect.",
+            [[*graft, "record", "-o", runs["target"]], target],
+        ),
+        (
+            "The target again, with one tap overwritten by the baseline's, 4 shards re-cut into 2.",
+            [
+                [*graft, "replay", runs["baseline"], "-o", runs["grafted"]],
+                ["--filter", only_first_wrong, "--record", "True"],
+                ["--transform", "replayer.demo.transform.recut"],
+                target,
+            ],
+        ),
+    ]
+
+
+def program(script: str, module: str) -> list[str]:
+    """How to call a console script of this environment, or its module where none is beside."""
+    return [script] if (BIN / script).exists() else [sys.executable, "-m", module]
+
+
+def spelled(command: Command) -> str:
+    """The command as it can be pasted into a shell."""
+    return " \\\n    ".join(shlex.join(line) for line in command)
+
+
+def compare_runs(baseline: Recording, target: Recording, grafted: Recording) -> list[TapEffect]:
+    """Every tap of the baseline in execution order, with its difference over all steps."""
+    taps = (
+        baseline.manifest()
+        .filter(pl.col("rank") == 0, pl.col("step") == 0)
+        .sort("seq")
+        .select("name", "layer")
+    )
+    effects = []
+    for name, layer in taps.iter_rows():
+        right, before, after = (whole(run, name, layer) for run in (baseline, target, grafted))
+        figures = (or_nan(difference(right, other).rel_diff) for other in (before, after))
+        effects.append(TapEffect(name, layer, *figures))
+    return effects
+
+
+def whole(run: Recording, name: str, layer: int | None = None) -> torch.Tensor:
+    """One tap of all steps as the uncut model has it, `[steps, ...]`, in float64."""
+    tags: dict[str, Any] = {} if layer is None else {"layer": layer}
+    dim = SHARDED_DIM.get(name)
+    steps = []
+    for step in range(STEPS):
+        shards = [
+            run.load(rank=rank, name=name, step=step, occurrence=0, **tags)
+            for rank in range(run.world_size)
+        ]
+        steps.append(shards[0] if dim is None else torch.cat(shards, dim=dim))
+    return torch.stack(steps).double()
+
+
+def or_nan(figure: float | None) -> float:
+    """A figure of a comparison, NaN where a NaN or an infinity leaves it undefined."""
+    return math.nan if figure is None else figure
+
+
+def effects_table(effects: list[TapEffect]) -> str:
+    """The taps as a table of at most 80 columns."""
+    table = Table(title="The target against the baseline at each tap", title_justify="left")
+    table.add_column("tap")
+    table.add_column("layer", justify="right")
+    table.add_column("rel diff before", justify="right")
+    table.add_column("rel diff after", justify="right")
+    table.add_column("")
+    for effect in effects:
+        table.add_row(
+            effect.name,
+            "" if effect.layer is None else str(effect.layer),
+            coloured(effect.before),
+            coloured(effect.after),
+            "<- fault; grafted" if effect.grafted else "",
+            end_section=effect.name in ("embed", "hidden"),
+        )
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(table)
+        console.print(
+            "rel diff = 1 - 2<x,y> / (|x|^2 + |y|^2) in float64 over the joined shards of all "
+            f"steps; 0 is equal. Before: the target alone. After: with {GRAFTED_TAP} of "
+            f"layer {FAULTY_LAYER} grafted; that row shows what the target computed there before "
+            "it was overwritten, so it stays wrong, and what comes after it is right again.",
+            highlight=False,
+            markup=False,
+        )
+    return "\n".join(line.rstrip() for line in printed.get().splitlines())
+
+
+def coloured(rel_diff: float) -> str:
+    """A relative difference in rich markup: red where it is more than rounding."""
+    colour = "green" if rel_diff <= VISIBLE else "red"
+    return f"[{colour}]{rel_diff:.1e}[/]" if rel_diff else "[green]0[/]"
+
+
+def restored(before: float, after: float) -> bool:
+    """Whether an output that was wrong came right; false where either is NaN."""
+    return after <= TOLERANCE < before
+
+
+def verdict(before: float, after: float) -> str:
+    """Two lines on the final output."""
+    if restored(before, after):
+        result = f"PASS: after the graft equal to the baseline's within {TOLERANCE:g}"
+    else:
+        result = f"FAIL: expected more than {TOLERANCE:g} before and at most that after"
+    return (
+        f"Final logits, greatest absolute difference: {before:.1e} before, {after:.1e} after.\n"
+        f"{result}"
+    )
+
+
+def next_steps(folder: Path) -> str:
+    """Commands to look closer, as they can be pasted into a shell."""
+    selected = f'name == "{GRAFTED_TAP}" and layer == {FAULTY_LAYER}'
+    baseline, log = str(folder / "baseline"), str(folder / "grafted" / "grafts" / "*.parquet")
+    scan = (
+        f"import polars as pl; print(pl.read_parquet({json.dumps(log)},"
+        ' columns=["rank", "step", "name", "outcome", "rel_diff"]))'
+    )
+    lines = [
+        "\nLook closer (to repeat a command above, choose another -o folder):",
+        shlex.join(["graft", "ls", baseline]),
+        shlex.join(["graft", "show", baseline, "--filter", selected]),
+        shlex.join(["python", "-c", scan]),
+    ]
+    return "\n  ".join(lines)

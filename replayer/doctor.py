@@ -1,0 +1,144 @@
+"""What is installed and active in this environment, and what a tap would do in it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from recorder import ranks
+from recorder.claim import Job, check_free, provenance
+from recorder.errors import GraftError, UsageError
+from recorder.filters import Filter
+from recorder.format.recording import Recording
+from recorder.format.schema import LEVELS
+from recorder.sizes import format_size, parse_size
+
+from .match import MatchOn
+
+
+def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Return the facts: `versions`, `platform`, `devices`, `rank`, `variables`, `taps`."""
+    about = provenance()
+    try:
+        rank = ranks.current_rank(environ)
+        where: dict[str, Any] = {
+            "rank": rank.rank,
+            "world_size": rank.world_size,
+            "source": rank.source,
+        }
+    except UsageError as err:
+        rank, where = None, {"error": str(err)}
+    return {
+        "versions": about["versions"],
+        "platform": platform.platform(),
+        "devices": _devices(),
+        "rank": where,
+        "variables": {k: v for k, v in sorted(environ.items()) if k.startswith("GRAFT_")},
+        "taps": _taps(environ, rank),
+    }
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = [f"cpu: {os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            found.append(f"cuda:{index}: {about.name}, {format_size(about.total_memory)}")
+    else:
+        found.append("cuda: none that torch can use")
+    return found
+
+
+def _taps(environ: Mapping[str, str], rank: ranks.Rank | None) -> list[dict[str, Any]]:
+    """Return what a tap does, one entry a session: `does`, `why`, `ready`."""
+    asked = [v for v in ("GRAFT_RECORD", "GRAFT_REPLAY") if environ.get(v)]
+    if not asked:
+        return [
+            {
+                "does": "nothing",
+                "why": "neither GRAFT_RECORD nor GRAFT_REPLAY is set; start the job with "
+                "graft record or graft replay, or set them",
+                "ready": True,
+            }
+        ]
+    entries = []
+    for variable in asked:
+        does, examine_one = {
+            "GRAFT_RECORD": ("record", _recording),
+            "GRAFT_REPLAY": ("replay", _replaying),
+        }[variable]
+        entry = {"does": does, "why": f"{variable}={environ[variable]}", "ready": True}
+        if rank is None:
+            entry.update(ready=False, does="nothing", why="the rank is not known, see above")
+        else:
+            try:
+                entry["detail"] = examine_one(environ, rank)
+            except (GraftError, ImportError) as err:
+                entry.update(ready=False, does="nothing", why=str(err))
+        entries.append(entry)
+    return entries
+
+
+def _recording(environ: Mapping[str, str], rank: ranks.Rank) -> str:
+    run = Path(environ["GRAFT_RECORD"])
+    expression = environ.get("GRAFT_RECORD_FILTER")
+    if expression:
+        Filter.parse(expression)
+    level = environ.get("GRAFT_RECORD_LEVEL") or "tensors"
+    if level not in LEVELS:
+        raise UsageError(f"GRAFT_RECORD_LEVEL={level!r}; choose one of {', '.join(LEVELS)}")
+    if environ.get("GRAFT_RECORD_MAX_BYTES"):
+        parse_size(environ["GRAFT_RECORD_MAX_BYTES"])
+    if environ.get("GRAFT_RECORD_OVERWRITE") != "1":
+        check_free(run, rank.rank, rank.world_size, Job.from_environment(environ))
+    return f"into {run} as rank {rank.rank} of {rank.world_size}, {level}, {_which(expression)}"
+
+
+def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
+    from . import transforms
+
+    recording = Recording.open(environ["GRAFT_REPLAY"])
+    expression = environ.get("GRAFT_REPLAY_FILTER")
+    if expression:
+        Filter.parse(expression)
+    MatchOn.parse(environ.get("GRAFT_REPLAY_MATCH_ON") or None)
+    path = environ.get("GRAFT_REPLAY_TRANSFORM")
+    if path:
+        transforms.load(path)
+    how = f"transform {path}" if path else "identity by rank"
+    return (
+        f"from {recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
+        f"{how}, {_which(expression)}"
+    )
+
+
+def _which(filter: str | None) -> str:
+    return f"taps that match {filter}" if filter else "every tap"
+
+
+def print_report(facts: Mapping[str, Any], echo: Callable[[str], None]) -> None:
+    """Print the facts for a person."""
+    versions = " ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    echo(f"versions   {versions}")
+    echo(f"platform   {facts['platform']}")
+    for device in facts["devices"]:
+        echo(f"device     {device}")
+    rank = facts["rank"]
+    if "error" in rank:
+        echo(f"rank       unknown: {rank['error']}")
+    else:
+        echo(f"rank       {rank['rank']} of {rank['world_size']} (from {rank['source']})")
+    for name, value in facts["variables"].items():
+        echo(f"variable   {name}={value}")
+    if not facts["variables"]:
+        echo("variable   no GRAFT_* is set")
+    for tap in facts["taps"]:
+        if tap["does"] == "nothing":
+            echo(f"a tap      would do nothing: {tap['why']}")
+        else:
+            echo(f"a tap      would {tap['does']} {tap.get('detail', '')} ({tap['why']})")

@@ -1,0 +1,155 @@
+"""The replay log: one row per tap that was looked at, kept through a crash.
+
+Rows go to a journal as they come and become `OUT/grafts/*.parquet` when the rank closes, or, after
+a crash, when the wrapper or the next reader of the log seals what was left.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recorder.errors import RecordingExists
+from recorder.format.journal import Journal, read_journal, read_parquet, write_parquet
+from recorder.format.schema import polars_schema
+
+if TYPE_CHECKING:
+    import polars as pl
+
+FOLDER = "grafts"
+OUTCOMES = ("grafted", "compared", "missing", "error")
+COLUMNS = {
+    "rank": "Int32",
+    "seq": "Int64",
+    "step": "Int64",
+    "name": "String",
+    "occurrence": "Int32",
+    "tags": "String",
+    "kind": "String",
+    "outcome": "String",
+    "message": "String",
+    "n_senders": "Int32",
+    "senders": "List(Int64)",
+    "rel_diff": "Float64",
+    "max_abs": "Float64",
+    "mean_abs": "Float64",
+    "changed": "Int64",
+    "numel": "Int64",
+    "seconds": "Float64",
+}
+"""The log's columns. `senders` has for each sender rank the `seq` of the record that was used."""
+
+
+class ReplayLog:
+    """Collects one rank's rows, in memory and, where there is a folder, on disk.
+
+    Args:
+        out: the replay's folder, or None to keep the rows in memory only.
+        stem: the file's name without its ending, of this rank and attempt alone.
+
+    Raises:
+        RecordingExists: the folder has this rank's log already.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, out: Path | None, stem: str) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._journal: Journal | None = None
+        self._path: Path | None = None
+        if out is not None:
+            folder = out / FOLDER
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / f"{stem}.journal"
+            if self._path.exists() or self._path.with_suffix(".parquet").exists():
+                raise RecordingExists(out, f"holds the replay log {stem} already")
+            self._journal = Journal(self._path)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: it could not be written; rows are kept in memory from then on.
+        """
+        with self._lock:
+            if self._journal is None:
+                self._rows.append(row)
+                return
+            try:
+                self._journal.append([row])
+            except OSError:
+                self._journal.close()
+                self._journal, self._rows = None, [row]
+                raise
+
+    def frame(self) -> pl.DataFrame:
+        """Return the rows so far."""
+        import polars as pl
+
+        with self._lock:
+            parts = [to_frame(self._rows)]
+            if self._path is not None:
+                parts.insert(0, _read_one(self._path))
+        return pl.concat(parts)
+
+    def close(self) -> None:
+        """Turn the journal into parquet; twice is fine."""
+        with self._lock:
+            journal, self._journal = self._journal, None
+            if journal is not None:
+                journal.close()
+                seal(journal.path)
+
+
+def seal(journal: Path) -> None:
+    """Write a journal's rows as parquet and remove it."""
+    write_parquet(journal.with_suffix(".parquet"), read_journal(journal), COLUMNS)
+    journal.unlink(missing_ok=True)
+
+
+def seal_leftovers(out: Path) -> None:
+    """Seal the journals that ranks left behind when they were killed."""
+    for journal in sorted((out / FOLDER).glob("*.journal")):
+        try:
+            seal(journal)
+        except FileNotFoundError:
+            continue
+
+
+def _read_one(journal: Path) -> pl.DataFrame:
+    parquet = journal.with_suffix(".parquet")
+    if not parquet.exists():
+        try:
+            return to_frame(read_journal(journal))
+        except FileNotFoundError:
+            pass  # sealed in the meantime
+    return read_parquet(parquet, COLUMNS)
+
+
+def to_frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Return rows as a table with the log's columns."""
+    import polars as pl
+
+    return pl.DataFrame(
+        [[row.get(name) for row in rows] for name in COLUMNS],
+        schema=polars_schema(COLUMNS),
+        orient="col",
+        strict=False,
+    )
+
+
+def read_log(out: str | os.PathLike[str]) -> pl.DataFrame:
+    """Return the replay log in a folder, all ranks, by rank and seq.
+
+    Raises:
+        DamagedRecording: a file of it does not hold what it should.
+    """
+    import polars as pl
+
+    folder = Path(out) / FOLDER
+    stems = {path.with_suffix(".journal") for path in folder.glob("*.parquet")}
+    stems |= set(folder.glob("*.journal"))
+    parts = [to_frame([]), *(_read_one(journal) for journal in sorted(stems))]
+    return pl.concat(parts).sort("rank", "seq")

@@ -1,0 +1,529 @@
+"""The replaying session of one rank: tap -> match -> load -> transform -> graft -> log.
+
+1. `on_tap` asks the `Selection` whether the tap is wanted, and under which key.
+2. `Matcher.find` names the records that belong to it; `_load` brings them to the target's device.
+3. The transform makes the replacement from copies, so that its failure harms nothing.
+4. `graft` checks the replacement and copies it over the target; a gradient is replaced instead.
+5. Whatever came of it is one row of the log, each step's failure on its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recorder.capture import classify, encode_value, local_part
+from recorder.claim import Job
+from recorder.errors import (
+    GraftError,
+    MissingRecord,
+    ReplayError,
+    TransformError,
+    UsageError,
+)
+from recorder.filters import Filter
+from recorder.format.recording import Recording
+from recorder.format.schema import rank_folder
+from recorder.gradients import GradientTaps
+from recorder.ranks import RankWatch
+from recorder.reports import write_report
+from recorder.selection import Selected, Selection, Warnings
+from recorder.session import Recorder
+from recorder.tags import label
+from recorder.tap import Call, activate, deactivate, say
+
+from . import graft, transforms
+from .compare import difference
+from .log import ReplayLog
+from .match import Match, Matcher, MatchOn
+from .summary import Summary, summarize
+from .transforms import GraftInput, Transform
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_POLICIES = ("skip", "raise")
+
+
+class Replayer:
+    """Overwrites tapped tensors with recorded ones while it is open.
+
+    ```python
+    with Replayer("runs/base", filter='name == "attn_out"', transform=fn) as replay:
+        infer()
+    replay.log()
+    ```
+
+    Args:
+        path: the recording to replay.
+        filter: which taps to graft, an expression over their tags; every tap by default.
+        transform: a function of `(g)` or of `(received_list, target)`, or its path `pkg.mod.fn`;
+            identity by rank by default.
+        out: a folder for the replay's log; by default it is kept in memory only.
+        record: also record in `out`, before anything is overwritten, the taps that this filter
+            selects.
+        match_on: the tags that count, such as `name,layer`, or `order`; the whole key by default.
+        step_offset: added to the target's step to get the baseline's.
+        on_error: `skip` to go on after a graft that failed, `raise` to stop the job.
+        on_missing: the same for a tap without a record.
+        strict: on leaving, raise where a selected tap was missed or a selected record not used.
+        metrics: whether to log how the target's own value differs from what replaces it.
+        rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
+        world_size: the number of ranks.
+
+    Raises:
+        UsageError: an argument that cannot be used.
+        TransformError: the transform cannot be imported or called.
+        RecordingError: there is no recording to replay, or `out` holds a replay of this rank.
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        filter: Filter | str | None = None,
+        transform: Callable[..., Any] | str | None = None,
+        out: str | os.PathLike[str] | None = None,
+        record: Filter | str | None = None,
+        match_on: str | None = None,
+        step_offset: int = 0,
+        on_error: str = "skip",
+        on_missing: str = "skip",
+        strict: bool = False,
+        metrics: bool = True,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        for name, policy in (("on_error", on_error), ("on_missing", on_missing)):
+            if policy not in _POLICIES:
+                raise UsageError(f"{name} is {policy!r}; choose skip or raise")
+        if record is not None and out is None:
+            raise UsageError("record needs a folder to record into; give out too")
+        if isinstance(step_offset, bool) or not isinstance(step_offset, int):
+            raise UsageError(f"step_offset is {step_offset!r}, expected a whole number")
+        self.recording = Recording.open(path)
+        self.out = None if out is None else Path(os.path.abspath(out))
+        self._filter = Filter.coerce(filter)
+        self._match_on = MatchOn.parse(match_on)
+        self._step_offset = step_offset
+        self._on_error, self._on_missing = on_error, on_missing
+        self._strict, self._metrics = strict, metrics
+        self._transform: Transform | None = None
+        self._broken_transform: TransformError | None = None
+        if isinstance(transform, str):
+            self._transform = transforms.load(transform)
+        elif transform is not None:
+            self._transform = Transform(transform)
+        self._ranks = RankWatch(rank, world_size)
+        self._job = Job.from_environment()
+        self._frame = self.recording.latest()
+        self._seqs = self._frame["seq"]
+        self._selection = Selection(self._filter)
+        self._warnings = Warnings()
+        self._gradients = GradientTaps()
+        self._matcher: Matcher | None = None
+        self._log: ReplayLog | None = None
+        self._recorder: Recorder | None = None
+        self._record_filter = Filter.coerce(record)
+        self._pid = os.getpid()
+        self.state = "new"
+        self.reason = ""
+
+    def __enter__(self) -> Replayer:
+        if self.state != "new":
+            raise UsageError("this Replayer was used before; make a new one")
+        if self._record_filter is not None and self.out is not None:
+            self._recorder = Recorder(
+                self.out,
+                filter=self._record_filter,
+                rank=self._ranks.current.rank,
+                world_size=self._ranks.current.world_size,
+            )
+            self._recorder.__enter__()
+        self.state = "running"
+        activate(self)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if error is None and self._strict:
+            problems = self.summary().problems(strict=True)
+            if problems:
+                raise ReplayError("; ".join(problems))
+
+    def log(self) -> pl.DataFrame:
+        """Return the log: one row per tap that was looked at."""
+        from .log import to_frame
+
+        return self._log.frame() if self._log is not None else to_frame([])
+
+    def summary(self) -> Summary:
+        """Return what the replay came to on this rank."""
+        world = self._ranks.current.world_size
+        return summarize(self.log(), self._frame, self._filter, world, self._step_offset)
+
+    def on_step(self) -> None:
+        """End an iteration."""
+        self._selection.next_step()
+        if self._matcher is not None:
+            self._matcher.next_step()
+
+    def on_tap(self, call: Call) -> None:
+        """Graft a tap if it is wanted.
+
+        Raises:
+            ReplayError: it failed or had no record, and that was to be raised.
+        """
+        if self.state != "running" or not self._has_rank():
+            return
+        rank = self._ranks.current.rank
+        selected = self._selection.select_or_warn(call, rank, self._warnings, self._where())
+        if selected is None or not self._has_log():
+            return
+        start = time.perf_counter()
+        try:
+            value = call.value()
+        except Exception as err:
+            fact = f"its callable raised {type(err).__name__}: {err}"
+            self._finish(selected, "tensor", start, ReplayError(fact))
+            return
+        kind = classify(value)
+        if kind == "tensor":
+            if selected.forward:
+                self._attempt(call, selected, value, "tensor", start)
+            if selected.grad:
+                self._gradients.watch(
+                    value, call.name, lambda grad: self._on_gradient(call, selected, grad)
+                )
+        elif kind == "value":
+            if selected.forward:
+                self._compare_value(selected, value, start)
+        else:
+            fact = f"{kind}; only tensors can be grafted"
+            self._finish(selected, "tensor", start, ReplayError(fact))
+
+    def fail(self, reason: str) -> None:
+        """End the replay as one that is not to be trusted."""
+        if self.state == "running":
+            self.state, self.reason = "failed", reason
+
+    def close(self) -> None:
+        """Finish the log; twice is fine."""
+        if os.getpid() != self._pid or self.state in ("new", "closed"):
+            return
+        deactivate(self)
+        if self._recorder is not None:
+            self._recorder.close()
+        state, self.state = self.state, "closed"
+        if self._log is not None:
+            try:
+                self._log.close()
+            except OSError as err:
+                state, self.reason = "failed", f"the log cannot be written: {err.strerror or err}"
+                self._say(self.reason)
+        write_report(
+            {
+                "session": "GRAFT_REPLAY",
+                "rank": self._ranks.current.rank,
+                "world_size": self._ranks.current.world_size,
+                "state": "complete" if state == "running" else state,
+                "reason": self.reason,
+                "selected": self._selection.selected,
+                "refused": self._selection.refused,
+                "names_seen": sorted(self._selection.names_seen),
+                "tags_seen": sorted(self._selection.tags_seen),
+            }
+        )
+        why = self._selection.why_nothing()
+        if why is not None and "GRAFT_REPORTS" not in os.environ:
+            self._say(why)
+
+    def _has_rank(self) -> bool:
+        wrong = self._ranks.contradiction(committed=self._matcher is not None)
+        if wrong is not None:
+            self.fail(wrong)
+            self._say(f"replaying ended, the job goes on: {wrong}")
+        return wrong is None
+
+    def _has_log(self) -> bool:
+        """Whether grafting can begin; the first call indexes the recording and opens the log."""
+        if self._matcher is not None:
+            return True
+        rank = self._ranks.current
+        try:
+            self._log = ReplayLog(self.out, f"{rank_folder(rank.rank)}-a{self._job.attempt}")
+            matcher = Matcher(
+                self._frame, self._match_on, self._filter, rank.rank, self._step_offset
+            )
+        except (GraftError, OSError) as err:
+            self.fail(str(err))
+            self._say(f"this rank is not grafted: {err}")
+            return False
+        self._matcher = matcher
+        return True
+
+    def _attempt(
+        self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
+    ) -> None:
+        """Graft onto a tensor in place."""
+        facts: dict[str, Any] = {}
+        error: GraftError | None = None
+        try:
+            target, placements = local_part(value)
+            graft.check_target(target)
+            new = self._replacement(call, selected, target, kind, placements, facts)
+            graft.overwrite(target, new)
+        except Exception as err:
+            error = _worded(err)
+        self._finish(selected, kind, start, error, **facts)
+
+    def _on_gradient(
+        self, call: Call, selected: Selected, grad: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return the gradient that replaces one, or None to keep it."""
+        if self.state != "running":
+            return None
+        start = time.perf_counter()
+        facts: dict[str, Any] = {}
+        error: GraftError | None = None
+        replaced: torch.Tensor | None = None
+        try:
+            with torch.no_grad():
+                copy = grad.clone()
+            target, placements = local_part(copy)
+            new = self._replacement(call, selected, target, "grad", placements, facts)
+            graft.overwrite(target, new)
+            replaced = copy
+        except Exception as err:
+            error = _worded(err)
+        self._finish(selected, "grad", start, error, **facts)
+        return replaced
+
+    def _replacement(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        placements: str,
+        facts: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return the tensor to write, checked; note in `facts` what the log should know."""
+        match = self._match(selected, kind, facts)
+        if self._broken_transform is not None:
+            raise self._broken_transform
+        received, rows = self._load(match, target.device)
+        with torch.no_grad():
+            if self._transform is None:
+                rank = self._ranks.current
+                made: Any = transforms.identity(received, rank.rank, rank.world_size, target)
+            else:
+                made = self._transformed(call, selected, target, placements, received, rows, kind)
+            new, note = graft.check_replacement(made, target)
+            if note:
+                facts["message"] = _joined(facts.get("message"), note)
+            facts["numel"] = target.numel()
+            if self._metrics:
+                facts.update(asdict(difference(target, new)))
+        return new
+
+    def _match(self, selected: Selected, kind: str, facts: dict[str, Any]) -> Match:
+        assert self._matcher is not None  # `_has_log` made it
+        match = self._matcher.find(selected, kind)
+        facts["n_senders"] = len(match.rows)
+        facts["senders"] = [
+            self._seqs[match.rows[sender]] if sender in match.rows else None
+            for sender in range(self.recording.world_size)
+        ]
+        if match.warning:
+            facts["message"] = match.warning
+            self._warnings.once(
+                ("order", selected.key.name),
+                f"tap {label(selected.key.name, selected.tags)}: {match.warning}",
+                self._where(),
+            )
+        return match
+
+    def _load(
+        self, match: Match, device: torch.device
+    ) -> tuple[list[torch.Tensor | None], list[dict[str, Any] | None]]:
+        """Return the sender slice on the receiver's device, and the manifest rows behind it."""
+        received: list[torch.Tensor | None] = []
+        rows: list[dict[str, Any] | None] = []
+        for sender in range(self.recording.world_size):
+            if sender not in match.rows:
+                received.append(None)
+                rows.append(None)
+                continue
+            row = self._frame.row(match.rows[sender], named=True)
+            received.append(self.recording.read(row).to(device))
+            rows.append(row)
+        return received, rows
+
+    def _transformed(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        placements: str,
+        received: list[torch.Tensor | None],
+        rows: list[dict[str, Any] | None],
+        kind: str,
+    ) -> Any:
+        assert self._transform is not None  # the caller asked
+        rank = self._ranks.current
+        g = GraftInput(
+            tags={**selected.tags, "name": selected.key.name},
+            received_list=received,
+            received_extras_list=[
+                None if row is None else json.loads(row["extras"] or "{}") for row in rows
+            ],
+            target=target.detach().clone(),
+            key=selected.key,
+            rank=rank.rank,
+            world_size=rank.world_size,
+            sender_world_size=self.recording.world_size,
+            dims=call.dims or placements,
+            sender_dims=next((row["dims"] for row in rows if row and row["dims"]), ""),
+        )
+        try:
+            return self._transform(g)
+        except Exception as err:
+            raise TransformError(
+                f"the transform {self._transform.name} raised {type(err).__name__}: {err}"
+            ) from err
+
+    def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
+        """Hold a value against the recorded one; values have no memory to graft onto."""
+        facts: dict[str, Any] = {}
+        error: GraftError | None = None
+        try:
+            match = self._match(selected, "value", facts)
+            rank = self._ranks.current.rank
+            mine = match.rows.get(rank, next(iter(match.rows.values())))
+            recorded = self._frame.row(mine, named=True)["value"]
+            ours = encode_value(value)
+            verdict = "equal" if recorded == ours else f"recorded {recorded}, here {ours}"
+            facts["message"] = _joined(facts.get("message"), verdict)
+        except Exception as err:
+            error = _worded(err)
+        self._finish(selected, "value", start, error, **facts)
+
+    def _finish(
+        self,
+        selected: Selected,
+        kind: str,
+        start: float,
+        error: GraftError | None,
+        **facts: Any,
+    ) -> None:
+        """Log what came of a tap, say it where it failed, raise where that was asked for."""
+        outcome = "compared" if kind == "value" else "grafted"
+        if error is not None:
+            outcome = "missing" if isinstance(error, MissingRecord) else "error"
+            facts = {k: v for k, v in facts.items() if k == "n_senders"}
+            facts["message"] = " ".join(str(error).split("\n"))
+        key = selected.key
+        row = {
+            "rank": self._ranks.current.rank,
+            "seq": self._selection.next_seq() if kind == "grad" else selected.seq,
+            "step": key.step,
+            "name": key.name,
+            "occurrence": key.occurrence,
+            "tags": selected.text,
+            "kind": kind,
+            "outcome": outcome,
+            "message": "",
+            "seconds": time.perf_counter() - start,
+            **facts,
+        }
+        self._write(row)
+        if error is None:
+            return
+        tap = f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
+        policy = self._on_missing if outcome == "missing" else self._on_error
+        if policy == "raise":
+            raise ReplayError(f"tap {tap} was not grafted: {row['message']}") from error
+        self._warnings.once(
+            (key.name, outcome, type(error).__name__),
+            f"tap {tap} was not grafted: {row['message']}",
+            self._where(),
+        )
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._log is not None  # `_has_log` made it
+        try:
+            self._log.add(row)
+        except OSError as err:
+            # The graft itself is done; only the trace of it is lost, and that is said.
+            self.reason = f"the log cannot be written: {err.strerror or err}"
+            self._say(self.reason)
+            write_report({"session": "GRAFT_REPLAY", "state": "failed", "reason": self.reason})
+
+    def _where(self) -> str:
+        return f"rank={self._ranks.current.rank} step={self._selection.step}"
+
+    def _say(self, message: str) -> None:
+        say(message, self._where())
+
+
+def _worded(err: Exception) -> GraftError:
+    """Return an error as one of ours; what torch itself raised keeps its own words."""
+    return err if isinstance(err, GraftError) else ReplayError(f"{type(err).__name__}: {err}")
+
+
+def _joined(*texts: str | None) -> str:
+    return "; ".join(text for text in texts if text)
+
+
+def from_environment(environ: Mapping[str, str]) -> Replayer:
+    """Return the replayer that `GRAFT_REPLAY` and its companions ask for, started.
+
+    A transform that cannot be imported does not stop the job: every graft then fails for that
+    reason, and the replay ends with status 3.
+
+    Raises:
+        GraftError: a variable cannot be used, or the recording cannot be read.
+    """
+    offset = environ.get("GRAFT_REPLAY_STEP_OFFSET") or "0"
+    try:
+        step_offset = int(offset)
+    except ValueError:
+        raise UsageError(f"GRAFT_REPLAY_STEP_OFFSET={offset!r} is no whole number") from None
+    session = Replayer(
+        environ["GRAFT_REPLAY"],
+        filter=environ.get("GRAFT_REPLAY_FILTER") or None,
+        out=environ.get("GRAFT_REPLAY_OUT") or None,
+        record=environ.get("GRAFT_REPLAY_RECORD") or None,
+        match_on=environ.get("GRAFT_REPLAY_MATCH_ON") or None,
+        step_offset=step_offset,
+        on_error=environ.get("GRAFT_REPLAY_ON_ERROR") or "skip",
+        on_missing=environ.get("GRAFT_REPLAY_ON_MISSING") or "skip",
+    )
+    path = environ.get("GRAFT_REPLAY_TRANSFORM")
+    if path:
+        try:
+            session._transform = transforms.load(path)
+        except TransformError as err:
+            session._broken_transform = err
+    if session._record_filter is not None and session.out is not None:
+        session._recorder = Recorder(session.out, filter=session._record_filter)
+        session._recorder.start_lazily()
+        activate(session._recorder)
+    session.state = "running"
+    return session

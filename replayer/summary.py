@@ -1,0 +1,145 @@
+"""What a replay came to: its log against the records it could have used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from recorder.filters import Filter
+from recorder.tags import label
+
+from .match import selected_rows
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts over all receivers.
+
+    Attributes:
+        outcomes: how many taps had each outcome.
+        first_error: the message of the first tap that failed, or "".
+        first_missing: the message of the first tap without a record, or "".
+        selected: records that the filter selects.
+        unused: those of them that no tap was given.
+        unused_names: names and tags of some of these, most frequent first.
+    """
+
+    outcomes: dict[str, int]
+    first_error: str
+    first_missing: str
+    selected: int
+    unused: int
+    unused_names: tuple[str, ...]
+
+    def problems(self, strict: bool) -> list[str]:
+        """Return why the replay is not to be trusted; empty where it is."""
+        found = []
+        if self.outcomes.get("error"):
+            found.append(
+                f"{_count(self.outcomes['error'], 'graft')} failed, the first: {self.first_error}"
+            )
+        if not self.outcomes.get("grafted"):
+            found.append("nothing was grafted" + self._why_nothing())
+        elif strict and self.outcomes.get("missing"):
+            found.append(
+                f"--strict: {_count(self.outcomes['missing'], 'selected tap')} had no record, "
+                f"the first: {self.first_missing}"
+            )
+        if strict and self.unused:
+            found.append(
+                f"--strict: {_count(self.unused, 'selected record')} of {self.selected} never "
+                f"used, such as {', '.join(self.unused_names[:3])}"
+            )
+        return found
+
+    def _why_nothing(self) -> str:
+        if self.outcomes.get("missing"):
+            return f": no selected tap has a record, the first: {self.first_missing}"
+        if not self.outcomes:
+            return ": no tap was selected; see --filter, and graft doctor in the command's place"
+        return ""
+
+    def line(self) -> str:
+        """Return the counts as one line."""
+        order = ("grafted", "compared", "missing", "error")
+        counts = [f"{self.outcomes[o]} {o}" for o in order if self.outcomes.get(o)]
+        tail = f"; {self.unused} of {self.selected} selected records unused" if self.unused else ""
+        return (", ".join(counts) or "no tap was selected") + tail
+
+
+def summarize(
+    log: pl.DataFrame,
+    records: pl.DataFrame,
+    filter: Filter | None,
+    world_size: int,
+    step_offset: int = 0,
+) -> Summary:
+    """Hold a replay's log against the baseline's records.
+
+    Args:
+        log: the log's rows, of all receivers.
+        records: the baseline's manifest rows that could be used.
+        filter: the replay's filter.
+        world_size: the number of receivers.
+        step_offset: as the replay had it.
+    """
+
+    outcomes = dict(log.group_by("outcome").len().iter_rows())
+    used = _used(log)
+    selected = _selected(records, filter, world_size, step_offset)
+    unused = selected.join(used, on=["rank", "seq"], how="anti")
+    names = (
+        unused.group_by("name", "tags")
+        .len()
+        .sort("len", "name", "tags", descending=[True, False, False])
+    )
+    return Summary(
+        outcomes,
+        _first(log, "error"),
+        _first(log, "missing"),
+        selected.height,
+        unused.height,
+        tuple(label(name, tags) for name, tags in names.head(5).select("name", "tags").iter_rows()),
+    )
+
+
+def _used(log: pl.DataFrame) -> pl.DataFrame:
+    import polars as pl
+
+    lists = log["senders"].drop_nulls().to_list()
+    pairs = {(rank, seq) for seqs in lists for rank, seq in enumerate(seqs) if seq is not None}
+    return pl.DataFrame(sorted(pairs), schema={"rank": pl.Int32, "seq": pl.Int64}, orient="row")
+
+
+def _selected(
+    records: pl.DataFrame, filter: Filter | None, world_size: int, step_offset: int
+) -> pl.DataFrame:
+    """Return the records that some receiver selects; a second forward's are never asked for."""
+    import polars as pl
+
+    first = records.filter(~pl.col("tags").str.contains('"recompute":true', literal=True))
+    reads_rank = filter is not None and "rank" in filter.names
+    receivers: Iterable[int] = range(world_size) if reads_rank else (0,)
+    parts = [selected_rows(first, filter, rank, step_offset) for rank in receivers]
+    return pl.concat(parts).unique(["rank", "seq"])
+
+
+def _first(log: pl.DataFrame, outcome: str) -> str:
+    import polars as pl
+
+    rows = log.filter(pl.col("outcome") == outcome).sort("seq", "rank")
+    if not rows.height:
+        return ""
+    row = rows.row(0, named=True)
+    return (
+        f"{label(row['name'], row['tags'])} step={row['step']} occurrence={row['occurrence']} on "
+        f"rank {row['rank']}: {row['message']}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

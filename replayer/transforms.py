@@ -1,0 +1,168 @@
+"""Transforms: what turns a sender slice into the tensor to write.
+
+1. `load` turns `pkg.mod.fn` into a function.
+2. `Transform` decides once, from the signature, how to call it: `(g)` or `(received_list, target)`.
+3. `identity` is the one that is used where none is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recorder.errors import TransformError
+from recorder.tags import Key
+
+Function = Callable[..., Any]
+HOW = "name a transform with --transform pkg.mod.fn (or Replayer(transform=...))"
+
+
+@dataclass(frozen=True)
+class GraftInput:
+    """What a transform with one argument receives. All of it is the transform's own.
+
+    Attributes:
+        tags: the tap's tags, `name` included.
+        received_list: the sender slice: one tensor per sender rank, in rank order, on the
+            receiver's device; None where that rank has none.
+        received_extras_list: each sender's extras, {} where it gave none, None where it has none.
+        target: a copy of the receiver's tensor; its local part where it is a DTensor.
+        key: the tap's key on the receiver.
+        rank: the receiver's rank.
+        world_size: the number of receivers.
+        sender_world_size: the number of senders.
+        dims: the receiver's declared layout, "" where it has none.
+        sender_dims: the senders' declared layout, "" where they have none.
+    """
+
+    tags: dict[str, Any]
+    received_list: list[torch.Tensor | None]
+    received_extras_list: list[dict[str, Any] | None]
+    target: torch.Tensor
+    key: Key
+    rank: int
+    world_size: int
+    sender_world_size: int
+    dims: str = ""
+    sender_dims: str = ""
+
+
+class Transform:
+    """A function to transform with, and how it wants to be called.
+
+    Raises:
+        TransformError: its signature takes neither one nor two arguments.
+    """
+
+    def __init__(self, function: Function, name: str | None = None) -> None:
+        if not callable(function):
+            raise TransformError(
+                f"the transform is a {type(function).__name__}, expected a function of (g) or of "
+                "(received_list, target)"
+            )
+        self.function = function
+        self.name = name or getattr(function, "__qualname__", type(function).__name__)
+        self._one = self._takes_one()
+
+    def __call__(self, g: GraftInput) -> Any:
+        """Return what the function returns, unchecked."""
+        return self.function(g) if self._one else self.function(g.received_list, g.target)
+
+    def _takes_one(self) -> bool:
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # some builtins have none
+            return True
+        positional = [
+            p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        required = [p for p in positional if p.default is p.empty]
+        has_rest = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+        keyword = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
+        if not keyword:
+            if len(required) == 2:
+                return False
+            if len(required) == 1 or (not required and positional):
+                # Two positional of which one has a default could mean either; the contract's
+                # names decide.
+                return [p.name for p in positional[:2]] != ["received_list", "target"]
+            if has_rest and not required:
+                return True
+        raise TransformError(
+            f"the transform {self.name}{inspect.signature(self.function)} takes neither one "
+            "argument (g) nor two (received_list, target)"
+        )
+
+
+def load(path: str) -> Transform:
+    """Return the transform that a dotted path names.
+
+    The working directory is searched after `sys.path`, as users expect of a command line.
+
+    Raises:
+        TransformError: it cannot be imported, or is no such function.
+    """
+    module_name, _, attribute = path.rpartition(".")
+    parts = path.split(".")
+    if not module_name or not all(part.isidentifier() for part in parts):
+        raise TransformError(f"transform {path!r} is no path such as pkg.mod.fn")
+    sys.path.append(str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as err:
+        raise TransformError(
+            f"transform {path!r} cannot be imported: {type(err).__name__}: {err}; "
+            "check the path, and PYTHONPATH in the target's environment"
+        ) from err
+    finally:
+        sys.path.pop()
+    function = getattr(module, attribute, None)
+    if function is None:
+        near = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        raise TransformError(
+            f"transform {path!r} cannot be imported: module {module_name} has no {attribute!r}; "
+            f"it has {', '.join(near[:6]) or 'no functions'}"
+        )
+    return Transform(function, path)
+
+
+def identity(
+    received: Sequence[torch.Tensor | None], rank: int, world_size: int, target: torch.Tensor
+) -> torch.Tensor:
+    """Return the tensor of the sender with the receiver's rank.
+
+    Args:
+        received: the sender slice.
+        rank: the receiver's rank.
+        world_size: the number of receivers.
+        target: the receiver's tensor.
+
+    Raises:
+        TransformError: there are not as many senders as receivers, that sender has none, or the
+            shapes differ; says which.
+    """
+    if len(received) != world_size:
+        raise TransformError(
+            f"identity by rank needs as many senders as receivers, and there are {len(received)} "
+            f"senders and {world_size} receivers; {HOW}"
+        )
+    mine = received[rank]
+    if mine is None:
+        have = [sender for sender, tensor in enumerate(received) if tensor is not None]
+        raise TransformError(
+            f"identity by rank needs a record of sender rank {rank}, and only rank "
+            f"{', '.join(map(str, have))} recorded this key; {HOW}"
+        )
+    if mine.shape != target.shape:
+        raise TransformError(
+            f"identity by rank needs equal shapes, and the record has {list(mine.shape)}, "
+            f"the target {list(target.shape)}; {HOW}"
+        )
+    return mine

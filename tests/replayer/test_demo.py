@@ -1,0 +1,157 @@
+"""`graft demo`: what it prints, what it proves, and the model it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+
+from recorder import Recording
+from replayer import GraftInput
+from replayer.demo.model import HEADS, LAYERS, Model, batch
+from replayer.demo.run import TapEffect, compare_runs, effects_table, restored, verdict
+from replayer.demo.transform import recut
+
+GRAFT = Path(sys.executable).with_name("graft")
+BEFORE_FAULT = 1 + 5 * 2  # the embedding and two layers of five taps
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of one run of the demo, as a user runs it."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    done = subprocess.run(
+        [GRAFT, "demo", "-o", folder], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def effects(demo: tuple[Path, str]) -> list[TapEffect]:
+    folder, _ = demo
+    runs = [Recording.open(folder / name) for name in ("baseline", "target", "grafted")]
+    assert [run.world_size for run in runs] == [4, 2, 2]
+    return compare_runs(*runs)
+
+
+def test_prints_every_command_it_runs(demo: tuple[Path, str]) -> None:
+    folder, output = demo
+    pasted = output.replace(" \\\n    ", " ").splitlines()
+    baseline = "-- torchrun --standalone --nproc-per-node 4 -m replayer.demo.baseline"
+    target = "-- torchrun --standalone --nproc-per-node 2 -m replayer.demo.target"
+    assert [line for line in pasted if line.startswith("$ graft")] == [
+        f"$ graft record -o {folder}/baseline {baseline}",
+        f"$ graft record -o {folder}/target {target}",
+        f"$ graft replay {folder}/baseline -o {folder}/grafted"
+        " --filter 'name == \"attn_q\" and layer == 2' --record True"
+        f" --transform replayer.demo.transform.recut {target}",
+    ]
+
+
+def test_shows_every_tap_and_passes(demo: tuple[Path, str]) -> None:
+    _, output = demo
+    for name in ("embed", "attn_q", "attn_out", "mlp_hidden", "mlp_out", "hidden", "logits"):
+        assert name in output
+    assert output.count("<- fault; grafted") == 1
+    assert "PASS: after the graft equal to the baseline's within 1e-05" in output
+    assert max(len(line) for line in output.splitlines() if line.startswith(("┃", "│"))) <= 80
+
+
+def test_taps_before_the_fault_agree(effects: list[TapEffect]) -> None:
+    assert all(max(tap.before, tap.after) < 1e-6 for tap in effects[:BEFORE_FAULT])
+
+
+def test_the_grafted_tap_shows_the_fault_both_times(effects: list[TapEffect]) -> None:
+    tap = effects[BEFORE_FAULT]
+    assert (tap.name, tap.layer, tap.grafted) == ("attn_q", 2, True)
+    assert tap.before > 0.1
+    assert tap.after == pytest.approx(tap.before)
+
+
+def test_taps_after_the_fault_are_wrong_before_and_right_after(effects: list[TapEffect]) -> None:
+    downstream = effects[BEFORE_FAULT + 1 :]
+    assert len(downstream) == 4 + 5 + 1
+    assert all(tap.before > 1e-3 and tap.after < 1e-6 for tap in downstream)
+
+
+def test_a_failing_command_ends_the_demo_with_its_status(tmp_path: Path) -> None:
+    occupied = tmp_path / "occupied"
+    occupied.write_text("not a folder")
+    code = (
+        "import sys; from pathlib import Path; from replayer.demo.run import run_demo; "
+        "sys.exit(run_demo(Path(sys.argv[1]), print))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, occupied], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert f"that command ended with status {done.returncode}" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_hold_the_same_logical_weights(world_size: int) -> None:
+    whole = Model(0, 1)
+    parts = [Model(rank, world_size) for rank in range(world_size)]
+    for i in range(LAYERS):
+        for name, dim in {"query": 1, "attn_out": 0, "mlp_in": 1, "mlp_out": 0}.items():
+            joined = torch.cat([getattr(part.layers[i], name) for part in parts], dim=dim)
+            torch.testing.assert_close(joined, getattr(whole.layers[i], name), rtol=0, atol=0)
+
+
+def test_recut_turns_four_shards_into_two() -> None:
+    whole = torch.arange(2 * 3 * 8 * 4).reshape(2, 3, 8, 4)
+    parts = [recut(received("attn_q", whole.chunk(4, dim=2), rank)) for rank in range(2)]
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
+    assert {part.shape for part in parts} == {(2, 3, 4, 4)}
+
+
+def test_recut_passes_a_replicated_tensor_through() -> None:
+    hidden = torch.ones(2, 3)
+    assert recut(received("hidden", [hidden] * 4, rank=1)) is hidden
+
+
+def received(name: str, shards: Sequence[torch.Tensor], rank: int) -> GraftInput:
+    """The part of a transform's input that `recut` reads."""
+    fields = {"tags": {"name": name}, "received_list": list(shards), "rank": rank, "world_size": 2}
+    return cast(GraftInput, SimpleNamespace(**fields))
+
+
+def test_the_heads_must_divide_by_the_ranks() -> None:
+    with pytest.raises(ValueError, match=f"{HEADS} heads cannot be cut over 3 ranks"):
+        Model(0, 3)
+
+
+def test_no_token_sees_what_follows_it() -> None:
+    model, tokens = Model(0, 1), batch(0)
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 2
+    torch.testing.assert_close(model.forward(changed)[:, :-1], model.forward(tokens)[:, :-1])
+
+
+def test_the_fault_changes_the_output() -> None:
+    right, wrong = Model(0, 1).forward(batch(0)), Model(0, 1, unscaled_layer=2).forward(batch(0))
+    assert not torch.allclose(right, wrong, atol=0.1)
+
+
+def test_nan_is_never_a_restored_output() -> None:
+    nan = float("nan")
+    assert restored(before=1.0, after=1e-6)
+    assert not restored(before=nan, after=1e-6)
+    assert not restored(before=1.0, after=nan)
+    assert verdict(1.0, nan).splitlines()[-1].startswith("FAIL")
+
+
+def test_the_table_marks_the_grafted_row() -> None:
+    lines = effects_table(
+        [TapEffect("embed", None, 0.0, 0.0), TapEffect("attn_q", 2, 0.5, 0.5)]
+    ).splitlines()
+    assert next(line for line in lines if "attn_q" in line).count("5.0e-01") == 2
+    assert "<- fault; grafted" in next(line for line in lines if "attn_q" in line)
