@@ -138,10 +138,10 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
         CaptureError: it cannot be captured faithfully.
     """
     check(tensor)
-    plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
-    if plain.is_complex():
-        plain = torch.view_as_real(plain)
     try:
+        plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
+        if plain.element_size() == 16:  # no integer is as wide as complex128
+            plain = torch.view_as_real(plain)
         return plain.view(_BITS[plain.element_size()])
     except (RuntimeError, KeyError) as err:
         name = dtype_name(tensor.dtype)

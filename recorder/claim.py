@@ -311,8 +311,9 @@ def provenance() -> dict[str, Any]:
 
     versions = {"python": platform.python_version()}
     for name in ("tensorgraft", "torch", "safetensors", "polars", "xxhash"):
+        loaded = getattr(sys.modules.get(name), "__version__", None)
         try:
-            versions[name] = metadata.version(name)
+            versions[name] = str(loaded or metadata.version(name))  # loaded says +cpu or +cu too
         except metadata.PackageNotFoundError:
             continue
     return {"versions": versions, "platform": platform.platform(), "git": _git_revision()}

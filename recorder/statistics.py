@@ -87,8 +87,8 @@ class Statistics:
 
 
 def has_statistics(dtype: torch.dtype) -> bool:
-    """Whether torch can compute with this dtype at all; sub-byte and bit dtypes it cannot."""
+    """Whether torch can compute with this dtype; with sub-byte and other odd ones it cannot."""
     name = str(dtype).removeprefix("torch.")
-    return not name.startswith(("bits", "float4", "quint", "qint")) and name not in {
+    return not name.startswith(("bits", "float4", "quint", "qint", "bcomplex")) and name not in {
         f"{sign}int{width}" for sign in ("", "u") for width in range(1, 8)
     }

@@ -254,8 +254,6 @@ def demo(out: str, overwrite: bool) -> None:
 
     Takes under a minute on two cores, uses no network, and prints every command it runs.
     """
-    from .demo.run import run_demo
-
     folder = Path(out)
     if folder.exists():
         if not overwrite:
@@ -263,6 +261,8 @@ def demo(out: str, overwrite: bool) -> None:
         if any(folder.iterdir()) and not (folder / "baseline" / "recording.json").exists():
             raise RecordingError(f"{folder} is no demo's folder, so it is left alone; name another")
         shutil.rmtree(folder)
+    from .demo.run import run_demo
+
     sys.exit(run_demo(folder, click.echo))
 
 

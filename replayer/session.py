@@ -339,8 +339,15 @@ class Replayer:
                 facts["message"] = _joined(facts.get("message"), note)
             facts["numel"] = target.numel()
             if self._metrics:
-                facts.update(asdict(difference(target, new)))
+                self._measure(target, new, facts)
         return new
+
+    def _measure(self, target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> None:
+        """Note how a target differs from what replaces it; a figure is never worth a graft."""
+        try:
+            facts.update(asdict(difference(target, new)))
+        except Exception as err:
+            facts["message"] = _joined(facts.get("message"), f"not measured: {err}")
 
     def _match(self, selected: Selected, kind: str, facts: dict[str, Any]) -> Match:
         assert self._matcher is not None  # `_has_log` made it

@@ -89,7 +89,4 @@ def restore(
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     if (raw.data_ptr() if raw.numel() else 0) % dtype.itemsize:
         raw = raw.clone()  # safetensors packs payloads without gaps, so one may be misaligned
-    if dtype.is_complex:
-        part = {4: torch.float16, 8: torch.float32, 16: torch.float64}[dtype.itemsize]
-        return torch.view_as_complex(raw.view(part).view(*shape, 2))
     return raw.view(dtype).view(tuple(shape))

@@ -60,7 +60,8 @@ def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
     A command that fails ends the demo with that command's status.
     """
     environment = dict(os.environ)
-    if any(shutil.which(name) != str(BIN / name) for name in ("graft", "torchrun")):
+    scripts = [BIN / name for name in ("graft", "torchrun") if (BIN / name).exists()]
+    if any(shutil.which(script.name) != str(script) for script in scripts):
         echo(f"$ export PATH={shlex.quote(str(BIN))}:$PATH")
         environment["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if "OMP_NUM_THREADS" not in environment:  # torchrun would choose 1 too, but with a warning

@@ -1,0 +1,128 @@
+"""The filter language."""
+
+from __future__ import annotations
+
+import pytest
+
+from recorder.errors import FilterError
+from recorder.filters import Filter
+
+TAGS = {"name": "attn_out", "layer": 3, "phase": "prefill", "axes": ["tp", "cp"], "ok": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("True", True),
+        ('name == "attn_out"', True),
+        ('name != "attn_out"', False),
+        ('name in ("q", "attn_out")', True),
+        ('name not in ["q", "k"]', True),
+        ('name in {"q"}', False),
+        ('"attn" in name', True),
+        ("layer < 4 and layer >= 3", True),
+        ("0 <= layer < 3", False),
+        ("layer % 2 == 1", True),
+        ("layer * 2 + 1 == 7 and layer // 2 == 1 and layer / 2 == 1.5 and -layer == -3", True),
+        ("layer is None", False),
+        ("layer is not None", True),
+        ("missing is None", True),
+        ("missing == None", True),
+        ("missing < 4", False),
+        ("missing >= 4", False),
+        ("not missing < 4", True),
+        ("missing + 1 > 0", False),
+        ("-missing == 1", False),
+        ('missing in ("a", None)', True),
+        ('"a" in missing', False),
+        ('"a" not in missing', True),
+        ('missing in "abc"', False),
+        ("len(missing) == 3", False),
+        ('search("tt", name)', True),
+        ('match("tt", name)', False),
+        ('match("at", name)', True),
+        ('fullmatch("attn_.*", name)', True),
+        ('search("a", missing)', False),
+        ('search("3", layer)', True),
+        ("len(name) == 8", True),
+        ('name.startswith("attn")', True),
+        ('name.endswith(("in", "out"))', True),
+        ('missing.startswith("a")', False),
+        ('phase == "prefill" if layer > 2 else False', True),
+        ('axes == ("tp", "cp")', True),
+        ('"tp" in axes', True),
+        ("ok", True),
+        ("ok is True", True),
+        ("", None),
+    ],
+)
+def test_selects(text, verdict):
+    if verdict is None:
+        with pytest.raises(FilterError, match="it is empty"):
+            Filter.parse(text)
+    else:
+        assert Filter.parse(text)(TAGS) is verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "place"),
+    [
+        ("layer.real == 1", "an attribute is not allowed", "layer.real"),
+        ('__import__("os")', "__import__ cannot be called", "__import__"),
+        ("name[0] == 'a'", "indexing is not allowed", "name[0]"),
+        ("[x for x in name]", "a comprehension is not allowed", "[x for x in name]"),
+        ("lambda: 1", "a lambda is not allowed", "lambda: 1"),
+        ("(x := 1)", "an assignment is not allowed", "x := 1"),
+        ("layer ** 9", "only + - * / // % are allowed", "layer ** 9"),
+        ("~layer", "operator ~ is not allowed", "~layer"),
+        ("name.upper() == 'A'", "the only methods are startswith and endswith", "name.upper"),
+        ("search(name, 'a')", "must be a string literal", "name"),
+        ("search('(', name)", "no regular expression", "'('"),
+        ("search('a')", "takes a pattern and a tag", "search('a')"),
+        ("len(name, 1)", "len takes one argument", "len(name, 1)"),
+        ("search == 1", "search is a function", "search"),
+        ("f'{name}' == 1", "an f-string is not allowed", "f'{name}'"),
+        ("name == b'a'", "a bytes literal is not allowed", "b'a'"),
+        ("search('ä', näme.x)", "an attribute is not allowed", "näme.x"),
+        ("len(name=1)", "keyword arguments are not allowed", "len(name=1)"),
+    ],
+)
+def test_refuses_anything_else_pointing_at_the_place(text, reason, place):
+    with pytest.raises(FilterError) as caught:
+        Filter.parse(text)
+    assert reason in caught.value.reason
+    assert text[caught.value.column :][: caught.value.width] == place
+    line, marker = str(caught.value).splitlines()[1:]
+    assert line.strip() == text
+    assert line[marker.index("^") :].startswith(place)
+
+
+def test_refuses_what_is_no_expression():
+    with pytest.raises(FilterError, match="not a Python expression"):
+        Filter.parse("layer <")
+
+
+def test_refuses_nesting_and_length_beyond_reason():
+    for text in ("(" * 5000 + "1" + ")" * 5000, "not " * 2400 + "x", "x" * 20_000):
+        with pytest.raises(FilterError):
+            Filter.parse(text)
+
+
+def test_a_comparison_that_python_cannot_make_is_an_error_with_its_place():
+    with pytest.raises(FilterError, match="not supported between"):
+        Filter.parse('layer < "4"')(TAGS)
+
+
+def test_a_filter_may_run_over_lines():
+    assert Filter.parse('name == "attn_out"\n  and layer == 3\n')(TAGS)
+
+
+def test_names_the_tags_it_reads():
+    assert Filter.parse('search("a", name) and layer < 4').names == {"name", "layer"}
+
+
+def test_says_why_it_selected_nothing():
+    filter = Filter.parse('layr < 4 and name == "attn_ot"')
+    why = filter.why_nothing({"layer", "phase"}, {"attn_out", "mlp_out"})
+    assert "no tap carried the tag 'layr', closest: layer" in why
+    assert "no tap is named 'attn_ot', closest: attn_out" in why

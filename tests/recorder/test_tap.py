@@ -1,0 +1,226 @@
+"""The line in the user's code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recorder import Recorder, Recording, context, step, tap
+
+
+def test_returns_the_value_itself_and_never_calls_a_callable_while_inactive():
+    h = torch.randn(3)
+    assert tap("h", h, layer=1) is h
+    called = []
+    assert callable(tap("h", lambda: called.append(1)))
+    step()
+    with context(phase="prefill"):
+        tap("h", object())
+    assert called == []
+
+
+def test_returns_the_value_itself_while_recording(run):
+    h = torch.randn(3)
+    with Recorder(run):
+        assert tap("h", h) is h
+        made = lambda: h * 2  # noqa: E731
+        assert tap("twice", made) is made
+    assert torch.equal(Recording.open(run).load(0, "twice"), h * 2)
+
+
+def test_a_callable_is_called_only_if_the_tap_is_wanted_and_then_once(run):
+    calls = []
+
+    def make(name):
+        calls.append(name)
+        return torch.zeros(1)
+
+    with Recorder(run, filter='name == "a"'):
+        tap("a", lambda: make("a"))
+        tap("b", lambda: make("b"))
+    assert calls == ["a"]
+
+
+def test_contexts_nest_the_inner_value_wins_and_the_call_wins_over_both(record):
+    def job(rank):
+        with context(phase="prefill", layer=0):
+            tap("a", torch.zeros(1))
+            with context(layer=1):
+                tap("a", torch.zeros(1))
+                tap("a", torch.zeros(1), layer=2)
+        tap("a", torch.zeros(1))
+
+    table = record(job).manifest()
+    assert table["phase"].to_list() == ["prefill", "prefill", "prefill", None]
+    assert table["layer"].to_list() == [0, 1, 2, None]
+
+
+def test_context_is_a_decorator_that_may_recurse(record):
+    @context(phase="decode")
+    def inner(depth):
+        tap("x", torch.zeros(1), depth=depth)
+        if depth:
+            inner(depth - 1)
+
+    def job(rank):
+        inner(2)
+        tap("y", torch.zeros(1))
+
+    assert record(job).manifest()["phase"].to_list() == ["decode"] * 3 + [None]
+
+
+def test_steps_count_from_0_and_occurrences_start_over_with_each(record):
+    def job(rank):
+        for _ in range(2):
+            for _ in range(3):
+                tap("x", torch.zeros(1))
+            tap("x", torch.zeros(1), layer=0)
+            step()
+
+    table = record(job).manifest()
+    assert table["step"].to_list() == [0] * 4 + [1] * 4
+    assert table["occurrence"].to_list() == [0, 1, 2, 0] * 2
+    assert table["seq"].to_list() == list(range(8))
+
+
+def test_scalars_strings_and_flat_lists_become_value_rows(record):
+    def job(rank):
+        tap("lr", 0.1)
+        tap("n", 3)
+        tap("ok", True)
+        tap("prompt", "héllo")
+        tap("lens", [3, 5])
+        tap("empty", ())
+
+    run = record(job)
+    assert run.manifest()["kind"].to_list() == ["value"] * 6
+    assert run.value(0, "lr") == 0.1
+    assert run.value(0, "ok") is True
+    assert run.value(0, "prompt") == "héllo"
+    assert run.value(0, "lens") == [3, 5]
+    assert run.value(0, "empty") == []
+    row = run.rows().row(0, named=True)
+    assert row["value"] == "0.1" and row["nbytes"] == 3 and len(row["digest"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (None, "it is a NoneType"),
+        ({"a": 1}, "it is a dict"),
+        ([[1]], "it is a list holding a list"),
+        ((torch.zeros(1),), "it is a tuple holding a Tensor"),
+    ],
+)
+def test_anything_else_is_warned_about_once_with_its_call_site(record, capsys, value, what):
+    def job(rank):
+        for _ in range(3):
+            tap("odd", value)
+        tap("fine", 1)
+
+    assert record(job).manifest()["name"].to_list() == ["fine"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("[graft rank=0 step=0] tap 'odd' at ")
+    assert "test_tap.py:" in lines[0] and what in lines[0]
+
+
+def test_a_callable_that_raises_is_said_and_the_job_goes_on(record, capsys):
+    def job(rank):
+        tap("x", lambda: 1 / 0)
+        tap("y", 1)
+
+    assert record(job).manifest()["name"].to_list() == ["y"]
+    assert "its callable raised ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tags", "what"),
+    [
+        ({"layer": object()}, "the tag 'layer' is a object; tags are strings, numbers"),
+        ({"step": 3}, "the tag 'step' has a meaning of its own"),
+        ({"x": float("nan")}, "is not a finite number"),
+        ({"x": "\ud800"}, "no valid Unicode"),
+    ],
+)
+def test_a_tag_that_cannot_be_part_of_a_key_is_refused_with_a_reason(record, capsys, tags, what):
+    def job(rank):
+        tap("x", 1, **tags)
+        tap("y", 1)
+
+    assert record(job).manifest()["name"].to_list() == ["y"]
+    assert what in capsys.readouterr().err
+
+
+def test_equal_looking_tags_of_different_types_are_different_keys(record):
+    def job(rank):
+        for layer in (1, True, 1.0, "1", None):
+            tap("x", 1, layer=layer)
+
+    table = record(job).rows()
+    assert table["tags"].to_list() == [
+        '{"layer":1}',
+        '{"layer":true}',
+        '{"layer":1.0}',
+        '{"layer":"1"}',
+        '{"layer":null}',
+    ]
+    assert table["occurrence"].to_list() == [0] * 5
+
+
+def test_tags_that_are_integers_in_disguise_are_integers(record):
+    def job(rank):
+        tap("x", 1, layer=torch.tensor(3))
+        tap("x", 1, layer=(1, 2))
+
+    assert record(job).rows()["tags"].to_list() == ['{"layer":3}', '{"layer":[1,2]}']
+
+
+def test_recompute_is_recorded_but_not_part_of_the_key(record):
+    def job(rank):
+        tap("x", torch.zeros(1), layer=0)
+        with context(recompute=True):
+            tap("x", torch.ones(1), layer=0)
+
+    run = record(job)
+    assert run.rows()["occurrence"].to_list() == [0, 0]
+    assert run.load(0, "x", layer=0).item() == 0  # the first forward's
+
+
+def test_extras_take_small_tensors_and_say_what_json_cannot_hold(record, capsys):
+    def job(rank):
+        tap("x", torch.zeros(1), extras={"lens": torch.tensor([1, 2]), "bad": object()})
+
+    assert record(job).rows()["extras"].to_list() == ['{"lens":[1,2]}']
+    assert "extras['bad'] is a object, which JSON cannot hold" in capsys.readouterr().err
+
+
+def test_gradients_are_recorded_under_the_step_of_their_tap(record):
+    w = torch.nn.Parameter(torch.ones(2))
+
+    def job(rank):
+        for scale in (1.0, 2.0):
+            tap("w", w, grad=True)
+            h = tap("h", w * scale, grad=True)
+            (h * 3).sum().backward()
+            step()
+
+    run = record(job)
+    table = run.manifest()
+    assert table["kind"].to_list() == ["tensor", "tensor", "grad", "grad"] * 2
+    assert table["step"].to_list() == [0] * 4 + [1] * 4
+    assert torch.equal(run.load(0, "h", step=1, kind="grad"), torch.full((2,), 3.0))
+    assert torch.equal(run.load(0, "w", step=1, kind="grad"), torch.full((2,), 6.0))
+
+
+def test_a_forward_without_backward_leaves_no_hook_to_misfire(record):
+    w = torch.nn.Parameter(torch.ones(2))
+
+    def job(rank):
+        tap("w", w, grad=True)  # an evaluation: its backward never comes
+        step()
+        tap("w", w, grad=True)
+        (w * 2).sum().backward()
+
+    table = record(job).manifest().filter(kind="grad")
+    assert table["step"].to_list() == [1]
