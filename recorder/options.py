@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -27,6 +26,17 @@ def note(message: str) -> None:
     click.echo(f"[graft] {printable(message)}", err=True)
 
 
+class Failure(click.ClickException):
+    """An expected error, worded by itself; exit status 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Print it to stderr; a filter's error points at its place on two more lines."""
+        first, *rest = self.message.split("\n")
+        click.echo("\n".join(map(printable, ("Error: " + first, *rest))), file=file, err=True)
+
+
 def expected_errors(function: F) -> F:
     """Turn expected errors into one clear line on stderr and exit status 2."""
 
@@ -35,14 +45,7 @@ def expected_errors(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except GraftError as err:
-            lines = str(err).split("\n")  # a filter's error points at its place on two more
-            click.echo(
-                "\n".join(["Error: " + printable(lines[0]), *map(printable, lines[1:])]), err=True
-            )
-            sys.exit(2)
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader has gone, as with `| head`; that is no error
-            sys.exit(0)
+            raise Failure(str(err)) from None
 
     return inner  # type: ignore[return-value]
 
@@ -52,6 +55,7 @@ class FilterType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
     name = "EXPR"
 
+    @expected_errors
     def convert(self, value: Any, param: Any, ctx: Any) -> Filter:
         """Return the parsed filter."""
         return value if isinstance(value, Filter) else Filter.parse(value)
@@ -62,6 +66,7 @@ class SizeType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
 
     name = "SIZE"
 
+    @expected_errors
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         """Return the number."""
         return parse_size(value)

@@ -184,10 +184,11 @@ class Recorder:
             if self.state == "running" and not self._lazy:
                 self._has_writer()  # asked for by name, so an empty recording is one too
             writer = self._writer
+        if writer is not None:
+            writer.close()  # its last writes can still fail
+        with self._lock:
             if self.state == "running":
                 self.state = "complete"
-        if writer is not None:
-            writer.close()
         self._settle(writer)
         why = self._selection.why_nothing()
         if why is not None and "GRAFT_REPORTS" not in os.environ:

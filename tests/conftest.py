@@ -89,11 +89,8 @@ class Shell:
         self, *words: Any, env: dict[str, str] | None = None, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run words, flattened, to their end; output is captured as text."""
-        flat: list[str] = []
-        for word in words:
-            flat += [str(w) for w in word] if isinstance(word, (list, tuple)) else [str(word)]
         return subprocess.run(
-            flat,
+            _flat(words),
             cwd=self.folder,
             env={**self.env, **(env or {})},
             capture_output=True,
@@ -102,6 +99,12 @@ class Shell:
             check=False,
             **options,
         )
+
+
+def _flat(words: Any) -> list[str]:
+    if isinstance(words, (list, tuple)):
+        return [part for word in words for part in _flat(word)]
+    return [str(words)]
 
 
 @pytest.fixture

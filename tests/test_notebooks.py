@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -26,26 +25,29 @@ class ThisInterpreter(KernelSpecManager):
         return KernelSpec(argv=command, display_name=kernel_name, language="python")
 
 
+class Manager(AsyncKernelManager):
+    """Starts this interpreter as the kernel; nbclient makes it, so nbclient shuts it down."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(kernel_spec_manager=ThisInterpreter(), **options)
+
+
 @every_notebook
-def test_runs(path: Path, tmp_path: Path) -> None:
+def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not the user's settings
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     work = tmp_path / "work"
     work.mkdir()
-    environment = {
-        **os.environ,
-        "IPYTHONDIR": str(tmp_path / "ipython"),  # neither the user's settings nor their history
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }
-    manager = AsyncKernelManager(
-        kernel_name="python3",
-        kernel_spec_manager=ThisInterpreter(),
-        connection_file=str(tmp_path / "kernel.json"),
-    )
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        notebook, km=manager, timeout=120, resources={"metadata": {"path": str(work)}}
+        notebook,
+        kernel_manager_class=Manager,
+        timeout=120,
+        resources={"metadata": {"path": str(work)}},
     )
 
-    client.execute(env=environment)  # raises CellExecutionError, with the cell, on an error
+    client.execute()  # raises CellExecutionError, with the cell and its traceback
 
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)

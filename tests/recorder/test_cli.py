@@ -1,0 +1,284 @@
+"""`graft record`, `ls` and `show`, as processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from recorder import Recording
+
+JOB = """
+    import sys, torch
+    from recorder import tap, step
+    for s in range(2):
+        for i in range(3):
+            tap("attn_out", torch.full((2, 4), float(i)), layer=i)
+        tap("loss", 0.5)
+        step()
+    print("job output", sys.stdin.read())
+    sys.exit(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
+"""
+
+
+def test_record_keeps_stdin_stdout_and_the_exit_status(shell, run):
+    job = shell.write("job.py", JOB)
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, job, "7", input="typed in")
+    assert done.returncode == 7
+    assert done.stdout == "job output typed in\n"
+    assert "8 records from 1 ranks" in done.stderr
+    back = Recording.open(run)
+    assert back.rows().height == 8
+    assert back.meta["command"] == [*shell.python, job, "7"]
+    assert back.claims()[0]["state"] == "complete"
+
+
+def test_a_second_record_is_refused_before_the_command_starts(shell, run):
+    job = shell.write("job.py", JOB)
+    assert shell(shell.graft, "record", "-o", run, "--", shell.python, job).returncode == 0
+    again = shell(shell.graft, "record", "-o", run, "--", shell.python, job)
+    assert again.returncode == 2 and again.stdout == ""
+    assert again.stderr.startswith("Error: ") and "--overwrite" in again.stderr
+    words = ("record", "-o", run, "--overwrite", "--filter", "layer == 1")
+    assert shell(shell.graft, words, "--", shell.python, job).returncode == 0
+    assert Recording.open(run).rows().height == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["record", "--", "true"], "Missing option '-o'"),
+        (["record", "-o", "RUN"], "Missing argument 'COMMAND...'"),
+        (["record", "-o", "RUN", "--filter", "layer <", "--", "true"], "not a Python expression"),
+        (["record", "-o", "RUN", "--max-bytes", "lots", "--", "true"], "'lots' is no size"),
+        (["record", "-o", "RUN", "--", "no-such-program"], "command not found: no-such-program"),
+        (["record", "-o", "job.py", "--", "true"], "is a file; name a folder"),
+        (["ls", "nowhere"], "nowhere is not a recording"),
+        (["show", "nowhere"], "nowhere is not a recording"),
+    ],
+)
+def test_wrong_usage_is_one_clear_sentence_and_status_2(shell, words, message):
+    shell.write("job.py", JOB)
+    done = shell(shell.graft, words)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_filter_s_error_points_at_the_place(shell):
+    done = shell(shell.graft, "ls", "x", "--filter", "name.upper() == 'A'")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "Error: filter cannot be used: the only methods are startswith and endswith",
+        "  name.upper() == 'A'",
+        "  ^^^^^^^^^^",
+    ]
+
+
+def test_a_filter_that_selects_nothing_says_why(shell, run):
+    job = shell.write("job.py", JOB)
+    words = ("record", "-o", run, "--filter", 'name == "atn_out" and laier < 2')
+    done = shell(shell.graft, words, "--", shell.python, job, input="")
+    assert done.returncode == 0
+    assert "no tap carried the tag 'laier', closest: layer" in done.stderr
+    assert "no tap is named 'atn_out', closest: attn_out" in done.stderr
+
+
+def test_a_command_without_taps_is_told_so(shell, run):
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "-c", "print(1)")
+    assert (done.returncode, done.stdout) == (0, "1\n")
+    assert "COMMAND made no tap" in done.stderr and "graft doctor" in done.stderr
+
+
+def test_signals_reach_the_command_and_its_end_is_told(shell, run):
+    shell.write(
+        "wait.py",
+        """
+        import signal, sys, torch
+        from recorder import tap
+        tap("x", torch.ones(3))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+        print("ready", flush=True)
+        signal.pause()
+        """,
+    )
+    words = [*shell.graft, "record", "-o", str(run), "--", sys.executable, "wait.py"]
+    with subprocess.Popen(
+        words, cwd=shell.folder, env=shell.env, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 9
+    assert Recording.open(run).claims()[0]["state"] == "complete"
+
+
+def test_a_killed_job_leaves_what_it_tapped(shell, run):
+    shell.write(
+        "killed.py",
+        """
+        import os, signal, time, torch
+        from recorder import Recording, tap
+        for i in range(20):
+            tap("x", torch.full((1000,), float(i)), i=i)
+        run = os.environ["GRAFT_RECORD"]
+        while Recording.open(run).rows().height < 20:
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "killed.py")
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "ended without closing it" in done.stderr
+    back = Recording.open(run)
+    assert back.rows().height == 20
+    assert all(back.load(0, "x", i=i)[999] == i for i in range(20))
+    listed = shell(shell.graft, "ls", run)
+    assert listed.returncode == 0 and "not closed on rank 0" in listed.stdout
+
+
+def test_one_wrapper_a_rank_shares_a_folder_and_takes_nobody_s_place(shell, run):
+    job = shell.write("job.py", JOB)
+    words = (shell.graft, "record", "-o", run, "--", shell.python, job)
+    for rank in ("0", "1"):
+        done = shell(words, env={"RANK": rank, "WORLD_SIZE": "2"}, input="")
+        assert done.returncode == 0, done.stderr
+    assert Recording.open(run).ranks == [0, 1]
+    taken = shell(words, env={"RANK": "1", "WORLD_SIZE": "2"}, input="")
+    assert taken.returncode == 2 and "rank 1" in taken.stderr and "--overwrite" in taken.stderr
+    replaced = shell(
+        *words[:2], "--overwrite", *words[2:], env={"RANK": "1", "WORLD_SIZE": "2"}, input=""
+    )
+    assert replaced.returncode == 0
+    assert Recording.open(run).ranks == [0, 1]
+
+
+def test_where_only_the_rank_can_know_the_job_goes_on_and_the_wrapper_ends_with_3(shell, run):
+    job = shell.write("job.py", JOB)
+    words = (shell.graft, "record", "-o", run, "--", shell.python, job)
+    assert shell(words, env={"RANK": "0", "WORLD_SIZE": "2"}, input="").returncode == 0
+    # Nothing tells this wrapper that its command will be rank 0 again.
+    shell.write(
+        "late.py",
+        "import os\nos.environ.update(RANK='0', WORLD_SIZE='2')\nexec(open('job.py').read())",
+    )
+    before = sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file())
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "late.py", input="")
+    assert done.returncode == 3 and done.stdout.startswith("job output")
+    assert "this rank is not recorded" in done.stderr and "--overwrite" in done.stderr
+    assert sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file()) == before
+
+
+def test_the_variables_alone_do_the_same_without_the_wrapper(shell, run):
+    job = shell.write("job.py", JOB)
+    env = {
+        "GRAFT_RECORD": str(run),
+        "GRAFT_RECORD_FILTER": "layer == 2",
+        "GRAFT_RECORD_LEVEL": "stats",
+    }
+    assert shell(shell.python, job, env=env, input="").returncode == 0
+    back = Recording.open(run)
+    assert back.rows()["tags"].unique().to_list() == ['{"layer":2}']
+    assert back.rows()["shard"].null_count() == 2
+
+
+def test_a_bad_variable_is_said_and_the_job_goes_on(shell, run):
+    job = shell.write("job.py", JOB)
+    env = {"GRAFT_RECORD": str(run), "GRAFT_RECORD_FILTER": "layer ="}
+    done = shell(shell.python, job, env=env, input="")
+    assert done.returncode == 0 and done.stdout.startswith("job output")
+    assert "GRAFT_RECORD asks for a session that cannot be opened" in done.stderr
+    assert not run.exists()
+
+
+def test_multiprocessing_children_that_leave_without_atexit_close_too(shell, run):
+    shell.write(
+        "spawn.py",
+        """
+        import os, torch, torch.multiprocessing as mp
+        def main(rank):
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+            from recorder import tap
+            tap("x", torch.full((3,), float(rank)))
+        if __name__ == "__main__":
+            mp.spawn(main, nprocs=2)
+        """,
+    )
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "spawn.py")
+    assert done.returncode == 0, done.stderr
+    back = Recording.open(run)
+    assert [c["state"] for c in back.claims()] == ["complete"] * 2
+    assert back.load(1, "x")[0] == 1
+
+
+@pytest.fixture
+def some(shell, run):
+    job = shell.write("job.py", JOB)
+    assert (
+        shell(shell.graft, "record", "-o", run, "--", shell.python, job, input="").returncode == 0
+    )
+    return run
+
+
+def test_ls_lists_a_line_a_tap_and_json_alone(shell, some):
+    listed = shell(shell.graft, "ls", some)
+    assert listed.returncode == 0
+    assert "1 ranks, 8 records" in listed.stdout
+    assert "attn_out" in listed.stdout and "layer=0-2" in listed.stdout
+    taps = json.loads(shell(shell.graft, "ls", some, "--json").stdout)
+    assert taps[0]["name"] == "attn_out" and taps[0]["tags"] == {"layer": [0, 1, 2]}
+    assert taps[0]["records"] == 6 and taps[0]["shapes"] == [[2, 4]]
+    assert [t["kind"] for t in taps] == ["tensor", "value"]
+
+
+def test_show_gives_each_record_with_statistics(shell, some):
+    done = shell(shell.graft, "show", some, "--filter", "layer == 2", "--rank", "0", "--json")
+    records = json.loads(done.stdout)
+    assert [r["mean"] for r in records] == [2.0, 2.0]
+    assert records[0]["tags"] == {"layer": 2} and records[1]["step"] == 1
+    table = shell(shell.graft, "show", some, "--filter", "layer == 2").stdout
+    assert "attn_out layer=2" in table and "2x4" in table
+
+
+def test_ls_and_show_say_why_nothing_was_selected(shell, some):
+    done = shell(shell.graft, "ls", some, "--filter", "leyer == 1", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+    assert "no tap carried the tag 'leyer', closest: layer" in done.stderr
+    done = shell(shell.graft, "show", some, "--rank", "4")
+    assert "rank 4 recorded nothing; the recording has rank 0" in done.stderr
+
+
+def test_names_cannot_steer_the_terminal(shell, run):
+    job = shell.write(
+        "evil.py", 'import torch\nfrom recorder import tap\ntap("a\\x1b[2J\\nb", torch.ones(1))\n'
+    )
+    shell(shell.graft, "record", "-o", run, "--", shell.python, job)
+    for command in ("ls", "show"):
+        out = shell(shell.graft, command, run).stdout
+        assert "\x1b" not in out and "a\\x1b[2J\\nb" in out
+
+
+def test_elastic_restart_under_the_wrapper(shell, run):
+    shell.write(
+        "elastic.py",
+        """
+        import os, torch
+        from recorder import Recording, tap
+        attempt, rank = (int(os.environ[v]) for v in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
+        tap("x", torch.full((3,), float(attempt * 10 + rank)))
+        if attempt == 0:  # fail once both have written, so that neither is stopped before
+            run = os.environ["GRAFT_RECORD"]
+            made = lambda: os.path.exists(f"{run}/recording.json")
+            while not made() or Recording.open(run).rows().height < 2:
+                pass
+            raise SystemExit(1)
+        """,
+    )
+    torchrun = shell.torchrun(2, "--max-restarts", "1")
+    done = shell(shell.graft, "record", "-o", run, "--", torchrun, "elastic.py")
+    assert done.returncode == 0, done.stderr
+    back = Recording.open(run)
+    assert back.manifest().select("rank", "attempt").rows() == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [back.load(0, "x", attempt=a)[0].item() for a in (0, 1)] == [0, 10]
+    assert [back.load(1, "x", attempt=a)[0].item() for a in (0, 1)] == [1, 11]

@@ -1,0 +1,246 @@
+"""Recording sessions: folders that are taken, threads, forks, restarts, failing disks."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+
+from recorder import Recorder, Recording, step, tap
+from recorder.errors import RecordingExists, UsageError
+from recorder.format import shard as shard_module
+
+
+def one(rank=0):
+    tap("x", torch.full((3,), float(rank)))
+
+
+def test_a_second_recording_into_the_same_place_is_refused_unless_told_otherwise(record, run):
+    record(one)
+    with pytest.raises(RecordingExists, match="replace it with --overwrite"), Recorder(run):
+        pass
+    assert Recording.open(run).load(0, "x").sum() == 0
+    with Recorder(run, overwrite=True):
+        one(7)
+    assert Recording.open(run).load(0, "x")[0] == 7
+
+
+def test_another_world_is_refused(record, run):
+    record(one, 2)
+    with (
+        pytest.raises(RecordingExists, match="of a world of 2, this job has 4"),
+        Recorder(run, rank=3, world_size=4),
+    ):
+        pass
+
+
+def test_overwriting_with_fewer_ranks_leaves_none_of_the_old(record, run):
+    record(one, 4)
+    record(lambda rank: one(rank + 10), 2, overwrite=True)
+    back = Recording.open(run)
+    assert back.world_size == 2 and back.ranks == [0, 1]
+    assert back.load(1, "x")[0] == 11
+
+
+def test_overwriting_removes_nothing_that_is_not_a_recording_s(record, run):
+    record(one)
+    (run / "notes.txt").write_text("mine")
+    record(one, overwrite=True)
+    assert (run / "notes.txt").read_text() == "mine"
+    assert sorted(p.name for p in run.iterdir()) == ["notes.txt", "rank-00000", "recording.json"]
+
+
+def test_a_recorder_is_used_once(run):
+    recorder = Recorder(run)
+    with recorder:
+        pass
+    with pytest.raises(UsageError, match="was used before"), recorder:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"level": "all"}, "level is 'all'; choose one of tensors, stats, digests"),
+        ({"max_bytes": "many"}, "'many' is no size"),
+        ({"filter": "layer <"}, "not a Python expression"),
+        ({"rank": 1}, "rank and world_size go together"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of a world of 2"),
+    ],
+)
+def test_options_are_checked_by_explicit_errors(run, options, message):
+    with pytest.raises(UsageError, match=message):
+        Recorder(run, **options)
+    assert not run.exists()
+
+
+def test_an_empty_recording_is_one_too(record, capsys):
+    run = record(lambda rank: tap("attn_out", torch.ones(1), layer=0), filter="layr == 0")
+    assert run.manifest().height == 0 and run.world_size == 1
+    assert "no tap carried the tag 'layr', closest: layer" in capsys.readouterr().err
+
+
+def test_a_filter_can_read_step_rank_and_kind(record):
+    def job(rank):
+        for _ in range(3):
+            w = torch.ones(2, requires_grad=True)
+            tap("x", w * 2)
+            tap("w", w, grad=True)
+            (w * 3).sum().backward()
+            step()
+
+    run = record(job, 2, filter='(step == 1 and rank == 1 and name == "x") or kind == "grad"')
+    assert run.rows().select("rank", "step", "name", "kind").rows() == [
+        (0, 0, "w", "grad"),
+        (0, 1, "w", "grad"),
+        (0, 2, "w", "grad"),
+        (1, 0, "w", "grad"),
+        (1, 1, "x", "tensor"),
+        (1, 1, "w", "grad"),
+        (1, 2, "w", "grad"),
+    ]
+
+
+def test_taps_from_several_threads_lose_and_mix_nothing(record):
+    def worker(thread):
+        for i in range(100):
+            tap("own", torch.full((50,), thread * 1000 + i), thread=thread, i=i)
+            tap("shared", torch.full((5,), 1))
+
+    def job(rank):
+        threads = [threading.Thread(target=worker, args=(t,)) for t in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+
+    run = record(job, staging=8 << 10)
+    rows = run.rows()
+    assert rows.height == 1600 and rows["seq"].to_list() == list(range(1600))
+    shared = rows.filter(rows["name"] == "shared")
+    assert sorted(shared["occurrence"].to_list()) == list(range(800))
+    for thread in range(8):
+        for i in (0, 50, 99):
+            back = run.load(0, "own", thread=thread, i=i)
+            assert torch.equal(back, torch.full((50,), thread * 1000 + i))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_a_forked_child_does_not_touch_its_parent_s_recording(record, capfd):
+    def child():
+        for _ in range(5):
+            tap("from_child", torch.zeros(1000))
+            step()
+
+    def job(rank):
+        tap("before", torch.ones(2))
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0
+        tap("after", torch.ones(2) * 2)
+
+    run = record(job)
+    assert run.rows()["name"].to_list() == ["before", "after"]
+    assert run.rows()["step"].to_list() == [0, 0]
+    assert run.load(0, "after")[0] == 2
+    err = capfd.readouterr().err
+    assert err.count("was forked from a process that already taps") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_a_forked_data_loader_s_workers_do_not_either(record):
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            tap("in_worker", torch.zeros(3), i=i)
+            return torch.tensor(i)
+
+    def job(rank):
+        loader = torch.utils.data.DataLoader(Data(), num_workers=2, multiprocessing_context="fork")
+        for batch in loader:
+            tap("batch", batch)
+
+    run = record(job)
+    assert run.rows()["name"].to_list() == ["batch"] * 4
+    assert [run.load(0, "batch", occurrence=i).item() for i in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_restart_adds_an_attempt_and_the_recording_says_which_is_which(run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
+    for attempt in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with Recorder(run):
+            tap("x", torch.full((3,), float(attempt)))
+    back = Recording.open(run)
+    assert back.manifest()["attempt"].to_list() == [0, 1, 2]
+    assert [c["attempt"] for c in back.claims()] == [0, 1, 2]
+    assert [back.load(0, "x", attempt=a)[0].item() for a in range(3)] == [0, 1, 2]
+    assert back.load(0, "x")[0] == 2  # the latest, unless told otherwise
+    with pytest.raises(RecordingExists), Recorder(run):
+        pass  # the same attempt again is another process
+
+
+def test_a_restart_of_another_job_is_refused(record, run, monkeypatch):
+    record(one)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(RecordingExists, match="by another job"), Recorder(run):
+        pass
+
+
+def test_a_full_disk_ends_the_recording_not_the_job(run, capsys, monkeypatch):
+    real = os.pwrite
+    full = threading.Event()
+
+    def pwrite(*args):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    monkeypatch.setattr(shard_module.os, "pwrite", pwrite)
+    recorder = Recorder(run)
+    with recorder:
+        tap("x", torch.ones(3), i=0)
+        while Recording.open(run).rows().height < 1:  # written: this much must survive
+            pass
+        full.set()
+        for i in range(1, 5):
+            assert tap("x", torch.full((3,), float(i)), i=i) is not None
+    assert recorder.state == "failed" and "No space left on device" in recorder.reason
+    back = Recording.open(run)
+    assert back.claims()[0]["state"] == "failed"
+    assert torch.equal(back.load(0, "x", i=0), torch.ones(3))
+    assert "recording ended early, the job goes on: writing failed" in capsys.readouterr().err
+
+
+def test_a_rank_that_proves_different_is_said_not_guessed_over(run, capsys, monkeypatch):
+    from recorder import ranks
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    recorder = Recorder(run)
+    with recorder:
+        tap("x", torch.ones(1))
+        group = ranks.Rank(3, 4, "torch.distributed")
+        monkeypatch.setattr(ranks, "from_group", lambda: group)
+        tap("y", torch.ones(1))
+    assert recorder.state == "failed"
+    assert "worked as rank 0 of 4" in capsys.readouterr().err
+    assert Recording.open(run).rows()["name"].to_list() == ["x"]
+
+
+def test_a_group_that_comes_up_before_the_first_tap_gives_the_rank(run, monkeypatch):
+    from recorder import ranks
+
+    with Recorder(run):
+        group = ranks.Rank(1, 4, "torch.distributed")
+        monkeypatch.setattr(ranks, "from_group", lambda: group)
+        tap("x", torch.ones(1))
+    assert Recording.open(run).ranks == [1] and Recording.open(run).world_size == 4
