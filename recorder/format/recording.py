@@ -68,6 +68,9 @@ class Recording:
         folder = Path(path)
         return cls(folder, read_recording_json(folder))
 
+    def __repr__(self) -> str:
+        return f"Recording({str(self.path)!r}, {self.world_size} ranks)"
+
     @property
     def world_size(self) -> int:
         """The number of ranks of the job that was recorded."""
@@ -111,14 +114,20 @@ class Recording:
         rows = self.rows()
         return rows.filter(pl.col("attempt") == pl.col("attempt").max().over("rank"))
 
-    def manifest(self) -> pl.DataFrame:
-        """Return the manifest with one more column per tag.
+    def manifest(self, attempt: int | None = None) -> pl.DataFrame:
+        """Return the manifest with one more column per tag, beside the name, and `attempt`.
 
         A tag with the name of a manifest column gets `tag.` before it. A tag whose values are of
         several types becomes text, as JSON.
+
+        Args:
+            attempt: of every rank this attempt only; by default all of them.
         """
-        rows = self.rows()
-        return rows.hstack(tag_columns(rows))
+        rows = self.rows(attempt)
+        tags = tag_columns(rows)
+        first = rows.columns.index("name") + 1
+        order = [*rows.columns[:first], *tags.columns, *rows.columns[first:]]
+        return rows.hstack(tags).select(order)
 
     def load(
         self,

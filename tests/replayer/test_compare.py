@@ -1,0 +1,63 @@
+"""The figures of the replay log."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from replayer.compare import difference
+
+
+def reference(a, b):
+    """The figures as people write them, in float64 over whole tensors."""
+    x, y = a.double().flatten(), b.double().flatten()
+    apart = (x - y).abs()
+    relative = 1 - 2 * (x @ y) / (x @ x + y @ y)
+    return relative.item(), apart.max().item(), apart.mean().item(), int((x != y).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("noise", [1.0, 1e-2])
+def test_agrees_with_a_float64_reference(dtype, noise):
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(700, 900, generator=g)
+    b = a + noise * torch.randn(700, 900, generator=g)
+    a, b = a.to(dtype), b.to(dtype)
+    d = difference(a, b)
+    relative, most, mean, changed = reference(a, b)
+    assert d.rel_diff == pytest.approx(relative, abs=1e-9)
+    assert d.max_abs == pytest.approx(most, rel=1e-9)
+    assert d.mean_abs == pytest.approx(mean, rel=1e-9)
+    assert (d.changed, d.numel) == (changed, 630_000)
+
+
+def test_tiny_differences_do_not_drown_in_cancellation():
+    a = torch.ones(1000, dtype=torch.float64)
+    b = a.clone()
+    b[0] += 1e-9
+    assert difference(a, b).rel_diff == pytest.approx(1e-18 / 2000, rel=1e-6)
+
+
+def test_defined_cases():
+    nan, inf = math.nan, math.inf
+    zero = torch.zeros(3)
+    assert difference(zero, zero).rel_diff == 0.0
+    assert difference(zero, -zero).changed == 0
+    assert difference(zero, torch.ones(3)).rel_diff == 1.0
+    assert difference(torch.ones(3), -torch.ones(3)).rel_diff == 2.0
+    empty = difference(torch.zeros(0), torch.zeros(0))
+    assert (empty.rel_diff, empty.changed, empty.numel) == (0.0, 0, 0)
+    same = difference(torch.tensor([nan, inf, 1.0]), torch.tensor([nan, inf, 1.0]))
+    assert (same.changed, same.rel_diff, same.max_abs) == (0, 0.0, 0.0)
+    odd = difference(torch.tensor([nan, 1.0]), torch.tensor([0.0, 1.0]))
+    assert (odd.changed, odd.rel_diff, odd.max_abs, odd.mean_abs) == (1, None, None, None)
+    assert difference(torch.tensor([inf, 1.0]), torch.tensor([inf, 2.0])).rel_diff is None
+
+
+def test_integers_booleans_and_complex_numbers():
+    big = torch.tensor([2**60, 5])
+    assert difference(big, big + torch.tensor([1, 0])).changed == 1
+    assert difference(torch.tensor([True, False]), torch.tensor([True, True])).max_abs == 1
+    assert difference(torch.tensor([3 + 4j]), torch.tensor([0j])).max_abs == 5
