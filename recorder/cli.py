@@ -79,10 +79,9 @@ def record(
             command,
             reports,
         )
-        started = {"job": env["GRAFT_JOB"]}
         status = launch.run(command, env)
         found = [r for r in read_reports(reports) if r.get("session") == "GRAFT_RECORD"]
-    trusted = conclude(folder, started["job"], found, filter)
+    trusted = conclude(run, env["GRAFT_JOB"], found, filter)
     sys.exit(status if status else 0 if trusted else UNTRUSTED)
 
 
@@ -111,9 +110,9 @@ def prepare(folder: Path, overwrite: bool) -> None:
         raise RecordingError(f"{folder} cannot be written; choose a folder you may write to")
 
 
-def conclude(folder: Path, job: str, reports: list[dict[str, Any]], filter: Filter | None) -> bool:
+def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter | None) -> bool:
     """Say how a recording ended; return whether it is to be trusted."""
-    claims = _claims_of(folder, job)
+    claims = _claims_of(Path(run), job)
     wrong = {
         f"rank {r.get('rank', '?')}: {r.get('reason')}"
         for r in reports
@@ -132,9 +131,10 @@ def conclude(folder: Path, job: str, reports: list[dict[str, Any]], filter: Filt
     rows = sum(c.get("rows", 0) for c in claims)
     nbytes = sum(c.get("bytes", 0) for c in claims)
     if claims:
+        ranked = len({c["rank"] for c in claims})
         stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
         note(
-            f"{folder}: {rows} records from {len({c['rank'] for c in claims})} ranks, "
+            f"{run}: {rows} records from {ranked} rank{'' if ranked == 1 else 's'}, "
             f"{format_size(nbytes)} of tensors" + "".join(f"; stopped: {s}" for s in stopped)
         )
     if not rows and not wrong and not any(c.get("state") == "running" for c in claims):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .filters import Filter
-from .format.index import parse_tags
 from .format.recording import Recording
-from .selecting import matching
+from .format.rows import matching, parse_tags
 from .sizes import format_size
 from .tags import label
 from .tap import printable
@@ -122,7 +122,7 @@ def print_taps(
     command = " ".join(map(str, recording.meta.get("command") or []))
     console.print(
         printable(
-            f"{recording.path}: {recording.world_size} ranks, {rows.height} records, "
+            f"{recording.path}: {_ranks(recording.world_size)}, {rows.height} records, "
             f"{format_size(int(rows['nbytes'].sum() or 0))}{state}{absent}{again}"
         ),
         soft_wrap=True,
@@ -130,22 +130,21 @@ def print_taps(
     console.print(printable(f"command: {command}"), soft_wrap=True)
     if not found:
         return
-    table = _table("name", "tags", "ranks", "steps", "records", "dtype", "shape", "bytes")
+    table = _table("tap", "ranks", "steps", "records", "dtype and shape", "bytes")
     for tap in found:
-        name = tap["name"] + ("" if tap["kind"] == "tensor" else f" ({tap['kind']})")
-        tags = " ".join(f"{tag}={_span(values)}" for tag, values in sorted(tap["tags"].items()))
-        shapes = " ".join("x".join(map(str, s)) or "scalar" for s in tap["shapes"][:2])
+        kind = "" if tap["kind"] == "tensor" else f" ({tap['kind']})"
+        tags = "".join(f" {tag}={_span(values)}" for tag, values in sorted(tap["tags"].items()))
+        shapes = [_shape(shape) for shape in tap["shapes"][:2]]
+        more = ["..."] if len(tap["shapes"]) > 2 else []
         table.add_row(
             *map(
                 printable,
                 (
-                    name,
-                    tags,
+                    tap["name"] + tags + kind,
                     _span(tap["ranks"]),
                     _span(tap["steps"]),
                     str(tap["records"]),
-                    " ".join(tap["dtypes"]),
-                    shapes + (" ..." if len(tap["shapes"]) > 2 else ""),
+                    " ".join([*tap["dtypes"], *shapes, *more]),
                     format_size(tap["nbytes"]),
                 ),
             )
@@ -154,30 +153,47 @@ def print_taps(
 
 
 def print_records(rows: pl.DataFrame, width: int) -> None:
-    """Print one line per record."""
+    """Print one line per record; columns that would say nothing are left out."""
     if not rows.height:
         return
     console = _console(width)
-    table = _table(
-        "rank", "step", "tap", "occ", "dtype", "shape", "min", "max", "mean", "std", "bad"
-    )
-    for row in rows.iter_rows(named=True):
-        bad = (row["nan_count"] or 0) + (row["inf_count"] or 0)
-        shape = "" if row["shape"] is None else "x".join(map(str, row["shape"])) or "scalar"
-        what = row["kind"] if row["kind"] != "tensor" else ""
-        cells = (
-            str(row["rank"]),
-            str(row["step"]),
-            label(row["name"], row["tags"]) + (f" ({what})" if what else ""),
-            str(row["occurrence"]),
-            row["dtype"] or "",
-            shape if row["value"] is None else _short(row["value"]),
-            *(_number(row[c]) for c in ("min", "max", "mean", "std")),
-            str(bad) if bad else "",
-        )
-        table.add_row(*map(printable, cells))
+    cells = [_cells(row) for row in rows.iter_rows(named=True)]
+    dull = {"occ": "0", "rank": cells[0]["rank"], "bad": ""}
+    columns = [
+        column
+        for column in cells[0]
+        if column not in dull or any(cell[column] != dull[column] for cell in cells)
+    ]
+    table = _table(*columns)
+    for cell in cells:
+        table.add_row(*(printable(cell[column]) for column in columns))
+    if "rank" not in columns:
+        console.print(f"rank {cells[0]['rank']}")
     console.print(table)
-    console.print("bad: elements that are NaN or infinite; the statistics are over the others")
+    if "bad" in columns:
+        console.print("bad: elements that are NaN or infinite; the statistics are over the others")
+
+
+def _cells(row: dict[str, Any]) -> dict[str, str]:
+    kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    bad = (row["nan_count"] or 0) + (row["inf_count"] or 0)
+    if row["value"] is not None:
+        what = _short(row["value"])
+    else:
+        what = f"{row['dtype'] or ''} {_shape(row['shape'] or [])}"
+    return {
+        "rank": str(row["rank"]),
+        "step": str(row["step"]),
+        "tap": label(row["name"], row["tags"]) + kind,
+        "occ": str(row["occurrence"]),
+        "dtype and shape": what,
+        **{c: _number(row[c]) for c in ("min", "max", "mean", "std")},
+        "bad": str(bad) if bad else "",
+    }
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'' if number == 1 else 's'}"
 
 
 def _console(width: int) -> Any:
@@ -187,15 +203,23 @@ def _console(width: int) -> Any:
 
 
 def _table(*columns: str) -> Table:
-    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
         numeric = column in ("records", "bytes", "min", "max", "mean", "std", "bad")
-        table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        table.add_column(
+            Text(column),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=column != "tap",
+        )
     return table
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _span(values: list[Any]) -> str:
@@ -208,7 +232,7 @@ def _span(values: list[Any]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else f"{value:.3g}"
 
 
 def _short(text: str) -> str:

@@ -157,7 +157,7 @@ def replay(
         trusted = conclude(folder, records, filter, step_offset, strict, found)
         if record_filter is not None:
             recorded = [r for r in found if r.get("session") == "GRAFT_RECORD"]
-            trusted &= recorder_cli.conclude(folder, env["GRAFT_JOB"], recorded, record_filter)
+            trusted &= recorder_cli.conclude(str(out), env["GRAFT_JOB"], recorded, record_filter)
     sys.exit(status if status else 0 if trusted else UNTRUSTED)
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from recorder.errors import MissingRecord, UsageError
 from recorder.filters import Filter
-from recorder.format.index import Group, Index, nearest, parse_tags, whole_key
-from recorder.selecting import matching
+from recorder.format.index import Group, Index, nearest, whole_key
+from recorder.format.rows import matching, parse_tags
 from recorder.tags import RECOMPUTE, TagValue, canonical, label
 
 if TYPE_CHECKING:

@@ -18,27 +18,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import DamagedRecording
 from ..tags import TagValue, is_recompute, key_tags
+from .rows import parse_tags
 
 if TYPE_CHECKING:
     import polars as pl
 
 Group = tuple[str, str]  # name and canonical tags, or whatever stands for them
 Grouping = Callable[[str, "dict[str, TagValue]"], Group]
-
-
-def parse_tags(text: str, path: object = "the manifest") -> dict[str, TagValue]:
-    """Return the tags in a manifest row's JSON.
-
-    Raises:
-        DamagedRecording: it is no JSON object.
-    """
-    try:
-        tags = json.loads(text)
-    except (ValueError, RecursionError, TypeError):
-        tags = None
-    if not isinstance(tags, dict):
-        raise DamagedRecording(path, f"a row's tags are {text!r:.80}, expected a JSON object")
-    return tags
 
 
 def whole_key(name: str, tags: dict[str, TagValue]) -> Group:

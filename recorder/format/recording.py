@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording, NoSuchRecord, UsageError
 from ..tags import canonical, clean, label
-from .index import Index, nearest, parse_tags, whole_key
+from .index import Index, nearest, whole_key
 from .journal import read_journal, read_parquet
+from .rows import tag_columns
 from .schema import (
     ATTEMPT,
     COLUMNS,
     PART,
     RANK_FOLDER,
-    STATISTICS,
     polars_schema,
     rank_folder,
     read_json,
@@ -342,28 +342,3 @@ def _stems(folder: Path) -> list[tuple[int, int, bool]]:
             key = int(match[1]), int(match[2])
             found[key] = found.get(key, False) or match[3] == "parquet"
     return [(attempt, index, found[attempt, index]) for attempt, index in sorted(found)]
-
-
-def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
-    """Return a column per tag, a row per row of `rows`, in alphabetical order."""
-    import polars as pl
-
-    unique = rows.select("tags").unique(maintain_order=True)
-    parsed = [parse_tags(text) for text in unique["tags"].to_list()]
-    columns: list[pl.Series] = []
-    for tag in sorted({tag for tags in parsed for tag in tags}):
-        values: list[Any] = [tags.get(tag) for tags in parsed]
-        kinds = {type(value) for value in values if value is not None}
-        if len(kinds) > 1 or kinds & {list, dict}:
-            values = [None if value is None else json.dumps(value) for value in values]
-        taken = tag in rows.columns or tag in (*STATISTICS, "attempt")
-        try:
-            column = pl.Series(f"tag.{tag}" if taken else tag, values, strict=True)
-        except (TypeError, OverflowError, pl.exceptions.PolarsError):
-            column = pl.Series(tag, [None if v is None else str(v) for v in values])
-        columns.append(column)
-    if not columns:
-        return pl.DataFrame()
-    table = unique.hstack(columns)
-    joined = rows.select("tags").join(table, on="tags", how="left", maintain_order="left")
-    return joined.drop("tags")

@@ -29,7 +29,7 @@ def test_record_keeps_stdin_stdout_and_the_exit_status(shell, run):
     done = shell(shell.graft, "record", "-o", run, "--", shell.python, job, "7", input="typed in")
     assert done.returncode == 7
     assert done.stdout == "job output typed in\n"
-    assert "8 records from 1 ranks" in done.stderr
+    assert "8 records from 1 rank," in done.stderr
     back = Recording.open(run)
     assert back.rows().height == 8
     assert back.meta["command"] == [*shell.python, job, "7"]
@@ -224,7 +224,7 @@ def some(shell, run):
 def test_ls_lists_a_line_a_tap_and_json_alone(shell, some):
     listed = shell(shell.graft, "ls", some)
     assert listed.returncode == 0
-    assert "1 ranks, 8 records" in listed.stdout
+    assert "1 rank, 8 records" in listed.stdout
     assert "attn_out" in listed.stdout and "layer=0-2" in listed.stdout
     taps = json.loads(shell(shell.graft, "ls", some, "--json").stdout)
     assert taps[0]["name"] == "attn_out" and taps[0]["tags"] == {"layer": [0, 1, 2]}

@@ -1,0 +1,94 @@
+"""Manifest rows as tables: their tags as values and columns, and which of them a filter selects."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DamagedRecording, FilterError
+from ..filters import Filter
+from ..tags import TagValue
+from .schema import STATISTICS
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def parse_tags(text: str, path: object = "the manifest") -> dict[str, TagValue]:
+    """Return the tags in a manifest row's JSON.
+
+    Raises:
+        DamagedRecording: it is no JSON object.
+    """
+    try:
+        tags = json.loads(text)
+    except (ValueError, RecursionError, TypeError):
+        tags = None
+    if not isinstance(tags, dict):
+        raise DamagedRecording(path, f"a row's tags are {text!r:.80}, expected a JSON object")
+    return tags
+
+
+def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return a column per tag, a row per row of `rows`, in alphabetical order."""
+    import polars as pl
+
+    unique = rows.select("tags").unique(maintain_order=True)
+    parsed = [parse_tags(text) for text in unique["tags"].to_list()]
+    columns: list[pl.Series] = []
+    for tag in sorted({tag for tags in parsed for tag in tags}):
+        values: list[Any] = [tags.get(tag) for tags in parsed]
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 or kinds & {list, dict}:
+            values = [None if value is None else json.dumps(value) for value in values]
+        taken = tag in rows.columns or tag in (*STATISTICS, "attempt")
+        try:
+            column = pl.Series(f"tag.{tag}" if taken else tag, values, strict=True)
+        except (TypeError, OverflowError, pl.exceptions.PolarsError):
+            column = pl.Series(tag, [None if v is None else str(v) for v in values])
+        columns.append(column)
+    if not columns:
+        return pl.DataFrame()
+    table = unique.hstack(columns)
+    joined = rows.select("tags").join(table, on="tags", how="left", maintain_order="left")
+    return joined.drop("tags")
+
+
+def matching(
+    frame: pl.DataFrame,
+    filter: Filter,
+    env: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    *,
+    lenient: bool = False,
+) -> pl.Series:
+    """Return for each row whether a filter selects it.
+
+    Args:
+        frame: manifest rows.
+        filter: the filter.
+        env: what it sees as `rank` and `step` of a row; by default the row's own.
+        lenient: take a row that the filter cannot judge as not selected.
+
+    Raises:
+        FilterError: the filter compares what cannot be compared.
+    """
+    import polars as pl
+
+    by = ["name", "tags", "kind", *(c for c in ("step", "rank") if c in filter.names)]
+    unique = frame.select(*by, *(c for c in ("step", "rank") if c not in by)).unique(
+        subset=by, maintain_order=True
+    )
+    verdicts = []
+    for row in unique.iter_rows(named=True):
+        own = env(row) if env else {"rank": row["rank"], "step": row["step"]}
+        tags = {**parse_tags(row["tags"]), "name": row["name"], "kind": row["kind"], **own}
+        try:
+            verdicts.append(filter(tags))
+        except FilterError:
+            if not lenient:
+                raise
+            verdicts.append(False)
+    table = unique.select(by).with_columns(pl.Series("keep", verdicts, pl.Boolean))
+    joined = frame.select(by).join(table, on=by, how="left", maintain_order="left")
+    return joined["keep"].fill_null(False)
