@@ -37,7 +37,7 @@ from .format.schema import (
 )
 from .ranks import Rank
 
-STATES = ("running", "complete", "stopped", "failed")
+STATES = ("running", "complete", "stopped", "failed", "killed")
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,13 @@ def _check_claims(run: Path, rank: int, job: Job) -> None:
 
 def _other_world(run: Path, theirs: int, ours: int) -> RecordingExists:
     return RecordingExists(run, f"holds a recording of a world of {theirs}, this job has {ours}")
+
+
+def mark_killed(run: Path, claim: Mapping[str, Any]) -> None:
+    """Write down, in a dead process's place, that it was killed; called by its wrapper."""
+    data = {k: v for k, v in claim.items() if k != "attempt"}
+    path = run / rank_folder(claim["rank"]) / f"attempt-{claim['attempt']}.json"
+    write_json(path, {**data, "attempt": claim["attempt"], "state": "killed"})
 
 
 class Claim:

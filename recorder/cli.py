@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import click
 from . import claim, launch, ranks
 from .errors import RecordingError
 from .filters import Filter
-from .format.schema import LEVELS, RECORDING
+from .format.schema import LEVELS, RECORDING, rank_folder
 from .options import (
     COMMAND,
     UNTRUSTED,
@@ -123,14 +124,12 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
         note(f"not to be trusted, {line}")
     for one in claims:
         if one.get("state") == "running":
-            alive = "is still running" if claim.is_alive(one) else "ended without closing it"
-            note(
-                f"rank {one['rank']} (pid {one.get('pid')}) {alive}; "
-                "what it tapped until then is in the recording"
-            )
+            _tell_open(Path(run), one)
     rows = sum(c.get("rows", 0) for c in claims)
     nbytes = sum(c.get("bytes", 0) for c in claims)
-    if claims:
+    if any(c.get("state") == "running" for c in claims):  # those could not count for themselves
+        rows, nbytes = _counted(Path(run), claims)
+    if rows or (claims and not wrong):
         ranked = len({c["rank"] for c in claims})
         stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
         note(
@@ -140,6 +139,43 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
     if not rows and not wrong and not any(c.get("state") == "running" for c in claims):
         _say_why_nothing(reports, filter)
     return not wrong
+
+
+def _tell_open(folder: Path, one: dict[str, Any]) -> None:
+    """Say that a rank did not close its recording, and do so for one that is dead."""
+    who = f"rank {one['rank']} (pid {one.get('pid')})"
+    if one.get("host") != socket.gethostname() or claim.is_alive(one):
+        note(f"{who} has not closed its recording yet; what it has tapped can be read meanwhile")
+        return
+    from .writer import seal_leftovers
+
+    note(f"{who} ended without closing its recording; what it tapped until then is in it")
+    try:
+        seal_leftovers(folder / rank_folder(one["rank"]), one["attempt"])
+        claim.mark_killed(folder, one)
+    except (OSError, RecordingError) as err:
+        note(f"its files are left as they are, which readers understand: {err}")
+
+
+def _counted(folder: Path, claims: list[dict[str, Any]]) -> tuple[int, int]:
+    """Return how many records of these claims can be read, and the bytes of their tensors."""
+    import polars as pl
+
+    from .format.recording import Recording
+
+    try:
+        found = Recording.open(folder).rows()
+    except RecordingError as err:
+        note(str(err))
+        return 0, 0
+    mine = pl.DataFrame(
+        [(c["rank"], c["attempt"]) for c in claims],
+        schema={"rank": pl.Int32, "attempt": pl.Int32},
+        orient="row",
+    )
+    kept = found.join(mine, on=["rank", "attempt"], how="semi")
+    stored = kept.drop_nulls("shard").unique(["shard", "tensor"])
+    return kept.height, int(stored["nbytes"].sum() or 0)
 
 
 def _claims_of(folder: Path, job: str) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def print_taps(
     """Print a recording's head line and one line per tap."""
     console = _console(width)
     claims = recording.claims()
-    open_ranks = [str(c["rank"]) for c in claims if c.get("state") == "running"]
+    open_ranks = [str(c["rank"]) for c in claims if c.get("state") in ("running", "killed")]
     state = f", not closed on rank {' '.join(open_ranks)}" if open_ranks else ""
     missing = sorted(set(range(recording.world_size)) - set(recording.ranks))
     absent = f", nothing from rank {' '.join(map(str, missing))}" if missing else ""

@@ -25,7 +25,7 @@ import xxhash
 
 from .capture import Staging, dtype_name, pieces
 from .format.journal import Journal, read_journal, write_parquet
-from .format.schema import COLUMNS, stem
+from .format.schema import COLUMNS, PART, stem
 from .format.shard import ShardWriter, header_room
 from .statistics import Statistics, has_statistics
 
@@ -293,3 +293,41 @@ class Writer:
         journal.path.unlink(missing_ok=True)
         self._shard, self._journal, self._journaled = None, None, 0
         self._index += 1
+
+
+def seal_leftovers(folder: Path, attempt: int) -> None:
+    """Seal what the writer of an attempt left open when its process was killed.
+
+    Args:
+        folder: the rank's folder; nobody writes there any more.
+        attempt: the number in the attempt's file names.
+
+    Raises:
+        OSError: it cannot be written; a reader goes on to find what it found before.
+        DamagedRecording: a journal cannot be read.
+    """
+    for path in sorted(folder.glob(f"a{attempt}-*.journal")):
+        found = PART.fullmatch(path.name)
+        if found is None:
+            continue
+        if not path.with_suffix(".parquet").exists():
+            rows = read_journal(path)
+            final = path.with_suffix(".safetensors")
+            if final.with_suffix(".partial").exists():
+                _finish_shard(final, int(found[2]), rows)
+            write_parquet(path.with_suffix(".parquet"), rows, COLUMNS)
+        path.unlink(missing_ok=True)
+
+
+def _finish_shard(final: Path, index: int, rows: list[dict[str, Any]]) -> None:
+    """Finish a shard with the payloads that its journal tells of."""
+    shard = ShardWriter(final, header_room(index), resume=True)
+    where = f"{final.parent.name}/{final.name}"
+    for row in rows:
+        if row.get("shard") == where and row.get("offset") == shard.end:
+            itemsize = getattr(torch, row["dtype"]).itemsize
+            shard.add(row["tensor"], row["dtype"], itemsize, row["shape"], row["nbytes"])
+    if shard.is_empty:
+        shard.discard()
+    else:
+        shard.finish()

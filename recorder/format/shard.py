@@ -65,15 +65,18 @@ def header_room(index: int) -> int:
 class ShardWriter:
     """Appends payloads to one shard. Not thread-safe; one writer thread owns it."""
 
-    def __init__(self, final: Path, room: int) -> None:
+    def __init__(self, final: Path, room: int, *, resume: bool = False) -> None:
+        """Begin a shard, or with `resume` take up one whose writer is gone."""
         self.final = final
         self.partial = final.with_suffix(".partial")
         self._room = room
         self._entries: list[str] = []
         self._header_bytes = 2
         self._end = room
-        self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        os.ftruncate(self._file, room)
+        flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._file = os.open(self.partial, flags, 0o666)
+        if not resume:
+            os.ftruncate(self._file, room)
 
     @property
     def data_bytes(self) -> int:

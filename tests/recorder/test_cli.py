@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from recorder import Recording
 
@@ -130,9 +131,12 @@ def test_a_killed_job_leaves_what_it_tapped(shell, run):
     )
     done = shell(shell.graft, "record", "-o", run, "--", shell.python, "killed.py")
     assert done.returncode == 128 + signal.SIGKILL
-    assert "ended without closing it" in done.stderr
+    assert "ended without closing its recording" in done.stderr
+    assert "20 records from 1 rank, 80.0 kB" in done.stderr
     back = Recording.open(run)
-    assert back.rows().height == 20
+    assert back.rows().height == 20 and back.claims()[0]["state"] == "killed"
+    assert not [p for p in run.rglob("*") if p.suffix in (".partial", ".journal")]
+    assert sum(len(load_file(p)) for p in run.rglob("*.safetensors")) == 20
     assert all(back.load(0, "x", i=i)[999] == i for i in range(20))
     listed = shell(shell.graft, "ls", run)
     assert listed.returncode == 0 and "not closed on rank 0" in listed.stdout

@@ -206,6 +206,12 @@ def test_a_torn_journal_line_costs_that_line_alone(run, tmp_path):
     back = Recording.open(killed)
     assert back.rows().height == 3
     assert back.load(0, "x", i=2)[0] == 2
+    writer_module.seal_leftovers(killed / "rank-00000", 0)
+    assert Recording.open(killed).rows().equals(back.rows())
+    assert back.load(0, "x", i=1)[0] == 1
+    (shard,) = killed.rglob("*.safetensors")
+    assert sorted(t[0].item() for t in load_file(shard).values()) == [0, 1, 2]
+    assert not list(killed.rglob("*.journal")) and not list(killed.rglob("*.partial"))
 
 
 def test_tags_become_columns_and_collisions_get_a_prefix(record):
