@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,18 +52,18 @@ def encode_extras(extras: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     """Return extras as JSON, and a fact about each entry that had to be left out."""
     if not extras:
         return "", []
+    if not isinstance(extras, Mapping):
+        return "", [f"extras is a {type(extras).__name__}, expected a dict"]
     kept, lost = {}, []
     for name, value in extras.items():
-        if hasattr(value, "tolist"):  # small tensors and arrays, such as sequence lengths
-            if getattr(value, "numel", lambda: 0)() > _EXTRAS_ELEMENTS:
-                lost.append(
-                    f"extras[{name!r}] has over {_EXTRAS_ELEMENTS} elements; tap it instead"
-                )
-                continue
-            value = value.tolist()
         try:
+            if hasattr(value, "tolist"):  # small tensors and arrays, such as sequence lengths
+                if getattr(value, "numel", lambda: 0)() > _EXTRAS_ELEMENTS:
+                    lost.append(f"extras[{name!r}] has too many elements; tap it instead")
+                    continue
+                value = value.tolist()
             json.dumps(value)
-        except (TypeError, ValueError, RecursionError):
+        except Exception:  # whatever a foreign type's tolist may raise
             lost.append(f"extras[{name!r}] is a {type(value).__name__}, which JSON cannot hold")
         else:
             kept[str(name)] = value
@@ -102,6 +103,18 @@ def is_capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Work on plain tensors even where the job has a dispatch mode on, such as FakeTensorMode."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        yield
+        return
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
 def check(tensor: torch.Tensor) -> None:
     """Refuse a tensor whose elements cannot be read faithfully.
 
@@ -137,15 +150,15 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         CaptureError: it cannot be captured faithfully.
     """
-    check(tensor)
     try:
+        check(tensor)
         plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
         if plain.element_size() == 16:  # no integer is as wide as complex128
             plain = torch.view_as_real(plain)
         return plain.view(_BITS[plain.element_size()])
-    except (RuntimeError, KeyError) as err:
-        name = dtype_name(tensor.dtype)
-        raise CaptureError(f"its dtype {name} cannot be viewed as bytes ({err})") from None
+    except (RuntimeError, KeyError, TypeError, ValueError) as err:
+        # Also what odd subclasses raise, such as parameters that are not initialised.
+        raise CaptureError(f"it is a {type(tensor).__name__} that cannot be read ({err})") from None
 
 
 def pieces(bits: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:

@@ -205,6 +205,11 @@ class _Compiler:
         return lambda env: body(env) if test(env) else orelse(env)
 
     def visit_Compare(self, node: ast.Compare) -> Node:
+        for op, left, right in zip(
+            node.ops, [node.left, *node.comparators], node.comparators, strict=False
+        ):
+            if isinstance(op, (ast.Is, ast.IsNot)) and not (_single(left) or _single(right)):
+                raise self.error(node, "`is` compares with None, True or False only; use ==")
         first = self.compile(node.left)
         rest = [
             (self.comparison(node, op), self.compile(right))
@@ -236,13 +241,15 @@ class _Compiler:
             def contains(a: Any, b: Any) -> bool:
                 if b is None or (isinstance(b, str) and a is None):
                     return False
-                return bool(self.attempt(node, operator.contains, b, a))
+                return bool(self.attempt(node, operator.contains, _flat(b), _flat(a)))
 
             return contains if isinstance(op, ast.In) else lambda a, b: not contains(a, b)
         order = _ORDERINGS[type(op)]
 
         def ordering(a: Any, b: Any) -> bool:
-            return a is not None and b is not None and bool(self.attempt(node, order, a, b))
+            if a is None or b is None:
+                return False
+            return bool(self.attempt(node, order, _flat(a), _flat(b)))
 
         return ordering
 
@@ -308,6 +315,15 @@ class _Compiler:
             return function(*args)
         except (TypeError, ArithmeticError, ValueError) as err:
             raise self.error(node, str(err)) from None
+
+
+def _single(node: ast.expr) -> bool:
+    """Whether a literal is one of those that `is` can be asked about."""
+    return (
+        isinstance(node, ast.Constant)
+        and node.value in (None, True, False)
+        and (not isinstance(node.value, (int, float)) or isinstance(node.value, bool))
+    )
 
 
 def _flat(value: Any) -> Any:

@@ -1,7 +1,13 @@
-"""Hear of a tensor's gradient, once for each tap of it."""
+"""Hear of a tensor's gradient, once for each tap of it.
+
+An activation belongs to one graph, so each tap of it gets its own hook. A parameter outlives its
+graphs: which backward a gradient comes from cannot be told, so the taps of one name wait in line,
+first in, first out, and whoever makes several wait at a time is told so.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -10,33 +16,84 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 Callback = Callable[[torch.Tensor], "torch.Tensor | None"]
 
+SEVERAL = (
+    "several taps of one parameter wait for a gradient and get them first in, first out; "
+    "tap it once a backward, or tap activations, where each backward finds its own"
+)
+NEVER = (
+    "its gradient never came in the step of the tap, and is left out; "
+    "tap parameters with grad=True only where backward() follows"
+)
 
-class GradientTaps:
-    """Registers one-shot gradient hooks.
 
-    A parameter outlives its graph, so a hook whose backward never came would fire for a later
-    one's gradient under the wrong key: at most one is pending per parameter and name.
-    """
+class _Line:
+    """The taps of one parameter and name that wait for a gradient."""
 
     def __init__(self) -> None:
-        self._pending: Any = WeakIdKeyDictionary()
+        self.waiting: deque[tuple[Callback, Callable[[str], None]]] = deque()
+        self.hook: Any = None
 
-    def watch(self, tensor: torch.Tensor, name: str, callback: Callback) -> None:
-        """Call `callback` with the tensor's next gradient; what it returns replaces it.
+    def arrived(self, grad: torch.Tensor) -> torch.Tensor | None:
+        if not self.waiting:
+            return None
+        callback, tell = self.waiting.popleft()
+        if self.waiting:
+            tell(SEVERAL)
+        else:
+            self.remove()
+        return callback(grad)
 
-        A tensor that needs no gradient gets none, and nothing is called.
+    def remove(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+
+class GradientTaps:
+    """Registers gradient hooks for one session."""
+
+    def __init__(self) -> None:
+        self._lines: Any = WeakIdKeyDictionary()
+
+    def watch(
+        self, tensor: torch.Tensor, name: str, callback: Callback, tell: Callable[[str], None]
+    ) -> None:
+        """Call `callback` with the tensor's gradient; what it returns replaces it.
+
+        Args:
+            tensor: the tapped tensor; one that needs no gradient gets none, and nothing is called.
+            name: the tap's name.
+            callback: called at most once.
+            tell: called with a clause where the gradient cannot be told apart, or never came.
         """
         if not tensor.requires_grad:
             return
-        handle: Any = None
+        if not tensor.is_leaf:
+            tensor.register_hook(_once(callback))
+        elif torch.is_grad_enabled():  # else no backward follows, as in an evaluation
+            line = self._lines.setdefault(tensor, {}).setdefault(name, _Line())
+            line.waiting.append((callback, tell))
+            if line.hook is None:
+                line.hook = tensor.register_hook(line.arrived)
 
-        def once(grad: torch.Tensor) -> torch.Tensor | None:
-            handle.remove()
-            return callback(grad)
+    def next_step(self) -> None:
+        """Let no tap wait for a gradient of the next step."""
+        for lines in list(self._lines.values()):
+            for line in lines.values():
+                for _, tell in line.waiting:
+                    tell(NEVER)
+                line.waiting.clear()
+                line.remove()
 
-        handle = tensor.register_hook(once)
-        if tensor.is_leaf:
-            pending = self._pending.setdefault(tensor, {})
-            if name in pending:
-                pending[name].remove()
-            pending[name] = handle
+
+def _once(callback: Callback) -> Callback:
+    done = False
+
+    def hook(grad: torch.Tensor) -> torch.Tensor | None:
+        nonlocal done  # a graph that is kept may run backward again
+        if done:
+            return None
+        done = True
+        return callback(grad)
+
+    return hook

@@ -21,6 +21,7 @@ from .tap import Call, clean_tags, say
 
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class Selection:
         self.refused = 0
         self._seq = 0
         self._sites: dict[Any, _Site] = {}
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._rank: int | None = None
+        self._counts: Counter[tuple[str, str, bool]] = Counter()
         self._lock = threading.Lock()
         self._late = filter is not None and bool(filter.names & {"step", "kind"})
 
@@ -121,7 +123,7 @@ class Selection:
             grad = self.filter({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):
                 return None
-        counted = (call.name, site.text)
+        counted = (call.name, site.key_text, site.recompute)
         with self._lock:
             occurrence = self._counts[counted]
             self._counts[counted] += 1
@@ -132,16 +134,21 @@ class Selection:
         return Selected(key, site.tags, site.text, site.recompute, seq, forward, grad and call.grad)
 
     def _site(self, call: Call, rank: int) -> _Site:
+        if rank != self._rank:  # a process group has come up
+            self._sites.clear()
+            self._rank = rank
+        values = tuple(call.tags.values())
+        kinds = tuple(map(type, values))
         about: Any = None
-        try:
+        if _PLAIN.issuperset(kinds):  # others may be mutable, or equal without being the same
             # The types too: 1, 1.0 and True are equal but differ as JSON.
-            values = tuple(call.tags.values())
-            about = (call.name, tuple(call.tags), values, tuple(map(type, values)))
-            site = self._sites.get(about)
-        except TypeError:  # a list among the tags: not worth remembering
-            about, site = None, None
-        if site is not None:
-            return site
+            about = (call.name, tuple(call.tags), values, kinds)
+            try:
+                site = self._sites.get(about)
+            except TypeError:  # a name that is none
+                site = None
+            if site is not None:
+                return site
         if not isinstance(call.name, str):
             raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
         name = tagging.text("its name", call.name)
@@ -171,8 +178,8 @@ class Selection:
         except (BadTag, FilterError) as err:
             self.refused += 1
             reason = err.reason if isinstance(err, FilterError) else str(err)
-            message = f"tap {call.name!r} at {call.site} is ignored: {reason}"
-            warnings.once((str(call.name), reason), message, where)
+            message = f"tap {call.shown} at {call.site} is ignored: {reason}"
+            warnings.once((call.shown, reason), message, where)
             return None
 
     def why_nothing(self) -> str | None:

@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-from .capture import as_bits, classify, dtype_name, encode_extras, encode_value, local_part
+from .capture import (
+    as_bits,
+    classify,
+    dtype_name,
+    encode_extras,
+    encode_value,
+    local_part,
+    plainly,
+)
 from .claim import Claim, Job, check_free, claim_rank, command_line
 from .errors import CaptureError, GraftError, UsageError
 from .filters import Filter
@@ -28,6 +36,7 @@ from .ranks import Rank, RankWatch
 from .reports import write_report
 from .selection import Selected, Selection, Warnings
 from .sizes import parse_size
+from .tags import BadTag, text
 from .tap import Call, activate, deactivate, say
 from .writer import DEFAULT_BUDGET, Writer
 
@@ -134,7 +143,12 @@ class Recorder:
 
     def on_step(self) -> None:
         """End an iteration."""
+        self._gradients.next_step()
         self._selection.next_step()
+
+    def lost(self, call: Call, reason: str) -> None:
+        """Say that a tap could not be recorded for a reason nobody foresaw."""
+        self._warn(call, reason)
 
     def on_tap(self, call: Call) -> None:
         """Record a tap if it is wanted."""
@@ -165,12 +179,6 @@ class Recorder:
                 f"{kind}; tap a tensor, a callable returning one, "
                 "or a number, a string or a flat list of these",
             )
-
-    def fail(self, reason: str) -> None:
-        """End the recording as one that is not to be trusted."""
-        with self._lock:
-            if self.state == "running":
-                self.state, self.reason = "failed", reason
 
     def close(self) -> None:
         """Wait until everything is written, and write down how it ended; twice is fine."""
@@ -279,29 +287,42 @@ class Recorder:
 
     def _record(self, call: Call, selected: Selected, value: torch.Tensor, kind: str) -> None:
         try:
-            local, placements = local_part(value)
-            bits = as_bits(local)
-        except CaptureError as err:
+            with plainly():
+                local, placements = local_part(value)
+                bits = as_bits(local)
+                row = self._row(call, selected, kind)
+                row["dtype"], row["shape"] = dtype_name(local.dtype), list(local.shape)
+                row["dims"] = row["dims"] or placements or None
+                if self._writer is not None:
+                    self._writer.submit(row, bits, local.dtype)
+        except (CaptureError, BadTag) as err:
             self._warn(call, str(err))
-            return
-        row = self._row(call, selected, kind)
-        row["dtype"], row["shape"] = dtype_name(local.dtype), list(local.shape)
-        row["dims"] = row["dims"] or placements or None
-        if self._writer is not None:
-            self._writer.submit(row, bits, local.dtype)
 
     def _record_value(self, call: Call, selected: Selected, value: Any) -> None:
-        row = self._row(call, selected, "value")
-        row["value"] = encode_value(value)
+        try:
+            row = self._row(call, selected, "value")
+            row["value"] = encode_value(value)
+        except (CaptureError, BadTag, ValueError) as err:  # an integer of thousands of digits
+            self._warn(call, str(err))
+            return
         if self._writer is not None:
             self._writer.submit(row, None, torch.uint8)
 
     def _watch_gradient(self, call: Call, selected: Selected, value: torch.Tensor) -> None:
         def arrived(grad: torch.Tensor) -> None:
-            if self.state == "running":
+            if self.state != "running":
+                return
+            try:
                 self._record(call, selected, grad, "grad")
+            except Exception as err:  # backward() is the job's
+                self.lost(call, f"{type(err).__name__}: {err}")
 
-        self._gradients.watch(value, call.name, arrived)
+        self._gradients.watch(
+            value,
+            call.name,
+            arrived,
+            lambda reason: self._warn(call, reason, "asks for a gradient"),
+        )
 
     def _row(self, call: Call, selected: Selected, kind: str) -> dict[str, Any]:
         extras, lost = encode_extras(call.extras)
@@ -315,7 +336,7 @@ class Recorder:
             "occurrence": selected.key.occurrence,
             "tags": selected.text,
             "kind": kind,
-            "dims": call.dims or None,
+            "dims": _dims(call),
             "extras": extras or None,
             "time_ns": time.time_ns(),
         }
@@ -324,7 +345,9 @@ class Recorder:
         self._skipped += 1
         site = call.site
         self._warnings.once(
-            (site, reason), f"tap {call.name!r} at {site} {what}: {reason}", self._where()
+            (call.shown, site, reason),
+            f"tap {call.shown} at {site} {what}: {reason}",
+            self._where(),
         )
 
     def _where(self) -> str:
@@ -334,7 +357,15 @@ class Recorder:
         say(message, self._where())
 
 
-def from_environment(environ: Mapping[str, str]) -> Recorder:
+def _dims(call: Call) -> str | None:
+    if not call.dims:
+        return None
+    if not isinstance(call.dims, str):
+        raise CaptureError(f"its dims are a {type(call.dims).__name__}, expected a string")
+    return text("its dims", call.dims)
+
+
+def from_environment(environ: Mapping[str, str]) -> list[Recorder]:
     """Return the recorder that `GRAFT_RECORD` and its companions ask for, started.
 
     Raises:
@@ -349,4 +380,4 @@ def from_environment(environ: Mapping[str, str]) -> Recorder:
         staging=environ.get("GRAFT_RECORD_STAGING") or DEFAULT_BUDGET,
     )
     session.start_lazily()
-    return session
+    return [session]

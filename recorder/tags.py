@@ -47,11 +47,15 @@ class Key:
         return f"{label(self.name, self.tags)} step={self.step} occurrence={self.occurrence}{kind}"
 
 
-def clean(name: object, value: object) -> TagValue:
+def clean(name: str, value: object) -> TagValue:
     """Return `value` as a plain tag value; raise `BadTag` if it cannot be one."""
     if name in RESERVED:
         raise BadTag(f"the tag {name!r} has a meaning of its own; call it something else")
-    return _plain(name, value)
+    text("the name of a tag", name)
+    try:
+        return _plain(name, value)
+    except RecursionError:
+        raise BadTag(f"the tag {name!r} is nested too deeply") from None
 
 
 def _plain(name: object, value: object) -> TagValue:
@@ -60,7 +64,7 @@ def _plain(name: object, value: object) -> TagValue:
     if isinstance(value, str):
         return text(f"the tag {name!r}", value)
     if isinstance(value, int):
-        return int(value)
+        return _small(name, int(value))
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
             raise BadTag(f"the tag {name}={value!r} is not a finite number")
@@ -68,12 +72,19 @@ def _plain(name: object, value: object) -> TagValue:
     if isinstance(value, (tuple, list)):
         return [_plain(name, item) for item in value]
     try:
-        return operator.index(value)  # type: ignore[arg-type]  # numpy and 0-d torch integers
+        whole = operator.index(value)  # type: ignore[arg-type]  # numpy and 0-d torch integers
     except Exception:
         raise BadTag(
             f"the tag {name!r} is a {type(value).__name__}; "
             "tags are strings, numbers, booleans, None or lists of these"
         ) from None
+    return _small(name, whole)
+
+
+def _small(name: object, value: int) -> int:
+    if not -(1 << 63) <= value < 1 << 63:
+        raise BadTag(f"the tag {name!r} is an integer of more than 64 bits")
+    return value
 
 
 def text(what: str, value: str) -> str:

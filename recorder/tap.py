@@ -13,12 +13,14 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
+import inspect
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -35,8 +37,11 @@ _ENVIRONMENT = (
     ("GRAFT_RECORD", "recorder.session"),
     ("GRAFT_REPLAY", "replayer.session"),
 )
-_tags: ContextVar[dict[str, Any] | None] = ContextVar("graft_tags", default=None)
+_around: ContextVar[_Around | None] = ContextVar("graft_context", default=None)
 _guard = threading.RLock()
+
+
+_UNKNOWN = object()
 
 
 class Call:
@@ -45,12 +50,13 @@ class Call:
     Attributes:
         name: the tap's name.
         tags: its other tags, context included, as given.
+        given: what stands at the tap: a value or a callable.
         dims: the declared layout, or "".
         extras: what the call attached, or None.
         grad: whether the gradient is wanted too.
     """
 
-    __slots__ = ("_given", "_resolved", "dims", "extras", "grad", "name", "tags")
+    __slots__ = ("_value", "dims", "extras", "given", "grad", "name", "tags")
 
     def __init__(
         self,
@@ -66,16 +72,20 @@ class Call:
         self.extras = extras
         self.grad = grad
         self.tags: Mapping[str, Any] = tags or {}
-        self._given = given
-        self._resolved = False
+        self.given = given
+        self._value: Any = _UNKNOWN
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
-        if not self._resolved:
-            if callable(self._given):  # neither tensors nor the recordable scalars are callable
-                self._given = self._given()
-            self._resolved = True
-        return self._given
+        if self._value is _UNKNOWN:
+            # Neither tensors nor the recordable scalars are callable.
+            self._value = self.given() if callable(self.given) else self.given
+        return self._value
+
+    @property
+    def shown(self) -> str:
+        """The name for messages, whatever was given as one."""
+        return repr(self.name) if isinstance(self.name, str) else f"a {type(self.name).__name__}"
 
     @property
     def site(self) -> str:
@@ -95,6 +105,9 @@ class Session(Protocol):
     def on_step(self) -> None:
         """See an iteration end."""
 
+    def lost(self, call: Call, reason: str) -> None:
+        """Hear that a tap could not be handled for a reason nobody foresaw."""
+
     def close(self) -> None:
         """Finish; called again at exit."""
 
@@ -106,22 +119,26 @@ class _Waiting:
 
     def on_tap(self, call: Call) -> None: ...
     def on_step(self) -> None: ...
+    def lost(self, call: Call, reason: str) -> None: ...
     def close(self) -> None: ...
 
 
-class _Forked(_Waiting):
-    """Stands in for the parent's sessions in a forked child, whose taps nobody may record."""
+class _Helper(_Waiting):
+    """Stands in for the sessions in a process that is no rank, whose taps nobody may record."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
 
     def on_tap(self, call: Call) -> None:
         deactivate(self)
         say(
-            f"pid {os.getpid()} was forked from a process that already taps; its taps are ignored "
-            f"(first: {call.name!r}); start it with the spawn method and a GRAFT_RANK of its own "
-            "to record it"
+            f"pid {os.getpid()} {self._what}; its taps are ignored (first: {call.shown}); start it "
+            "with the spawn method and a GRAFT_RANK of its own to record it"
         )
 
 
 _active: tuple[Session, ...] = ()
+_opening = False
 
 
 def tap(
@@ -164,19 +181,31 @@ def step() -> None:
         _fire_step()
 
 
+@dataclass(frozen=True)
+class _Around:
+    """The tags of one `context`, those around it included; the way back is part of it."""
+
+    tags: dict[str, Any]
+    owner: context
+    outer: _Around | None
+
+
 class context:  # noqa: N801  # read as a verb at the call site
     """Add tags to every tap inside: `with context(phase="prefill"): ...`.
 
-    Also a decorator. Contexts nest; the inner value of a tag wins, and a tag at the call wins over
-    both. A new thread starts without tags.
+    Also a decorator, of coroutine functions and generators too. Contexts nest; the inner value of a
+    tag wins, and a tag at the call wins over both. A new thread starts without tags.
     """
 
     def __init__(self, **tags: Any) -> None:
         self._new = tags
-        self._tokens: list[Token[dict[str, Any] | None]] = []
 
     def __enter__(self) -> context:
-        self._tokens.append(_tags.set({**(_tags.get() or {}), **self._new}))
+        if not _active and _is_compiling():
+            return self  # nobody listens, and the compiler cannot follow what comes next
+        outer = _around.get()
+        tags = {**outer.tags, **self._new} if outer else self._new
+        _around.set(_Around(tags, self, outer))
         return self
 
     def __exit__(
@@ -185,17 +214,65 @@ class context:  # noqa: N801  # read as a verb at the call site
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _tags.reset(self._tokens.pop())
+        if not _active and _is_compiling():
+            return
+        around = _around.get()
+        while around is not None and around.owner is not self:
+            around = around.outer  # an inner one that was never left, as in a dropped generator
+        if around is not None:
+            _around.set(around.outer)
 
     def __call__(self, function: F) -> F:
         """Return `function` with these tags around each of its calls."""
+        if inspect.isasyncgenfunction(function):
+            raise TypeError("context cannot decorate an async generator; use `with` inside it")
+        if inspect.iscoroutinefunction(function):
 
-        @functools.wraps(function)
-        def inner(*args: Any, **kwargs: Any) -> Any:
-            with context(**self._new):  # a fresh one a call: the decorated may recurse or thread
-                return function(*args, **kwargs)
+            @functools.wraps(function)
+            async def inner(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+        elif inspect.isgeneratorfunction(function):
+
+            @functools.wraps(function)
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                return self._drive(function(*args, **kwargs))
+
+        else:
+
+            @functools.wraps(function)
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return function(*args, **kwargs)
 
         return inner  # type: ignore[return-value]
+
+    def _drive(self, generator: Any) -> Any:
+        """Run a generator with the tags set while its own code runs, and not in between."""
+        resume, given = generator.send, None
+        while True:
+            try:
+                with self:
+                    item = resume(given)
+            except StopIteration as end:
+                return end.value
+            try:
+                resume, given = generator.send, (yield item)
+            except GeneratorExit:
+                generator.close()
+                raise
+            except BaseException as err:
+                resume, given = generator.throw, err
+
+
+def _is_compiling() -> bool:
+    """Whether the compiler is tracing; a constant in what it traces."""
+    if "torch" not in sys.modules:
+        return False
+    import torch
+
+    return torch.compiler.is_compiling()
 
 
 def _fire(
@@ -210,7 +287,7 @@ def _fire(
     if "torch._dynamo" in sys.modules:
         # The mark below makes a compiled caller break its graph here; this keeps the compiler
         # from tracing what we do with the tensor.
-        run = _outside_dynamo(_dispatch)
+        run = _outside_dynamo()
     run(name, value, dims, extras, grad, tags)
 
 
@@ -225,11 +302,16 @@ _fire._torchdynamo_disable = True  # type: ignore[attr-defined]
 _fire_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-@functools.lru_cache(maxsize=1)
-def _outside_dynamo(function: F) -> F:
-    import torch
+_undynamoed: Any = None
 
-    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call, unused-ignore]
+
+def _outside_dynamo() -> Any:
+    global _undynamoed
+    if _undynamoed is None:
+        import torch
+
+        _undynamoed = torch.compiler.disable(_dispatch)
+    return _undynamoed
 
 
 def _dispatch(
@@ -242,23 +324,16 @@ def _dispatch(
 ) -> None:
     if _active and _active[0].order < 0:
         _open_waiting()
-    around = _tags.get()
-    call = Call(name, value, dims, extras, grad, {**around, **tags} if around else tags)
+    around = _around.get()
+    call = Call(name, value, dims, extras, grad, {**around.tags, **tags} if around else tags)
     for session in _active:
         try:
             session.on_tap(call)
         except ReplayError:
             raise  # asked for: --on-error raise, --on-missing raise
-        except Exception as err:  # rule 2: the job comes first
-            deactivate(session)
-            say(
-                f"internal error at tap {name!r} ({call.site}), this session has ended: "
-                f"{type(err).__name__}: {err}; please report it"
-            )
-            log.debug("internal error", exc_info=True)
-            fail = getattr(session, "fail", None)
-            if fail is not None:
-                fail(f"internal error: {type(err).__name__}: {err}")
+        except Exception as err:  # rule 2: the job comes first, and the other taps with it
+            log.debug("at a tap", exc_info=True)
+            session.lost(call, f"{type(err).__name__}: {err}")
 
 
 def activate(session: Session) -> None:
@@ -287,32 +362,48 @@ def watch_environment() -> None:
 
 
 def _open_waiting() -> None:
+    """Put real sessions in the place of the stand-in.
+
+    It stays until they are there, so that taps of other threads wait for them here.
+    """
+    global _active, _opening
     with _guard:
-        for session in _active:
-            if not isinstance(session, _Waiting):
-                continue
-            deactivate(session)
-            if isinstance(session, _Forked):
-                activate(session)  # it speaks at the tap itself
-                continue
-            for variable, module in _ENVIRONMENT:
-                if os.environ.get(variable):
-                    _open_from_environment(variable, module)
+        if _opening:
+            return  # a tap from what is being opened, such as a transform's module
+        _opening = True
+        try:
+            for session in _active:
+                if isinstance(session, _Waiting) and not isinstance(session, _Helper):
+                    opened = _opened()
+                    kept = (s for s in _active if s is not session)
+                    _active = tuple(sorted((*kept, *opened), key=lambda s: s.order))
+        finally:
+            _opening = False
 
 
-def _open_from_environment(variable: str, module: str) -> None:
-    try:
-        session = importlib.import_module(module).from_environment(os.environ)
-    except (GraftError, ImportError) as err:
-        # Rule 2 again: the job goes on; the wrapper learns of it and ends with 3.
-        fact = " ".join(str(err).split())
-        say(f"{variable} asks for a session that cannot be opened: {fact}")
-        from .reports import write_report
+def _opened() -> list[Session]:
+    """Return the sessions that `GRAFT_*` asks for."""
+    data = sys.modules.get("torch.utils.data")
+    if data is not None and data.get_worker_info() is not None:
+        return [_Helper("is a data loader's worker")]
+    found: list[Session] = []
+    for variable, module in _ENVIRONMENT:
+        if not os.environ.get(variable):
+            continue
+        try:
+            sessions = importlib.import_module(module).from_environment(os.environ)
+        except (GraftError, ImportError) as err:
+            # Rule 2 again: the job goes on; the wrapper learns of it and ends with 3.
+            fact = " ".join(str(err).split())
+            say(f"{variable} asks for a session that cannot be opened: {fact}")
+            from .reports import write_report
 
-        write_report({"session": variable, "state": "refused", "reason": fact})
-        return
-    activate(session)
-    close_at_exit(session)
+            write_report({"session": variable, "state": "refused", "reason": fact})
+            continue
+        for session in sessions:
+            close_at_exit(session)
+        found += sessions
+    return found
 
 
 def close_at_exit(session: Session) -> None:
@@ -325,10 +416,11 @@ def close_at_exit(session: Session) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _active, _guard
+    global _active, _guard, _opening
     _guard = threading.RLock()  # the parent's may be held by a thread that is not here
-    if any(not isinstance(s, _Waiting) for s in _active):
-        _active = (_Forked(),)
+    if _opening or any(not isinstance(s, _Waiting) for s in _active):
+        _opening = False
+        _active = (_Helper("was forked from a process that already taps"),)
 
 
 def call_site() -> str:
@@ -356,11 +448,6 @@ def say(message: str, where: str = "") -> None:
 def printable(text: str) -> str:
     """Return text without control characters, so that recorded names cannot steer a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def context_tags() -> dict[str, Any]:
-    """The tags of the enclosing contexts."""
-    return dict(_tags.get() or {})
 
 
 def clean_tags(call: Call) -> dict[str, tagging.TagValue]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.capture import classify, encode_value, local_part
+from recorder.capture import classify, encode_value, local_part, plainly
 from recorder.claim import Job
 from recorder.errors import (
     GraftError,
@@ -179,6 +179,7 @@ class Replayer:
 
     def on_step(self) -> None:
         """End an iteration."""
+        self._gradients.next_step()
         self._selection.next_step()
         if self._matcher is not None:
             self._matcher.next_step()
@@ -208,7 +209,10 @@ class Replayer:
                 self._attempt(call, selected, value, "tensor", start)
             if selected.grad:
                 self._gradients.watch(
-                    value, call.name, lambda grad: self._on_gradient(call, selected, grad)
+                    value,
+                    call.name,
+                    lambda grad: self._on_gradient(call, selected, grad),
+                    lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
                 )
         elif kind == "value":
             if selected.forward:
@@ -216,6 +220,16 @@ class Replayer:
         else:
             fact = f"{kind}; only tensors can be grafted"
             self._finish(selected, "tensor", start, ReplayError(fact))
+
+    def lost(self, call: Call, reason: str) -> None:
+        """Say that a tap could not be handled for a reason nobody foresaw."""
+        self._tell(call, f"was not grafted: {reason}")
+        self.reason = self.reason or f"tap {call.shown} was not grafted: {reason}"
+
+    def _tell(self, call: Call, what: str) -> None:
+        self._warnings.once(
+            (call.shown, what), f"tap {call.shown} at {call.site} {what}", self._where()
+        )
 
     def fail(self, reason: str) -> None:
         """End the replay as one that is not to be trusted."""
@@ -241,7 +255,7 @@ class Replayer:
                 "session": "GRAFT_REPLAY",
                 "rank": self._ranks.current.rank,
                 "world_size": self._ranks.current.world_size,
-                "state": "complete" if state == "running" else state,
+                "state": "failed" if self.reason else "complete" if state == "running" else state,
                 "reason": self.reason,
                 "selected": self._selection.selected,
                 "refused": self._selection.refused,
@@ -284,10 +298,14 @@ class Replayer:
         facts: dict[str, Any] = {}
         error: GraftError | None = None
         try:
-            target, placements = local_part(value)
-            graft.check_target(target)
-            new = self._replacement(call, selected, target, kind, placements, facts)
-            graft.overwrite(target, new)
+            with plainly():
+                target, placements = local_part(value)
+                graft.check_target(target)
+                new = self._replacement(call, selected, target, kind, placements, facts)
+                graft.overwrite(target, new)
+            if callable(call.given):
+                made = "what was grafted is the result of the tap's callable"
+                facts["message"] = _joined(facts.get("message"), made)
         except Exception as err:
             error = _worded(err)
         self._finish(selected, kind, start, error, **facts)
@@ -498,8 +516,8 @@ def _joined(*texts: str | None) -> str:
     return "; ".join(text for text in texts if text)
 
 
-def from_environment(environ: Mapping[str, str]) -> Replayer:
-    """Return the replayer that `GRAFT_REPLAY` and its companions ask for, started.
+def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
+    """Return what `GRAFT_REPLAY` and its companions ask for, started: a replayer, and a recorder.
 
     A transform that cannot be imported does not stop the job: every graft then fails for that
     reason, and the replay ends with status 3.
@@ -531,6 +549,5 @@ def from_environment(environ: Mapping[str, str]) -> Replayer:
     if session._record_filter is not None and session.out is not None:
         session._recorder = Recorder(session.out, filter=session._record_filter)
         session._recorder.start_lazily()
-        activate(session._recorder)
     session.state = "running"
-    return session
+    return [session] if session._recorder is None else [session._recorder, session]
