@@ -142,6 +142,21 @@ def _check_claims(run: Path, rank: int, job: Job) -> None:
             )
 
 
+def _check_launcher(run: Path, job: Job) -> None:
+    """Refuse to join ranks that another torchrun started, where both are known by name."""
+    for other in claimed_ranks(run):
+        for claim in read_claims(run, other):
+            theirs = claim.get("launcher")
+            if theirs and job.launcher and theirs != job.launcher:
+                raise RecordingExists(run, f"holds a recording by another job (rank {other})")
+
+
+def replace_rank(run: Path, rank: int, job: Job) -> None:
+    """Remove what another job left under a rank."""
+    if any(not job.is_same(claim) for claim in read_claims(run, rank)):
+        remove_tree(run / rank_folder(rank))
+
+
 def _other_world(run: Path, theirs: int, ours: int) -> RecordingExists:
     return RecordingExists(run, f"holds a recording of a world of {theirs}, this job has {ours}")
 
@@ -195,9 +210,10 @@ def claim_rank(
         run.mkdir(parents=True, exist_ok=True)
         meta = _join(run, rank, job, about, overwrite)
         folder = run / rank_folder(rank.rank)
-        if overwrite and any(not job.is_same(c) for c in read_claims(run, rank.rank)):
-            remove_tree(folder)
+        if overwrite:
+            replace_rank(run, rank.rank, job)
         _check_claims(run, rank.rank, job)
+        _check_launcher(run, job)
         folder.mkdir(exist_ok=True)
         data = {
             "format_version": FORMAT_VERSION,
@@ -248,6 +264,10 @@ def _join(
         write_json(path, data)
         return data
     meta = read_recording_json(run)
+    foreign = any(not job.is_same(claim) for claim in read_claims(run, rank.rank))
+    if overwrite and foreign and meta["world_size"] == rank.world_size:
+        meta = {**describe(), "id": meta["id"]}
+        write_json(path, meta)
     if meta["world_size"] != rank.world_size:
         if job.attempt > 0:  # torchelastic restarted with more or fewer ranks
             meta["world_size"] = rank.world_size

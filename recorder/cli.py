@@ -99,7 +99,9 @@ def prepare(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         known = (rank.rank, rank.world_size) if rank else (None, None)
         claim.check_free(folder, known[0], known[1], job)
-    elif rank is None and (folder / RECORDING).exists() and not claim.is_live(folder):
+    elif rank is not None:
+        claim.replace_rank(folder, rank.rank, job)
+    elif (folder / RECORDING).exists() and not claim.is_live(folder):
         claim.replace_recording(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,8 @@ class _Signals:
     def __enter__(self) -> _Signals:
         for name in _PASSED_ON:
             number = getattr(signal, name, None)
-            if number is not None:
+            # What is ignored, as under nohup, stays so for the command too.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._received)
         return self
 

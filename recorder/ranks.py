@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .errors import UsageError
 
-MAX_WORLD_SIZE = 1_000_000  # folder names carry five digits or more; this only stops nonsense
+MAX_WORLD_SIZE = 100_000  # this only stops nonsense
 
 
 @dataclass(frozen=True)

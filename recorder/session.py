@@ -189,8 +189,9 @@ class Recorder:
             if self._closed or self.state in ("new", "refused"):
                 return
             self._closed = True
-            if self.state == "running" and not self._lazy:
-                self._has_writer()  # asked for by name, so an empty recording is one too
+            # A rank that tapped was there, whatever was selected; so was one asked for by name.
+            if self.state == "running" and (self._selection.names_seen or not self._lazy):
+                self._has_writer()
             writer = self._writer
         if writer is not None:
             writer.close()  # its last writes can still fail

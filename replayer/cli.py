@@ -135,6 +135,8 @@ def replay(
     records = recording.latest()
     with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
         folder = Path(os.path.abspath(out)) if out else Path(spare)
+        if out and folder.resolve() == recording.path.resolve():
+            raise UsageError("OUT is RUN itself; choose another folder for what the replay leaves")
         if out:
             prepare(folder, overwrite, records=record_filter is not None)
         env = launch.environment(
@@ -185,7 +187,7 @@ def prepare(folder: Path, overwrite: bool, records: bool) -> None:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
         if not (rank and restarted):
             raise RecordingExists(folder, "holds the log of a replay already")
-    if records or (overwrite and (folder / "recording.json").exists()):
+    if records:
         recorder_cli.prepare(folder, overwrite)
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from recorder import ranks
 from recorder.claim import Job, check_free, provenance
 from recorder.errors import GraftError, UsageError
-from recorder.filters import Filter
-from recorder.format.recording import Recording
-from recorder.format.schema import LEVELS
-from recorder.sizes import format_size, parse_size
-
-from .match import MatchOn
+from recorder.sizes import format_size
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -85,35 +79,28 @@ def _taps(environ: Mapping[str, str], rank: ranks.Rank | None) -> list[dict[str,
 
 
 def _recording(environ: Mapping[str, str], rank: ranks.Rank) -> str:
-    run = Path(environ["GRAFT_RECORD"])
-    expression = environ.get("GRAFT_RECORD_FILTER")
-    if expression:
-        Filter.parse(expression)
-    level = environ.get("GRAFT_RECORD_LEVEL") or "tensors"
-    if level not in LEVELS:
-        raise UsageError(f"GRAFT_RECORD_LEVEL={level!r}; choose one of {', '.join(LEVELS)}")
-    if environ.get("GRAFT_RECORD_MAX_BYTES"):
-        parse_size(environ["GRAFT_RECORD_MAX_BYTES"])
+    from recorder.session import from_environment
+
+    (session,) = from_environment(environ)
     if environ.get("GRAFT_RECORD_OVERWRITE") != "1":
-        check_free(run, rank.rank, rank.world_size, Job.from_environment(environ))
-    return f"into {run} as rank {rank.rank} of {rank.world_size}, {level}, {_which(expression)}"
+        check_free(session.path, rank.rank, rank.world_size, Job.from_environment(environ))
+    level = environ.get("GRAFT_RECORD_LEVEL") or "tensors"
+    which = _which(environ.get("GRAFT_RECORD_FILTER"))
+    return f"into {session.path} as rank {rank.rank} of {rank.world_size}, {level}, {which}"
 
 
 def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
     from . import transforms
+    from .session import Replayer, from_environment
 
-    recording = Recording.open(environ["GRAFT_REPLAY"])
-    expression = environ.get("GRAFT_REPLAY_FILTER")
-    if expression:
-        Filter.parse(expression)
-    MatchOn.parse(environ.get("GRAFT_REPLAY_MATCH_ON") or None)
+    session = next(s for s in from_environment(environ) if isinstance(s, Replayer))
     path = environ.get("GRAFT_REPLAY_TRANSFORM")
     if path:
         transforms.load(path)
     how = f"transform {path}" if path else "identity by rank"
     return (
-        f"from {recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
-        f"{how}, {_which(expression)}"
+        f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
+        f"{how}, {_which(environ.get('GRAFT_REPLAY_FILTER'))}"
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -135,6 +136,7 @@ class Replayer:
         self._log: ReplayLog | None = None
         self._recorder: Recorder | None = None
         self._record_filter = Filter.coerce(record)
+        self._lock = threading.Lock()
         self._pid = os.getpid()
         self.state = "new"
         self.reason = ""
@@ -278,18 +280,19 @@ class Replayer:
         """Whether grafting can begin; the first call indexes the recording and opens the log."""
         if self._matcher is not None:
             return True
-        rank = self._ranks.current
-        try:
-            self._log = ReplayLog(self.out, f"{rank_folder(rank.rank)}-a{self._job.attempt}")
-            matcher = Matcher(
-                self._frame, self._match_on, self._filter, rank.rank, self._step_offset
-            )
-        except (GraftError, OSError) as err:
-            self.fail(str(err))
-            self._say(f"this rank is not grafted: {err}")
-            return False
-        self._matcher = matcher
-        return True
+        with self._lock:
+            if self._matcher is not None or self.state != "running":
+                return self._matcher is not None
+            rank = self._ranks.current
+            try:
+                self._log = ReplayLog(self.out, f"{rank_folder(rank.rank)}-a{self._job.attempt}")
+                self._matcher = Matcher(
+                    self._frame, self._match_on, self._filter, rank.rank, self._step_offset
+                )
+            except (GraftError, OSError) as err:
+                self.fail(str(err))
+                self._say(f"this rank is not grafted: {err}")
+            return self._matcher is not None
 
     def _attempt(
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float

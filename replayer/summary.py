@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recorder.filters import Filter
-from recorder.tags import label
+from recorder.format.rows import parse_tags
+from recorder.tags import is_recompute, label
 
 from .match import selected_rows
 
@@ -121,7 +122,8 @@ def _selected(
     """Return the records that some receiver selects; a second forward's are never asked for."""
     import polars as pl
 
-    first = records.filter(~pl.col("tags").str.contains('"recompute":true', literal=True))
+    seconds = [text for text in records["tags"].unique() if is_recompute(parse_tags(text))]
+    first = records.filter(~pl.col("tags").is_in(seconds))
     reads_rank = filter is not None and "rank" in filter.names
     receivers: Iterable[int] = range(world_size) if reads_rank else (0,)
     parts = [selected_rows(first, filter, rank, step_offset) for rank in receivers]

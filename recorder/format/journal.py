@@ -87,8 +87,13 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], columns: dict[str, str
     temporary.replace(path)
 
 
-def read_parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
+def read_parquet(path: Path, columns: dict[str, str], max_rows: int | None = None) -> pl.DataFrame:
     """Return a parquet file's rows, its columns checked.
+
+    Args:
+        path: the file.
+        columns: names and polars types that it must have.
+        max_rows: more rows than an honest file has.
 
     Raises:
         DamagedRecording: no parquet, or columns missing or of another type.
@@ -98,6 +103,9 @@ def read_parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
 
     schema = polars_schema(columns)
     try:
+        rows = pl.scan_parquet(path).select(pl.len()).collect().item()  # from the footer alone
+        if max_rows is not None and rows > max_rows:
+            raise DamagedRecording(path, f"it claims {rows} rows, more than any part has")
         # Not memory-mapped: a file that shrinks under a mapping kills the process.
         frame = pl.read_parquet(path, memory_map=False)
     except FileNotFoundError:

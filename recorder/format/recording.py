@@ -16,7 +16,7 @@ from ..errors import DamagedRecording, NoSuchRecord, UsageError
 from ..tags import canonical, clean, label
 from .index import Index, nearest, whole_key
 from .journal import read_journal, read_parquet
-from .rows import tag_columns
+from .rows import parse_tags, tag_columns
 from .schema import (
     ATTEMPT,
     COLUMNS,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 _HEADERS_KEPT = 256
+_ROWS_A_PART = 1 << 20  # far more than a writer puts into one
 
 
 class Recording:
@@ -268,7 +269,24 @@ class Recording:
                 name = stem(attempt, index)
                 frame = self._read_part(folder / name, rank, has_parquet)
                 parts.append(frame.with_columns(attempt=pl.lit(attempt, pl.Int32)))
+        self._check_complete(parts)
         return pl.concat(parts, rechunk=True).sort("rank", "attempt", "seq")
+
+    def _check_complete(self, parts: list[pl.DataFrame]) -> None:
+        """Hold what was found against what each rank wrote down when it closed."""
+        import polars as pl
+
+        counted = pl.concat(parts).group_by("rank", "attempt").len()
+        rows = {(rank, attempt): n for rank, attempt, n in counted.iter_rows()}
+        for claim in self.claims():
+            got = rows.get((claim["rank"], claim["attempt"]), 0)
+            expected = claim.get("rows")
+            if claim.get("state") in ("complete", "stopped") and got != expected:
+                raise DamagedRecording(
+                    self.path / rank_folder(claim["rank"]),
+                    f"its manifest has {got} rows of attempt {claim['attempt']}, "
+                    f"expected {expected}",
+                )
 
     def _read_part(self, base: Path, rank: int, has_parquet: bool) -> pl.DataFrame:
         path = base.with_suffix(".parquet")
@@ -280,7 +298,7 @@ class Recording:
                 pass  # sealed since the folder was listed
         if frame is None:
             try:
-                frame = read_parquet(path, COLUMNS)
+                frame = read_parquet(path, COLUMNS, _ROWS_A_PART)
             except FileNotFoundError:
                 raise DamagedRecording(path, "it is missing") from None
         odd = frame.filter(
@@ -288,6 +306,8 @@ class Recording:
         )
         if odd.height or any(frame[c].null_count() for c in ("rank", "seq", "step", "kind")):
             raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
+        for text in frame["tags"].unique().to_list():
+            parse_tags(text, path)
         return frame
 
     def _from_journal(self, path: Path) -> pl.DataFrame:
@@ -334,11 +354,26 @@ class Recording:
 
 
 def _stems(folder: Path) -> list[tuple[int, int, bool]]:
-    """Return (attempt, index, whether it has parquet) of each part that has rows."""
-    found: dict[tuple[int, int], bool] = {}
-    for path in folder.iterdir():
-        match = PART.fullmatch(path.name)
-        if match and match[3] in ("parquet", "journal"):
-            key = int(match[1]), int(match[2])
-            found[key] = found.get(key, False) or match[3] == "parquet"
-    return [(attempt, index, found[attempt, index]) for attempt, index in sorted(found)]
+    """Return (attempt, index, whether it has parquet) of each part that has rows.
+
+    Raises:
+        DamagedRecording: a finished shard has neither parquet nor journal.
+    """
+    for once_more in (True, False):
+        found: dict[tuple[int, int], set[str]] = {}
+        for path in folder.iterdir():
+            match = PART.fullmatch(path.name)
+            if match and path.is_file() and not path.is_symlink():
+                found.setdefault((int(match[1]), int(match[2])), set()).add(match[3])
+        bare = [key for key, kinds in found.items() if kinds == {"safetensors"}]
+        if not bare:
+            break
+        # A listing made while a part was sealed can have missed both of its names.
+        if not once_more:
+            name = f"{stem(*bare[0])}.parquet"
+            raise DamagedRecording(folder / name, "it is missing, and its shard is there")
+    return [
+        (*key, "parquet" in found[key])
+        for key in sorted(found)
+        if found[key] & {"parquet", "journal"}
+    ]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DamagedRecording, FilterError
 from ..filters import Filter
 from ..tags import TagValue
-from .schema import STATISTICS
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,16 +36,20 @@ def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
     unique = rows.select("tags").unique(maintain_order=True)
     parsed = [parse_tags(text) for text in unique["tags"].to_list()]
     columns: list[pl.Series] = []
+    used = {*rows.columns, "attempt"}
     for tag in sorted({tag for tags in parsed for tag in tags}):
         values: list[Any] = [tags.get(tag) for tags in parsed]
         kinds = {type(value) for value in values if value is not None}
         if len(kinds) > 1 or kinds & {list, dict}:
             values = [None if value is None else json.dumps(value) for value in values]
-        taken = tag in rows.columns or tag in (*STATISTICS, "attempt")
+        name = tag
+        while name in used:
+            name = f"tag.{name}"
+        used.add(name)
         try:
-            column = pl.Series(f"tag.{tag}" if taken else tag, values, strict=True)
+            column = pl.Series(name, values, strict=True)
         except (TypeError, OverflowError, pl.exceptions.PolarsError):
-            column = pl.Series(tag, [None if v is None else str(v) for v in values])
+            column = pl.Series(name, [None if v is None else str(v) for v in values])
         columns.append(column)
     if not columns:
         return pl.DataFrame()

@@ -18,11 +18,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording, NotARecording, RecordingError, UnsupportedVersion
+from ..ranks import MAX_WORLD_SIZE
 
 if TYPE_CHECKING:
     import polars as pl
@@ -126,6 +128,8 @@ def read_json(path: Path) -> dict[str, Any]:
         RecordingError: the file cannot be read.
     """
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise DamagedRecording(path, "it is no regular file")
         if path.stat().st_size > 64 << 20:
             raise DamagedRecording(path, "it is larger than any such file can be")
         data = json.loads(path.read_bytes())
@@ -155,6 +159,12 @@ def read_recording_json(folder: Path) -> dict[str, Any]:
     if data.get("format_version") != FORMAT_VERSION:
         raise UnsupportedVersion(path, data.get("format_version"), FORMAT_VERSION)
     world = data.get("world_size")
-    if not isinstance(world, int) or isinstance(world, bool) or world < 1:
-        raise DamagedRecording(path, f"world_size is {world!r}, expected a number from 1 up")
+    if type(world) is not int or not 1 <= world <= MAX_WORLD_SIZE:
+        raise DamagedRecording(path, f"world_size is {world!r}, expected 1 to {MAX_WORLD_SIZE}")
+    command = data.get("command", [])
+    if not isinstance(command, list) or not all(isinstance(part, str) for part in command):
+        raise DamagedRecording(path, "command is no list of strings")
+    for part in ("options", "provenance"):
+        if not isinstance(data.get(part, {}), dict):
+            raise DamagedRecording(path, f"{part} is no JSON object")
     return data

@@ -174,6 +174,71 @@ def test_where_only_the_rank_can_know_the_job_goes_on_and_the_wrapper_ends_with_
     assert sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file()) == before
 
 
+def test_threads_that_tap_while_the_session_opens_lose_nothing(shell, run):
+    shell.write(
+        "threads.py",
+        """
+        import threading, torch
+        from recorder import tap
+        together = threading.Barrier(8)
+        def worker(i):
+            together.wait()
+            for k in range(50):
+                tap("x", torch.full((3,), float(k)), i=i, k=k)
+        threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        """,
+    )
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "threads.py")
+    assert done.returncode == 0 and Recording.open(run).rows().height == 400
+    done = shell(shell.graft, "replay", run, "--strict", "--", shell.python, "threads.py")
+    assert done.returncode == 0 and "400 grafted" in done.stderr
+
+
+def test_a_data_loader_s_worker_that_taps_first_does_not_take_the_rank(shell, run):
+    shell.write(
+        "loader.py",
+        """
+        import torch
+        from recorder import tap
+        class Data(torch.utils.data.Dataset):
+            def __len__(self): return 4
+            def __getitem__(self, i): return tap("in_worker", torch.tensor(i))
+        if __name__ == "__main__":
+            for how in ("fork", "spawn"):
+                for batch in torch.utils.data.DataLoader(
+                    Data(), num_workers=1, multiprocessing_context=how
+                ):
+                    tap("batch", batch, how=how)
+        """,
+    )
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "loader.py")
+    assert done.returncode == 0, done.stderr
+    assert Recording.open(run).rows()["name"].unique().to_list() == ["batch"]
+    assert "is a data loader's worker; its taps are ignored" in done.stderr
+
+
+def test_ranks_of_which_nothing_was_selected_were_there_all_the_same(shell, run):
+    job = shell.write("job.py", JOB)
+    words = ("record", "-o", run, "--filter", "rank == 0", "--", shell.python, job)
+    for rank in "01":
+        env = {"RANK": rank, "WORLD_SIZE": "2"}
+        assert shell(shell.graft, words, env=env, input="").returncode == 0
+    assert Recording.open(run).ranks == [0, 1]
+    assert Recording.open(run).rows()["rank"].unique().to_list() == [0]
+    done = shell(shell.graft, words, input="")  # so the recording is finished, as anyone can see
+    assert done.returncode == 2 and "holds a recording already" in done.stderr
+
+
+def test_what_is_ignored_outside_stays_ignored_in_the_command(shell, run):
+    code = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)"
+    line = (
+        f"trap '' HUP; exec {' '.join(shell.graft)} record -o {run} -- {sys.executable} -c '{code}'"
+    )
+    assert shell("bash", "-c", line).stdout == "True\n"
+
+
 def test_the_variables_alone_do_the_same_without_the_wrapper(shell, run):
     job = shell.write("job.py", JOB)
     env = {

@@ -53,6 +53,8 @@ TAGS = {"name": "attn_out", "layer": 3, "phase": "prefill", "axes": ["tp", "cp"]
         ('"tp" in axes', True),
         ("ok", True),
         ("ok is True", True),
+        ('axes in (("tp", "cp"), ("dp",))', True),
+        ('axes < ("z",)', True),
         ("", None),
     ],
 )
@@ -84,6 +86,7 @@ def test_selects(text, verdict):
         ("f'{name}' == 1", "an f-string is not allowed", "f'{name}'"),
         ("name == b'a'", "a bytes literal is not allowed", "b'a'"),
         ("search('ä', näme.x)", "an attribute is not allowed", "näme.x"),
+        ("layer is 1000", "`is` compares with None, True or False only", "layer is 1000"),
         ("len(name=1)", "keyword arguments are not allowed", "len(name=1)"),
     ],
 )

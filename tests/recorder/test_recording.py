@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import polars as pl
@@ -216,12 +217,13 @@ def test_a_torn_journal_line_costs_that_line_alone(run, tmp_path):
 
 def test_tags_become_columns_and_collisions_get_a_prefix(record):
     def tagged(rank):
-        tap("x", 1, layer=1, dtype="mine", mixed=1)
+        tap("x", 1, layer=1, dtype="mine", mixed=1, **{"tag.dtype": 7})
         tap("x", 1, layer=2, mixed="two", axes=["tp"])
 
     table = record(tagged).manifest()
     assert table["layer"].to_list() == [1, 2]
     assert table["tag.dtype"].to_list() == ["mine", None]
+    assert table["tag.tag.dtype"].to_list() == [7, None]
     assert table["mixed"].to_list() == ["1", '"two"']
     assert table["axes"].to_list() == [None, '["tp"]']
 
@@ -285,6 +287,57 @@ def test_no_manifest_makes_the_reader_leave_its_rank_s_folder(record, run, shard
     row = back.rows().row(0, named=True)
     with pytest.raises(DamagedRecording, match="a row names the shard"):
         back.read({**row, "shard": shard})
+
+
+def test_a_missing_part_of_the_manifest_is_noticed(record, run):
+    record(job, 2)
+    part = next(run.rglob("*.parquet"))
+    part.unlink()
+    with pytest.raises(DamagedRecording, match="it is missing, and its shard is there"):
+        Recording.open(run).rows()
+    part.with_suffix(".safetensors").unlink()
+    with pytest.raises(DamagedRecording, match="has 0 rows of attempt 0, expected 6"):
+        Recording.open(run).rows()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"world_size": 20_000_000_000},
+        {"world_size": True},
+        {"command": 5},
+        {"options": [1]},
+        {"provenance": "x"},
+    ],
+)
+def test_a_description_of_the_wrong_types(record, run, change):
+    record(job)
+    meta = json.loads((run / "recording.json").read_text())
+    (run / "recording.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(DamagedRecording):
+        Recording.open(run)
+
+
+def test_rows_whose_tags_are_none_or_that_are_too_many(record, run):
+    record(job)
+    part = next(run.rglob("*.parquet"))
+    rows = pl.read_parquet(part)
+    rows.with_columns(tags=pl.lit("[1]")).write_parquet(part)
+    with pytest.raises(DamagedRecording, match="expected a JSON object"):
+        Recording.open(run).rows()
+    pl.concat([rows[:1]] * 1100).select(pl.all().repeat_by(1000).explode()).write_parquet(part)
+    with pytest.raises(DamagedRecording, match="claims 1100000 rows"):
+        Recording.open(run).rows()
+
+
+def test_pipes_in_the_place_of_files_do_not_stop_a_reader(record, run):
+    record(job)
+    os.mkfifo(run / "rank-00000" / "a0-00007.journal")
+    assert Recording.open(run).rows().height == 6
+    (run / "recording.json").unlink()
+    os.mkfifo(run / "recording.json")
+    with pytest.raises(NotARecording):
+        Recording.open(run)
 
 
 def test_a_parquet_part_that_is_none(record, run):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -195,6 +197,138 @@ def test_extras_take_small_tensors_and_say_what_json_cannot_hold(record, capsys)
     assert "extras['bad'] is a object, which JSON cannot hold" in capsys.readouterr().err
 
 
+def test_context_decorates_coroutines_and_generators_and_can_be_shared(record):
+    shared = context(phase="p")
+
+    @shared
+    async def coroutine():
+        tap("coroutine", 1)
+
+    @shared
+    def generator():
+        tap("first", 1)
+        got = yield 1
+        tap("second", got)
+
+    def job(rank):
+        import asyncio
+
+        asyncio.run(coroutine())
+        items = generator()
+        next(items)
+        tap("between", 1)
+        with pytest.raises(StopIteration):
+            items.send(2)
+        with shared, shared:
+            pass
+        tap("after", 1)
+
+    table = record(job).manifest()
+    assert dict(table.select("name", "phase").rows()) == {
+        "coroutine": "p",
+        "first": "p",
+        "between": None,
+        "second": "p",
+        "after": None,
+    }
+    with pytest.raises(TypeError, match="async generator"):
+
+        @shared
+        async def asynchronous():
+            yield
+
+
+def test_one_context_may_be_entered_by_two_threads_at_a_time(record):
+    shared = context(phase="p")
+
+    def job(rank):
+        both = threading.Barrier(2)
+
+        def worker(i):
+            with shared:
+                both.wait(10)
+                tap("x", i, i=i)
+            both.wait(10)
+
+        threads = [threading.Thread(target=worker, args=(i,)) for i in range(2)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+
+    assert record(job).manifest()["phase"].to_list() == ["p", "p"]
+
+
+def test_a_tag_that_changes_in_place_is_read_each_time(record):
+    def job(rank):
+        at = torch.tensor(0)
+        for _ in range(3):
+            tap("x", 1, at=at, pair=(1, at))
+            at += 1
+
+    assert record(job).rows()["tags"].to_list() == [
+        f'{{"at":{i},"pair":[1,{i}]}}' for i in range(3)
+    ]
+
+
+class Unprintable:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tags", "what"),
+    [
+        ((Unprintable(), 1), {}, "its name is a Unprintable"),
+        (("x", 1), {"big": 10**30}, "more than 64 bits"),
+        (("x", 10**5000), {}, "Exceeds the limit"),
+        (("x", torch.zeros(1)), {"dims": 5}, "its dims are a int"),
+        (("x", torch.zeros(1)), {"dims": "\ud800"}, "no valid Unicode"),
+        (("x", torch.zeros(1)), {"extras": [1]}, "extras is a list, expected a dict"),
+        (("x", torch.nn.parameter.UninitializedParameter()), {}, "is not recorded"),
+        (("x", 1), {"\ud800": 1}, "no valid Unicode"),
+    ],
+)
+def test_one_odd_tap_costs_that_tap_alone(record, capsys, arguments, tags, what):
+    def job(rank):
+        tap(*arguments, **tags)
+        tap("next", 1)
+
+    assert record(job).manifest()["name"].to_list()[-1] == "next"
+    assert what in capsys.readouterr().err
+
+
+def test_a_real_tensor_inside_fake_tensor_mode_is_recorded(record):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    t = torch.arange(3.0)
+
+    def job(rank):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            tap("x", t)
+
+    assert torch.equal(record(job).load(0, "x"), t)
+
+
+def test_tied_and_pipelined_parameters_get_their_gradients_in_line_and_are_told_so(record, capsys):
+    w = torch.nn.Parameter(torch.ones(1))
+
+    def job(rank):
+        losses = []
+        for mb in range(2):  # 1F1B: both forwards, then both backwards
+            tap("w", w, grad=True, mb=mb)
+            losses.append((w * (mb + 1)).sum())
+        for loss in losses:
+            loss.backward()
+        step()
+        tap("emb", w, grad=True)  # two names of one tensor: both get its gradient
+        tap("head", w, grad=True)
+        (w * 5).sum().backward()
+
+    run = record(job)
+    assert [run.load(0, "w", mb=mb, kind="grad").item() for mb in range(2)] == [1, 2]
+    assert [run.load(0, n, step=1, kind="grad").item() for n in ("emb", "head")] == [5, 5]
+    assert "get them first in, first out" in capsys.readouterr().err
+
+
 def test_gradients_are_recorded_under_the_step_of_their_tap(record):
     w = torch.nn.Parameter(torch.ones(2))
 
@@ -213,14 +347,17 @@ def test_gradients_are_recorded_under_the_step_of_their_tap(record):
     assert torch.equal(run.load(0, "w", step=1, kind="grad"), torch.full((2,), 6.0))
 
 
-def test_a_forward_without_backward_leaves_no_hook_to_misfire(record):
+def test_a_forward_without_backward_leaves_no_hook_to_misfire(record, capsys):
     w = torch.nn.Parameter(torch.ones(2))
 
     def job(rank):
-        tap("w", w, grad=True)  # an evaluation: its backward never comes
+        with torch.no_grad():
+            tap("w", w, grad=True)  # an evaluation: nobody expects a backward
+        tap("w", w, grad=True)  # this one's never comes
         step()
         tap("w", w, grad=True)
         (w * 2).sum().backward()
 
     table = record(job).manifest().filter(kind="grad")
-    assert table["step"].to_list() == [1]
+    assert table.select("step", "occurrence").rows() == [(1, 0)]
+    assert capsys.readouterr().err.count("its gradient never came in the step of the tap") == 1

@@ -191,6 +191,16 @@ def test_a_log_is_not_written_over_unless_told_so(single, run, tmp_path):
     assert Recording.open(out).rows().height == 4
 
 
+def test_overwriting_a_replay_leaves_recordings_alone(single, run, tmp_path):
+    done = replayed(single, run, "-o", run, "--overwrite")
+    assert done.returncode == 2 and "OUT is RUN itself" in done.stderr
+    other = tmp_path / "other"
+    with Recorder(other):
+        tap("mine", torch.ones(1))
+    assert replayed(single, run, "-o", other, "--overwrite").returncode == 0
+    assert Recording.open(other).load(0, "mine").item() == 1
+
+
 def test_a_killed_target_leaves_its_log(single, run, tmp_path):
     single.write(
         "single.py",

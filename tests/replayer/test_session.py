@@ -524,6 +524,32 @@ def test_values_are_compared_not_grafted(record, replay):
     assert log["message"].to_list() == ["equal", "recorded 3, here 4"]
 
 
+def test_what_a_callable_made_is_grafted_and_that_is_noted(record, replay):
+    record(lambda rank: tap("x", lambda: torch.ones(2)))
+    (session,) = replay(lambda rank: tap("x", lambda: torch.zeros(2)))
+    assert session.log().row(0, named=True)["message"] == (
+        "what was grafted is the result of the tap's callable"
+    )
+
+
+def test_a_false_recompute_is_as_none_at_all(record, run, replay):
+    def job(rank):
+        for fill, tags in ((1, {}), (2, {"recompute": False}), (9, {"recompute": 1})):
+            tap("x", torch.full((1,), float(fill)), **tags)
+
+    record(job)
+    got = []
+
+    def target(rank):
+        for tags in ({}, {"recompute": False}, {"recompute": 1}):
+            t = torch.zeros(1)
+            tap("x", t, **tags)
+            got.append(t.item())
+
+    replay(target, strict=True)
+    assert got == [1, 2, 1]
+
+
 def test_dtypes_are_cast_between_floats_and_noted(record, replay):
     record(tapper(torch.full((2,), 1.5, dtype=torch.float32)))
     target = tapper(torch.zeros(2, dtype=torch.bfloat16))
@@ -593,6 +619,18 @@ def test_under_torch_compile_values_are_recorded_and_grafted_right(record, repla
     assert outcomes(session) == ["grafted"]
     assert torch.equal(got[0], x.sin() * 2 + 1)
     assert torch.equal(compiled(x + 1), (x + 1).sin() * 2 + 1)  # and nothing once it is over
+
+
+@pytest.mark.filterwarnings("ignore")  # whatever the compiler has to say
+def test_inactive_taps_and_contexts_stand_in_a_full_graph():
+    def f(x):
+        with context(phase="p"):
+            tap("y", x, layer=1)
+        step()
+        return x + 1
+
+    compiled = torch.compile(f, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
 
 
 def test_a_tap_inside_cuda_graph_capture_is_refused(record, replay, monkeypatch):
