@@ -21,6 +21,7 @@ from .options import (
     UNTRUSTED,
     FilterType,
     SizeType,
+    WrappingCommand,
     expected_errors,
     note,
     text_of,
@@ -29,7 +30,7 @@ from .reports import read_reports
 from .sizes import format_size
 
 
-@click.command(short_help="Run COMMAND and keep every tensor it taps.")
+@click.command(cls=WrappingCommand, short_help="Run COMMAND and keep every tensor it taps.")
 @click.option("-o", "--out", "run", required=True, metavar="RUN", help="Folder to record into.")
 @click.option("--filter", type=FilterType(), help="Record only these taps. [GRAFT_RECORD_FILTER]")
 @click.option(

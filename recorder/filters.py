@@ -104,7 +104,8 @@ class Filter:
         hints = []
         unknown = sorted(self.names - set(seen_tags) - {"name", "step", "rank", "kind"})
         for name in unknown:
-            hints.append(f"no tap carried the tag {name!r}" + _closest(name, seen_tags))
+            known = ["name", *seen_tags, "step", "rank"]
+            hints.append(f"no tap carried the tag {name!r}" + _closest(name, known))
         if "name" in self.names:
             for word in sorted(self.words - set(seen_names)):
                 close = difflib.get_close_matches(word, seen_names, 3)

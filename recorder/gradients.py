@@ -7,12 +7,12 @@ first in, first out, and whoever makes several wait at a time is told so.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 Callback = Callable[[torch.Tensor], "torch.Tensor | None"]
 
@@ -53,7 +53,9 @@ class GradientTaps:
     """Registers gradient hooks for one session."""
 
     def __init__(self) -> None:
-        self._lines: Any = WeakIdKeyDictionary()
+        # By identity: tensors compare by their elements. (torch.utils.weak would bring half of
+        # torch's compiler into a job that needs none of it.)
+        self._lines: dict[int, tuple[weakref.ref[torch.Tensor], dict[str, _Line]]] = {}
 
     def watch(
         self, tensor: torch.Tensor, name: str, callback: Callback, tell: Callable[[str], None]
@@ -71,19 +73,27 @@ class GradientTaps:
         if not tensor.is_leaf:
             tensor.register_hook(_once(callback))
         elif torch.is_grad_enabled():  # else no backward follows, as in an evaluation
-            line = self._lines.setdefault(tensor, {}).setdefault(name, _Line())
+            line = self._lines_of(tensor).setdefault(name, _Line())
             line.waiting.append((callback, tell))
             if line.hook is None:
                 line.hook = tensor.register_hook(line.arrived)
 
     def next_step(self) -> None:
         """Let no tap wait for a gradient of the next step."""
-        for lines in list(self._lines.values()):
+        for _, lines in list(self._lines.values()):
             for line in lines.values():
                 for _, tell in line.waiting:
                     tell(NEVER)
                 line.waiting.clear()
                 line.remove()
+
+    def _lines_of(self, tensor: torch.Tensor) -> dict[str, _Line]:
+        key = id(tensor)
+        found = self._lines.get(key)
+        if found is None or found[0]() is not tensor:
+            gone = weakref.ref(tensor, lambda _: self._lines.pop(key, None))
+            found = self._lines[key] = (gone, {})
+        return found[1]
 
 
 def _once(callback: Callback) -> Callback:

@@ -26,6 +26,23 @@ def note(message: str) -> None:
     click.echo(f"[graft] {printable(message)}", err=True)
 
 
+class WrappingCommand(click.Command):
+    """A command with another COMMAND behind `--`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and name `--` where an option of COMMAND was taken for one of ours."""
+        marked = "--" in args
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as err:
+            if marked:
+                raise
+            raise click.UsageError(
+                f"no such option {err.option_name}; write -- before COMMAND, and its options after",
+                ctx,
+            ) from None
+
+
 class Failure(click.ClickException):
     """An expected error, worded by itself; exit status 2."""
 

@@ -17,7 +17,15 @@ from recorder import launch, ranks
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.filters import Filter
 from recorder.format.recording import Recording
-from recorder.options import COMMAND, UNTRUSTED, FilterType, expected_errors, note, text_of
+from recorder.options import (
+    COMMAND,
+    UNTRUSTED,
+    FilterType,
+    WrappingCommand,
+    expected_errors,
+    note,
+    text_of,
+)
 from recorder.reports import read_reports
 
 from .match import MatchOn
@@ -47,7 +55,9 @@ def main() -> None:
 main.add_command(recorder_cli.record)
 
 
-@main.command(short_help="Run COMMAND with its taps overwritten from a recording.")
+@main.command(
+    cls=WrappingCommand, short_help="Run COMMAND with its taps overwritten from a recording."
+)
 @click.argument("run", metavar="RUN")
 @click.option(
     "-o",
