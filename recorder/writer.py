@@ -1,14 +1,17 @@
 """The background writer of one rank: staged snapshots to shards and rows, behind the job's back.
 
 1. `submit` (any thread of the job) stages a payload, in pieces if it is large, and queues its row.
-2. `_run` (the writer's thread) takes what has queued up: `_take` gathers digest and statistics and
-   writes a payload unless equal bytes were written before.
+2. `_run` (the writer's thread) takes what has queued up: `_take` gathers the digest and writes a
+   payload unless equal bytes were written before.
 3. `_flush` appends the finished rows to the journal; from then on a killed process loses none.
-4. `_seal` closes a shard that is full: header, final name, then its rows as parquet.
+4. `_summarise` gathers statistics of what is safe, as long as nothing new waits; they follow in
+   the journal as lines of their own.
+5. `_seal` closes a shard that is full: header, final name, then its rows as parquet.
 
 Failure of any write ends the recording at the last row in the journal; the job never notices.
 
-Known limits: equal bytes are recognised among the last 200,000 distinct payloads of a rank.
+Known limits: equal bytes are recognised among the last 200,000 distinct payloads of a rank; rows
+of a job killed before their statistics came have none.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ import xxhash
 
 from .capture import Staging, dtype_name, pieces
 from .format.journal import Journal, read_journal, write_parquet
+from .format.payload import parse_dtype
 from .format.schema import COLUMNS, PART, stem
 from .format.shard import ShardWriter, header_room
-from .statistics import Statistics, has_statistics
+from .statistics import Statistics, has_statistics, workspace
 
 DEFAULT_BUDGET = 256 << 20
 SHARD_BYTES = 1 << 30
@@ -51,10 +55,10 @@ class _Payload:
 
 @dataclass
 class _Piece:
-    """A part of a payload in the staging ring; `None` for a row without one."""
+    """A part of a payload in the staging ring; a row without one has no payload."""
 
-    payload: _Payload | None
     row: dict[str, Any]
+    payload: _Payload | None = None
     offset: int = 0
     nbytes: int = 0
     first: bool = True
@@ -102,6 +106,8 @@ class Writer:
         self._done: list[dict[str, Any]] = []
         self._journaled = 0
         self._written: OrderedDict[tuple[bytes, int], tuple[str, str]] = OrderedDict()
+        self._unsummarised: deque[_Piece] = deque()
+        self._workspace: torch.Tensor | None = None
         self.rows_written = 0
         self.bytes_written = 0
         self._thread = threading.Thread(target=self._run, name="graft-writer", daemon=True)
@@ -119,7 +125,7 @@ class Writer:
             return
         with self._submitting:
             if bits is None:
-                self._put(_Piece(None, row))
+                self._put(_Piece(row))
                 return
             nbytes = bits.numel() * bits.element_size()
             payload = _Payload(row, dtype, tuple(row["shape"]), nbytes)
@@ -128,7 +134,7 @@ class Writer:
                 placed = self._staging.put(part)
                 if placed is None:
                     return
-                self._put(_Piece(payload, row, *placed, i == 0, i == len(parts) - 1))
+                self._put(_Piece(row, payload, *placed, i == 0, i == len(parts) - 1))
 
     def close(self) -> None:
         """Write what is queued, seal the shard and end the thread; twice is fine."""
@@ -146,7 +152,7 @@ class Writer:
         try:
             while True:
                 with self._wake:
-                    while not self._queue and not self._closing:
+                    while not (self._queue or self._unsummarised or self._closing):
                         self._wake.wait()
                     batch = list(self._queue)
                     self._queue.clear()
@@ -156,13 +162,15 @@ class Writer:
                     if not self._ended:
                         self._take(piece)
                     if piece.payload is not None:
-                        self._staging.release()
-                    if not self._ended and time.monotonic() - flushed > _FLUSH_SECONDS:
+                        self._unsummarised.append(piece)
+                    if time.monotonic() - flushed > _FLUSH_SECONDS:
                         self._flush()
                         flushed = time.monotonic()
-                if not self._ended:
-                    self._flush()
-                if closing and not batch:
+                self._flush()
+                while self._unsummarised and not self._queue:
+                    self._summarise()
+                self._flush()
+                if closing and not batch and not self._unsummarised:
                     break
             if not self._ended:
                 self._seal()
@@ -173,14 +181,14 @@ class Writer:
 
     def _stop(self, state: str, reason: str) -> None:
         """End recording early; what is in the journal stays."""
-        self._ended = True
-        self._staging.close()
-        self._done.clear()
         try:
             if state == "stopped":
                 self._seal()
         except OSError as err:
             state, reason = "failed", f"writing failed: {err.strerror or err}"
+        self._ended = True
+        self._staging.close()
+        self._done.clear()
         if self._shard is not None:
             self._shard.abandon()
         if self._journal is not None:
@@ -196,34 +204,45 @@ class Writer:
             self._finish_row(row)
             return
         data = self._staging.view(piece.offset, piece.nbytes)
-        if piece.first and self._level != "digests" and has_statistics(payload.dtype):
-            payload.statistics = Statistics(payload.dtype)
         payload.hash.update(data)
-        if payload.statistics is not None:
-            payload.statistics.add(self._staging.tensor(piece.offset, piece.nbytes))
         known = None
         if piece.last:
             row["nbytes"], row["digest"] = payload.nbytes, payload.hash.hexdigest()
-            if payload.statistics is not None:
-                row.update(payload.statistics.result())
             known = self._known(payload)
         if piece.first:
             self._open(len(payload.shape))
         if self._level == "tensors" and known is None:
-            if self._max_bytes is not None and (
+            over = self._max_bytes is not None and (
                 self.bytes_written + payload.nbytes > self._max_bytes
-            ):
+            )
+            if over and piece.last:
                 self._flush()
                 self._stop("stopped", f"--max-bytes was reached at {row['name']!r}")
                 return
-            shard = self._require_shard()
-            shard.write_at(shard.end + payload.written, data)
-            payload.written += piece.nbytes
+            if not over:
+                shard = self._require_shard()
+                shard.write_at(shard.end + payload.written, data)
+                payload.written += piece.nbytes
         if not piece.last:
             return
         if self._level == "tensors":
             row["shard"], row["tensor"] = known or self._store(payload)
         self._finish_row(row)
+
+    def _summarise(self) -> None:
+        """Gather the statistics of the oldest piece, and let its memory go."""
+        piece = self._unsummarised.popleft()
+        payload = piece.payload
+        if payload is not None and self._level != "digests" and has_statistics(payload.dtype):
+            if payload.statistics is None:
+                if self._workspace is None:
+                    self._workspace = workspace()
+                payload.statistics = Statistics(payload.dtype, self._workspace)
+            if not self._ended:
+                payload.statistics.add(self._staging.tensor(piece.offset, piece.nbytes))
+            if piece.last:
+                self._done.append({"seq": piece.row["seq"], **payload.statistics.result()})
+        self._staging.release()
 
     def _known(self, payload: _Payload) -> tuple[str, str] | None:
         key = (payload.hash.digest(), payload.nbytes)
@@ -251,7 +270,7 @@ class Writer:
         self.rows_written += 1
 
     def _flush(self) -> None:
-        if not self._done or self._journal is None:
+        if self._ended or not self._done or self._journal is None:
             return
         self._journal.append(self._done)
         self._journaled += len(self._done)
@@ -267,7 +286,6 @@ class Writer:
             )
             if not full:
                 return
-            self._flush()
             self._seal()
         name = stem(self._attempt, self._index)
         self._shard = ShardWriter(self._folder / f"{name}.safetensors", header_room(self._index))
@@ -282,6 +300,9 @@ class Writer:
         shard, journal = self._shard, self._journal
         if shard is None or journal is None:
             return
+        while self._unsummarised:
+            self._summarise()
+        self._flush()
         # In this order a reader finds every row at every moment; see format/schema.py.
         if shard.is_empty:
             shard.discard()
@@ -325,7 +346,7 @@ def _finish_shard(final: Path, index: int, rows: list[dict[str, Any]]) -> None:
     where = f"{final.parent.name}/{final.name}"
     for row in rows:
         if row.get("shard") == where and row.get("offset") == shard.end:
-            itemsize = getattr(torch, row["dtype"]).itemsize
+            itemsize = parse_dtype(row["dtype"], final).itemsize
             shard.add(row["tensor"], row["dtype"], itemsize, row["shape"], row["nbytes"])
     if shard.is_empty:
         shard.discard()

@@ -34,10 +34,6 @@ class Journal:
         while data.nbytes:
             data = data[os.write(self._file, data) :]
 
-    def sync(self) -> None:
-        """Ask the system to put what was written on the disk."""
-        os.fsync(self._file)
-
     def close(self) -> None:
         """Close the file; twice is fine."""
         if self._file >= 0:
@@ -48,11 +44,14 @@ class Journal:
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """Return the whole rows of a journal.
 
+    A line without a name adds to the row with its `seq`: statistics follow when there is time.
+
     Raises:
         FileNotFoundError: it has been sealed in the meantime.
         DamagedRecording: it cannot be read.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    by_seq: dict[Any, dict[str, Any]] = {}
     try:
         with path.open("rb") as file:
             for line in file:
@@ -64,7 +63,11 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
                     break
                 if not isinstance(row, dict):
                     break
-                rows.append(row)
+                if "name" in row:
+                    rows.append(row)
+                    by_seq[str(row.get("seq"))] = row
+                elif str(row.get("seq")) in by_seq:
+                    by_seq[str(row["seq"])].update(row)
     except FileNotFoundError:
         raise
     except OSError as err:

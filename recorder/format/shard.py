@@ -130,21 +130,15 @@ class ShardWriter:
         longest = 120 + 24 * (dimensions + 1)
         return self._header_bytes + longest <= self._room - _PREAMBLE
 
-    def finish(self, sync: bool = False) -> None:
+    def finish(self) -> None:
         """Write the header and give the file its final name."""
         header = ("{" + ",".join(self._entries) + "}").encode()
         room = self._room - _PREAMBLE
         os.ftruncate(self._file, self._end)  # drop what a payload written in vain left behind
         self.write_at(0, memoryview(_LENGTH.pack(room) + header.ljust(room, b" ")))
-        if sync:
-            os.fsync(self._file)
         os.close(self._file)
         self._file = -1
         self.partial.rename(self.final)
-
-    def sync(self) -> None:
-        """Ask the system to put what was written on the disk."""
-        os.fsync(self._file)
 
     def abandon(self) -> None:
         """Close the file and leave it as it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 
 import polars as pl
 import pytest
@@ -180,10 +181,26 @@ def test_a_recording_is_readable_while_it_is_written(run):
     assert Recording.open(run).rows().drop("attempt").equals(back.rows().drop("attempt"))
 
 
+def test_a_row_is_safe_before_its_statistics_are_gathered(run, monkeypatch):
+    """Statistics are the slow part, so a killed job must not lose a payload to them."""
+    gate = threading.Event()
+    real = writer_module.Statistics.add
+    monkeypatch.setattr(
+        writer_module.Statistics, "add", lambda self, raw: (gate.wait(10), real(self, raw))
+    )
+    with Recorder(run):
+        tap("x", torch.ones(3), i=0)
+        while not run.exists() or not Recording.open(run).rows().height:
+            pass
+        tap("x", torch.ones(3), i=1)
+        back = Recording.open(run)
+        assert back.load(0, "x", i=0).sum() == 3 and back.rows()["mean"][0] is None
+        gate.set()
+    assert Recording.open(run).rows()["mean"].to_list() == [1.0, 1.0]
+
+
 def _drained(recorder):
     """Wait until the writer has written all that was submitted."""
-    import threading
-
     tick = threading.Event()
     for _ in range(1000):
         if recorder._writer.rows_written == recorder._selection.selected:
@@ -203,7 +220,8 @@ def test_a_torn_journal_line_costs_that_line_alone(run, tmp_path):
         killed = tmp_path / "killed"
         shutil.copytree(run, killed)
     journal = next(killed.rglob("*.journal"))
-    journal.write_bytes(journal.read_bytes()[:-20])
+    data = journal.read_bytes()
+    journal.write_bytes(data[: data.rindex(b'"name"') + 3])  # in the middle of the last row
     back = Recording.open(killed)
     assert back.rows().height == 3
     assert back.load(0, "x", i=2)[0] == 2
