@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import sys
 import threading
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from .errors import CaptureError
+from .format.payload import bytes_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ALIGNMENT = 64
@@ -254,11 +254,3 @@ class Staging:
             self._arena = torch.empty(self.budget, dtype=torch.uint8, device="cpu")
             self._bytes = bytes_of(self._arena)
         return self._arena
-
-
-def bytes_of(raw: torch.Tensor) -> memoryview:
-    """Return a contiguous CPU tensor's bytes without copying; keep the tensor alive meanwhile."""
-    nbytes = raw.numel() * raw.element_size()
-    if nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(raw.data_ptr())).cast("B")

@@ -37,8 +37,6 @@ from .format.schema import (
 )
 from .ranks import Rank
 
-STATES = ("running", "complete", "stopped", "failed", "killed")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -152,8 +150,9 @@ def _check_launcher(run: Path, job: Job) -> None:
 
 
 def replace_rank(run: Path, rank: int, job: Job) -> None:
-    """Remove what another job left under a rank."""
-    if any(not job.is_same(claim) for claim in read_claims(run, rank)):
+    """Remove what another job, or this attempt of this one, left under a rank."""
+    claims = read_claims(run, rank)
+    if any(not job.is_same(c) or c["attempt"] >= job.attempt for c in claims):
         remove_tree(run / rank_folder(rank))
 
 

@@ -47,7 +47,11 @@ from .sizes import format_size
     help="Stop recording, not the job, before RUN's tensors take more than this, each rank an "
     "equal share: 20GB, 512MiB. [GRAFT_RECORD_MAX_BYTES]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a recording that is in RUN already.")
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace a recording that is in RUN already. [GRAFT_RECORD_OVERWRITE=1]",
+)
 @COMMAND
 @expected_errors
 def record(
@@ -137,7 +141,7 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
         stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
         note(
             f"{run}: {rows} records from {ranked} rank{'' if ranked == 1 else 's'}, "
-            f"{format_size(nbytes)} of tensors" + "".join(f"; stopped: {s}" for s in stopped)
+            f"{format_size(nbytes)} stored" + "".join(f"; stopped: {s}" for s in stopped)
         )
     if not rows and not wrong and not any(c.get("state") == "running" for c in claims):
         _say_why_nothing(reports, filter)

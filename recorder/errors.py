@@ -10,6 +10,7 @@ GraftError                     every expected failure; the command line prints i
 |   +-- DamagedRecording       a file does not hold what it should
 |   +-- NoSuchRecord           no record under that key; carries the nearest ones
 +-- CaptureError               a value that cannot be recorded faithfully
+|   +-- BadTag                 a name or tag that cannot be part of a key
 +-- ReplayError                a tap that could not be grafted
     +-- MissingRecord          nothing recorded matches the tap
     +-- TransformError         the transform failed or cannot be loaded
@@ -108,6 +109,10 @@ class NoSuchRecord(RecordingError):
 
 class CaptureError(GraftError):
     """A value that cannot be recorded faithfully."""
+
+
+class BadTag(CaptureError):
+    """A name or tag that cannot be part of a key; the text is one fact."""
 
 
 class ReplayError(GraftError):

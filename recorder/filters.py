@@ -286,7 +286,7 @@ class _Compiler:
             raise self.error(pattern, f"the pattern of {how} must be a string literal")
         try:
             find = getattr(re.compile(pattern.value), how)
-        except re.error as err:
+        except (re.error, OverflowError, RecursionError) as err:
             raise self.error(pattern, f"the pattern is no regular expression ({err})") from None
         subject = self.compile(node.args[1])
 

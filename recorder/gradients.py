@@ -97,13 +97,10 @@ class GradientTaps:
 
 
 def _once(callback: Callback) -> Callback:
-    done = False
+    waiting = [callback]
 
     def hook(grad: torch.Tensor) -> torch.Tensor | None:
-        nonlocal done  # a graph that is kept may run backward again
-        if done:
-            return None
-        done = True
-        return callback(grad)
+        # A graph that is kept may run backward again; the first time is the tap's.
+        return waiting.pop()(grad) if waiting else None
 
     return hook

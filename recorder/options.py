@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import click
 
+from .diagnostics import printable
 from .errors import GraftError
 from .filters import Filter
 from .sizes import parse_size
-from .tap import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 

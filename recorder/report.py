@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .diagnostics import printable
 from .filters import Filter
 from .format.recording import Recording
 from .format.rows import matching, parse_tags
 from .sizes import format_size
 from .tags import label
-from .tap import printable
 
 if TYPE_CHECKING:
     import polars as pl
@@ -123,7 +123,7 @@ def print_taps(
     console.print(
         printable(
             f"{recording.path}: {_ranks(recording.world_size)}, {rows.height} records, "
-            f"{format_size(int(rows['nbytes'].sum() or 0))}{state}{absent}{again}"
+            f"{format_size(int(rows['nbytes'].sum() or 0))} tapped{state}{absent}{again}"
         ),
         soft_wrap=True,
     )

@@ -14,10 +14,11 @@ from typing import Any
 
 from . import tags as tagging
 from .capture import classify
-from .errors import FilterError
+from .diagnostics import say
+from .errors import BadTag, FilterError
 from .filters import Filter
-from .tags import BadTag, Key, TagValue
-from .tap import Call, clean_tags, say
+from .tags import Key, TagValue
+from .tap import Call
 
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
@@ -56,6 +57,20 @@ class Selected:
     seq: int
     forward: bool
     grad: bool
+
+
+class _Env(dict[str, Any]):
+    """What a filter sees of a tap; its kind is found out only if asked for."""
+
+    def __init__(self, tags: dict[str, Any], call: Call) -> None:
+        super().__init__(tags)
+        self._call = call
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tag's value, None where the tap does not carry it."""
+        if name == "kind":  # may call the tap's callable
+            return "tensor" if classify(self._call.value()) == "tensor" else "value"
+        return super().get(name, default)
 
 
 class Warnings:
@@ -107,7 +122,7 @@ class Selection:
         """Return the tap's key if it is wanted.
 
         Raises:
-            tags.BadTag: the call has a tag that cannot be part of a key.
+            BadTag: the call has a tag that cannot be part of a key.
             FilterError: the filter compares what cannot be compared.
         """
         site = self._site(call, rank)
@@ -116,11 +131,9 @@ class Selection:
         forward = grad = True
         if site.wanted is None and self.filter is not None:
             env = {**site.tags, "name": call.name, "step": self.step, "rank": rank}
-            kind = None
-            if "kind" in self.filter.names:
-                kind = "tensor" if classify(call.value()) == "tensor" else "value"
-            forward = self.filter({**env, "kind": kind})
-            grad = self.filter({**env, "kind": "grad"})
+            forward = self.filter(_Env(env, call))
+            if call.grad:
+                grad = self.filter({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):
                 return None
         counted = (call.name, site.key_text, site.recompute)
@@ -152,7 +165,7 @@ class Selection:
         if not isinstance(call.name, str):
             raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
         name = tagging.text("its name", call.name)
-        tags = clean_tags(call)
+        tags = {tag: tagging.clean(tag, value) for tag, value in call.tags.items()}
         if len(self.names_seen) < _NAMES_KEPT:
             self.names_seen.add(name)
             self.tags_seen.update(tags)

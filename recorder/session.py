@@ -28,6 +28,7 @@ from .capture import (
     plainly,
 )
 from .claim import Claim, Job, check_free, claim_rank, command_line
+from .diagnostics import say
 from .errors import CaptureError, GraftError, UsageError
 from .filters import Filter
 from .format.schema import LEVELS
@@ -36,8 +37,8 @@ from .ranks import Rank, RankWatch
 from .reports import write_report
 from .selection import Selected, Selection, Warnings
 from .sizes import parse_size
-from .tags import BadTag, text
-from .tap import Call, activate, deactivate, say
+from .tags import text
+from .tap import Call, activate, deactivate
 from .writer import DEFAULT_BUDGET, Writer
 
 
@@ -124,22 +125,21 @@ class Recorder:
         if error is None and self.state == "failed":
             self._say(f"the recording in {self.path} is not to be trusted: {self.reason}")
 
-    def start(self) -> None:
-        """Check that the folder can be recorded into; nothing is written before the first tap."""
+    def start(self, *, lazily: bool = False) -> Recorder:
+        """Begin; nothing is written before the first tap.
+
+        Args:
+            lazily: do not look at the folder either, so that a process without taps leaves no
+                trace. For what the environment asks for, which reaches helper processes too; a
+                place that is taken then shows at the first tap that is wanted.
+        """
         if self.state != "new":
             raise UsageError("this Recorder was used before; make a new one")
-        if not self._overwrite:
+        if not lazily and not self._overwrite:
             check_free(self.path, self._rank.rank, self._rank.world_size, self._job)
+        self._lazy = lazily
         self.state = "running"
-
-    def start_lazily(self) -> None:
-        """Begin without looking at the folder: no tap, no trace.
-
-        For sessions that the environment asks for, which reach helper processes too; a place that
-        is taken then shows at the first tap that is wanted.
-        """
-        self._lazy = True
-        self.state = "running"
+        return self
 
     def on_step(self) -> None:
         """End an iteration."""
@@ -152,12 +152,12 @@ class Recorder:
 
     def on_tap(self, call: Call) -> None:
         """Record a tap if it is wanted."""
-        if self.state != "running" or not self._has_rank():
+        if self.state != "running" or not self._confirm_rank():
             return
         selected = self._selection.select_or_warn(
             call, self._rank.rank, self._warnings, self._where()
         )
-        if selected is None or not self._has_writer():
+        if selected is None or not self._ensure_writer():
             return
         try:
             value = call.value()
@@ -191,27 +191,26 @@ class Recorder:
             self._closed = True
             # A rank that tapped was there, whatever was selected; so was one asked for by name.
             if self.state == "running" and (self._selection.names_seen or not self._lazy):
-                self._has_writer()
-            writer = self._writer
-        if writer is not None:
-            writer.close()  # its last writes can still fail
+                self._ensure_claim()
+        if self._writer is not None:
+            self._writer.close()  # its last writes can still fail
         with self._lock:
             if self.state == "running":
                 self.state = "complete"
-        self._settle(writer)
+        self._settle()
         why = self._selection.why_nothing()
         if why is not None and "GRAFT_REPORTS" not in os.environ:
             self._say(why)
 
-    def _settle(self, writer: Writer | None) -> None:
+    def _settle(self) -> None:
         """Write down how the recording ended, for readers and for the wrapper."""
         facts = {
             "state": self.state,
             "reason": self.reason,
             "ended_ns": time.time_ns(),
             "steps": self._selection.step,
-            "rows": writer.rows_written if writer is not None else 0,
-            "bytes": writer.bytes_written if writer is not None else 0,
+            "rows": self._writer.rows_written if self._writer else 0,
+            "bytes": self._writer.bytes_written if self._writer else 0,
         }
         if self._claim is not None:
             try:
@@ -233,7 +232,7 @@ class Recorder:
             }
         )
 
-    def _has_rank(self) -> bool:
+    def _confirm_rank(self) -> bool:
         """Whether the rank still stands; the process group may have come up meanwhile."""
         wrong = self._ranks.contradiction(committed=self._claim is not None)
         if wrong is not None:
@@ -244,13 +243,11 @@ class Recorder:
     def _rank(self) -> Rank:
         return self._ranks.current
 
-    def _has_writer(self) -> bool:
-        """Whether there is somewhere to write; the first call claims the rank."""
-        if self._writer is not None:
-            return True
+    def _ensure_claim(self) -> bool:
+        """Claim the rank's place unless that is done; return whether it is ours."""
         with self._lock:
-            if self._writer is not None or self.state != "running":
-                return self._writer is not None
+            if self._claim is not None or self.state != "running":
+                return self._claim is not None
             options = {
                 "filter": self._filter.text if self._filter else None,
                 "level": self._level,
@@ -264,18 +261,25 @@ class Recorder:
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)
                 self._say(f"this rank is not recorded: {err}")
-                self._settle(None)
-                return False
-            share = self._max_bytes
-            self._writer = Writer(
-                self._claim.folder,
-                self._claim.attempt,
-                level=self._level,
-                budget=self._staging,
-                max_bytes=None if share is None else share // self._rank.world_size,
-                on_stop=self._end,
-            )
+                self._settle()
+            return self._claim is not None
+
+    def _ensure_writer(self) -> bool:
+        """Start the writer unless that is done; return whether there is one."""
+        if self._writer is not None:
             return True
+        with self._lock:
+            if self._writer is None and self._ensure_claim() and self._claim is not None:
+                share = self._max_bytes
+                self._writer = Writer(
+                    self._claim.folder,
+                    self._claim.attempt,
+                    level=self._level,
+                    budget=self._staging,
+                    max_bytes=None if share is None else share // self._rank.world_size,
+                    on_stop=self._end,
+                )
+            return self._writer is not None
 
     def _end(self, state: str, reason: str) -> None:
         """Stop recording early; may be called from the writer's thread."""
@@ -296,14 +300,14 @@ class Recorder:
                 row["dims"] = row["dims"] or placements or None
                 if self._writer is not None:
                     self._writer.submit(row, bits, local.dtype)
-        except (CaptureError, BadTag) as err:
+        except CaptureError as err:
             self._warn(call, str(err))
 
     def _record_value(self, call: Call, selected: Selected, value: Any) -> None:
         try:
             row = self._row(call, selected, "value")
             row["value"] = encode_value(value)
-        except (CaptureError, BadTag, ValueError) as err:  # an integer of thousands of digits
+        except (CaptureError, ValueError) as err:  # an integer of thousands of digits
             self._warn(call, str(err))
             return
         if self._writer is not None:
@@ -380,5 +384,4 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder]:
         overwrite=environ.get("GRAFT_RECORD_OVERWRITE") == "1",
         staging=environ.get("GRAFT_RECORD_STAGING") or DEFAULT_BUDGET,
     )
-    session.start_lazily()
-    return [session]
+    return [session.start(lazily=True)]

@@ -13,15 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Union
 
+from .errors import BadTag
+
 TagValue = Union[str, int, float, bool, None, list["TagValue"]]
 
 RECOMPUTE = "recompute"
 RESERVED = frozenset({"step", "rank", "occurrence", "seq", "kind"})
 """Names that the key or the recorder gives; a tag of that name would be ambiguous."""
-
-
-class BadTag(ValueError):
-    """A tag that cannot be part of a key; the text is one fact."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from . import tags as tagging
+from .diagnostics import call_site, say
 from .errors import GraftError, ReplayError
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class Call:
         grad: whether the gradient is wanted too.
     """
 
-    __slots__ = ("_value", "dims", "extras", "given", "grad", "name", "tags")
+    __slots__ = ("_site", "_value", "dims", "extras", "given", "grad", "name", "tags")
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Call:
         self.tags: Mapping[str, Any] = tags or {}
         self.given = given
         self._value: Any = _UNKNOWN
+        self._site = ""
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
@@ -82,6 +83,10 @@ class Call:
             self._value = self.given() if callable(self.given) else self.given
         return self._value
 
+    def forget(self) -> None:
+        """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
+        self.given = self._value = None
+
     @property
     def shown(self) -> str:
         """The name for messages, whatever was given as one."""
@@ -89,8 +94,9 @@ class Call:
 
     @property
     def site(self) -> str:
-        """The call site, `file:line`, for warnings."""
-        return call_site()
+        """The call site, `file:line`, for warnings; right while the tap fires, then kept."""
+        self._site = self._site or call_site()
+        return self._site
 
 
 class Session(Protocol):
@@ -295,7 +301,10 @@ def _fire_step() -> None:
     if _active and _active[0].order < 0:
         _open_waiting()
     for session in _active:
-        session.on_step()
+        try:
+            session.on_step()
+        except Exception:  # rule 2
+            log.debug("at a step", exc_info=True)
 
 
 _fire._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -326,14 +335,17 @@ def _dispatch(
         _open_waiting()
     around = _around.get()
     call = Call(name, value, dims, extras, grad, {**around.tags, **tags} if around else tags)
-    for session in _active:
-        try:
-            session.on_tap(call)
-        except ReplayError:
-            raise  # asked for: --on-error raise, --on-missing raise
-        except Exception as err:  # rule 2: the job comes first, and the other taps with it
-            log.debug("at a tap", exc_info=True)
-            session.lost(call, f"{type(err).__name__}: {err}")
+    try:
+        for session in _active:
+            try:
+                session.on_tap(call)
+            except ReplayError:
+                raise  # asked for: --on-error raise, --on-missing raise
+            except Exception as err:  # rule 2: the job comes first, and the other taps with it
+                log.debug("at a tap", exc_info=True)
+                session.lost(call, f"{type(err).__name__}: {err}")
+    finally:
+        call.forget()
 
 
 def activate(session: Session) -> None:
@@ -392,9 +404,11 @@ def _opened() -> list[Session]:
             continue
         try:
             sessions = importlib.import_module(module).from_environment(os.environ)
-        except (GraftError, ImportError) as err:
+        except Exception as err:
             # Rule 2 again: the job goes on; the wrapper learns of it and ends with 3.
             fact = " ".join(str(err).split())
+            if not isinstance(err, GraftError):
+                fact = f"{type(err).__name__}: {fact}"
             say(f"{variable} asks for a session that cannot be opened: {fact}")
             from .reports import write_report
 
@@ -421,38 +435,6 @@ def _after_fork_in_child() -> None:
     if _opening or any(not isinstance(s, _Waiting) for s in _active):
         _opening = False
         _active = (_Helper("was forked from a process that already taps"),)
-
-
-def call_site() -> str:
-    """Return `file:line` of the innermost caller outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        frame.f_globals.get("__package__") in ("recorder", "recorder.format", "replayer")
-        or "_dynamo" in frame.f_code.co_filename
-    ):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-def say(message: str, where: str = "") -> None:
-    """Write one diagnostic line to stderr: `[graft rank=3 step=7] ...`."""
-    prefix = f"[graft {where}]" if where else "[graft]"
-    text = " ".join(message.split("\n"))
-    try:
-        sys.stderr.write(f"{prefix} {printable(text)}\n")
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        pass  # a closed stderr must not end the job
-
-
-def printable(text: str) -> str:
-    """Return text without control characters, so that recorded names cannot steer a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def clean_tags(call: Call) -> dict[str, tagging.TagValue]:
-    """Return a call's tags as plain values; raise `tags.BadTag` where one cannot be."""
-    return {name: tagging.clean(name, value) for name, value in call.tags.items()}
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -14,6 +14,7 @@ import click
 
 from recorder import cli as recorder_cli
 from recorder import launch, ranks
+from recorder.claim import Job
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.filters import Filter
 from recorder.format.recording import Recording
@@ -109,9 +110,19 @@ main.add_command(recorder_cli.record)
 @click.option(
     "--strict",
     is_flag=True,
-    help="End with 3 if any selected tap was missed or any selected record never used.",
+    help="End with 3 if any selected tap was missed or any selected record never used. "
+    "[GRAFT_REPLAY_STRICT=1]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a replay that is in OUT already.")
+@click.option(
+    "--metrics/--no-metrics",
+    default=True,
+    help="Log how the target's own values differ from what replaces them. [GRAFT_REPLAY_METRICS]",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace a replay that is in OUT already. [GRAFT_REPLAY_OVERWRITE=1]",
+)
 @COMMAND
 @expected_errors
 def replay(
@@ -125,6 +136,7 @@ def replay(
     on_error: str,
     on_missing: str,
     strict: bool,
+    metrics: bool,
     overwrite: bool,
     command: tuple[str, ...],
 ) -> None:
@@ -160,6 +172,9 @@ def replay(
                 "GRAFT_REPLAY_STEP_OFFSET": str(step_offset),
                 "GRAFT_REPLAY_ON_ERROR": on_error,
                 "GRAFT_REPLAY_ON_MISSING": on_missing,
+                "GRAFT_REPLAY_STRICT": "1" if strict else None,
+                "GRAFT_REPLAY_METRICS": None if metrics else "0",
+                "GRAFT_REPLAY_OVERWRITE": "1" if overwrite else None,
             },
             command,
             reports,
@@ -193,10 +208,8 @@ def prepare(folder: Path, overwrite: bool, records: bool) -> None:
     if overwrite:
         for path in logs:
             path.unlink(missing_ok=True)
-    elif logs and "GRAFT_JOB" not in os.environ:
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") or 0)
-        if not (rank and restarted):
-            raise RecordingExists(folder, "holds the log of a replay already")
+    elif logs and "GRAFT_JOB" not in os.environ and not (rank and Job.from_environment().attempt):
+        raise RecordingExists(folder, "holds the log of a replay already")
     if records:
         recorder_cli.prepare(folder, overwrite)
     try:
@@ -240,7 +253,8 @@ def conclude(
     names = {name for r in mine for name in r.get("names_seen", ())}
     if not log.height and filter is not None and names:
         note(filter.why_nothing({t for r in mine for t in r.get("tags_seen", ())}, names))
-    problems = [*sorted(wrong), *summary.problems(strict)]
+    refused = sum(r.get("refused", 0) for r in mine)
+    problems = [*sorted(wrong), *summary.problems(strict, refused)]
     for problem in problems:
         note(f"not to be trusted: {problem}")
     return not problems

@@ -45,6 +45,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
     if not has_statistics(a.dtype):
         changed = int((a.view(torch.uint8) != b.view(torch.uint8)).sum())
         return Difference(None, None, None, changed, numel)
+    if torch.equal(a, b):  # several times faster than the figures
+        return Difference(0.0, 0.0, 0.0, 0, numel)
     changed, most, summed, squares, total = 0, 0.0, 0.0, 0.0, 0.0
     for one, other in zip(_chunks(a), _chunks(b), strict=True):
         x, y = _wide(one), _wide(other)

@@ -90,13 +90,12 @@ def _recording(environ: Mapping[str, str], rank: ranks.Rank) -> str:
 
 
 def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
-    from . import transforms
     from .session import Replayer, from_environment
 
     session = next(s for s in from_environment(environ) if isinstance(s, Replayer))
     path = environ.get("GRAFT_REPLAY_TRANSFORM")
-    if path:
-        transforms.load(path)
+    if session._broken_transform is not None:
+        raise session._broken_transform
     how = f"transform {path}" if path else "identity by rank"
     return (
         f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 FOLDER = "grafts"
-OUTCOMES = ("grafted", "compared", "missing", "error")
 COLUMNS = {
     "rank": "Int32",
     "seq": "Int64",
@@ -48,13 +47,14 @@ class ReplayLog:
     Args:
         out: the replay's folder, or None to keep the rows in memory only.
         stem: the file's name without its ending, of this rank and attempt alone.
+        overwrite: replace a log of that name.
 
     Raises:
         RecordingExists: the folder has this rank's log already.
         OSError: it cannot be written.
     """
 
-    def __init__(self, out: Path | None, stem: str) -> None:
+    def __init__(self, out: Path | None, stem: str, overwrite: bool = False) -> None:
         self._rows: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._journal: Journal | None = None
@@ -63,6 +63,9 @@ class ReplayLog:
             folder = out / FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / f"{stem}.journal"
+            if overwrite:
+                self._path.unlink(missing_ok=True)
+                self._path.with_suffix(".parquet").unlink(missing_ok=True)
             if self._path.exists() or self._path.with_suffix(".parquet").exists():
                 raise RecordingExists(out, f"holds the replay log {stem} already")
             self._journal = Journal(self._path)

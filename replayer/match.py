@@ -11,6 +11,7 @@ A second forward (`recompute`) gets what the first firing with its key got.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from recorder.selection import Selected
 
 ORDER = "order"
+_EXPLAINING_SECONDS = 2.0  # every miss is logged, but a job with a million gets no million reasons
 _ALL: Group = ("", "")
 
 
@@ -122,6 +124,7 @@ class Matcher:
     _counts: Counter[Any] = field(default_factory=Counter)
     _firsts: dict[Any, Match] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _explaining: float = 0.0
 
     def __post_init__(self) -> None:
         if self.match_on.whole:
@@ -217,8 +220,12 @@ class Matcher:
                 f"this is time {occurrence + 1}; nearest: {label(*group)} step={step} "
                 f"occurrence={max(times)}"
             )
-        close = nearest(self.index, kind, group, step, occurrence)
         asked = f"{label(*group)} step={step} occurrence={occurrence}"
+        if self._explaining > _EXPLAINING_SECONDS:
+            return f"nothing recorded under {asked}; the first such messages name the nearest"
+        start = time.perf_counter()
+        close = nearest(self.index, kind, group, step, occurrence)
+        self._explaining += time.perf_counter() - start
         if not close:
             names = sorted({one[0] for _, one in self.index.groups})
             some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ import torch
 
 from recorder.capture import classify, encode_value, local_part, plainly
 from recorder.claim import Job
+from recorder.diagnostics import say
 from recorder.errors import (
     GraftError,
     MissingRecord,
@@ -39,7 +39,7 @@ from recorder.reports import write_report
 from recorder.selection import Selected, Selection, Warnings
 from recorder.session import Recorder
 from recorder.tags import label
-from recorder.tap import Call, activate, deactivate, say
+from recorder.tap import Call, activate, deactivate
 
 from . import graft, transforms
 from .compare import difference
@@ -77,6 +77,7 @@ class Replayer:
         on_missing: the same for a tap without a record.
         strict: on leaving, raise where a selected tap was missed or a selected record not used.
         metrics: whether to log how the target's own value differs from what replaces it.
+        overwrite: replace what another replay left in `out` under this rank.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
         world_size: the number of ranks.
 
@@ -102,6 +103,7 @@ class Replayer:
         on_missing: str = "skip",
         strict: bool = False,
         metrics: bool = True,
+        overwrite: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -118,13 +120,13 @@ class Replayer:
         self._match_on = MatchOn.parse(match_on)
         self._step_offset = step_offset
         self._on_error, self._on_missing = on_error, on_missing
-        self._strict, self._metrics = strict, metrics
+        self._strict, self._metrics, self._overwrite = strict, metrics, overwrite
         self._transform: Transform | None = None
         self._broken_transform: TransformError | None = None
-        if isinstance(transform, str):
-            self._transform = transforms.load(transform)
-        elif transform is not None:
-            self._transform = Transform(transform)
+        if transform is not None:
+            self._transform = (
+                transforms.load(transform) if isinstance(transform, str) else Transform(transform)
+            )
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._frame = self.recording.latest()
@@ -135,26 +137,28 @@ class Replayer:
         self._matcher: Matcher | None = None
         self._log: ReplayLog | None = None
         self._recorder: Recorder | None = None
-        self._record_filter = Filter.coerce(record)
+        if record is not None and out is not None:
+            self._recorder = Recorder(
+                out, filter=record, overwrite=overwrite, rank=rank, world_size=world_size
+            )
         self._lock = threading.Lock()
+        self._lazy = False
         self._pid = os.getpid()
         self.state = "new"
         self.reason = ""
 
     def __enter__(self) -> Replayer:
+        for session in self.start():
+            activate(session)
+        return self
+
+    def start(self, *, lazily: bool = False) -> list[Recorder | Replayer]:
+        """Begin; return the sessions to activate: this, and one that records for `record`."""
         if self.state != "new":
             raise UsageError("this Replayer was used before; make a new one")
-        if self._record_filter is not None and self.out is not None:
-            self._recorder = Recorder(
-                self.out,
-                filter=self._record_filter,
-                rank=self._ranks.current.rank,
-                world_size=self._ranks.current.world_size,
-            )
-            self._recorder.__enter__()
+        self._lazy = lazily
         self.state = "running"
-        activate(self)
-        return self
+        return [self] if self._recorder is None else [self._recorder.start(lazily=lazily), self]
 
     def __exit__(
         self,
@@ -164,7 +168,7 @@ class Replayer:
     ) -> None:
         self.close()
         if error is None and self._strict:
-            problems = self.summary().problems(strict=True)
+            problems = self.problems()
             if problems:
                 raise ReplayError("; ".join(problems))
 
@@ -173,6 +177,11 @@ class Replayer:
         from .log import to_frame
 
         return self._log.frame() if self._log is not None else to_frame([])
+
+    def problems(self) -> list[str]:
+        """Return why the replay on this rank is not to be trusted; empty where it is."""
+        found = self.summary().problems(self._strict, self._selection.refused)
+        return [self.reason, *found] if self.reason else found
 
     def summary(self) -> Summary:
         """Return what the replay came to on this rank."""
@@ -192,11 +201,11 @@ class Replayer:
         Raises:
             ReplayError: it failed or had no record, and that was to be raised.
         """
-        if self.state != "running" or not self._has_rank():
+        if self.state != "running" or not self._confirm_rank():
             return
         rank = self._ranks.current.rank
         selected = self._selection.select_or_warn(call, rank, self._warnings, self._where())
-        if selected is None or not self._has_log():
+        if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
         try:
@@ -265,18 +274,24 @@ class Replayer:
                 "tags_seen": sorted(self._selection.tags_seen),
             }
         )
+        if "GRAFT_REPORTS" in os.environ:
+            return  # the wrapper speaks for all ranks
         why = self._selection.why_nothing()
-        if why is not None and "GRAFT_REPORTS" not in os.environ:
+        if why is not None:
             self._say(why)
+        elif self._lazy:
+            self._say(f"replay: {self.summary().line()}")
+            for problem in self.problems():
+                self._say(f"not to be trusted: {problem}")
 
-    def _has_rank(self) -> bool:
+    def _confirm_rank(self) -> bool:
         wrong = self._ranks.contradiction(committed=self._matcher is not None)
         if wrong is not None:
             self.fail(wrong)
             self._say(f"replaying ended, the job goes on: {wrong}")
         return wrong is None
 
-    def _has_log(self) -> bool:
+    def _ensure_log(self) -> bool:
         """Whether grafting can begin; the first call indexes the recording and opens the log."""
         if self._matcher is not None:
             return True
@@ -285,7 +300,11 @@ class Replayer:
                 return self._matcher is not None
             rank = self._ranks.current
             try:
-                self._log = ReplayLog(self.out, f"{rank_folder(rank.rank)}-a{self._job.attempt}")
+                self._log = ReplayLog(
+                    self.out,
+                    f"{rank_folder(rank.rank)}-a{self._job.attempt}",
+                    overwrite=self._overwrite,
+                )
                 self._matcher = Matcher(
                     self._frame, self._match_on, self._filter, rank.rank, self._step_offset
                 )
@@ -366,12 +385,12 @@ class Replayer:
     def _measure(self, target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> None:
         """Note how a target differs from what replaces it; a figure is never worth a graft."""
         try:
-            facts.update(asdict(difference(target, new)))
+            facts.update(vars(difference(target, new)))
         except Exception as err:
             facts["message"] = _joined(facts.get("message"), f"not measured: {err}")
 
     def _match(self, selected: Selected, kind: str, facts: dict[str, Any]) -> Match:
-        assert self._matcher is not None  # `_has_log` made it
+        assert self._matcher is not None  # `_ensure_log` made it
         match = self._matcher.find(selected, kind)
         facts["n_senders"] = len(match.rows)
         facts["senders"] = [
@@ -443,10 +462,12 @@ class Replayer:
         try:
             match = self._match(selected, "value", facts)
             rank = self._ranks.current.rank
-            mine = match.rows.get(rank, next(iter(match.rows.values())))
-            recorded = self._frame.row(mine, named=True)["value"]
+            sender = rank if rank in match.rows else min(match.rows)
+            recorded = self._frame.row(match.rows[sender], named=True)["value"]
             ours = encode_value(value)
             verdict = "equal" if recorded == ours else f"recorded {recorded}, here {ours}"
+            if sender != rank:
+                verdict += f" (rank {sender}'s; rank {rank} recorded none)"
             facts["message"] = _joined(facts.get("message"), verdict)
         except Exception as err:
             error = _worded(err)
@@ -494,7 +515,7 @@ class Replayer:
         )
 
     def _write(self, row: dict[str, Any]) -> None:
-        assert self._log is not None  # `_has_log` made it
+        assert self._log is not None  # `_ensure_log` made it
         try:
             self._log.add(row)
         except OSError as err:
@@ -542,6 +563,9 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
         step_offset=step_offset,
         on_error=environ.get("GRAFT_REPLAY_ON_ERROR") or "skip",
         on_missing=environ.get("GRAFT_REPLAY_ON_MISSING") or "skip",
+        strict=environ.get("GRAFT_REPLAY_STRICT") == "1",
+        metrics=environ.get("GRAFT_REPLAY_METRICS") != "0",
+        overwrite=environ.get("GRAFT_REPLAY_OVERWRITE") == "1",
     )
     path = environ.get("GRAFT_REPLAY_TRANSFORM")
     if path:
@@ -549,8 +573,4 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
             session._transform = transforms.load(path)
         except TransformError as err:
             session._broken_transform = err
-    if session._record_filter is not None and session.out is not None:
-        session._recorder = Recorder(session.out, filter=session._record_filter)
-        session._recorder.start_lazily()
-    session.state = "running"
-    return [session] if session._recorder is None else [session._recorder, session]
+    return session.start(lazily=True)

@@ -36,8 +36,13 @@ class Summary:
     unused: int
     unused_names: tuple[str, ...]
 
-    def problems(self, strict: bool) -> list[str]:
-        """Return why the replay is not to be trusted; empty where it is."""
+    def problems(self, strict: bool, refused: int = 0) -> list[str]:
+        """Return why the replay is not to be trusted; empty where it is.
+
+        Args:
+            strict: whether anything missed or unused counts.
+            refused: taps whose tags or filter could not be made sense of.
+        """
         found = []
         if self.outcomes.get("error"):
             found.append(
@@ -50,6 +55,8 @@ class Summary:
                 f"--strict: {_count(self.outcomes['missing'], 'selected tap')} had no record, "
                 f"the first: {self.first_missing}"
             )
+        if strict and refused:
+            found.append(f"--strict: {_count(refused, 'tap')} could not be judged, see above")
         if strict and self.unused:
             found.append(
                 f"--strict: {_count(self.unused, 'selected record')} of {self.selected} never "

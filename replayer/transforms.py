@@ -113,7 +113,9 @@ def load(path: str) -> Transform:
     parts = path.split(".")
     if not module_name or not all(part.isidentifier() for part in parts):
         raise TransformError(f"transform {path!r} is no path such as pkg.mod.fn")
-    sys.path.append(str(Path.cwd()))
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # for good: the module may import from there later
     try:
         module = importlib.import_module(module_name)
     except Exception as err:
@@ -121,8 +123,6 @@ def load(path: str) -> Transform:
             f"transform {path!r} cannot be imported: {type(err).__name__}: {err}; "
             "check the path, and PYTHONPATH in the target's environment"
         ) from err
-    finally:
-        sys.path.pop()
     function = getattr(module, attribute, None)
     if function is None:
         near = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]

@@ -5,6 +5,7 @@ Small payloads are read, large ones mapped copy-on-write: either way the tensor 
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
@@ -90,3 +91,11 @@ def restore(
     if (raw.data_ptr() if raw.numel() else 0) % dtype.itemsize:
         raw = raw.clone()  # safetensors packs payloads without gaps, so one may be misaligned
     return raw.view(dtype).view(tuple(shape))
+
+
+def bytes_of(raw: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's bytes without copying; keep the tensor alive meanwhile."""
+    nbytes = raw.numel() * raw.element_size()
+    if nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(raw.data_ptr())).cast("B")

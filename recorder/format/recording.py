@@ -52,6 +52,7 @@ class Recording:
         self.path = path
         self.meta = meta
         self._rows: pl.DataFrame | None = None
+        self._claims: list[dict[str, Any]] = []
         self._places: dict[tuple[str, str], Place] = {}
         self._headers: dict[str, dict[str, Place]] = {}
         self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
@@ -109,11 +110,22 @@ class Recording:
         return self._rows.filter(self._rows["attempt"] == attempt)
 
     def latest(self) -> pl.DataFrame:
-        """Return the rows of each rank's latest attempt."""
+        """Return the rows of each rank's latest attempt, of the ranks there are since then.
+
+        A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold.
+        """
         import polars as pl
 
         rows = self.rows()
-        return rows.filter(pl.col("attempt") == pl.col("attempt").max().over("rank"))
+        last = {claim["rank"]: claim["attempt"] for claim in self._claims}  # sorted by attempt
+        if not any(last.values()):
+            return rows
+        kept = pl.DataFrame(
+            [(rank, attempt) for rank, attempt in last.items() if rank < self.world_size],
+            schema={"rank": pl.Int32, "attempt": pl.Int32},
+            orient="row",
+        )
+        return rows.join(kept, on=["rank", "attempt"], how="semi", maintain_order="left")
 
     def manifest(self, attempt: int | None = None) -> pl.DataFrame:
         """Return the manifest with one more column per tag, beside the name, and `attempt`.
@@ -183,7 +195,7 @@ class Recording:
             UsageError: the row holds no tensor.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
-        from .payload import parse_dtype, read_bytes, restore
+        from .payload import bytes_of, parse_dtype, read_bytes, restore
 
         shard, tensor = row["shard"], row["tensor"]
         if shard is None or tensor is None:
@@ -198,15 +210,13 @@ class Recording:
         try:
             raw = read_bytes(path, place)
         except FileNotFoundError:
-            try:  # the open shard, or one that has been finished since the path was looked up
-                raw = read_bytes(self._other_name(path), place)
+            try:  # the shard that is open
+                raw = read_bytes(path.with_suffix(".partial"), place)
             except FileNotFoundError:
                 raise DamagedRecording(path, "it is missing") from None
         about = (shard, tensor, row["digest"])
         if check and about not in self._checked:
             import xxhash
-
-            from ..capture import bytes_of
 
             if xxhash.xxh3_128_hexdigest(bytes_of(raw)) != row["digest"]:
                 raise DamagedRecording(
@@ -262,6 +272,8 @@ class Recording:
     def _read_rows(self) -> pl.DataFrame:
         import polars as pl
 
+        # Before the rows: a claim that says how many there are is written after them.
+        self._claims = self.claims()
         schema = {**polars_schema(COLUMNS), "attempt": pl.Int32()}
         parts = [pl.DataFrame(schema=schema)]
         for rank, folder in self._rank_folders():
@@ -278,7 +290,7 @@ class Recording:
 
         counted = pl.concat(parts).group_by("rank", "attempt").len()
         rows = {(rank, attempt): n for rank, attempt, n in counted.iter_rows()}
-        for claim in self.claims():
+        for claim in self._claims:
             got = rows.get((claim["rank"], claim["attempt"]), 0)
             expected = claim.get("rows")
             if claim.get("state") in ("complete", "stopped") and got != expected:
@@ -348,9 +360,6 @@ class Recording:
         if tensor not in header:
             raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
         return header[tensor]
-
-    def _other_name(self, path: Path) -> Path:
-        return path.with_suffix(".partial")
 
 
 def _stems(folder: Path) -> list[tuple[int, int, bool]]:

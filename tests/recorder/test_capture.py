@@ -7,7 +7,8 @@ import torch
 
 from recorder import Recorder, Recording, tap
 from recorder import capture as capture_module
-from recorder.capture import Staging, bytes_of, pieces
+from recorder.capture import Staging, pieces
+from recorder.format.payload import bytes_of
 
 DTYPES = sorted(
     {

@@ -80,6 +80,7 @@ def test_selects(text, verdict):
         ("name.upper() == 'A'", "the only methods are startswith and endswith", "name.upper"),
         ("search(name, 'a')", "must be a string literal", "name"),
         ("search('(', name)", "no regular expression", "'('"),
+        ("search('a{99999999999}', name)", "no regular expression", "'a{99999999999}'"),
         ("search('a')", "takes a pattern and a tag", "search('a')"),
         ("len(name, 1)", "len takes one argument", "len(name, 1)"),
         ("search == 1", "search is a function", "search"),

@@ -244,3 +244,62 @@ def test_a_group_that_comes_up_before_the_first_tap_gives_the_rank(run, monkeypa
         monkeypatch.setattr(ranks, "from_group", lambda: group)
         tap("x", torch.ones(1))
     assert Recording.open(run).ranks == [1] and Recording.open(run).world_size == 4
+
+
+def test_overwriting_replaces_what_this_very_job_left(run, monkeypatch):
+    monkeypatch.setenv("GRAFT_JOB", "one")
+    for fill in (1, 2):
+        with Recorder(run, overwrite=True):
+            one(fill)
+    assert Recording.open(run).load(0, "x")[0] == 2
+
+
+def test_the_latest_attempt_counts_even_where_it_recorded_nothing(run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
+    for rank in range(4):
+        with Recorder(run, rank=rank, world_size=4):
+            one(rank)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # back with two ranks, one of them idle
+    with Recorder(run, rank=0, world_size=2):
+        one(10)
+    with Recorder(run, rank=1, world_size=2):
+        pass
+    back = Recording.open(run)
+    assert back.world_size == 2
+    assert back.latest().select("rank", "attempt").rows() == [(0, 1)]
+    assert back.rows().height == 5
+
+
+def test_a_reader_that_looks_while_it_closes_sees_a_whole_recording(tmp_path):
+    failures, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            for path in tmp_path.glob("*/recording.json"):
+                try:
+                    Recording.open(path.parent).rows()
+                except Exception as err:
+                    failures.append(err)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for k in range(15):
+            with Recorder(tmp_path / str(k)):
+                for i in range(30):
+                    tap("x", torch.full((3,), float(i)), i=i)
+    finally:
+        done.set()
+        reader.join(30)
+    assert failures == []
+
+
+def test_equal_payloads_do_not_count_twice_against_max_bytes(record):
+    t = torch.ones(1 << 18)
+
+    def job(rank):
+        for i in range(4):
+            tap("x", t, i=i)
+
+    run = record(job, max_bytes=(1 << 20) + 100, staging=1 << 20)  # in pieces
+    assert run.rows().height == 4 and run.claims()[0]["state"] == "complete"

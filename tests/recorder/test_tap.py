@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -361,3 +363,32 @@ def test_a_forward_without_backward_leaves_no_hook_to_misfire(record, capsys):
     table = record(job).manifest().filter(kind="grad")
     assert table.select("step", "occurrence").rows() == [(1, 0)]
     assert capsys.readouterr().err.count("its gradient never came in the step of the tap") == 1
+
+
+def test_a_tapped_activation_is_let_go_of(record):
+    alive = []
+
+    def job(rank):
+        for _ in range(5):
+            h = tap("h", torch.ones(4, requires_grad=True) * 2, grad=True)
+            alive.append(weakref.ref(h))
+            if len(alive) % 2:
+                h.sum().backward()
+            del h
+
+    record(job)
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 5
+
+
+def test_a_filter_on_kind_calls_no_callable_that_the_rest_of_it_rejects(run):
+    called = []
+
+    def make(name):
+        called.append(name)
+        return torch.ones(1)
+
+    with Recorder(run, filter='name == "x" and kind == "tensor"'):
+        tap("x", lambda: make("x"))
+        tap("y", lambda: make("y"))
+    assert called == ["x"]

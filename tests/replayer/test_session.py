@@ -550,6 +550,44 @@ def test_a_false_recompute_is_as_none_at_all(record, run, replay):
     assert got == [1, 2, 1]
 
 
+def test_a_value_of_another_rank_is_said_to_be_one(record, replay):
+    record(lambda rank: tap("lr", 0.1) if rank == 0 else None, 2)
+    sessions = replay(lambda rank: tap("lr", 0.1), 2)
+    messages = [session.log()["message"][0] for session in sessions]
+    assert messages == ["equal", "equal (rank 0's; rank 1 recorded none)"]
+
+
+def test_strict_counts_taps_that_could_not_be_judged(record, run):
+    record(tapper(torch.ones(1)))
+    with pytest.raises(ReplayError, match="1 tap could not be judged"), Replayer(run, strict=True):
+        tap("x", torch.zeros(1))
+        tap("y", torch.zeros(1), layer=object())
+
+
+def test_a_replay_that_records_takes_the_group_s_rank_for_both(record, run, tmp_path, monkeypatch):
+    from recorder import ranks
+
+    record(tapper(lambda rank: torch.full((1,), rank + 1.0)), 2)
+    t = torch.zeros(1)
+    with Replayer(run, out=tmp_path / "out", record="True"):
+        group = ranks.Rank(1, 2, "torch.distributed")
+        monkeypatch.setattr(ranks, "from_group", lambda: group)
+        tap("x", t)
+    assert t.item() == 2 and Recording.open(tmp_path / "out").ranks == [1]
+
+
+def test_metrics_can_be_left_out(record, replay):
+    record(tapper(torch.ones(2)))
+    (session,) = replay(tapper(torch.zeros(2)), metrics=False)
+    row = session.log().row(0, named=True)
+    assert (row["outcome"], row["numel"], row["rel_diff"], row["changed"]) == (
+        "grafted",
+        2,
+        None,
+        None,
+    )
+
+
 def test_dtypes_are_cast_between_floats_and_noted(record, replay):
     record(tapper(torch.full((2,), 1.5, dtype=torch.float32)))
     target = tapper(torch.zeros(2, dtype=torch.bfloat16))

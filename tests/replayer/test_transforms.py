@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -78,6 +80,18 @@ def test_a_module_of_the_working_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "my_transforms_here.py").write_text("def keep(g):\n    return g.target\n")
     monkeypatch.chdir(tmp_path)
     assert load("my_transforms_here.keep").name == "my_transforms_here.keep"
+
+
+def test_a_module_may_change_the_path_and_import_its_neighbours_later(tmp_path, monkeypatch):
+    (tmp_path / "neighbour_of_it.py").write_text("value = 1\n")
+    (tmp_path / "changes_the_path.py").write_text(
+        "import sys\nsys.path.append('/nowhere')\n"
+        "def keep(g):\n    import neighbour_of_it\n    return neighbour_of_it.value\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", ".")])
+    assert load("changes_the_path.keep")(g()) == 1
+    assert "/nowhere" in sys.path
 
 
 def test_a_module_that_fails_on_import_says_how(tmp_path, monkeypatch):

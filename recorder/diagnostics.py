@@ -1,0 +1,32 @@
+"""Lines for people on stderr, and where in the user's code they come from."""
+
+from __future__ import annotations
+
+import sys
+
+
+def call_site() -> str:
+    """Return `file:line` of the innermost caller outside this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_globals.get("__package__") in ("recorder", "recorder.format", "replayer")
+        or "_dynamo" in frame.f_code.co_filename
+    ):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def say(message: str, where: str = "") -> None:
+    """Write one diagnostic line to stderr: `[graft rank=3 step=7] ...`."""
+    prefix = f"[graft {where}]" if where else "[graft]"
+    text = " ".join(message.split("\n"))
+    try:
+        sys.stderr.write(f"{prefix} {printable(text)}\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # a closed stderr must not end the job
+
+
+def printable(text: str) -> str:
+    """Return text without control characters, so that recorded names cannot steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
