@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import tags as tagging
+from .call import Call
 from .capture import classify
 from .diagnostics import say
 from .errors import BadTag, FilterError
 from .filters import Filter
 from .tags import Key, TagValue
-from .tap import Call
 
 _CACHED = 100_000
 _NAMES_KEPT = 2_000

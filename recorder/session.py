@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .call import Call
 from .capture import (
     as_bits,
     classify,
@@ -38,7 +39,7 @@ from .reports import write_report
 from .selection import Selected, Selection, Warnings
 from .sizes import parse_size
 from .tags import text
-from .tap import Call, activate, deactivate
+from .tap import activate, deactivate
 from .writer import DEFAULT_BUDGET, Writer
 
 

@@ -1,15 +1,13 @@
 """The replaying session of one rank: tap -> match -> load -> transform -> graft -> log.
 
 1. `on_tap` asks the `Selection` whether the tap is wanted, and under which key.
-2. `Matcher.find` names the records that belong to it; `_load` brings them to the target's device.
-3. The transform makes the replacement from copies, so that its failure harms nothing.
-4. `graft` checks the replacement and copies it over the target; a gradient is replaced instead.
-5. Whatever came of it is one row of the log, each step's failure on its own.
+2. `Replacements.make` finds the records that belong to it and makes the tensor to write.
+3. `graft.overwrite` copies it over the target; a gradient is replaced instead.
+4. Whatever came of it is one row of the log, each step's failure on its own.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -20,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.capture import classify, encode_value, local_part, plainly
+from recorder.call import Call
+from recorder.capture import classify, local_part, plainly
 from recorder.claim import Job
 from recorder.diagnostics import say
 from recorder.errors import (
@@ -39,14 +38,14 @@ from recorder.reports import write_report
 from recorder.selection import Selected, Selection, Warnings
 from recorder.session import Recorder
 from recorder.tags import label
-from recorder.tap import Call, activate, deactivate
+from recorder.tap import activate, deactivate
 
 from . import graft, transforms
-from .compare import difference
 from .log import ReplayLog
-from .match import Match, Matcher, MatchOn
+from .match import Matcher, MatchOn
+from .replacement import Replacements, joined
 from .summary import Summary, summarize
-from .transforms import GraftInput, Transform
+from .transforms import Transform
 
 if TYPE_CHECKING:
     import polars as pl
@@ -130,11 +129,11 @@ class Replayer:
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._frame = self.recording.latest()
-        self._seqs = self._frame["seq"]
         self._selection = Selection(self._filter)
         self._warnings = Warnings()
         self._gradients = GradientTaps()
         self._matcher: Matcher | None = None
+        self._made: Replacements | None = None
         self._log: ReplayLog | None = None
         self._recorder: Recorder | None = None
         if record is not None and out is not None:
@@ -308,10 +307,28 @@ class Replayer:
                 self._matcher = Matcher(
                     self._frame, self._match_on, self._filter, rank.rank, self._step_offset
                 )
+                self._made = Replacements(
+                    self.recording,
+                    self._frame,
+                    self._matcher,
+                    self._broken_transform or self._transform,
+                    rank,
+                    self._metrics,
+                    self._warn_of,
+                )
             except (GraftError, OSError) as err:
                 self.fail(str(err))
                 self._say(f"this rank is not grafted: {err}")
             return self._matcher is not None
+
+    @property
+    def _replacements(self) -> Replacements:
+        assert self._made is not None  # `_ensure_log` made it
+        return self._made
+
+    def _warn_of(self, selected: Selected, warning: str) -> None:
+        tap = label(selected.key.name, selected.tags)
+        self._warnings.once(("order", selected.key.name), f"tap {tap}: {warning}", self._where())
 
     def _attempt(
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
@@ -323,11 +340,11 @@ class Replayer:
             with plainly():
                 target, placements = local_part(value)
                 graft.check_target(target)
-                new = self._replacement(call, selected, target, kind, placements, facts)
+                new = self._replacements.make(call, selected, target, kind, placements, facts)
                 graft.overwrite(target, new)
             if callable(call.given):
                 made = "what was grafted is the result of the tap's callable"
-                facts["message"] = _joined(facts.get("message"), made)
+                facts["message"] = joined(facts.get("message"), made)
         except Exception as err:
             error = _worded(err)
         self._finish(selected, kind, start, error, **facts)
@@ -346,7 +363,7 @@ class Replayer:
             with torch.no_grad():
                 copy = grad.clone()
             target, placements = local_part(copy)
-            new = self._replacement(call, selected, target, "grad", placements, facts)
+            new = self._replacements.make(call, selected, target, "grad", placements, facts)
             graft.overwrite(target, new)
             replaced = copy
         except Exception as err:
@@ -354,121 +371,12 @@ class Replayer:
         self._finish(selected, "grad", start, error, **facts)
         return replaced
 
-    def _replacement(
-        self,
-        call: Call,
-        selected: Selected,
-        target: torch.Tensor,
-        kind: str,
-        placements: str,
-        facts: dict[str, Any],
-    ) -> torch.Tensor:
-        """Return the tensor to write, checked; note in `facts` what the log should know."""
-        match = self._match(selected, kind, facts)
-        if self._broken_transform is not None:
-            raise self._broken_transform
-        received, rows = self._load(match, target.device)
-        with torch.no_grad():
-            if self._transform is None:
-                rank = self._ranks.current
-                made: Any = transforms.identity(received, rank.rank, rank.world_size, target)
-            else:
-                made = self._transformed(call, selected, target, placements, received, rows, kind)
-            new, note = graft.check_replacement(made, target)
-            if note:
-                facts["message"] = _joined(facts.get("message"), note)
-            facts["numel"] = target.numel()
-            if self._metrics:
-                self._measure(target, new, facts)
-        return new
-
-    def _measure(self, target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> None:
-        """Note how a target differs from what replaces it; a figure is never worth a graft."""
-        try:
-            facts.update(vars(difference(target, new)))
-        except Exception as err:
-            facts["message"] = _joined(facts.get("message"), f"not measured: {err}")
-
-    def _match(self, selected: Selected, kind: str, facts: dict[str, Any]) -> Match:
-        assert self._matcher is not None  # `_ensure_log` made it
-        match = self._matcher.find(selected, kind)
-        facts["n_senders"] = len(match.rows)
-        facts["senders"] = [
-            self._seqs[match.rows[sender]] if sender in match.rows else None
-            for sender in range(self.recording.world_size)
-        ]
-        if match.warning:
-            facts["message"] = match.warning
-            self._warnings.once(
-                ("order", selected.key.name),
-                f"tap {label(selected.key.name, selected.tags)}: {match.warning}",
-                self._where(),
-            )
-        return match
-
-    def _load(
-        self, match: Match, device: torch.device
-    ) -> tuple[list[torch.Tensor | None], list[dict[str, Any] | None]]:
-        """Return the sender slice on the receiver's device, and the manifest rows behind it."""
-        received: list[torch.Tensor | None] = []
-        rows: list[dict[str, Any] | None] = []
-        for sender in range(self.recording.world_size):
-            if sender not in match.rows:
-                received.append(None)
-                rows.append(None)
-                continue
-            row = self._frame.row(match.rows[sender], named=True)
-            received.append(self.recording.read(row).to(device))
-            rows.append(row)
-        return received, rows
-
-    def _transformed(
-        self,
-        call: Call,
-        selected: Selected,
-        target: torch.Tensor,
-        placements: str,
-        received: list[torch.Tensor | None],
-        rows: list[dict[str, Any] | None],
-        kind: str,
-    ) -> Any:
-        assert self._transform is not None  # the caller asked
-        rank = self._ranks.current
-        g = GraftInput(
-            tags={**selected.tags, "name": selected.key.name},
-            received_list=received,
-            received_extras_list=[
-                None if row is None else json.loads(row["extras"] or "{}") for row in rows
-            ],
-            target=target.detach().clone(),
-            key=selected.key,
-            rank=rank.rank,
-            world_size=rank.world_size,
-            sender_world_size=self.recording.world_size,
-            dims=call.dims or placements,
-            sender_dims=next((row["dims"] for row in rows if row and row["dims"]), ""),
-        )
-        try:
-            return self._transform(g)
-        except Exception as err:
-            raise TransformError(
-                f"the transform {self._transform.name} raised {type(err).__name__}: {err}"
-            ) from err
-
     def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
         """Hold a value against the recorded one; values have no memory to graft onto."""
         facts: dict[str, Any] = {}
         error: GraftError | None = None
         try:
-            match = self._match(selected, "value", facts)
-            rank = self._ranks.current.rank
-            sender = rank if rank in match.rows else min(match.rows)
-            recorded = self._frame.row(match.rows[sender], named=True)["value"]
-            ours = encode_value(value)
-            verdict = "equal" if recorded == ours else f"recorded {recorded}, here {ours}"
-            if sender != rank:
-                verdict += f" (rank {sender}'s; rank {rank} recorded none)"
-            facts["message"] = _joined(facts.get("message"), verdict)
+            self._replacements.compare(selected, value, facts)
         except Exception as err:
             error = _worded(err)
         self._finish(selected, "value", start, error, **facts)
@@ -534,10 +442,6 @@ class Replayer:
 def _worded(err: Exception) -> GraftError:
     """Return an error as one of ours; what torch itself raised keeps its own words."""
     return err if isinstance(err, GraftError) else ReplayError(f"{type(err).__name__}: {err}")
-
-
-def _joined(*texts: str | None) -> str:
-    return "; ".join(text for text in texts if text)
 
 
 def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:

@@ -1,0 +1,190 @@
+"""Make the tensor that replaces a tapped one: match -> load -> transform -> check.
+
+1. `Matcher.find` names the records that belong to the tap.
+2. `_load` brings the sender slice to the target's device.
+3. The transform makes the replacement from copies, so that its failure harms nothing.
+4. `graft.check_replacement` refuses what is no faithful one; `_measure` says what it changes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recorder.call import Call
+from recorder.capture import encode_value
+from recorder.errors import TransformError
+from recorder.format.recording import Recording
+from recorder.ranks import Rank
+from recorder.selection import Selected
+
+from . import graft, transforms
+from .compare import difference
+from .match import Match, Matcher
+from .transforms import GraftInput, Transform
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass
+class Replacements:
+    """Makes replacements for one receiver rank.
+
+    Attributes:
+        recording: the baseline's.
+        frame: its manifest rows, which `matcher` numbers.
+        matcher: finds the records of a tap.
+        transform: makes a replacement; None for identity by rank; an error where it did not load.
+        rank: the receiver.
+        metrics: whether to measure what a replacement changes.
+        warn: hears of tags that contradict each other.
+    """
+
+    recording: Recording
+    frame: pl.DataFrame
+    matcher: Matcher
+    transform: Transform | TransformError | None
+    rank: Rank
+    metrics: bool
+    warn: Callable[[Selected, str], None]
+
+    def __post_init__(self) -> None:
+        self._seqs = self.frame["seq"]
+
+    def make(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        placements: str,
+        facts: dict[str, Any],
+    ) -> torch.Tensor:
+        """Return the tensor to write over `target`: its shape, dtype and device.
+
+        Args:
+            call: the tap.
+            selected: its key.
+            target: the tensor to be replaced, a DTensor's local part.
+            kind: `tensor` or `grad`.
+            placements: a DTensor's, as text.
+            facts: log columns, added to as they become known.
+
+        Raises:
+            ReplayError: there is no record, the transform failed, or the result is not faithful.
+            DamagedRecording: a record cannot be read.
+        """
+        match = self._match(selected, kind, facts)
+        if isinstance(self.transform, TransformError):
+            raise self.transform
+        received, rows = self._load(match, target.device)
+        with torch.no_grad():
+            if self.transform is None:
+                made: Any = transforms.identity(
+                    received, self.rank.rank, self.rank.world_size, target
+                )
+            else:
+                g = self._input(call, selected, target, placements, received, rows)
+                made = _apply(self.transform, g)
+            new, note = graft.check_replacement(made, target)
+            if note:
+                facts["message"] = joined(facts.get("message"), note)
+            facts["numel"] = target.numel()
+            if self.metrics:
+                _measure(target, new, facts)
+        return new
+
+    def compare(self, selected: Selected, value: Any, facts: dict[str, Any]) -> None:
+        """Note whether a value equals the recorded one.
+
+        Raises:
+            MissingRecord: there is none.
+        """
+        match = self._match(selected, "value", facts)
+        rank = self.rank.rank
+        sender = rank if rank in match.rows else min(match.rows)
+        recorded = self.frame.row(match.rows[sender], named=True)["value"]
+        ours = encode_value(value)
+        verdict = "equal" if recorded == ours else f"recorded {recorded}, here {ours}"
+        if sender != rank:
+            verdict += f" (rank {sender}'s; rank {rank} recorded none)"
+        facts["message"] = joined(facts.get("message"), verdict)
+
+    def _match(self, selected: Selected, kind: str, facts: dict[str, Any]) -> Match:
+        match = self.matcher.find(selected, kind)
+        facts["n_senders"] = len(match.rows)
+        facts["senders"] = [
+            self._seqs[match.rows[sender]] if sender in match.rows else None
+            for sender in range(self.recording.world_size)
+        ]
+        if match.warning:
+            facts["message"] = match.warning
+            self.warn(selected, match.warning)
+        return match
+
+    def _load(
+        self, match: Match, device: torch.device
+    ) -> tuple[list[torch.Tensor | None], list[dict[str, Any] | None]]:
+        """Return the sender slice on the receiver's device, and the manifest rows behind it."""
+        received: list[torch.Tensor | None] = []
+        rows: list[dict[str, Any] | None] = []
+        for sender in range(self.recording.world_size):
+            if sender not in match.rows:
+                received.append(None)
+                rows.append(None)
+                continue
+            row = self.frame.row(match.rows[sender], named=True)
+            received.append(self.recording.read(row).to(device))
+            rows.append(row)
+        return received, rows
+
+    def _input(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        placements: str,
+        received: list[torch.Tensor | None],
+        rows: list[dict[str, Any] | None],
+    ) -> GraftInput:
+        return GraftInput(
+            tags={**selected.tags, "name": selected.key.name},
+            received_list=received,
+            received_extras_list=[
+                None if row is None else json.loads(row["extras"] or "{}") for row in rows
+            ],
+            target=target.detach().clone(),
+            key=selected.key,
+            rank=self.rank.rank,
+            world_size=self.rank.world_size,
+            sender_world_size=self.recording.world_size,
+            dims=call.dims or placements,
+            sender_dims=next((row["dims"] for row in rows if row and row["dims"]), ""),
+        )
+
+
+def _apply(transform: Transform, g: GraftInput) -> Any:
+    try:
+        return transform(g)
+    except Exception as err:
+        raise TransformError(
+            f"the transform {transform.name} raised {type(err).__name__}: {err}"
+        ) from err
+
+
+def _measure(target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> None:
+    """Note how a target differs from what replaces it; a figure is never worth a graft."""
+    try:
+        facts.update(vars(difference(target, new)))
+    except Exception as err:
+        facts["message"] = joined(facts.get("message"), f"not measured: {err}")
+
+
+def joined(*texts: str | None) -> str:
+    """Return notes as one."""
+    return "; ".join(text for text in texts if text)
