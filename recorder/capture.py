@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .format.payload import bytes_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ALIGNMENT = 64
+_SMALL = 1 << 20
 _EXTRAS_ELEMENTS = 65_536  # extras are facts, not payloads
 
 
@@ -103,16 +105,16 @@ def is_capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@contextmanager
-def plainly() -> Iterator[None]:
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+
+def plainly() -> AbstractContextManager[Any]:
     """Work on plain tensors even where the job has a dispatch mode on, such as FakeTensorMode."""
     if torch._C._len_torch_dispatch_stack() == 0:
-        yield
-        return
+        return _AS_IT_IS
     from torch.utils._python_dispatch import _disable_current_modes
 
-    with _disable_current_modes():
-        yield
+    return _disable_current_modes()
 
 
 def check(tensor: torch.Tensor) -> None:
@@ -152,7 +154,11 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """
     try:
         check(tensor)
-        plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
+        plain = tensor.detach()
+        if type(plain) is not torch.Tensor:
+            plain = plain.as_subclass(torch.Tensor)
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
         if plain.element_size() == 16:  # no integer is as wide as complex128
             plain = torch.view_as_real(plain)
         return plain.view(_BITS[plain.element_size()])
@@ -191,6 +197,7 @@ class Staging:
         self._closed = False
         self._arena: torch.Tensor | None = None
         self._bytes = memoryview(b"")
+        self._address = 0
 
     @property
     def largest(self) -> int:
@@ -214,8 +221,12 @@ class Staging:
             self._waiting.append((offset, size))
             self._head = offset + size
         arena = self._allocated()
-        flat = arena[offset : offset + nbytes].view(bits.dtype)
-        flat.view(bits.shape).copy_(bits)
+        if nbytes <= _SMALL and bits.is_contiguous() and bits.device.type == "cpu":
+            # Several views and a dispatch would cost more than the copy itself.
+            ctypes.memmove(self._address + offset, bits.data_ptr(), nbytes)
+        else:
+            flat = arena[offset : offset + nbytes].view(bits.dtype)
+            flat.view(bits.shape).copy_(bits)
         return offset, nbytes
 
     def view(self, offset: int, nbytes: int) -> memoryview:
@@ -253,4 +264,5 @@ class Staging:
             # Named devices throughout: the job may have set another default device or mode.
             self._arena = torch.empty(self.budget, dtype=torch.uint8, device="cpu")
             self._bytes = bytes_of(self._arena)
+            self._address = self._arena.data_ptr()
         return self._arena

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import tags as tagging
 from .call import Call
@@ -36,8 +36,7 @@ class _Site:
     wanted: bool | None  # None: depends on the step or the kind
 
 
-@dataclass(frozen=True)
-class Selected:
+class Selected(NamedTuple):
     """A tap that the session wants.
 
     Attributes:

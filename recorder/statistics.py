@@ -81,6 +81,10 @@ class Statistics:
         mean = float(x.sum()) / n
         apart = x.sub_(mean)
         m2 = float(torch.dot(apart, apart))
+        self.count_in(n, low, high, mean, m2)
+
+    def count_in(self, n: int, low: float, high: float, mean: float, m2: float) -> None:
+        """Combine with `n` more finite elements; `m2` is the sum of their squares around `mean`."""
         self._min, self._max = min(self._min, low), max(self._max, high)
         total, delta = self._count + n, mean - self._mean
         self._m2 += m2 + delta * delta * self._count * n / total
@@ -107,6 +111,45 @@ class Statistics:
             "nan_count": self._nan,
             "inf_count": self._inf,
         }
+
+
+MANY = _CHUNK // 2
+"""The most elements of one payload that `of_many` takes."""
+
+
+def of_many(
+    raw: torch.Tensor, dtype: torch.dtype, wide: torch.Tensor
+) -> list[dict[str, float | int | None]]:
+    """Return the statistics of many small payloads at once, as `Statistics` gives them.
+
+    Args:
+        raw: their bytes, a row each, of shape [payloads, bytes]; rows may be strided.
+        dtype: the dtype of all of them.
+        wide: memory to work in, as `workspace` makes it.
+    """
+    values = raw.view(dtype)
+    n = values.shape[1]
+    each = max(1, _CHUNK // n)
+    found: list[dict[str, float | int | None]] = []
+    for rows in values.split(each):
+        x = wide[: rows.numel()].view(rows.shape).copy_(rows)
+        low, high = (v.tolist() for v in torch.aminmax(x, dim=1))
+        means = x.mean(dim=1)
+        x.sub_(means[:, None])
+        m2s = torch.einsum("ij,ij->i", x, x).tolist()
+        for i, mean in enumerate(means.tolist()):
+            if math.isfinite(low[i]) and math.isfinite(high[i]):
+                one = Statistics(dtype, wide)
+                one.count_in(n, low[i], high[i], mean, m2s[i])
+                found.append(one.result())
+            else:
+                found.append({})  # to be gathered once `wide` is free again
+    for i, result in enumerate(found):
+        if not result:
+            one = Statistics(dtype, wide)
+            one.add(raw[i])
+            found[i] = one.result()
+    return found
 
 
 def has_statistics(dtype: torch.dtype) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 from .errors import BadTag
 
@@ -22,8 +21,7 @@ RESERVED = frozenset({"step", "rank", "occurrence", "seq", "kind"})
 """Names that the key or the recorder gives; a tag of that name would be ambiguous."""
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """What identifies a record on one rank.
 
     Attributes:

@@ -31,12 +31,13 @@ from .format.journal import Journal, read_journal, write_parquet
 from .format.payload import parse_dtype
 from .format.schema import COLUMNS, PART, stem
 from .format.shard import ShardWriter, header_room
-from .statistics import Statistics, has_statistics, workspace
+from .statistics import MANY, Statistics, has_statistics, of_many, workspace
 
 DEFAULT_BUDGET = 256 << 20
 SHARD_BYTES = 1 << 30
 _ROWS_A_SHARD = 20_000  # values and repeats need no header room, but rows need memory to seal
 _FLUSH_SECONDS = 0.2
+_TOGETHER = 256  # payloads summarised in one go, before the queue is looked at again
 _REMEMBERED = 200_000
 
 
@@ -230,19 +231,76 @@ class Writer:
         self._finish_row(row)
 
     def _summarise(self) -> None:
-        """Gather the statistics of the oldest piece, and let its memory go."""
-        piece = self._unsummarised.popleft()
+        """Gather the statistics of the oldest pieces, and let their memory go."""
+        run = self._alike()
+        if len(run) > 1:
+            self._summarise_many(run)
+        else:
+            self._summarise_one(run[0])
+        for _ in run:
+            self._unsummarised.popleft()
+            self._staging.release()
+
+    def _summarise_one(self, piece: _Piece) -> None:
         payload = piece.payload
-        if payload is not None and self._level != "digests" and has_statistics(payload.dtype):
-            if payload.statistics is None:
-                if self._workspace is None:
-                    self._workspace = workspace()
-                payload.statistics = Statistics(payload.dtype, self._workspace)
-            if not self._ended:
-                payload.statistics.add(self._staging.tensor(piece.offset, piece.nbytes))
-            if piece.last:
-                self._done.append({"seq": piece.row["seq"], **payload.statistics.result()})
-        self._staging.release()
+        if payload is None or not self._wants_statistics(payload):
+            return
+        if payload.statistics is None:
+            payload.statistics = Statistics(payload.dtype, self._room_to_work())
+        payload.statistics.add(self._staging.tensor(piece.offset, piece.nbytes))
+        if piece.last:
+            self._done.append({"seq": piece.row["seq"], **payload.statistics.result()})
+
+    def _summarise_many(self, run: list[_Piece]) -> None:
+        """Do at once what lies side by side: a call for each small payload costs more than it."""
+        first, second = run[0], run[1]
+        assert first.payload is not None  # `_alike` chose it
+        rows = self._staging.tensor(first.offset, run[-1].offset + first.nbytes - first.offset)
+        raw = rows.as_strided(
+            (len(run), first.nbytes), (second.offset - first.offset, 1), rows.storage_offset()
+        )
+        found = of_many(raw, first.payload.dtype, self._room_to_work())
+        for piece, statistics in zip(run, found, strict=True):
+            self._done.append({"seq": piece.row["seq"], **statistics})
+
+    def _alike(self) -> list[_Piece]:
+        """Return the oldest piece, and those behind it that can be summarised together with it."""
+        pieces = iter(self._unsummarised)
+        first = next(pieces)
+        run = [first]
+        payload = first.payload
+        if (
+            payload is None
+            or not (first.first and first.last)
+            or payload.dtype.is_complex
+            or (payload.dtype.itemsize == 1 and payload.dtype.is_floating_point)
+            or not 0 < first.nbytes <= MANY * payload.dtype.itemsize
+            or not self._wants_statistics(payload)
+        ):
+            return run
+        stride = None
+        for piece in pieces:
+            stride = stride or piece.offset - first.offset
+            if (
+                piece.payload is None
+                or piece.payload.dtype != payload.dtype
+                or piece.nbytes != first.nbytes
+                or not (piece.first and piece.last)
+                or stride <= 0
+                or piece.offset - run[-1].offset != stride
+                or len(run) >= _TOGETHER
+            ):
+                break
+            run.append(piece)
+        return run
+
+    def _wants_statistics(self, payload: _Payload) -> bool:
+        return not self._ended and self._level != "digests" and has_statistics(payload.dtype)
+
+    def _room_to_work(self) -> torch.Tensor:
+        if self._workspace is None:
+            self._workspace = workspace()
+        return self._workspace
 
     def _known(self, payload: _Payload) -> tuple[str, str] | None:
         key = (payload.hash.digest(), payload.nbytes)
