@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import UsageError
 
@@ -27,7 +28,7 @@ class Rank:
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.world_size} ({self.source})"
 
-    @property
+    @cached_property
     def is_final(self) -> bool:
         """Whether no process group that comes up later can say otherwise."""
         return self.source not in ("RANK and WORLD_SIZE", "default")

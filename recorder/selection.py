@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,16 +183,16 @@ class Selection:
         return site
 
     def select_or_warn(
-        self, call: Call, rank: int, warnings: Warnings, where: str
+        self, call: Call, rank: int, warn: Callable[[tuple[str, ...], str], None]
     ) -> Selected | None:
-        """As `select`; what cannot be selected is said once, with its call site."""
+        """As `select`; what cannot be selected is told to `warn`, with its call site."""
         try:
             return self.select(call, rank)
         except (BadTag, FilterError) as err:
             self.refused += 1
             reason = err.reason if isinstance(err, FilterError) else str(err)
             message = f"tap {call.shown} at {call.site} is ignored: {reason}"
-            warnings.once((call.shown, reason), message, where)
+            warn((call.shown, reason), message)
             return None
 
     def why_nothing(self) -> str | None:

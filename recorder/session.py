@@ -153,11 +153,9 @@ class Recorder:
 
     def on_tap(self, call: Call) -> None:
         """Record a tap if it is wanted."""
-        if self.state != "running" or not self._confirm_rank():
+        if self.state != "running" or not (self._rank.is_final or self._confirm_rank()):
             return
-        selected = self._selection.select_or_warn(
-            call, self._rank.rank, self._warnings, self._where()
-        )
+        selected = self._selection.select_or_warn(call, self._rank.rank, self._once)
         if selected is None or not self._ensure_writer():
             return
         try:
@@ -349,12 +347,12 @@ class Recorder:
 
     def _warn(self, call: Call, reason: str, what: str = "is not recorded") -> None:
         self._skipped += 1
-        site = call.site
-        self._warnings.once(
-            (call.shown, site, reason),
-            f"tap {call.shown} at {site} {what}: {reason}",
-            self._where(),
+        self._once(
+            (call.shown, call.site, reason), f"tap {call.shown} at {call.site} {what}: {reason}"
         )
+
+    def _once(self, about: tuple[str, ...], message: str) -> None:
+        self._warnings.once(about, message, self._where())
 
     def _where(self) -> str:
         return f"rank={self._rank.rank} step={self._selection.step}"

@@ -203,7 +203,7 @@ class Replayer:
         if self.state != "running" or not self._confirm_rank():
             return
         rank = self._ranks.current.rank
-        selected = self._selection.select_or_warn(call, rank, self._warnings, self._where())
+        selected = self._selection.select_or_warn(call, rank, self._once)
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
@@ -237,9 +237,7 @@ class Replayer:
         self.reason = self.reason or f"tap {call.shown} was not grafted: {reason}"
 
     def _tell(self, call: Call, what: str) -> None:
-        self._warnings.once(
-            (call.shown, what), f"tap {call.shown} at {call.site} {what}", self._where()
-        )
+        self._once((call.shown, what), f"tap {call.shown} at {call.site} {what}")
 
     def fail(self, reason: str) -> None:
         """End the replay as one that is not to be trusted."""
@@ -328,7 +326,7 @@ class Replayer:
 
     def _warn_of(self, selected: Selected, warning: str) -> None:
         tap = label(selected.key.name, selected.tags)
-        self._warnings.once(("order", selected.key.name), f"tap {tap}: {warning}", self._where())
+        self._once(("order", selected.key.name), f"tap {tap}: {warning}")
 
     def _attempt(
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
@@ -416,10 +414,9 @@ class Replayer:
         policy = self._on_missing if outcome == "missing" else self._on_error
         if policy == "raise":
             raise ReplayError(f"tap {tap} was not grafted: {row['message']}") from error
-        self._warnings.once(
+        self._once(
             (key.name, outcome, type(error).__name__),
             f"tap {tap} was not grafted: {row['message']}",
-            self._where(),
         )
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -431,6 +428,9 @@ class Replayer:
             self.reason = f"the log cannot be written: {err.strerror or err}"
             self._say(self.reason)
             write_report({"session": "GRAFT_REPLAY", "state": "failed", "reason": self.reason})
+
+    def _once(self, about: tuple[str, ...], message: str) -> None:
+        self._warnings.once(about, message, self._where())
 
     def _where(self) -> str:
         return f"rank={self._ranks.current.rank} step={self._selection.step}"
