@@ -46,11 +46,13 @@ class Job:
         id: `GRAFT_JOB`, which the wrapper sets, else one made up here.
         launcher: torchelastic's run id, "" where there is none.
         attempt: torchelastic's restart count, else 0.
+        agent: the torchelastic agent that started this process, "" where there is none.
     """
 
     id: str
     launcher: str
     attempt: int
+    agent: str = ""
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Job:
@@ -61,6 +63,7 @@ class Job:
             environ.get("GRAFT_JOB") or new_job_id(environ),
             "" if launcher == "none" else launcher,  # torchrun's id when it was given none
             int(count) if count.isascii() and count.isdigit() else 0,
+            f"{socket.gethostname()}:{os.getppid()}" if "TORCHELASTIC_RUN_ID" in environ else "",
         )
 
     def is_same(self, claim: Mapping[str, Any]) -> bool:
@@ -128,16 +131,24 @@ def check_free(run: Path, rank: int | None, world_size: int | None, job: Job) ->
         raise RecordingExists(run, "holds a recording already")
 
 
-def _check_claims(run: Path, rank: int, job: Job) -> None:
+def _check_claims(run: Path, rank: int, job: Job) -> int:
+    """Return the attempt to claim a rank with, or refuse if it is taken."""
+    attempt = job.attempt
     for claim in read_claims(run, rank):
         if not job.is_same(claim):
             raise RecordingExists(run, f"holds a recording of rank {rank} by another job already")
-        if claim["attempt"] >= job.attempt:
+        if claim["attempt"] < attempt:
+            continue
+        # Torchelastic restarts workers without counting when the number of nodes changes.
+        again = job.agent and claim.get("agent") == job.agent and not is_alive(claim)
+        if not again:
             raise RecordingExists(
                 run,
                 f"holds a recording of rank {rank} already, made by pid {claim.get('pid')}"
                 f" on {claim.get('host')}",
             )
+        attempt = claim["attempt"] + 1
+    return attempt
 
 
 def _check_launcher(run: Path, job: Job) -> None:
@@ -149,10 +160,19 @@ def _check_launcher(run: Path, job: Job) -> None:
                 raise RecordingExists(run, f"holds a recording by another job (rank {other})")
 
 
-def replace_rank(run: Path, rank: int, job: Job) -> None:
-    """Remove what another job, or this attempt of this one, left under a rank."""
+def replace_rank(run: Path, rank: int, job: Job, *, own: bool = False) -> None:
+    """Remove what another job left under a rank, never what a live process is writing.
+
+    Args:
+        run: the recording's folder.
+        rank: the rank.
+        job: this job.
+        own: remove what this job left there too; for code that asks for it itself.
+    """
     claims = read_claims(run, rank)
-    if any(not job.is_same(c) or c["attempt"] >= job.attempt for c in claims):
+    if any(is_alive(c) and c.get("state") == "running" for c in claims):
+        return  # the claim is then refused
+    if any(not job.is_same(c) or (own and c["attempt"] >= job.attempt) for c in claims):
         remove_tree(run / rank_folder(rank))
 
 
@@ -160,11 +180,10 @@ def _other_world(run: Path, theirs: int, ours: int) -> RecordingExists:
     return RecordingExists(run, f"holds a recording of a world of {theirs}, this job has {ours}")
 
 
-def mark_killed(run: Path, claim: Mapping[str, Any]) -> None:
-    """Write down, in a dead process's place, that it was killed; called by its wrapper."""
-    data = {k: v for k, v in claim.items() if k != "attempt"}
+def mark_ended(run: Path, claim: Mapping[str, Any], state: str, reason: str) -> None:
+    """Write down, in a dead process's place, how it ended; called by its wrapper."""
     path = run / rank_folder(claim["rank"]) / f"attempt-{claim['attempt']}.json"
-    write_json(path, {**data, "attempt": claim["attempt"], "state": "killed"})
+    write_json(path, {**claim, "state": state, "reason": reason})
 
 
 class Claim:
@@ -190,7 +209,13 @@ class Claim:
 
 
 def claim_rank(
-    run: Path, rank: Rank, job: Job, *, about: Mapping[str, Any], overwrite: bool = False
+    run: Path,
+    rank: Rank,
+    job: Job,
+    *,
+    about: Mapping[str, Any],
+    overwrite: bool = False,
+    own: bool = False,
 ) -> Claim:
     """Claim a rank's place in a recording, making the recording if this is the first.
 
@@ -200,6 +225,7 @@ def claim_rank(
         job: this job.
         about: what `recording.json` says beyond the format: command, options.
         overwrite: replace what another job left under this rank.
+        own: with `overwrite`, replace what this job left there too.
 
     Raises:
         RecordingExists: the place is taken.
@@ -210,8 +236,8 @@ def claim_rank(
         meta = _join(run, rank, job, about, overwrite)
         folder = run / rank_folder(rank.rank)
         if overwrite:
-            replace_rank(run, rank.rank, job)
-        _check_claims(run, rank.rank, job)
+            replace_rank(run, rank.rank, job, own=own)
+        attempt = _check_claims(run, rank.rank, job)
         _check_launcher(run, job)
         folder.mkdir(exist_ok=True)
         data = {
@@ -220,7 +246,8 @@ def claim_rank(
             "rank": rank.rank,
             "world_size": rank.world_size,
             "rank_source": rank.source,
-            "attempt": job.attempt,
+            "attempt": attempt,
+            "agent": job.agent,
             "job": job.id,
             "launcher": job.launcher,
             "host": socket.gethostname(),
@@ -228,7 +255,7 @@ def claim_rank(
             "started_ns": time.time_ns(),
             "state": "running",
         }
-        path = folder / f"attempt-{job.attempt}.json"
+        path = folder / f"attempt-{attempt}.json"
         if not create_json(path, data):
             raise RecordingExists(run, f"holds a recording of rank {rank.rank} already")
     except OSError as err:

@@ -131,7 +131,7 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
         note(f"not to be trusted, {line}")
     for one in claims:
         if one.get("state") == "running":
-            _tell_open(Path(run), one)
+            _tell_open(Path(run), one, reports)
     rows = sum(c.get("rows", 0) for c in claims)
     nbytes = sum(c.get("bytes", 0) for c in claims)
     if any(c.get("state") == "running" for c in claims):  # those could not count for themselves
@@ -148,7 +148,7 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
     return not wrong
 
 
-def _tell_open(folder: Path, one: dict[str, Any]) -> None:
+def _tell_open(folder: Path, one: dict[str, Any], reports: list[dict[str, Any]]) -> None:
     """Say that a rank did not close its recording, and do so for one that is dead."""
     who = f"rank {one['rank']} (pid {one.get('pid')})"
     if one.get("host") != socket.gethostname() or claim.is_alive(one):
@@ -156,10 +156,14 @@ def _tell_open(folder: Path, one: dict[str, Any]) -> None:
         return
     from .writer import seal_leftovers
 
-    note(f"{who} ended without closing its recording; what it tapped until then is in it")
+    # A rank whose disk was full could tell the wrapper, but not write it down.
+    told = [r for r in reports if r.get("rank") == one["rank"] and r.get("state") == "failed"]
+    if not told:
+        note(f"{who} ended without closing its recording; see what it tapped until then with ls")
+    state, reason = ("failed", str(told[0].get("reason"))) if told else ("killed", "")
     try:
         seal_leftovers(folder / rank_folder(one["rank"]), one["attempt"])
-        claim.mark_killed(folder, one)
+        claim.mark_ended(folder, one, state, reason)
     except (OSError, RecordingError) as err:
         note(f"its files are left as they are, which readers understand: {err}")
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_NARROW = 72  # columns of a terminal in which names still fit beside statistics
+
+
 def selected(
     recording: Recording, filter: Filter | None, rank: int | None = None
 ) -> tuple[pl.DataFrame, str | None]:
@@ -164,6 +167,8 @@ def print_records(rows: pl.DataFrame, width: int) -> None:
         for column in cells[0]
         if column not in dull or any(cell[column] != dull[column] for cell in cells)
     ]
+    if width < _NARROW:
+        columns = [c for c in columns if c not in ("min", "max", "mean", "std")]
     table = _table(*columns)
     for cell in cells:
         table.add_row(*(printable(cell[column]) for column in columns))

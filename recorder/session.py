@@ -255,7 +255,12 @@ class Recorder:
             about = {"command": command_line(), "options": options}
             try:
                 self._claim = claim_rank(
-                    self.path, self._rank, self._job, about=about, overwrite=self._overwrite
+                    self.path,
+                    self._rank,
+                    self._job,
+                    about=about,
+                    overwrite=self._overwrite,
+                    own=not self._lazy,
                 )
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)

@@ -64,7 +64,7 @@ def _plain(name: object, value: object) -> TagValue:
     if isinstance(value, float):
         if value != value or value in (float("inf"), float("-inf")):
             raise BadTag(f"the tag {name}={value!r} is not a finite number")
-        return float(value)
+        return float(value) + 0.0  # -0.0 is the same key as 0.0
     if isinstance(value, (tuple, list)):
         return [_plain(name, item) for item in value]
     try:

@@ -325,13 +325,13 @@ class Writer:
 
     def _finish_row(self, row: dict[str, Any]) -> None:
         self._done.append(row)
-        self.rows_written += 1
 
     def _flush(self) -> None:
         if self._ended or not self._done or self._journal is None:
             return
         self._journal.append(self._done)
         self._journaled += len(self._done)
+        self.rows_written += sum("name" in row for row in self._done)  # the others add statistics
         self._done.clear()
 
     def _open(self, dimensions: int = 0) -> None:

@@ -85,6 +85,7 @@ class Replacements:
         received, rows = self._load(match, target.device)
         with torch.no_grad():
             if self.transform is None:
+                _check_placements(placements, [row["dims"] for row in rows if row])
                 made: Any = transforms.identity(
                     received, self.rank.rank, self.rank.world_size, target
                 )
@@ -165,6 +166,16 @@ class Replacements:
             sender_world_size=self.recording.world_size,
             dims=call.dims or placements,
             sender_dims=next((row["dims"] for row in rows if row and row["dims"]), ""),
+        )
+
+
+def _check_placements(ours: str, theirs: list[str | None]) -> None:
+    """Refuse identity between DTensors that are placed otherwise: equal shapes say nothing."""
+    odd = [dims for dims in theirs if dims and dims.startswith("DTensor ") and dims != ours]
+    if ours and odd:
+        raise TransformError(
+            f"identity by rank needs equal placements, and the record is {odd[0]}, "
+            f"the target {ours}; {transforms.HOW}"
         )
 
 

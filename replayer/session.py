@@ -358,8 +358,7 @@ class Replayer:
         error: GraftError | None = None
         replaced: torch.Tensor | None = None
         try:
-            with torch.no_grad():
-                copy = grad.clone()
+            copy = grad.clone()  # in its graph, for whoever differentiates twice
             target, placements = local_part(copy)
             new = self._replacements.make(call, selected, target, "grad", placements, facts)
             graft.overwrite(target, new)

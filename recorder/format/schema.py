@@ -101,20 +101,20 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 def create_json(path: Path, data: dict[str, Any]) -> bool:
     """Write JSON unless the file exists, in one step; return whether this call made it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    text = json.dumps(data, indent=2) + "\n"
     try:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        os.link(temporary, path)  # fails where the name is taken, and is never seen half-written
-    except FileExistsError:
-        return False
-    except PermissionError:
-        raise
-    except OSError:
-        # A file system without hard links: exclusive creation is atomic too, if not its content.
+        temporary.write_text(text)
         try:
-            with path.open("x") as file:
-                file.write(json.dumps(data, indent=2) + "\n")
+            os.link(temporary, path)  # fails where the name is taken, never seen half-written
         except FileExistsError:
             return False
+        except OSError:
+            # A file system without hard links: exclusive creation is atomic too, if not content.
+            try:
+                with path.open("x") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
     finally:
         temporary.unlink(missing_ok=True)
     return True

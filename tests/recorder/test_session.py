@@ -10,9 +10,11 @@ import threading
 import pytest
 import torch
 
-from recorder import Recorder, Recording, step, tap
+from recorder import Recorder, Recording, claim, step, tap
 from recorder.errors import RecordingExists, UsageError
 from recorder.format import shard as shard_module
+from recorder.session import from_environment
+from recorder.tap import activate
 
 
 def one(rank=0):
@@ -303,3 +305,33 @@ def test_equal_payloads_do_not_count_twice_against_max_bytes(record):
 
     run = record(job, max_bytes=(1 << 20) + 100, staging=1 << 20)  # in pieces
     assert run.rows().height == 4 and run.claims()[0]["state"] == "complete"
+
+
+def test_overwriting_never_takes_what_a_live_process_writes_nor_its_own_job_s(run, monkeypatch):
+    monkeypatch.setenv("GRAFT_JOB", "one")
+    monkeypatch.setenv("GRAFT_RECORD", str(run))
+    monkeypatch.setenv("GRAFT_RECORD_OVERWRITE", "1")
+    with Recorder(run):
+        one(1)
+        (helper,) = from_environment(os.environ)  # a second process of the job, as rank 0 again
+        activate(helper)
+        one(2)
+        helper.close()
+        assert helper.state == "refused"
+    assert Recording.open(run).rows().height == 2
+    (later,) = from_environment(os.environ)
+    activate(later)
+    one(3)
+    later.close()
+    assert later.state == "refused" and Recording.open(run).rows().height == 2
+
+
+def test_an_uncounted_restart_by_the_same_agent_is_the_next_attempt(run, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")  # the number of nodes has changed
+    for fill in (0, 1):
+        with Recorder(run):
+            one(fill)
+        monkeypatch.setattr(claim, "is_alive", lambda c: False)
+    back = Recording.open(run)
+    assert back.manifest()["attempt"].to_list() == [0, 1]
+    assert back.load(0, "x", attempt=0)[0] == 0 and back.load(0, "x")[0] == 1

@@ -158,7 +158,7 @@ def test_a_tag_that_cannot_be_part_of_a_key_is_refused_with_a_reason(record, cap
 
 def test_equal_looking_tags_of_different_types_are_different_keys(record):
     def job(rank):
-        for layer in (1, True, 1.0, "1", None):
+        for layer in (1, True, 1.0, "1", None, 0.0, -0.0):
             tap("x", 1, layer=layer)
 
     table = record(job).rows()
@@ -168,8 +168,10 @@ def test_equal_looking_tags_of_different_types_are_different_keys(record):
         '{"layer":1.0}',
         '{"layer":"1"}',
         '{"layer":null}',
+        '{"layer":0.0}',
+        '{"layer":0.0}',
     ]
-    assert table["occurrence"].to_list() == [0] * 5
+    assert table["occurrence"].to_list() == [0] * 6 + [1]
 
 
 def test_tags_that_are_integers_in_disguise_are_integers(record):

@@ -516,6 +516,25 @@ def test_gradients_are_grafted_where_their_tap_asked_for_them(record, replay):
     assert torch.equal(got[0], torch.full((2,), 100.0))
 
 
+def test_a_grafted_gradient_stays_in_its_graph(record, replay):
+    w = torch.nn.Parameter(torch.tensor([2.0]))
+
+    def job(rank):
+        w.grad = None
+        x = torch.tensor([3.0], requires_grad=True)
+        h = tap("h", x * w, grad=True)
+        y = (h**3).sum()
+        (gx,) = torch.autograd.grad(y, x, create_graph=True)
+        ((gx**2).sum() + y).backward()
+        job.grads.append(w.grad.clone())
+
+    job.grads = []
+    record(job)
+    (session,) = replay(job)
+    assert set(outcomes(session)) == {"grafted"}
+    assert torch.equal(job.grads[0], job.grads[1])
+
+
 def test_values_are_compared_not_grafted(record, replay):
     record(lambda rank: [tap("lr", 0.1), tap("n", 3)])
     (session,) = replay(lambda rank: [tap("lr", 0.1), tap("n", 4)])
