@@ -82,7 +82,7 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names or [str(i) for i in range(mesh.ndim)]
     axes = " ".join(
-        f"{name}:{size}={placement}"
+        f"{name}:{size}={placement!r}"
         for name, size, placement in zip(names, mesh.shape, tensor.placements, strict=True)
     )
     return local, f"DTensor {list(tensor.shape)} {axes}"

@@ -27,7 +27,7 @@ from .options import (
     text_of,
 )
 from .reports import read_reports
-from .sizes import format_size
+from .sizes import count, format_size
 
 
 @click.command(cls=WrappingCommand, short_help="Run COMMAND and keep every tensor it taps.")
@@ -140,7 +140,7 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
         ranked = len({c["rank"] for c in claims})
         stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
         note(
-            f"{run}: {rows} records from {ranked} rank{'' if ranked == 1 else 's'}, "
+            f"{run}: {count(rows, 'record')} from {count(ranked, 'rank')}, "
             f"{format_size(nbytes)} stored" + "".join(f"; stopped: {s}" for s in stopped)
         )
     if not rows and not wrong and not any(c.get("state") == "running" for c in claims):

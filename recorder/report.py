@@ -11,7 +11,7 @@ from .diagnostics import printable
 from .filters import Filter
 from .format.recording import Recording
 from .format.rows import matching, parse_tags
-from .sizes import format_size
+from .sizes import count, format_size
 from .tags import label
 
 if TYPE_CHECKING:
@@ -125,33 +125,32 @@ def print_taps(
     command = " ".join(map(str, recording.meta.get("command") or []))
     console.print(
         printable(
-            f"{recording.path}: {_ranks(recording.world_size)}, {rows.height} records, "
-            f"{format_size(int(rows['nbytes'].sum() or 0))} tapped{state}{absent}{again}"
+            f"{recording.path}: {count(recording.world_size, 'rank')}, "
+            f"{count(rows.height, 'record')}, {format_size(int(rows['nbytes'].sum() or 0))} tapped{state}{absent}{again}"
         ),
         soft_wrap=True,
     )
     console.print(printable(f"command: {command}"), soft_wrap=True)
     if not found:
         return
-    table = _table("tap", "ranks", "steps", "records", "dtype and shape", "bytes")
+    columns = ["tap", "ranks", "steps", "records", "dtype and shape", "bytes"]
+    if width < _NARROW:
+        columns.remove("dtype and shape")
+    table = _table(*columns)
     for tap in found:
         kind = "" if tap["kind"] == "tensor" else f" ({tap['kind']})"
         tags = "".join(f" {tag}={_span(values)}" for tag, values in sorted(tap["tags"].items()))
         shapes = [_shape(shape) for shape in tap["shapes"][:2]]
         more = ["..."] if len(tap["shapes"]) > 2 else []
-        table.add_row(
-            *map(
-                printable,
-                (
-                    tap["name"] + tags + kind,
-                    _span(tap["ranks"]),
-                    _span(tap["steps"]),
-                    str(tap["records"]),
-                    " ".join([*tap["dtypes"], *shapes, *more]),
-                    format_size(tap["nbytes"]),
-                ),
-            )
-        )
+        cells = {
+            "tap": tap["name"] + tags + kind,
+            "ranks": _span(tap["ranks"]),
+            "steps": _span(tap["steps"]),
+            "records": str(tap["records"]),
+            "dtype and shape": " ".join([*tap["dtypes"], *shapes, *more]),
+            "bytes": format_size(tap["nbytes"]),
+        }
+        table.add_row(*(printable(cells[column]) for column in columns))
     console.print(table)
 
 
@@ -195,10 +194,6 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         **{c: _number(row[c]) for c in ("min", "max", "mean", "std")},
         "bad": str(bad) if bad else "",
     }
-
-
-def _ranks(number: int) -> str:
-    return f"{number} rank{'' if number == 1 else 's'}"
 
 
 def _console(width: int) -> Any:

@@ -37,3 +37,8 @@ def format_size(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1000
     raise AssertionError  # the loop always returns
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number of things: `1 rank`, `2 ranks`."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from recorder.filters import Filter
 from recorder.format.rows import parse_tags
+from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
 from .match import selected_rows
@@ -46,20 +47,20 @@ class Summary:
         found = []
         if self.outcomes.get("error"):
             found.append(
-                f"{_count(self.outcomes['error'], 'graft')} failed, the first: {self.first_error}"
+                f"{count(self.outcomes['error'], 'graft')} failed, the first: {self.first_error}"
             )
         if not self.outcomes.get("grafted"):
             found.append("nothing was grafted" + self._why_nothing())
         elif strict and self.outcomes.get("missing"):
             found.append(
-                f"--strict: {_count(self.outcomes['missing'], 'selected tap')} had no record, "
+                f"--strict: {count(self.outcomes['missing'], 'selected tap')} had no record, "
                 f"the first: {self.first_missing}"
             )
         if strict and refused:
-            found.append(f"--strict: {_count(refused, 'tap')} could not be judged, see above")
+            found.append(f"--strict: {count(refused, 'tap')} could not be judged, see above")
         if strict and self.unused:
             found.append(
-                f"--strict: {_count(self.unused, 'selected record')} of {self.selected} never "
+                f"--strict: {count(self.unused, 'selected record')} of {self.selected} never "
                 f"used, such as {', '.join(self.unused_names[:3])}"
             )
         return found
@@ -148,7 +149,3 @@ def _first(log: pl.DataFrame, outcome: str) -> str:
         f"{label(row['name'], row['tags'])} step={row['step']} occurrence={row['occurrence']} on "
         f"rank {row['rank']}: {row['message']}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
