@@ -123,10 +123,11 @@ def print_taps(
     attempts = max((c["attempt"] for c in claims), default=0)
     again = f", restarted {attempts} time{'s' if attempts > 1 else ''}" if attempts else ""
     command = " ".join(map(str, recording.meta.get("command") or []))
+    tapped = int(rows["nbytes"].sum() or 0)
     console.print(
         printable(
             f"{recording.path}: {count(recording.world_size, 'rank')}, "
-            f"{count(rows.height, 'record')}, {format_size(int(rows['nbytes'].sum() or 0))} tapped{state}{absent}{again}"
+            f"{count(rows.height, 'record')}, {format_size(tapped)} tapped{state}{absent}{again}"
         ),
         soft_wrap=True,
     )
