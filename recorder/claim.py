@@ -11,11 +11,8 @@ restart belongs to the same job and claims the next attempt.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -35,6 +32,7 @@ from .format.schema import (
     read_recording_json,
     write_json,
 )
+from .provenance import provenance
 from .ranks import Rank
 
 
@@ -192,7 +190,6 @@ class Claim:
     Attributes:
         folder: the rank's folder.
         attempt: the attempt's number, part of every file name.
-        recording: the recording's id.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
@@ -200,7 +197,6 @@ class Claim:
         self._data = data
         self.folder = path.parent
         self.attempt: int = data["attempt"]
-        self.recording: str = data["recording"]
 
     def update(self, **facts: Any) -> None:
         """Write down how it went, in one step."""
@@ -356,46 +352,3 @@ def remove_tree(folder: Path) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def provenance() -> dict[str, Any]:
-    """Return the versions that made a recording, and the git revision where there is one."""
-    from importlib import metadata
-
-    versions = {"python": platform.python_version()}
-    for name in ("tensorgraft", "torch", "safetensors", "polars", "xxhash"):
-        loaded = getattr(sys.modules.get(name), "__version__", None)
-        try:
-            versions[name] = str(loaded or metadata.version(name))  # loaded says +cpu or +cu too
-        except metadata.PackageNotFoundError:
-            continue
-    return {"versions": versions, "platform": platform.platform(), "git": _git_revision()}
-
-
-def _git_revision() -> str | None:
-    if shutil.which("git") is None:
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def command_line(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the command being recorded: the wrapper's, else this process's own."""
-    import json
-
-    try:
-        given = json.loads(environ.get("GRAFT_COMMAND", ""))
-    except ValueError:
-        given = None
-    if isinstance(given, list) and all(isinstance(part, str) for part in given):
-        return given
-    return list(sys.argv)

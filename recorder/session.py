@@ -28,12 +28,13 @@ from .capture import (
     local_part,
     plainly,
 )
-from .claim import Claim, Job, check_free, claim_rank, command_line
+from .claim import Claim, Job, check_free, claim_rank
 from .diagnostics import say
 from .errors import CaptureError, GraftError, UsageError
 from .filters import Filter
 from .format.schema import LEVELS
 from .gradients import GradientTaps
+from .provenance import command_line
 from .ranks import Rank, RankWatch
 from .reports import write_report
 from .selection import Selected, Selection, Warnings

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from recorder import ranks
-from recorder.claim import Job, check_free, provenance
+from recorder.claim import Job, check_free
 from recorder.errors import GraftError, UsageError
+from recorder.provenance import provenance
 from recorder.sizes import format_size
 
 

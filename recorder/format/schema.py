@@ -1,6 +1,6 @@
 """Names, version and column types of a recording on disk.
 
-    RUN/recording.json               what, by whom, how: written once, by the first rank to come
+    RUN/recording.json               what, how, of how many ranks: by the first rank to come
     RUN/rank-00003/attempt-0.json    the claim of one process on its rank, and how it ended
     RUN/rank-00003/a0-00000.safetensors   a finished shard
     RUN/rank-00003/a0-00000.parquet       the manifest rows written while that shard was open
@@ -35,8 +35,6 @@ RANK_FOLDER = re.compile(r"rank-(\d{5,7})")
 PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)")
 ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
 LEVELS = ("tensors", "stats", "digests")
-
-STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
 
 COLUMNS = {
     "rank": "Int32",
