@@ -8,6 +8,19 @@ from typing import Any, Protocol
 from .diagnostics import call_site
 
 _UNKNOWN = object()
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+def site_of(name: Any, tags: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Return what is equal for equal taps, to remember what was found out about one.
+
+    None where a tag may be mutable, or equal to another without being the same.
+    """
+    values = tags.values()
+    kinds = [*map(type, values)]  # 1, 1.0 and True are equal but differ as JSON
+    if _PLAIN.issuperset(kinds) and type(name) is str:
+        return (name, *tags, *values, *kinds)
+    return None
 
 
 class Call:
@@ -20,9 +33,10 @@ class Call:
         dims: the declared layout, or "".
         extras: what the call attached, or None.
         grad: whether the gradient is wanted too.
+        about: what `site_of` says of it.
     """
 
-    __slots__ = ("_site", "_value", "dims", "extras", "given", "grad", "name", "tags")
+    __slots__ = ("_site", "_value", "about", "dims", "extras", "given", "grad", "name", "tags")
 
     def __init__(
         self,
@@ -32,8 +46,10 @@ class Call:
         extras: Mapping[str, Any] | None = None,
         grad: bool = False,
         tags: Mapping[str, Any] | None = None,
+        about: tuple[Any, ...] | None = None,
     ) -> None:
         self.name = name
+        self.about = about
         self.dims = dims or ""
         self.extras = extras
         self.grad = grad
@@ -70,6 +86,9 @@ class Session(Protocol):
 
     order: int
     """The smaller sees a tap first: stand-ins -1, recorders 0, replayers 1."""
+
+    def ignores(self, about: tuple[Any, ...]) -> bool:
+        """Whether taps that `site_of` says this of need not be shown."""
 
     def on_tap(self, call: Call) -> None:
         """See a tap fire."""

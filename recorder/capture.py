@@ -2,18 +2,16 @@
 
 1. `classify` says whether a tapped value is a tensor, a value row, or neither.
 2. `local_part` takes the local tensor out of a DTensor, with its placements as text.
-3. `as_bits` refuses what cannot be captured faithfully and views the rest as integers, so that no
-   copy on the way can change a NaN's payload.
-4. `Staging` is the memory that snapshots wait in: allocated once, reused in turn.
+3. `is_plain` knows at once the tensors whose memory holds their elements in order.
+4. `as_bits` refuses what cannot be captured faithfully and views the rest as integers, so that no
+   copy on the way can change a NaN's payload; `pieces` splits what is too large for one copy.
 """
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import json
 import sys
-import threading
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,11 +19,9 @@ from typing import Any
 import torch
 
 from .errors import CaptureError
-from .format.payload import bytes_of
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ALIGNMENT = 64
-_SMALL = 1 << 20
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _EXTRAS_ELEMENTS = 65_536  # extras are facts, not payloads
 
 
@@ -95,6 +91,7 @@ def _waited(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.wait()  # type: ignore[no-any-return, attr-defined]
 
 
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Return torch's name of a dtype without the prefix: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
@@ -146,6 +143,22 @@ def check(tensor: torch.Tensor) -> None:
         )
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the bytes from `data_ptr` on are the tensor's elements, in order, on the CPU.
+
+    For most tensors this is all there is to find out; the others are for `as_bits`.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not (tensor.is_neg() or tensor.is_quantized or tensor.is_nested)
+        and not (tensor.dtype.is_complex and tensor.is_conj())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor's elements, in its own order and strides, viewed as integers.
 
@@ -180,89 +193,3 @@ def pieces(bits: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
     rows = max(1, limit // max(1, row))
     for start in range(0, bits.shape[0], rows):
         yield bits[start : start + rows]
-
-
-class Staging:
-    """A ring of bytes that snapshots wait in until they are written.
-
-    Any thread may `put`; one thread releases, in the order of the puts. Memory is touched once and
-    reused: while nothing waits, the ring starts over at its warm beginning.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = max(4 * _ALIGNMENT, budget)
-        self._room = threading.Condition()
-        self._waiting: deque[tuple[int, int]] = deque()
-        self._head = 0
-        self._closed = False
-        self._arena: torch.Tensor | None = None
-        self._bytes = memoryview(b"")
-        self._address = 0
-
-    @property
-    def largest(self) -> int:
-        """The most bytes that one `put` takes."""
-        return self.budget // 4
-
-    def put(self, bits: torch.Tensor) -> tuple[int, int] | None:
-        """Copy a tensor in; return its offset and length in bytes, or None once closed.
-
-        Waits while there is no room.
-        """
-        nbytes = bits.numel() * bits.element_size()
-        size = -(-max(nbytes, 1) // _ALIGNMENT) * _ALIGNMENT
-        with self._room:
-            offset = self._find(size)
-            while offset is None and not self._closed:
-                self._room.wait()
-                offset = self._find(size)
-            if self._closed or offset is None:
-                return None
-            self._waiting.append((offset, size))
-            self._head = offset + size
-        arena = self._allocated()
-        if nbytes <= _SMALL and bits.is_contiguous() and bits.device.type == "cpu":
-            # Several views and a dispatch would cost more than the copy itself.
-            ctypes.memmove(self._address + offset, bits.data_ptr(), nbytes)
-        else:
-            flat = arena[offset : offset + nbytes].view(bits.dtype)
-            flat.view(bits.shape).copy_(bits)
-        return offset, nbytes
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Return staged bytes without copying them."""
-        return self._bytes[offset : offset + nbytes]
-
-    def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
-        """Return staged bytes as a tensor of uint8, without copying them."""
-        return self._allocated()[offset : offset + nbytes]
-
-    def release(self) -> None:
-        """Give back what was put first and not yet released."""
-        with self._room:
-            self._waiting.popleft()
-            self._room.notify()
-
-    def close(self) -> None:
-        """Let nobody wait any more."""
-        with self._room:
-            self._closed = True
-            self._room.notify_all()
-
-    def _find(self, size: int) -> int | None:
-        if not self._waiting:
-            return 0 if size <= self.budget else None
-        tail = self._waiting[0][0]
-        if self._head > tail:
-            if self._head + size <= self.budget:
-                return self._head
-            return 0 if size < tail else None
-        return self._head if self._head + size < tail else None
-
-    def _allocated(self) -> torch.Tensor:
-        if self._arena is None:
-            # Named devices throughout: the job may have set another default device or mode.
-            self._arena = torch.empty(self.budget, dtype=torch.uint8, device="cpu")
-            self._bytes = bytes_of(self._arena)
-            self._address = self._arena.data_ptr()
-        return self._arena

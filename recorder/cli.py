@@ -154,7 +154,7 @@ def _tell_open(folder: Path, one: dict[str, Any], reports: list[dict[str, Any]])
     if one.get("host") != socket.gethostname() or claim.is_alive(one):
         note(f"{who} has not closed its recording yet; what it has tapped can be read meanwhile")
         return
-    from .writer import seal_leftovers
+    from .store import seal_leftovers
 
     # A rank whose disk was full could tell the wrapper, but not write it down.
     told = [r for r in reports if r.get("rank") == one["rank"] and r.get("state") == "failed"]

@@ -53,6 +53,11 @@ class RankWatch:
         else:
             self.current = current_rank()
 
+    @property
+    def may_change(self) -> bool:
+        """Whether a process group has come up that nobody has looked at yet."""
+        return not self.current.is_final and is_group_up()
+
     def contradiction(self, committed: bool) -> str | None:
         """Look again; a rank that nothing was done under yet is corrected.
 
@@ -92,11 +97,17 @@ def current_rank(environ: Mapping[str, str] = os.environ) -> Rank:
     return from_variables(environ, "RANK", "WORLD_SIZE") or Rank(0, 1, "default")
 
 
+def is_group_up() -> bool:
+    """Whether torch.distributed has a default group."""
+    dist = sys.modules.get("torch.distributed")  # not imported: then no group can be up
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
 def from_group() -> Rank | None:
     """Return the rank in torch.distributed's default group, or None where there is none."""
-    dist = sys.modules.get("torch.distributed")  # not imported: then no group can be up
-    if dist is None or not dist.is_available() or not dist.is_initialized():
+    if not is_group_up():
         return None
+    dist = sys.modules["torch.distributed"]
     return Rank(dist.get_rank(), dist.get_world_size(), "torch.distributed")
 
 

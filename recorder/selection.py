@@ -23,7 +23,6 @@ from .tags import Key, TagValue
 
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
-_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class Selection:
         self.refused = 0
         self._seq = 0
         self._sites: dict[Any, _Site] = {}
+        self.ignored: set[Any] = set()
         self._rank: int | None = None
         self._counts: Counter[tuple[str, str, bool]] = Counter()
         self._lock = threading.Lock()
@@ -149,17 +149,11 @@ class Selection:
     def _site(self, call: Call, rank: int) -> _Site:
         if rank != self._rank:  # a process group has come up
             self._sites.clear()
+            self.ignored.clear()
             self._rank = rank
-        values = tuple(call.tags.values())
-        kinds = tuple(map(type, values))
-        about: Any = None
-        if _PLAIN.issuperset(kinds):  # others may be mutable, or equal without being the same
-            # The types too: 1, 1.0 and True are equal but differ as JSON.
-            about = (call.name, tuple(call.tags), values, kinds)
-            try:
-                site = self._sites.get(about)
-            except TypeError:  # a name that is none
-                site = None
+        about = call.about
+        if about is not None:
+            site = self._sites.get(about)
             if site is not None:
                 return site
         if not isinstance(call.name, str):
@@ -179,7 +173,10 @@ class Selection:
         if about is not None:
             if len(self._sites) >= _CACHED:
                 self._sites.clear()
+                self.ignored.clear()
             self._sites[about] = site
+            if wanted is False:
+                self.ignored.add(about)
         return site
 
     def select_or_warn(

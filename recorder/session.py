@@ -22,9 +22,9 @@ from .call import Call
 from .capture import (
     as_bits,
     classify,
-    dtype_name,
     encode_extras,
     encode_value,
+    is_plain,
     local_part,
     plainly,
 )
@@ -41,7 +41,7 @@ from .selection import Selected, Selection, Warnings
 from .sizes import parse_size
 from .tags import text
 from .tap import activate, deactivate
-from .writer import DEFAULT_BUDGET, Writer
+from .writer import DEFAULT_BUDGET, FEW, Writer
 
 
 class Recorder:
@@ -151,6 +151,10 @@ class Recorder:
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be recorded for a reason nobody foresaw."""
         self._warn(call, reason)
+
+    def ignores(self, about: tuple[Any, ...]) -> bool:
+        """Whether such taps are known not to be wanted."""
+        return about in self._selection.ignored and not self._ranks.may_change
 
     def on_tap(self, call: Call) -> None:
         """Record a tap if it is wanted."""
@@ -297,14 +301,19 @@ class Recorder:
 
     def _record(self, call: Call, selected: Selected, value: torch.Tensor, kind: str) -> None:
         try:
+            if self._writer is None:
+                return
+            if is_plain(value) and value.nbytes <= FEW:
+                row = self._row(call, selected, kind)
+                self._writer.submit_plain(row, value)
+                return
             with plainly():
                 local, placements = local_part(value)
                 bits = as_bits(local)
                 row = self._row(call, selected, kind)
-                row["dtype"], row["shape"] = dtype_name(local.dtype), list(local.shape)
-                row["dims"] = row["dims"] or placements or None
-                if self._writer is not None:
-                    self._writer.submit(row, bits, local.dtype)
+                if placements and "dims" not in row:
+                    row["dims"] = placements
+                self._writer.submit(row, bits, local.dtype, local.shape)
         except CaptureError as err:
             self._warn(call, str(err))
 
@@ -316,7 +325,7 @@ class Recorder:
             self._warn(call, str(err))
             return
         if self._writer is not None:
-            self._writer.submit(row, None, torch.uint8)
+            self._writer.submit_value(row)
 
     def _watch_gradient(self, call: Call, selected: Selected, value: torch.Tensor) -> None:
         def arrived(grad: torch.Tensor) -> None:
@@ -338,7 +347,7 @@ class Recorder:
         extras, lost = encode_extras(call.extras)
         for fact in lost:
             self._warn(call, fact, what="is recorded without one of its extras")
-        return {
+        row: dict[str, Any] = {
             "rank": self._rank.rank,
             "seq": self._selection.next_seq() if kind == "grad" else selected.seq,
             "step": selected.key.step,
@@ -346,10 +355,13 @@ class Recorder:
             "occurrence": selected.key.occurrence,
             "tags": selected.text,
             "kind": kind,
-            "dims": _dims(call),
-            "extras": extras or None,
             "time_ns": time.time_ns(),
         }
+        if call.dims:
+            row["dims"] = _dims(call)
+        if extras:
+            row["extras"] = extras
+        return row
 
     def _warn(self, call: Call, reason: str, what: str = "is not recorded") -> None:
         self._skipped += 1
@@ -367,9 +379,7 @@ class Recorder:
         say(message, self._where())
 
 
-def _dims(call: Call) -> str | None:
-    if not call.dims:
-        return None
+def _dims(call: Call) -> str:
     if not isinstance(call.dims, str):
         raise CaptureError(f"its dims are a {type(call.dims).__name__}, expected a string")
     return text("its dims", call.dims)

@@ -1,4 +1,4 @@
-"""Statistics of a payload, gathered chunk by chunk.
+"""Statistics of payloads, gathered in few, long steps that leave the interpreter to the job.
 
 `min`, `max`, `mean`, `std` and `l2` are over the finite elements, in float64; `nan_count` and
 `inf_count` count the others. `std` is torch's default, the sample standard deviation. Chunks are
@@ -8,12 +8,15 @@ Computing Sample Variances" (1979). A complex tensor has only `l2` and the count
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 
-_CHUNK = 1 << 17  # elements; as float64 they still fit a core's cache
+from .scripting import scripted
 
+CHUNK = 1 << 20
+"""The most elements worked on at once; as float64 they fit a processor's last cache."""
 
 # aminmax takes these as they are, and then needs not read twice as many bytes.
 _ORDERED = {
@@ -27,18 +30,58 @@ _ORDERED = {
     torch.int8,
     torch.uint8,
 }
+_CANCELLED = 1e-6  # of the squares; what is left of 53 bits below that is too little
+
+
+def _moments(values: torch.Tensor, wide: torch.Tensor, ordered: bool) -> torch.Tensor:
+    n = wide.numel()
+    lows = []
+    highs = []
+    sums = []
+    squares = []
+    for part in values.split(n):
+        x = wide.narrow(0, 0, part.numel())
+        x.copy_(part)
+        if ordered:
+            low, high = torch.aminmax(part)
+        else:
+            low, high = torch.aminmax(x)
+        lows.append(low.double())
+        highs.append(high.double())
+        sums.append(x.sum())
+        squares.append(torch.dot(x, x))
+    found = [torch.stack(lows), torch.stack(highs), torch.stack(sums), torch.stack(squares)]
+    return torch.stack(found)
+
+
+def _moments_of_rows(rows: torch.Tensor, wide: torch.Tensor, ordered: bool) -> torch.Tensor:
+    x = wide.narrow(0, 0, rows.numel()).view(rows.shape)
+    x.copy_(rows)
+    y = rows if ordered else x
+    low, high = torch.amin(y, dim=1), torch.amax(y, dim=1)
+    sums = x.sum(dim=1)
+    squares = torch.linalg.vector_norm(x, 2.0, dim=1).square()
+    return torch.stack([low.double(), high.double(), sums, squares])
+
+
+_moments = scripted(_moments)
+_moments_of_rows = scripted(_moments_of_rows)
 
 
 def workspace() -> torch.Tensor:
-    """Return memory for `Statistics` to work in."""
-    return torch.empty(_CHUNK, dtype=torch.float64, device="cpu")
+    """Return memory to work in."""
+    return torch.empty(CHUNK, dtype=torch.float64, device="cpu")
 
 
 class Statistics:
-    """Running statistics of one payload."""
+    """Running statistics of one payload.
+
+    Args:
+        dtype: of its elements.
+        wide: memory to work in, as `workspace` makes it, for one at a time.
+    """
 
     def __init__(self, dtype: torch.dtype, wide: torch.Tensor) -> None:
-        """Begin; `wide` is memory to work in, as `workspace` makes it, for one at a time."""
         self._dtype = dtype
         self._wide = wide
         self._known = not dtype.is_complex
@@ -53,38 +96,43 @@ class Statistics:
 
     def add(self, raw: torch.Tensor) -> None:
         """Take in bytes of the payload, a whole number of elements, as a tensor of uint8."""
-        flat = raw if self._aligned(raw) else raw.clone()
-        values = flat.view(self._dtype)
+        if raw.numel() == 0:
+            return
+        aligned = int(raw.storage_offset()) % self._dtype.itemsize == 0
+        values = (raw if aligned else raw.clone()).view(self._dtype)
         if self._dtype.is_complex:
             values = torch.view_as_real(values).flatten()
-        for chunk in values.split(_CHUNK):
-            self._add_chunk(chunk)
+        values = _convertible(values)
+        chunks = values.split(CHUNK)
+        moments = _moments(values, self._wide, values.dtype in _ORDERED)
+        for chunk, low, high, total, squares in zip(chunks, *moments.tolist(), strict=True):
+            n = chunk.numel()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                self._add_finite(chunk)
+            elif squares and not n * squares - total * total > _CANCELLED * n * squares:
+                self._add_centred(self._wide[:n].copy_(chunk), low, high)
+            else:
+                mean = total / n
+                self._combine(n, low, high, mean, squares - total * mean)
 
-    def _aligned(self, raw: torch.Tensor) -> bool:
-        return int(raw.storage_offset()) % self._dtype.itemsize == 0
-
-    def _add_chunk(self, chunk: torch.Tensor) -> None:
-        if chunk.numel() == 0:
-            return
-        if chunk.dtype.itemsize == 1 and chunk.dtype.is_floating_point:
-            chunk = chunk.to(torch.float32)  # 8-bit floats convert to few dtypes directly
-        x = self._wide[: chunk.numel()].copy_(chunk)  # reused: fresh memory costs page faults
-        low, high = (float(v) for v in torch.aminmax(chunk if chunk.dtype in _ORDERED else x))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            self._nan += int(x.isnan().sum())
-            self._inf += int(x.isinf().sum())
-            x = x[x.isfinite()]
-            if x.numel() == 0:
-                return
+    def _add_finite(self, chunk: torch.Tensor) -> None:
+        """Count what is not finite in a chunk, and take in the rest."""
+        x = self._wide[: chunk.numel()].copy_(chunk)
+        self._nan += int(x.isnan().sum())
+        self._inf += int(x.isinf().sum())
+        x = x[x.isfinite()]
+        if x.numel():
             low, high = (float(v) for v in torch.aminmax(x))
+            self._add_centred(x, low, high)
+
+    def _add_centred(self, x: torch.Tensor, low: float, high: float) -> None:
+        """Take in float64 values by their distances from their mean; changes them."""
         n = x.numel()
         mean = float(x.sum()) / n
-        apart = x.sub_(mean)
-        m2 = float(torch.dot(apart, apart))
-        self.count_in(n, low, high, mean, m2)
+        x.sub_(mean)
+        self._combine(n, low, high, mean, float(torch.dot(x, x)))
 
-    def count_in(self, n: int, low: float, high: float, mean: float, m2: float) -> None:
-        """Combine with `n` more finite elements; `m2` is the sum of their squares around `mean`."""
+    def _combine(self, n: int, low: float, high: float, mean: float, m2: float) -> None:
         self._min, self._max = min(self._min, low), max(self._max, high)
         total, delta = self._count + n, mean - self._mean
         self._m2 += m2 + delta * delta * self._count * n / total
@@ -96,62 +144,70 @@ class Statistics:
         """Return the statistics by column name; None where they are not defined."""
         some = self._count > 0
         full = some and self._known
-
-        def finite(value: float) -> float | None:
-            return value if math.isfinite(value) else None  # squares of huge values overflow
-
         return {
             "min": self._min if full else None,
             "max": self._max if full else None,
-            "mean": finite(self._mean) if full else None,
-            "std": finite(math.sqrt(self._m2 / (self._count - 1)))
-            if full and self._count > 1
-            else None,
-            "l2": finite(math.sqrt(self._squares)) if some else None,
+            "mean": _finite(self._mean) if full else None,
+            "std": _deviation(self._m2, self._count) if full else None,
+            "l2": _finite(math.sqrt(self._squares)) if some else None,
             "nan_count": self._nan,
             "inf_count": self._inf,
         }
 
 
-MANY = _CHUNK // 2
-"""The most elements of one payload that `of_many` takes."""
-
-
 def of_many(
     raw: torch.Tensor, dtype: torch.dtype, wide: torch.Tensor
 ) -> list[dict[str, float | int | None]]:
-    """Return the statistics of many small payloads at once, as `Statistics` gives them.
+    """Return the statistics of many payloads of one size at once, as `Statistics` gives them.
 
     Args:
-        raw: their bytes, a row each, of shape [payloads, bytes]; rows may be strided.
-        dtype: the dtype of all of them.
+        raw: their bytes, a row each, of shape [payloads, bytes]; rows may be strided. No more than
+            `CHUNK` elements.
+        dtype: the dtype of all of them; not complex.
         wide: memory to work in, as `workspace` makes it.
     """
-    values = raw.view(dtype)
+    values = _convertible(raw.view(dtype))
     n = values.shape[1]
-    each = max(1, _CHUNK // n)
+    moments = _moments_of_rows(values, wide, values.dtype in _ORDERED)
     found: list[dict[str, float | int | None]] = []
-    for rows in values.split(each):
-        x = wide[: rows.numel()].view(rows.shape).copy_(rows)
-        low, high = (v.tolist() for v in torch.aminmax(x, dim=1))
-        means = x.mean(dim=1)
-        x.sub_(means[:, None])
-        m2s = torch.einsum("ij,ij->i", x, x).tolist()
-        for i, mean in enumerate(means.tolist()):
-            if math.isfinite(low[i]) and math.isfinite(high[i]):
-                one = Statistics(dtype, wide)
-                one.count_in(n, low[i], high[i], mean, m2s[i])
-                found.append(one.result())
-            else:
-                found.append({})  # to be gathered once `wide` is free again
-    for i, result in enumerate(found):
-        if not result:
+    for i, (low, high, total, squares) in enumerate(zip(*moments.tolist(), strict=True)):
+        ordinary = math.isfinite(low) and math.isfinite(high)
+        if not ordinary or (squares and not n * squares - total * total > _CANCELLED * n * squares):
             one = Statistics(dtype, wide)
             one.add(raw[i])
-            found[i] = one.result()
+            found.append(one.result())
+            continue
+        mean = total / n
+        found.append(
+            {
+                "min": low,
+                "max": high,
+                "mean": mean,
+                "std": _deviation(squares - total * mean, n),
+                "l2": _finite(math.sqrt(squares)),
+                "nan_count": 0,
+                "inf_count": 0,
+            }
+        )
     return found
 
 
+def _convertible(values: torch.Tensor) -> torch.Tensor:
+    """Return 8-bit floats as float32: they convert to few dtypes directly."""
+    if values.dtype.itemsize == 1 and values.dtype.is_floating_point:
+        return values.to(torch.float32)
+    return values
+
+
+def _deviation(m2: float, count: int) -> float | None:
+    return _finite(math.sqrt(max(m2, 0.0) / (count - 1))) if count > 1 else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # squares of huge values overflow
+
+
+@functools.cache
 def has_statistics(dtype: torch.dtype) -> bool:
     """Whether torch can compute with this dtype; with sub-byte and other odd ones it cannot."""
     name = str(dtype).removeprefix("torch.")

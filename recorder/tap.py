@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .call import Call, Session
+from .call import Call, Session, site_of
 from .diagnostics import say
 from .errors import GraftError, ReplayError
 
@@ -46,6 +46,9 @@ class _Waiting:
     """Stands in for the sessions that `GRAFT_*` asks for until the first tap or step."""
 
     order = -1
+
+    def ignores(self, about: tuple[Any, ...]) -> bool:
+        return False
 
     def on_tap(self, call: Call) -> None: ...
     def on_step(self) -> None: ...
@@ -258,9 +261,19 @@ def _dispatch(
     if _active and _active[0].order < 0:
         _open_waiting()
     around = _around.get()
-    call = Call(name, value, dims, extras, grad, {**around.tags, **tags} if around else tags)
+    if around is not None:
+        tags = {**around.tags, **tags}
+    sessions = _active
+    about = site_of(name, tags)
+    if about is not None:
+        for session in sessions:
+            if not session.ignores(about):
+                break
+        else:
+            return
+    call = Call(name, value, dims, extras, grad, tags, about)
     try:
-        for session in _active:
+        for session in sessions:
             try:
                 session.on_tap(call)
             except ReplayError:

@@ -1,69 +1,67 @@
-"""The background writer of one rank: staged snapshots to shards and rows, behind the job's back.
+"""Takes snapshots off the job's hands: staging memory in front, a thread behind.
 
-1. `submit` (any thread of the job) stages a payload, in pieces if it is large, and queues its row.
-2. `_run` (the writer's thread) takes what has queued up: `_take` gathers the digest and writes a
-   payload unless equal bytes were written before.
-3. `_flush` appends the finished rows to the journal; from then on a killed process loses none.
-4. `_summarise` gathers statistics of what is safe, as long as nothing new waits; they follow in
-   the journal as lines of their own.
-5. `_seal` closes a shard that is full: header, final name, then its rows as parquet.
+1. `submit` (any thread of the job) copies a payload into the staging ring, in parts if it is large,
+   and queues its row. It wakes nobody while the thread is at work or about to look.
+2. The thread lets a burst pass, then takes all that has queued up: each payload goes to the
+   `Store`, and beside it to the `Summaries`.
+3. What the store has flushed is safe; statistics follow in lines of their own.
 
-Failure of any write ends the recording at the last row in the journal; the job never notices.
+The thread calls for the interpreter rarely and for short: a job busy with Python gives it away only
+every 5 ms. Failure of any write ends the recording at the last row that is safe; the job never
+notices.
 
-Known limits: equal bytes are recognised among the last 200,000 distinct payloads of a rank; rows
-of a job killed before their statistics came have none.
+Known limit: rows of a job killed before their statistics came have none.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
-from .capture import Staging, dtype_name, pieces
-from .format.journal import Journal, read_journal, write_parquet
-from .format.payload import parse_dtype
-from .format.schema import COLUMNS, PART, stem
-from .format.shard import ShardWriter, header_room
-from .statistics import MANY, Statistics, has_statistics, of_many, workspace
+from .capture import as_bits, pieces
+from .staging import Part, Staging
+from .store import LimitReached, Payload, Store
+from .summaries import Summaries
 
 DEFAULT_BUDGET = 256 << 20
-SHARD_BYTES = 1 << 30
-_ROWS_A_SHARD = 20_000  # values and repeats need no header room, but rows need memory to seal
+FEW = 1 << 20
+"""The most bytes that are copied on the spot, without a tensor operation."""
+WHEN_FULL = ("hold", "drop")
+_GATHER_SECONDS = 0.02  # lets a burst of taps pass before work begins beside it
 _FLUSH_SECONDS = 0.2
-_TOGETHER = 256  # payloads summarised in one go, before the queue is looked at again
-_REMEMBERED = 200_000
+_RELEASED_BYTES = 4 << 20
+_TELL_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 
 
-@dataclass
-class _Payload:
-    """A payload on its way: its row, and what has been gathered of it."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a writer is.
 
-    row: dict[str, Any]
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    hash: Any = field(default_factory=xxhash.xxh3_128)
-    statistics: Statistics | None = None
-    written: int = 0
+    Attributes:
+        staged: bytes of payload taken so far, repeats included.
+        waiting: bytes of these that wait to be written.
+        dropped: taps left out because there was no room.
+        seconds: since the first of them.
+        held: seconds in which the job waited for room.
+    """
 
+    staged: int
+    waiting: int
+    dropped: int
+    seconds: float
+    held: float
 
-@dataclass
-class _Piece:
-    """A part of a payload in the staging ring; a row without one has no payload."""
-
-    row: dict[str, Any]
-    payload: _Payload | None = None
-    offset: int = 0
-    nbytes: int = 0
-    first: bool = True
-    last: bool = True
+    @property
+    def rate(self) -> float:
+        """Bytes a second that were dealt with."""
+        return (self.staged - self.waiting) / max(self.seconds, 1e-9)
 
 
 class Writer:
@@ -74,9 +72,11 @@ class Writer:
         attempt: the number in this attempt's file names.
         level: `tensors`, `stats` (no payloads) or `digests` (no statistics either).
         budget: bytes of staging memory.
+        when_full: what to do with a tap when there is no room: `hold` the job, or `drop` the tap.
         max_bytes: stop in good order before more bytes of payload than this are written.
         on_stop: called once, from the writer's thread, when recording had to end early, with the
             state (`stopped` or `failed`) and the reason.
+        on_full: called once, when the job was held or a tap dropped for want of room.
     """
 
     def __init__(
@@ -86,327 +86,232 @@ class Writer:
         *,
         level: str = "tensors",
         budget: int = DEFAULT_BUDGET,
+        when_full: str = "hold",
         max_bytes: int | None = None,
-        on_stop: Any = None,
+        on_stop: Callable[[str, str], None] | None = None,
+        on_full: Callable[[Progress], None] | None = None,
     ) -> None:
-        self._folder = folder
-        self._attempt = attempt
-        self._level = level
-        self._max_bytes = max_bytes
         self._on_stop = on_stop or (lambda state, reason: None)
+        self._on_full = on_full
+        self._hold = when_full == "hold"
+        self._wake = threading.Condition(threading.Lock())
         self._staging = Staging(budget)
+        self._store = Store(folder, attempt, keeps_payloads=level == "tensors", max_bytes=max_bytes)
+        self._summaries = None if level == "digests" else Summaries(self._staging, self._nudge)
+        self._users = 1 if self._summaries is None else 2
         self._submitting = threading.Lock()
-        self._queue: deque[_Piece] = deque()
-        self._wake = threading.Condition()
+        self._queue: deque[Part] = deque()
+        self._urgent = self._staging.budget // 4
+        self._asleep = False
+        self._gathering = False
         self._closing = False
         self._ended = False
-        self._index = 0
-        self._tensors = 0
-        self._shard: ShardWriter | None = None
-        self._journal: Journal | None = None
-        self._done: list[dict[str, Any]] = []
-        self._journaled = 0
-        self._written: OrderedDict[tuple[bytes, int], tuple[str, str]] = OrderedDict()
-        self._unsummarised: deque[_Piece] = deque()
-        self._workspace: torch.Tensor | None = None
-        self.rows_written = 0
-        self.bytes_written = 0
+        self._largest = 0
+        self._staged = 0
+        self._dropped = 0
+        self._started = time.perf_counter()
         self._thread = threading.Thread(target=self._run, name="graft-writer", daemon=True)
         self._thread.start()
 
-    def submit(self, row: dict[str, Any], bits: torch.Tensor | None, dtype: torch.dtype) -> None:
+    @property
+    def rows_written(self) -> int:
+        """Rows that are safe."""
+        return self._store.rows
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of payload on disk."""
+        return self._store.bytes
+
+    def progress(self) -> Progress:
+        """Return how far this is."""
+        return Progress(
+            self._staged,
+            self._staging.backlog,
+            self._dropped,
+            time.perf_counter() - self._started,
+            self._staging.held_seconds,
+        )
+
+    def submit(
+        self, row: dict[str, Any], bits: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
         """Queue a row and a snapshot of its payload; the caller may change `bits` afterwards.
 
         Args:
             row: manifest columns, without those that the payload decides.
-            bits: the payload viewed as integers, of any strides; None for a value row.
+            bits: the payload viewed as integers, of any strides.
             dtype: the payload's real dtype.
+            shape: the payload's sizes.
         """
-        if self._ended or self._closing:
+        with self._submitting:
+            if self._closing:
+                return
+            payload = Payload(row, dtype, shape, bits.numel() * bits.element_size())
+            split = list(pieces(bits, self._staging.largest))
+            for i, piece in enumerate(split):
+                # Once its first part is in, a payload is waited for.
+                part = self._staging.put(piece, self._users, hold=self._hold or i > 0)
+                if not self._put(part, payload, i == 0, i == len(split) - 1):
+                    return
+
+    def submit_plain(self, row: dict[str, Any], tensor: torch.Tensor) -> None:
+        """As `submit`, for a tensor of at most `FEW` bytes that `is_plain`."""
+        nbytes = tensor.nbytes
+        if nbytes > self._staging.largest:  # the ring is smaller than any sensible one
+            self.submit(row, as_bits(tensor), tensor.dtype, tensor.shape)
             return
         with self._submitting:
-            if bits is None:
-                self._put(_Piece(row))
-                return
-            nbytes = bits.numel() * bits.element_size()
-            payload = _Payload(row, dtype, tuple(row["shape"]), nbytes)
-            parts = list(pieces(bits, self._staging.largest))
-            for i, part in enumerate(parts):
-                placed = self._staging.put(part)
-                if placed is None:
-                    return
-                self._put(_Piece(row, payload, *placed, i == 0, i == len(parts) - 1))
+            if not self._closing:
+                payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
+                address = tensor.data_ptr()
+                part = self._staging.put_bytes(address, nbytes, self._users, hold=self._hold)
+                self._put(part, payload)
+
+    def submit_value(self, row: dict[str, Any]) -> None:
+        """Queue a row without a payload."""
+        with self._submitting:
+            if not self._closing:
+                part = self._staging.put_bytes(0, 0, 1, hold=self._hold)
+                self._put(part, Payload(row, None, (), 0))
 
     def close(self) -> None:
-        """Write what is queued, seal the shard and end the thread; twice is fine."""
-        with self._wake:
+        """Write what is queued, seal the shard and end the threads; twice is fine."""
+        with self._submitting:  # whoever is in there has queued all of his payload
             self._closing = True
-            self._wake.notify()
+        self._nudge()
         self._thread.join()
 
-    def _put(self, piece: _Piece) -> None:
+    def _put(
+        self, part: Part | None, payload: Payload, first: bool = True, last: bool = True
+    ) -> bool:
+        """Queue what was staged; return whether anything was."""
+        if part is None:
+            if not self._ended:
+                self._dropped += 1
+                self._tell()
+            return False
+        part.payload, part.first, part.last = payload, first, last
+        self._queue.append(part)
+        self._staged += part.nbytes
+        if part.nbytes > self._largest:
+            self._largest = part.nbytes
+        # Read without the lock: the thread looks at the queue again once it has set these.
+        if self._asleep or (self._gathering and self._staging.backlog > self._urgent):
+            self._nudge()
+        if self._on_full is not None and self._staging.held_seconds > _TELL_SECONDS:
+            self._tell()
+        return True
+
+    def _tell(self) -> None:
+        on_full, self._on_full = self._on_full, None
+        if on_full is not None:
+            on_full(self.progress())
+
+    def _nudge(self) -> None:
         with self._wake:
-            self._queue.append(piece)
             self._wake.notify()
 
     def _run(self) -> None:
         try:
-            while True:
-                with self._wake:
-                    while not (self._queue or self._unsummarised or self._closing):
-                        self._wake.wait()
-                    batch = list(self._queue)
-                    self._queue.clear()
-                    closing = self._closing
-                flushed = time.monotonic()
-                for piece in batch:
-                    if not self._ended:
-                        self._take(piece)
-                    if piece.payload is not None:
-                        self._unsummarised.append(piece)
-                    if time.monotonic() - flushed > _FLUSH_SECONDS:
-                        self._flush()
-                        flushed = time.monotonic()
+            import polars  # noqa: F401  # takes long; better now than in the middle of the job
+
+            while self._gather():
+                self._take_all()
                 self._flush()
-                while self._unsummarised and not self._queue:
-                    self._summarise()
-                self._flush()
-                if closing and not batch and not self._unsummarised:
-                    break
-            if not self._ended:
-                self._seal()
+                self._staging.warm_up(self._largest)
+            self._seal()
+        except LimitReached as err:
+            self._stop("stopped", f"--max-bytes was reached at {str(err)!r}")
         except OSError as err:
             self._stop("failed", f"writing failed: {err.strerror or err}")
         except Exception as err:  # a bug of ours: the recording ends, the job does not
             self._stop("failed", f"internal error: {type(err).__name__}: {err}")
+        finally:
+            self._ended = True
+            self._staging.close()
+            if self._summaries is not None:
+                self._summaries.close()
+            with self._submitting:
+                for part in self._queue:
+                    part.wait()  # its copy may be under way
+                self._queue.clear()
+            self._staging.free()
+
+    def _gather(self) -> bool:
+        """Sleep until there is work, and until a burst has passed; return False at the end."""
+        with self._wake:
+            self._asleep = True
+            while not (self._queue or self._closing or self._has_statistics):
+                self._wake.wait()
+            self._asleep = False
+            if not self._closing and self._staging.backlog <= self._urgent:
+                self._gathering = True
+                self._wake.wait(_GATHER_SECONDS)
+                self._gathering = False
+        return bool(self._queue) or not self._closing
+
+    @property
+    def _has_statistics(self) -> bool:
+        return self._summaries is not None and self._summaries.has_found
+
+    def _take_all(self) -> None:
+        """Store everything that is queued."""
+        batch = [self._queue.popleft() for _ in range(len(self._queue))]
+        if self._summaries is not None:
+            self._summaries.add([part for part in batch if part.payload.dtype is not None])
+        flushed = time.monotonic()
+        stored: list[Part] = []
+        size = 0
+        for part in batch:
+            payload = part.payload
+            if part.first and not self._store.has_room(len(payload.shape)):
+                self._seal()
+            if payload.dtype is None:
+                self._store.add_value(payload.row)
+            else:
+                part.wait()
+                self._store.add(payload, self._staging.view(part), first=part.first, last=part.last)
+            stored.append(part)
+            size += part.nbytes
+            if size >= _RELEASED_BYTES:
+                self._store.write_out()
+                self._staging.release(stored)
+                stored, size = [], 0
+            if time.monotonic() - flushed > _FLUSH_SECONDS:
+                self._flush()
+                flushed = time.monotonic()
+        self._store.write_out()
+        self._staging.release(stored)
+
+    def _flush(self) -> None:
+        self._store.flush()
+        if self._summaries is None:
+            return
+        if self._summaries.error is not None:
+            raise self._summaries.error
+        for payload, found in self._summaries.take():
+            self._store.add_statistics(payload, found)
+        self._store.flush()
+
+    def _seal(self) -> None:
+        self._store.flush()
+        if self._summaries is not None:
+            self._summaries.wait()
+        self._flush()
+        self._store.seal()
 
     def _stop(self, state: str, reason: str) -> None:
-        """End recording early; what is in the journal stays."""
+        """End recording early; what is safe stays."""
         try:
             if state == "stopped":
                 self._seal()
-        except OSError as err:
-            state, reason = "failed", f"writing failed: {err.strerror or err}"
+        except Exception as err:
+            fact = err.strerror if isinstance(err, OSError) else None
+            state, reason = "failed", f"writing failed: {fact or err}"
         self._ended = True
         self._staging.close()
-        self._done.clear()
-        if self._shard is not None:
-            self._shard.abandon()
-        if self._journal is not None:
-            self._journal.close()
+        if self._summaries is not None:
+            self._summaries.give_up()
+        self._store.abandon()
         self._on_stop(state, reason)
-
-    def _take(self, piece: _Piece) -> None:
-        payload, row = piece.payload, piece.row
-        if payload is None:
-            data = row["value"].encode()
-            row["nbytes"], row["digest"] = len(data), xxhash.xxh3_128_hexdigest(data)
-            self._open()
-            self._finish_row(row)
-            return
-        data = self._staging.view(piece.offset, piece.nbytes)
-        payload.hash.update(data)
-        known = None
-        if piece.last:
-            row["nbytes"], row["digest"] = payload.nbytes, payload.hash.hexdigest()
-            known = self._known(payload)
-        if piece.first:
-            self._open(len(payload.shape))
-        if self._level == "tensors" and known is None:
-            over = self._max_bytes is not None and (
-                self.bytes_written + payload.nbytes > self._max_bytes
-            )
-            if over and piece.last:
-                self._flush()
-                self._stop("stopped", f"--max-bytes was reached at {row['name']!r}")
-                return
-            if not over:
-                shard = self._require_shard()
-                shard.write_at(shard.end + payload.written, data)
-                payload.written += piece.nbytes
-        if not piece.last:
-            return
-        if self._level == "tensors":
-            row["shard"], row["tensor"] = known or self._store(payload)
-        self._finish_row(row)
-
-    def _summarise(self) -> None:
-        """Gather the statistics of the oldest pieces, and let their memory go."""
-        run = self._alike()
-        if len(run) > 1:
-            self._summarise_many(run)
-        else:
-            self._summarise_one(run[0])
-        for _ in run:
-            self._unsummarised.popleft()
-            self._staging.release()
-
-    def _summarise_one(self, piece: _Piece) -> None:
-        payload = piece.payload
-        if payload is None or not self._wants_statistics(payload):
-            return
-        if payload.statistics is None:
-            payload.statistics = Statistics(payload.dtype, self._room_to_work())
-        payload.statistics.add(self._staging.tensor(piece.offset, piece.nbytes))
-        if piece.last:
-            self._done.append({"seq": piece.row["seq"], **payload.statistics.result()})
-
-    def _summarise_many(self, run: list[_Piece]) -> None:
-        """Do at once what lies side by side: a call for each small payload costs more than it."""
-        first, second = run[0], run[1]
-        assert first.payload is not None  # `_alike` chose it
-        rows = self._staging.tensor(first.offset, run[-1].offset + first.nbytes - first.offset)
-        raw = rows.as_strided(
-            (len(run), first.nbytes), (second.offset - first.offset, 1), rows.storage_offset()
-        )
-        found = of_many(raw, first.payload.dtype, self._room_to_work())
-        for piece, statistics in zip(run, found, strict=True):
-            self._done.append({"seq": piece.row["seq"], **statistics})
-
-    def _alike(self) -> list[_Piece]:
-        """Return the oldest piece, and those behind it that can be summarised together with it."""
-        pieces = iter(self._unsummarised)
-        first = next(pieces)
-        run = [first]
-        payload = first.payload
-        if (
-            payload is None
-            or not (first.first and first.last)
-            or payload.dtype.is_complex
-            or (payload.dtype.itemsize == 1 and payload.dtype.is_floating_point)
-            or not 0 < first.nbytes <= MANY * payload.dtype.itemsize
-            or not self._wants_statistics(payload)
-        ):
-            return run
-        stride = None
-        for piece in pieces:
-            stride = stride or piece.offset - first.offset
-            if (
-                piece.payload is None
-                or piece.payload.dtype != payload.dtype
-                or piece.nbytes != first.nbytes
-                or not (piece.first and piece.last)
-                or stride <= 0
-                or piece.offset - run[-1].offset != stride
-                or len(run) >= _TOGETHER
-            ):
-                break
-            run.append(piece)
-        return run
-
-    def _wants_statistics(self, payload: _Payload) -> bool:
-        return not self._ended and self._level != "digests" and has_statistics(payload.dtype)
-
-    def _room_to_work(self) -> torch.Tensor:
-        if self._workspace is None:
-            self._workspace = workspace()
-        return self._workspace
-
-    def _known(self, payload: _Payload) -> tuple[str, str] | None:
-        key = (payload.hash.digest(), payload.nbytes)
-        place = self._written.get(key)
-        if place is not None:
-            self._written.move_to_end(key)
-        return place
-
-    def _store(self, payload: _Payload) -> tuple[str, str]:
-        shard = self._require_shard()
-        tensor = f"t{self._tensors:08d}"
-        self._tensors += 1
-        name, size = dtype_name(payload.dtype), payload.dtype.itemsize
-        place = shard.add(tensor, name, size, payload.shape, payload.nbytes)
-        payload.row["offset"] = place.offset
-        self.bytes_written += payload.nbytes
-        where = (f"{self._folder.name}/{shard.final.name}", tensor)
-        self._written[payload.hash.digest(), payload.nbytes] = where
-        if len(self._written) > _REMEMBERED:
-            self._written.popitem(last=False)
-        return where
-
-    def _finish_row(self, row: dict[str, Any]) -> None:
-        self._done.append(row)
-
-    def _flush(self) -> None:
-        if self._ended or not self._done or self._journal is None:
-            return
-        self._journal.append(self._done)
-        self._journaled += len(self._done)
-        self.rows_written += sum("name" in row for row in self._done)  # the others add statistics
-        self._done.clear()
-
-    def _open(self, dimensions: int = 0) -> None:
-        """Make sure that there is a shard and a journal with room for one more row."""
-        if self._shard is not None:
-            full = (
-                self._shard.data_bytes >= SHARD_BYTES
-                or not self._shard.has_room(dimensions)
-                or self._journaled + len(self._done) >= _ROWS_A_SHARD
-            )
-            if not full:
-                return
-            self._seal()
-        name = stem(self._attempt, self._index)
-        self._shard = ShardWriter(self._folder / f"{name}.safetensors", header_room(self._index))
-        self._journal = Journal(self._folder / f"{name}.journal")
-
-    def _require_shard(self) -> ShardWriter:
-        assert self._shard is not None  # `_open` has just made sure
-        return self._shard
-
-    def _seal(self) -> None:
-        """Close the current shard and turn its journal into parquet."""
-        shard, journal = self._shard, self._journal
-        if shard is None or journal is None:
-            return
-        while self._unsummarised:
-            self._summarise()
-        self._flush()
-        # In this order a reader finds every row at every moment; see format/schema.py.
-        if shard.is_empty:
-            shard.discard()
-        else:
-            shard.finish()
-        journal.close()
-        rows = read_journal(journal.path)
-        write_parquet(journal.path.with_suffix(".parquet"), rows, COLUMNS)
-        journal.path.unlink(missing_ok=True)
-        self._shard, self._journal, self._journaled = None, None, 0
-        self._index += 1
-
-
-def seal_leftovers(folder: Path, attempt: int) -> None:
-    """Seal what the writer of an attempt left open when its process was killed.
-
-    Args:
-        folder: the rank's folder; nobody writes there any more.
-        attempt: the number in the attempt's file names.
-
-    Raises:
-        OSError: it cannot be written; a reader goes on to find what it found before.
-        DamagedRecording: a journal cannot be read.
-    """
-    for path in sorted(folder.glob(f"a{attempt}-*.journal")):
-        found = PART.fullmatch(path.name)
-        if found is None:
-            continue
-        if not path.with_suffix(".parquet").exists():
-            rows = read_journal(path)
-            final = path.with_suffix(".safetensors")
-            if final.with_suffix(".partial").exists():
-                _finish_shard(final, int(found[2]), rows)
-            write_parquet(path.with_suffix(".parquet"), rows, COLUMNS)
-        path.unlink(missing_ok=True)
-
-
-def _finish_shard(final: Path, index: int, rows: list[dict[str, Any]]) -> None:
-    """Finish a shard with the payloads that its journal tells of."""
-    shard = ShardWriter(final, header_room(index), resume=True)
-    where = f"{final.parent.name}/{final.name}"
-    for row in rows:
-        if row.get("shard") == where and row.get("offset") == shard.end:
-            itemsize = parse_dtype(row["dtype"], final).itemsize
-            shard.add(row["tensor"], row["dtype"], itemsize, row["shape"], row["nbytes"])
-    if shard.is_empty:
-        shard.discard()
-    else:
-        shard.finish()

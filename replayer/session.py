@@ -194,6 +194,10 @@ class Replayer:
         if self._matcher is not None:
             self._matcher.next_step()
 
+    def ignores(self, about: tuple[Any, ...]) -> bool:
+        """Whether such taps are known not to be wanted."""
+        return about in self._selection.ignored and not self._ranks.may_change
+
     def on_tap(self, call: Call) -> None:
         """Graft a tap if it is wanted.
 

@@ -64,6 +64,9 @@ COLUMNS = {
 }
 """The manifest's columns and their polars types."""
 
+STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
+"""The columns that follow in the journal when there is time."""
+
 
 def polars_schema(columns: dict[str, str]) -> dict[str, pl.DataType]:
     """Return columns as a polars schema."""

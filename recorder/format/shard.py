@@ -23,6 +23,8 @@ _LENGTH = struct.Struct("<Q")
 _PREAMBLE = len(_LENGTH.pack(0))
 _FIRST_ROOM = 16 << 10
 _LAST_ROOM = 4 << 20
+_GATHERED_BYTES = 1 << 20
+_GATHERED = 1_000  # the system takes 1024 parts in one write
 MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 
 # What every release of the safetensors libraries reads; other dtypes travel as bytes.
@@ -73,6 +75,9 @@ class ShardWriter:
         self._entries: list[str] = []
         self._header_bytes = 2
         self._end = room
+        self._gathered: list[memoryview] = []
+        self._gathered_at = 0
+        self._gathered_bytes = 0
         flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._file = os.open(self.partial, flags, 0o666)
         if not resume:
@@ -88,11 +93,40 @@ class ShardWriter:
         """Whether nothing was added."""
         return not self._entries
 
-    def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at an absolute offset."""
-        while data.nbytes:
-            done = os.pwrite(self._file, data, offset)
-            data, offset = data[done:], offset + done
+    def write(self, at: int, data: memoryview) -> None:
+        """Write `data` behind what was added, `at` bytes further on.
+
+        What is small is gathered: it must stay as it is until `write_out`.
+        """
+        offset = self._end + at
+        if offset != self._gathered_at + self._gathered_bytes or (
+            self._gathered_bytes + data.nbytes > _GATHERED_BYTES or len(self._gathered) >= _GATHERED
+        ):
+            self.write_out()
+            self._gathered_at = offset
+        if data.nbytes >= _GATHERED_BYTES:
+            self._write_at(offset, [data])
+            self._gathered_at = offset + data.nbytes
+        elif data.nbytes:
+            self._gathered.append(data)
+            self._gathered_bytes += data.nbytes
+
+    def write_out(self) -> None:
+        """Write what was gathered."""
+        self._write_at(self._gathered_at, self._gathered)
+        self._gathered_at += self._gathered_bytes
+        self._gathered, self._gathered_bytes = [], 0
+
+    def _write_at(self, offset: int, parts: list[memoryview]) -> None:
+        """Write all of some parts, one behind the other, from an absolute offset on."""
+        while parts:
+            done = os.pwritev(self._file, parts, offset)
+            offset += done
+            while parts and done >= parts[0].nbytes:
+                done -= parts[0].nbytes
+                parts = parts[1:]
+            if parts:
+                parts = [parts[0][done:], *parts[1:]]
 
     @property
     def end(self) -> int:
@@ -132,10 +166,11 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the header and give the file its final name."""
+        self.write_out()
         header = ("{" + ",".join(self._entries) + "}").encode()
         room = self._room - _PREAMBLE
         os.ftruncate(self._file, self._end)  # drop what a payload written in vain left behind
-        self.write_at(0, memoryview(_LENGTH.pack(room) + header.ljust(room, b" ")))
+        self._write_at(0, [memoryview(_LENGTH.pack(room) + header.ljust(room, b" "))])
         os.close(self._file)
         self._file = -1
         self.partial.rename(self.final)

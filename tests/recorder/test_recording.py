@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from recorder import Recorder, Recording, tap
-from recorder import writer as writer_module
+from recorder import store as store_module
+from recorder import summaries as summaries_module
 from recorder.errors import (
     DamagedRecording,
     NoSuchRecord,
@@ -150,7 +151,7 @@ def test_equal_bytes_are_stored_once_per_rank(record, run):
 
 
 def test_shards_follow_one_another_when_they_are_full(record, run, monkeypatch):
-    monkeypatch.setattr(writer_module, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 10_000)
 
     def many(rank):
         for i in range(50):
@@ -213,9 +214,9 @@ def test_a_recording_is_readable_while_it_is_written(run):
 def test_a_row_is_safe_before_its_statistics_are_gathered(run, monkeypatch):
     """Statistics are the slow part, so a killed job must not lose a payload to them."""
     gate = threading.Event()
-    real = writer_module.Statistics.add
+    real = summaries_module.Statistics.add
     monkeypatch.setattr(
-        writer_module.Statistics, "add", lambda self, raw: (gate.wait(10), real(self, raw))
+        summaries_module.Statistics, "add", lambda self, raw: (gate.wait(10), real(self, raw))
     )
     with Recorder(run):
         tap("x", torch.ones(3), i=0)
@@ -229,16 +230,13 @@ def test_a_row_is_safe_before_its_statistics_are_gathered(run, monkeypatch):
 
 
 def _drained(recorder):
-    """Wait until the writer has written all that was submitted."""
+    """Wait until all that was submitted is safe."""
     tick = threading.Event()
     for _ in range(1000):
         if recorder._writer.rows_written == recorder._selection.selected:
-            recorder._writer._wake.acquire()
-            recorder._writer._wake.release()
-        tick.wait(0.002)
-        if not recorder._writer._done and recorder._writer.rows_written:
             return
-    raise AssertionError("the writer never caught up")
+        tick.wait(0.002)
+    raise AssertionError("the writer never came to an end")
 
 
 def test_a_torn_journal_line_costs_that_line_alone(run, tmp_path):
@@ -254,7 +252,7 @@ def test_a_torn_journal_line_costs_that_line_alone(run, tmp_path):
     back = Recording.open(killed)
     assert back.rows().height == 3
     assert back.load(0, "x", i=2)[0] == 2
-    writer_module.seal_leftovers(killed / "rank-00000", 0)
+    store_module.seal_leftovers(killed / "rank-00000", 0)
     assert Recording.open(killed).rows().equals(back.rows())
     assert back.load(0, "x", i=1)[0] == 1
     (shard,) = killed.rglob("*.safetensors")

@@ -198,15 +198,15 @@ def test_a_restart_of_another_job_is_refused(record, run, monkeypatch):
 
 
 def test_a_full_disk_ends_the_recording_not_the_job(run, capsys, monkeypatch):
-    real = os.pwrite
+    real = os.pwritev
     full = threading.Event()
 
-    def pwrite(*args):
+    def pwritev(*args):
         if full.is_set():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*args)
 
-    monkeypatch.setattr(shard_module.os, "pwrite", pwrite)
+    monkeypatch.setattr(shard_module.os, "pwritev", pwritev)
     recorder = Recorder(run)
     with recorder:
         tap("x", torch.ones(3), i=0)

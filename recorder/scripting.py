@@ -1,0 +1,28 @@
+"""Functions of tensors that run without the interpreter, where torch can compile them.
+
+A background thread that calls torch op by op has to get the interpreter back after each op, and a
+job busy with Python lets go of it every 5 ms at best; compiled, a whole function is one call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def scripted(function: F) -> F:
+    """Return the function compiled by TorchScript; itself where that is not to be had.
+
+    TorchScript is deprecated, and nothing here depends on it but speed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.jit.script(function)  # type: ignore[no-any-return]
+    except Exception:  # it is gone, or its source is, as in a frozen application
+        return function
