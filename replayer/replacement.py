@@ -153,13 +153,13 @@ class Replacements:
         received: list[torch.Tensor | None],
         rows: list[dict[str, Any] | None],
     ) -> GraftInput:
-        return GraftInput(
+        return GraftInput.on(
+            target,
             tags={**selected.tags, "name": selected.key.name},
             received_list=received,
             received_extras_list=[
                 None if row is None else json.loads(row["extras"] or "{}") for row in rows
             ],
-            target=target.detach().clone(),
             key=selected.key,
             rank=self.rank.rank,
             world_size=self.rank.world_size,
@@ -186,6 +186,8 @@ def _apply(transform: Transform, g: GraftInput) -> Any:
         raise TransformError(
             f"the transform {transform.name} raised {type(err).__name__}: {err}"
         ) from err
+    finally:
+        g.done()
 
 
 def _measure(target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> None:

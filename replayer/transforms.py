@@ -53,6 +53,32 @@ class GraftInput:
     dims: str = ""
     sender_dims: str = ""
 
+    @classmethod
+    def on(cls, target: torch.Tensor, **facts: Any) -> GraftInput:
+        """Return an input whose `target` is copied if and when the transform asks for it."""
+        g = object.__new__(cls)
+        for name, value in {"dims": "", "sender_dims": "", **facts}.items():
+            object.__setattr__(g, name, value)
+        object.__setattr__(g, "_given", target)
+        return g
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is not there: `target`, until it is asked for.
+        given = self.__dict__.get("_given")
+        if name != "target" or given is None:
+            raise AttributeError(
+                "g.target is gone once the transform has returned; copy it there"
+                if name == "target"
+                else f"a GraftInput has no attribute {name!r}"
+            )
+        with torch.no_grad():
+            object.__setattr__(self, "target", given.detach().clone())
+        return self.__dict__["target"]
+
+    def done(self) -> None:
+        """Let go of the receiver's tensor: it is about to change."""
+        self.__dict__.pop("_given", None)
+
 
 class Transform:
     """A function to transform with, and how it wants to be called.

@@ -18,52 +18,73 @@ from ..errors import DamagedRecording
 from .shard import Place
 
 _MAPPED_FROM = 1 << 20
+_OPEN_FILES = 64
 _UNSUPPORTED = "it has the dtype {!r}, which this torch does not know"
 
 
-def read_bytes(path: Path, place: Place) -> torch.Tensor:
-    """Return a payload as a 1-d tensor of uint8 of its own memory.
+class _File:
+    """An open file; closed when nobody uses it any more."""
 
-    Raises:
-        DamagedRecording: the file is shorter than that, or cannot be read.
-        FileNotFoundError: there is no such file.
-    """
-    try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    except FileNotFoundError:
-        raise
-    except OSError as err:
-        raise DamagedRecording(path, err.strerror or str(err)) from err
-    try:
-        size = os.fstat(file).st_size
-        if place.offset + place.nbytes > size:
-            raise DamagedRecording(
-                path, f"it ends at byte {size}, a tensor in it at {place.offset + place.nbytes}"
-            )
-        if place.nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8, device="cpu")
-        if place.nbytes >= _MAPPED_FROM:
-            start = place.offset % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(
-                file,
-                place.nbytes + start,
-                access=mmap.ACCESS_COPY,
-                offset=place.offset - start,
-            )
-            return torch.frombuffer(mapped, dtype=torch.uint8, count=place.nbytes, offset=start)
-        data = bytearray(place.nbytes)
-        view = memoryview(data)
-        done = 0
-        while done < place.nbytes:
-            got = os.preadv(file, [view[done:]], place.offset + done)
-            if got == 0:
-                raise DamagedRecording(path, "it ended while it was read")
-            done += got
-        return torch.frombuffer(data, dtype=torch.uint8)
-    except OSError as err:
-        raise DamagedRecording(path, err.strerror or str(err)) from err
-    finally:
-        os.close(file)
+    __slots__ = ("number",)
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class Files:
+    """Reads payloads, and keeps the files of the latest open: opening costs more than reading."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, _File] = {}
+
+    def read(self, path: Path, place: Place) -> torch.Tensor:
+        """Return a payload as a 1-d tensor of uint8 of its own memory.
+
+        Raises:
+            DamagedRecording: the file is shorter than that, or cannot be read.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            file = self._open.get(path)
+            if file is None:
+                file = _File(path)
+                while len(self._open) >= _OPEN_FILES:
+                    self._open.pop(next(iter(self._open)), None)
+                self._open[path] = file
+            return _read(file.number, path, place)
+        except FileNotFoundError:
+            raise
+        except OSError as err:
+            raise DamagedRecording(path, err.strerror or str(err)) from err
+
+
+def _read(file: int, path: Path, place: Place) -> torch.Tensor:
+    size = os.fstat(file).st_size
+    if place.offset + place.nbytes > size:
+        raise DamagedRecording(
+            path, f"it ends at byte {size}, a tensor in it at {place.offset + place.nbytes}"
+        )
+    if place.nbytes == 0:
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
+    if place.nbytes >= _MAPPED_FROM:
+        start = place.offset % mmap.ALLOCATIONGRANULARITY
+        mapped = mmap.mmap(
+            file, place.nbytes + start, access=mmap.ACCESS_COPY, offset=place.offset - start
+        )
+        return torch.frombuffer(mapped, dtype=torch.uint8, count=place.nbytes, offset=start)
+    data = bytearray(place.nbytes)
+    view = memoryview(data)
+    done = 0
+    while done < place.nbytes:
+        got = os.preadv(file, [view[done:]], place.offset + done)
+        if got == 0:
+            raise DamagedRecording(path, "it ended while it was read")
+        done += got
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def parse_dtype(name: str, path: object) -> torch.dtype:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import polars as pl
     import torch
 
+    from .payload import Files
+
 _HEADERS_KEPT = 256
 _ROWS_A_PART = 1 << 20  # far more than a writer puts into one
 
@@ -56,6 +58,8 @@ class Recording:
         self._places: dict[tuple[str, str], Place] = {}
         self._headers: dict[str, dict[str, Place]] = {}
         self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
+        self._files: Files | None = None
+        self._paths: dict[tuple[str, int], Path] = {}
         self._checked: set[tuple[str, str, str]] = set()
 
     @classmethod
@@ -195,7 +199,7 @@ class Recording:
             UsageError: the row holds no tensor.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
-        from .payload import bytes_of, parse_dtype, read_bytes, restore
+        from .payload import Files, bytes_of, parse_dtype, restore
 
         shard, tensor = row["shard"], row["tensor"]
         if shard is None or tensor is None:
@@ -207,11 +211,13 @@ class Recording:
                 path,
                 f"tensor {tensor!r} has {place.nbytes} bytes, the manifest says {row['nbytes']}",
             )
+        if self._files is None:
+            self._files = Files()
         try:
-            raw = read_bytes(path, place)
+            raw = self._files.read(path, place)
         except FileNotFoundError:
             try:  # the shard that is open
-                raw = read_bytes(path.with_suffix(".partial"), place)
+                raw = self._files.read(path.with_suffix(".partial"), place)
             except FileNotFoundError:
                 raise DamagedRecording(path, "it is missing") from None
         about = (shard, tensor, row["digest"])
@@ -342,11 +348,15 @@ class Recording:
 
     def _shard_path(self, shard: str, rank: int) -> Path:
         """Return a shard's path; whatever a manifest says, it lies in its rank's folder."""
+        known = self._paths.get((shard, rank))
+        if known is not None:
+            return known
         folder, _, file = shard.partition("/")
         part = PART.fullmatch(file)
         if folder != rank_folder(rank) or part is None or part[3] != "safetensors":
             raise DamagedRecording(self.path, f"a row names the shard {shard!r}")
-        return self.path / folder / file
+        path = self._paths[shard, rank] = self.path / folder / file
+        return path
 
     def _place(self, shard: str, tensor: str, path: Path) -> Place:
         place = self._places.get((shard, tensor))
