@@ -15,7 +15,7 @@ import click
 from . import claim, launch, ranks
 from .errors import RecordingError
 from .filters import Filter
-from .format.schema import LEVELS, RECORDING, rank_folder
+from .format.schema import LEVELS, RECORDING, WHEN_FULL, rank_folder
 from .options import (
     COMMAND,
     UNTRUSTED,
@@ -26,6 +26,7 @@ from .options import (
     note,
     text_of,
 )
+from .progress import Watcher
 from .reports import read_reports
 from .sizes import count, format_size
 
@@ -48,6 +49,20 @@ from .sizes import count, format_size
     "equal share: 20GB, 512MiB. [GRAFT_RECORD_MAX_BYTES]",
 )
 @click.option(
+    "--staging",
+    type=SizeType(),
+    help="Memory of each rank in which snapshots wait to be written; 256MiB by default. "
+    "[GRAFT_RECORD_STAGING]",
+)
+@click.option(
+    "--when-full",
+    type=click.Choice(WHEN_FULL),
+    default="hold",
+    show_default=True,
+    help="When all of it waits: hold the job until there is room, or drop the tap and count it. "
+    "[GRAFT_RECORD_WHEN_FULL]",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace a recording that is in RUN already. [GRAFT_RECORD_OVERWRITE=1]",
@@ -59,6 +74,8 @@ def record(
     filter: Filter | None,
     level: str,
     max_bytes: int | None,
+    staging: int | None,
+    when_full: str,
     overwrite: bool,
     command: tuple[str, ...],
 ) -> None:
@@ -80,12 +97,15 @@ def record(
                 "GRAFT_RECORD_FILTER": text_of(filter),
                 "GRAFT_RECORD_LEVEL": level,
                 "GRAFT_RECORD_MAX_BYTES": None if max_bytes is None else str(max_bytes),
+                "GRAFT_RECORD_STAGING": None if staging is None else str(staging),
+                "GRAFT_RECORD_WHEN_FULL": when_full,
                 "GRAFT_RECORD_OVERWRITE": "1" if overwrite else None,
             },
             command,
             reports,
         )
-        status = launch.run(command, env)
+        with Watcher(reports, note):
+            status = launch.run(command, env)
         found = [r for r in read_reports(reports) if r.get("session") == "GRAFT_RECORD"]
     trusted = conclude(run, env["GRAFT_JOB"], found, filter)
     sys.exit(status if status else 0 if trusted else UNTRUSTED)
@@ -142,6 +162,12 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
         note(
             f"{run}: {count(rows, 'record')} from {count(ranked, 'rank')}, "
             f"{format_size(nbytes)} stored" + "".join(f"; stopped: {s}" for s in stopped)
+        )
+    dropped = sum(c.get("dropped", 0) for c in claims)
+    if dropped:
+        note(
+            f"{count(dropped, 'tap')} dropped, as --when-full drop asks for: nothing more could be "
+            "staged; record less with --filter, or give more room with --staging"
         )
     if not rows and not wrong and not any(c.get("state") == "running" for c in claims):
         _say_why_nothing(reports, filter)

@@ -122,12 +122,15 @@ def print_taps(
     absent = f", nothing from rank {' '.join(map(str, missing))}" if missing else ""
     attempts = max((c["attempt"] for c in claims), default=0)
     again = f", restarted {attempts} time{'s' if attempts > 1 else ''}" if attempts else ""
+    drops = [c["dropped"] for c in claims if isinstance(c.get("dropped"), int)]
+    dropped = f", {count(sum(drops), 'tap')} dropped" if sum(drops) > 0 else ""
     command = " ".join(map(str, recording.meta.get("command") or []))
     tapped = int(rows["nbytes"].sum() or 0)
     console.print(
         printable(
             f"{recording.path}: {count(recording.world_size, 'rank')}, "
-            f"{count(rows.height, 'record')}, {format_size(tapped)} tapped{state}{absent}{again}"
+            f"{count(rows.height, 'record')}, {format_size(tapped)} tapped"
+            f"{state}{absent}{again}{dropped}"
         ),
         soft_wrap=True,
     )

@@ -32,13 +32,14 @@ from .claim import Claim, Job, check_free, claim_rank
 from .diagnostics import say
 from .errors import CaptureError, GraftError, UsageError
 from .filters import Filter
-from .format.schema import LEVELS
+from .format.schema import LEVELS, WHEN_FULL
 from .gradients import GradientTaps
+from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
 from .reports import write_report
 from .selection import Selected, Selection, Warnings
-from .sizes import parse_size
+from .sizes import count, format_size, parse_size
 from .tags import text
 from .tap import activate, deactivate
 from .writer import DEFAULT_BUDGET, FEW, Writer
@@ -61,6 +62,8 @@ class Recorder:
             number or text such as `20GB`. Each rank gets an equal share.
         overwrite: replace what another job left under this rank.
         staging: bytes of memory in which snapshots wait to be written.
+        when_full: what happens to a tap while they all wait: `hold` the job until there is room, or
+            `drop` the tap and count it.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
         world_size: the number of ranks.
 
@@ -81,11 +84,14 @@ class Recorder:
         max_bytes: int | str | None = None,
         overwrite: bool = False,
         staging: int | str = DEFAULT_BUDGET,
+        when_full: str = "hold",
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         if level not in LEVELS:
             raise UsageError(f"level is {level!r}; choose one of {', '.join(LEVELS)}")
+        if when_full not in WHEN_FULL:
+            raise UsageError(f"when_full is {when_full!r}; choose one of {', '.join(WHEN_FULL)}")
         self.path = Path(os.path.abspath(path))
         self.state = "new"
         self.reason = ""
@@ -94,6 +100,7 @@ class Recorder:
         self._max_bytes = None if max_bytes is None else parse_size(max_bytes)
         self._overwrite = overwrite
         self._staging = parse_size(staging)
+        self._when_full = when_full
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._selection = Selection(self._filter)
@@ -202,6 +209,9 @@ class Recorder:
             if self.state == "running":
                 self.state = "complete"
         self._settle()
+        dropped = self.progress().dropped
+        if dropped and "GRAFT_REPORTS" not in os.environ:
+            self._say(f"{count(dropped, 'tap')} dropped: nothing more could be staged")
         why = self._selection.why_nothing()
         if why is not None and "GRAFT_REPORTS" not in os.environ:
             self._say(why)
@@ -215,6 +225,7 @@ class Recorder:
             "steps": self._selection.step,
             "rows": self._writer.rows_written if self._writer else 0,
             "bytes": self._writer.bytes_written if self._writer else 0,
+            "dropped": self.progress().dropped,
         }
         if self._claim is not None:
             try:
@@ -256,6 +267,8 @@ class Recorder:
                 "filter": self._filter.text if self._filter else None,
                 "level": self._level,
                 "max_bytes": self._max_bytes,
+                "staging": self._staging,
+                "when_full": self._when_full,
             }
             about = {"command": command_line(), "options": options}
             try:
@@ -285,10 +298,34 @@ class Recorder:
                     self._claim.attempt,
                     level=self._level,
                     budget=self._staging,
+                    when_full=self._when_full,
                     max_bytes=None if share is None else share // self._rank.world_size,
                     on_stop=self._end,
+                    on_full=self._tell_full,
+                    on_progress=Publisher(self._rank.rank, self._say).publish,
                 )
             return self._writer is not None
+
+    def progress(self) -> Progress:
+        """Return how far the recording is: bytes taken, bytes that wait, taps dropped."""
+        return Progress() if self._writer is None else self._writer.progress()
+
+    def _tell_full(self, progress: Progress) -> None:
+        """Say once that the job taps faster than can be written, and what to do about it."""
+        tapped = format_size(progress.staged / max(progress.seconds - progress.held, 1e-3))
+        written = format_size(progress.written / max(progress.seconds, 1e-3))
+        room = format_size(self._staging)
+        rates = (
+            f"the job taps {tapped}/s and {written}/s are written, so {room} of staging are full"
+        )
+        advice = "record less with --filter or --level stats, or give more room with --staging"
+        if self._when_full == "hold":
+            self._say(
+                f"{rates}: taps hold the job until there is room; {advice}, "
+                "or leave out what comes too fast with --when-full drop"
+            )
+        else:
+            self._say(f"{rates}: taps are dropped and counted; {advice}")
 
     def _end(self, state: str, reason: str) -> None:
         """Stop recording early; may be called from the writer's thread."""
@@ -398,5 +435,6 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder]:
         max_bytes=environ.get("GRAFT_RECORD_MAX_BYTES") or None,
         overwrite=environ.get("GRAFT_RECORD_OVERWRITE") == "1",
         staging=environ.get("GRAFT_RECORD_STAGING") or DEFAULT_BUDGET,
+        when_full=environ.get("GRAFT_RECORD_WHEN_FULL") or "hold",
     )
     return [session.start(lazily=True)]

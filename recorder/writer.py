@@ -19,13 +19,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .capture import as_bits, pieces
+from .progress import SECONDS, Progress
 from .staging import Part, Staging
 from .store import LimitReached, Payload, Store
 from .summaries import Summaries
@@ -33,35 +33,11 @@ from .summaries import Summaries
 DEFAULT_BUDGET = 256 << 20
 FEW = 1 << 20
 """The most bytes that are copied on the spot, without a tensor operation."""
-WHEN_FULL = ("hold", "drop")
 _GATHER_SECONDS = 0.02  # lets a burst of taps pass before work begins beside it
 _FLUSH_SECONDS = 0.2
 _RELEASED_BYTES = 4 << 20
-_TELL_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a writer is.
-
-    Attributes:
-        staged: bytes of payload taken so far, repeats included.
-        waiting: bytes of these that wait to be written.
-        dropped: taps left out because there was no room.
-        seconds: since the first of them.
-        held: seconds in which the job waited for room.
-    """
-
-    staged: int
-    waiting: int
-    dropped: int
-    seconds: float
-    held: float
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second that were dealt with."""
-        return (self.staged - self.waiting) / max(self.seconds, 1e-9)
+_HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
+_RATE_SECONDS = 1.0
 
 
 class Writer:
@@ -77,6 +53,7 @@ class Writer:
         on_stop: called once, from the writer's thread, when recording had to end early, with the
             state (`stopped` or `failed`) and the reason.
         on_full: called once, when the job was held or a tap dropped for want of room.
+        on_progress: called now and then, from the writer's thread, while there is work.
     """
 
     def __init__(
@@ -90,9 +67,12 @@ class Writer:
         max_bytes: int | None = None,
         on_stop: Callable[[str, str], None] | None = None,
         on_full: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self._on_stop = on_stop or (lambda state, reason: None)
         self._on_full = on_full
+        self._on_progress = on_progress
+        self._published = time.monotonic()
         self._hold = when_full == "hold"
         self._wake = threading.Condition(threading.Lock())
         self._staging = Staging(budget)
@@ -110,6 +90,9 @@ class Writer:
         self._staged = 0
         self._dropped = 0
         self._started = time.perf_counter()
+        # It takes long; better now, and beside the work, than in the middle of the job.
+        self._importing = threading.Thread(target=_import_polars, name="graft-import", daemon=True)
+        self._importing.start()
         self._thread = threading.Thread(target=self._run, name="graft-writer", daemon=True)
         self._thread.start()
 
@@ -181,6 +164,7 @@ class Writer:
             self._closing = True
         self._nudge()
         self._thread.join()
+        self._importing.join()
 
     def _put(
         self, part: Part | None, payload: Payload, first: bool = True, last: bool = True
@@ -189,7 +173,7 @@ class Writer:
         if part is None:
             if not self._ended:
                 self._dropped += 1
-                self._tell()
+                self._tell_full()
             return False
         part.payload, part.first, part.last = payload, first, last
         self._queue.append(part)
@@ -199,14 +183,15 @@ class Writer:
         # Read without the lock: the thread looks at the queue again once it has set these.
         if self._asleep or (self._gathering and self._staging.backlog > self._urgent):
             self._nudge()
-        if self._on_full is not None and self._staging.held_seconds > _TELL_SECONDS:
-            self._tell()
+        if self._on_full is not None and self._staging.held_seconds > _HELD_SECONDS:
+            self._tell_full()
         return True
 
-    def _tell(self) -> None:
+    def _tell_full(self) -> None:
+        if self._on_full is None or time.perf_counter() - self._started < _RATE_SECONDS:
+            return  # told before, or there is no rate to speak of yet
         on_full, self._on_full = self._on_full, None
-        if on_full is not None:
-            on_full(self.progress())
+        on_full(self.progress())
 
     def _nudge(self) -> None:
         with self._wake:
@@ -214,8 +199,6 @@ class Writer:
 
     def _run(self) -> None:
         try:
-            import polars  # noqa: F401  # takes long; better now than in the middle of the job
-
             while self._gather():
                 self._take_all()
                 self._flush()
@@ -286,6 +269,10 @@ class Writer:
 
     def _flush(self) -> None:
         self._store.flush()
+        now = time.monotonic()
+        if self._on_progress is not None and now - self._published >= SECONDS:
+            self._published = now
+            self._on_progress(self.progress())
         if self._summaries is None:
             return
         if self._summaries.error is not None:
@@ -315,3 +302,7 @@ class Writer:
             self._summaries.give_up()
         self._store.abandon()
         self._on_stop(state, reason)
+
+
+def _import_polars() -> None:
+    import polars  # noqa: F401

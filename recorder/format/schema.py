@@ -35,6 +35,7 @@ RANK_FOLDER = re.compile(r"rank-(\d{5,7})")
 PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)")
 ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
 LEVELS = ("tensors", "stats", "digests")
+WHEN_FULL = ("hold", "drop")
 
 COLUMNS = {
     "rank": "Int32",

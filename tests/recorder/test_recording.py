@@ -55,7 +55,13 @@ def test_open_tells_world_size_ranks_and_meta(record):
     run = record(job, 3)
     assert run.world_size == 3 and run.ranks == [0, 1, 2]
     assert run.meta["format_version"] == 1
-    assert run.meta["options"] == {"filter": None, "level": "tensors", "max_bytes": None}
+    assert run.meta["options"] == {
+        "filter": None,
+        "level": "tensors",
+        "max_bytes": None,
+        "staging": 256 << 20,
+        "when_full": "hold",
+    }
     assert run.meta["provenance"]["versions"]["torch"] == torch.__version__
     assert isinstance(run.meta["command"], list)
     assert {c["state"] for c in run.claims()} == {"complete"}
