@@ -128,7 +128,7 @@ def _read_one(journal: Path) -> pl.DataFrame:
             return to_frame(read_journal(journal))
         except FileNotFoundError:
             pass  # sealed in the meantime
-    return read_parquet(parquet, COLUMNS)
+    return read_parquet([parquet], COLUMNS)
 
 
 def to_frame(rows: list[dict[str, Any]]) -> pl.DataFrame:

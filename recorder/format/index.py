@@ -1,8 +1,8 @@
 """Find the rows of a key: one sorted array of numbers, searched by bisection.
 
 1. `Index.build` gives every distinct group (kind, name, tags that count) a number.
-2. Group, step and occurrence become one integer a row; the rows are sorted by it and by rank.
-3. `Index.find` turns a key into that integer and bisects.
+2. Group, step, occurrence and rank become one integer a row; the rows are sorted by it.
+3. `Index.find` turns a key into the range of its ranks' integers and bisects.
 
 Rows of a second forward (`recompute`) share the key of the first, which is the one that is kept.
 """
@@ -10,6 +10,7 @@ Rows of a second forward (`recompute`) share the key of the first, which is the 
 from __future__ import annotations
 
 import json
+import math
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class Index:
         """
         import polars as pl
 
+        if frame.height == 0:
+            return cls({}, {}, {}, array("q"), array("q"), array("q"))
         names = frame.select("name", "tags").unique(maintain_order=True)
         known: dict[Group, int] = {}
         numbers, seconds = [], []
@@ -74,10 +77,19 @@ class Index:
             numbers.append(known.setdefault(group(name, tags), len(known)))
             seconds.append(is_recompute(tags))
         names = names.with_columns(
-            pl.Series("group", numbers, pl.Int64), pl.Series("second", seconds, pl.Boolean)
+            pl.Series("group", numbers, pl.Int64), pl.Series("second", seconds, pl.Int64)
         )
+        kinds = frame["kind"].unique(maintain_order=True).to_list()
         rows = (
-            frame.select("rank", "seq", "step", "name", "occurrence", "tags", "kind")
+            frame.select(
+                "rank",
+                "seq",
+                "step",
+                "name",
+                "occurrence",
+                "tags",
+                pl.col("kind").replace_strict(kinds, range(len(kinds)), return_dtype=pl.Int64),
+            )
             .with_row_index("row")
             .join(names, on=["name", "tags"], how="left", maintain_order="left")
         )
@@ -88,31 +100,31 @@ class Index:
             rows = rows.sort("rank", "seq").with_columns(
                 occurrence=pl.int_range(pl.len(), dtype=pl.Int32).over(within)
             )
-        kinds = rows["kind"].unique(maintain_order=True).to_list()
-        steps = _numbered(rows["step"])
-        occurrences = _numbered(rows["occurrence"])
-        if len(known) * len(kinds) * len(steps) * len(occurrences) >= 1 << 62:
+        elif not _in_order(rows):
+            rows = rows.sort("rank", "seq")
+        steps, occurrences = _sorted(rows["step"]), _sorted(rows["occurrence"])
+        ranks = _sorted(rows["rank"])
+        sizes = [len(known), len(kinds), len(steps), len(occurrences), len(ranks), 2]
+        if math.prod(sizes) >= 1 << 62:
             raise DamagedRecording("the manifest", "it has more keys than can be counted")
-        code = (
-            (
-                pl.col("group") * len(kinds)
-                + pl.col("kind").replace_strict(kinds, range(len(kinds)), return_dtype=pl.Int64)
-            )
-            * max(1, len(steps))
-            + pl.col("step").replace_strict(
-                list(steps), list(steps.values()), return_dtype=pl.Int64
-            )
-        ) * max(1, len(occurrences)) + pl.col("occurrence").replace_strict(
-            list(occurrences), list(occurrences.values()), return_dtype=pl.Int64
+        code = pl.col("group")
+        for column, size in (
+            (pl.col("kind"), len(kinds)),
+            (steps.search_sorted(rows["step"]), len(steps)),
+            (occurrences.search_sorted(rows["occurrence"]), len(occurrences)),
+            (ranks.search_sorted(rows["rank"]), len(ranks)),
+            (pl.col("second"), 2),
+        ):
+            code = code * size + column
+        # Stable: the first of a key in execution order is the one that counts.
+        order = (
+            rows.lazy()
+            .select("rank", "row", code=code)
+            .sort("code", maintain_order=True)
+            .filter((pl.col("code") // 2 != (pl.col("code") // 2).shift(1)).fill_null(True))
+            .with_columns(code=pl.col("code") // (2 * len(ranks)))
+            .collect()
         )
-        if rows.height:
-            rows = (
-                rows.with_columns(code=code)
-                .sort("code", "rank", "second", "seq")
-                .unique(["code", "rank"], keep="first", maintain_order=True)
-            )
-        else:
-            rows = rows.with_columns(code=pl.lit(0, pl.Int64))
         groups = {
             (kind, one): number * len(kinds) + k
             for one, number in known.items()
@@ -120,11 +132,11 @@ class Index:
         }
         return cls(
             groups,
-            steps,
-            occurrences,
-            array("q", rows["code"].to_list()),
-            array("q", rows["rank"].to_list()),
-            array("q", rows["row"].to_list()),
+            {step: i for i, step in enumerate(steps)},
+            {occurrence: i for i, occurrence in enumerate(occurrences)},
+            array("q", order["code"].to_list()),
+            array("q", order["rank"].to_list()),
+            array("q", order["row"].to_list()),
         )
 
     def find(self, kind: str, group: Group, step: int, occurrence: int) -> dict[int, int]:
@@ -154,8 +166,15 @@ class Index:
         ]
 
 
-def _numbered(column: pl.Series) -> dict[int, int]:
-    return {value: i for i, value in enumerate(column.unique().sort().to_list())}
+def _in_order(rows: pl.DataFrame) -> bool:
+    """Whether rows are sorted by rank and seq."""
+    rank, seq = rows["rank"], rows["seq"]
+    before, earlier = rank.shift(1), seq.shift(1)
+    return not bool(((rank < before) | ((rank == before) & (seq < earlier))).any())
+
+
+def _sorted(column: pl.Series) -> pl.Series:
+    return column.unique().sort()
 
 
 def nearest(

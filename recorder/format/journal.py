@@ -125,27 +125,30 @@ def _write_frame(path: Path, frame: pl.DataFrame) -> None:
     temporary.replace(path)
 
 
-def read_parquet(path: Path, columns: dict[str, str], max_rows: int | None = None) -> pl.DataFrame:
-    """Return a parquet file's rows, its columns checked.
+def read_parquet(
+    paths: list[Path], columns: dict[str, str], max_rows: int | None = None, source: str = ""
+) -> pl.DataFrame:
+    """Return the rows of parquet files, one behind the other, their columns checked.
 
     Args:
-        path: the file.
-        columns: names and polars types that it must have.
+        paths: the files, at least one.
+        columns: names and polars types that they must have.
         max_rows: more rows than an honest file has.
+        source: the name of a column to add, with each row's path.
 
     Raises:
-        DamagedRecording: no parquet, or columns missing or of another type.
-        FileNotFoundError: it is not there (any more).
+        DamagedRecording: no parquet, or columns missing or of another type; names the first path.
+        FileNotFoundError: one is not there (any more).
     """
     import polars as pl
 
-    schema = polars_schema(columns)
+    path, schema = paths[0], polars_schema(columns)
     try:
-        rows = pl.scan_parquet(path).select(pl.len()).collect().item()  # from the footer alone
-        if max_rows is not None and rows > max_rows:
+        rows = pl.scan_parquet(paths).select(pl.len()).collect().item()  # from the footers alone
+        if max_rows is not None and rows > max_rows * len(paths):
             raise DamagedRecording(path, f"it claims {rows} rows, more than any part has")
         # Not memory-mapped: a file that shrinks under a mapping kills the process.
-        frame = pl.read_parquet(path, memory_map=False)
+        frame = pl.read_parquet(paths, memory_map=False, include_file_paths=source or None)
     except FileNotFoundError:
         raise
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
@@ -155,7 +158,7 @@ def read_parquet(path: Path, columns: dict[str, str], max_rows: int | None = Non
             raise DamagedRecording(
                 path, f"column {name} has type {frame.schema.get(name)}, expected {dtype}"
             )
-    return frame.select(list(schema))
+    return frame.select([*schema, *([source] if source else [])])
 
 
 def _first_line(err: BaseException) -> str:

@@ -281,20 +281,30 @@ class Recording:
         # Before the rows: a claim that says how many there are is written after them.
         self._claims = self.claims()
         schema = {**polars_schema(COLUMNS), "attempt": pl.Int32()}
+        sealed: list[tuple[Path, int, int]] = []
         parts = [pl.DataFrame(schema=schema)]
         for rank, folder in self._rank_folders():
             for attempt, index, has_parquet in _stems(folder):
-                name = stem(attempt, index)
-                frame = self._read_part(folder / name, rank, has_parquet)
+                base = folder / stem(attempt, index)
+                if has_parquet:
+                    sealed.append((base.with_suffix(".parquet"), rank, attempt))
+                    continue
+                try:
+                    frame = self._from_journal(base.with_suffix(".journal"))
+                except FileNotFoundError:  # sealed since the folder was listed
+                    sealed.append((base.with_suffix(".parquet"), rank, attempt))
+                    continue
+                _check_rows(frame, rank, base.with_suffix(".journal"))
                 parts.append(frame.with_columns(attempt=pl.lit(attempt, pl.Int32)))
-        self._check_complete(parts)
-        return pl.concat(parts, rechunk=True).sort("rank", "attempt", "seq")
+        rows = pl.concat([*parts, *_read_sealed(sealed)], rechunk=True)
+        self._check_complete(rows)
+        if not _is_sorted(rows):
+            rows = rows.sort("rank", "attempt", "seq")
+        return rows
 
-    def _check_complete(self, parts: list[pl.DataFrame]) -> None:
+    def _check_complete(self, found: pl.DataFrame) -> None:
         """Hold what was found against what each rank wrote down when it closed."""
-        import polars as pl
-
-        counted = pl.concat(parts).group_by("rank", "attempt").len()
+        counted = found.group_by("rank", "attempt").len()
         rows = {(rank, attempt): n for rank, attempt, n in counted.iter_rows()}
         for claim in self._claims:
             got = rows.get((claim["rank"], claim["attempt"]), 0)
@@ -305,28 +315,6 @@ class Recording:
                     f"its manifest has {got} rows of attempt {claim['attempt']}, "
                     f"expected {expected}",
                 )
-
-    def _read_part(self, base: Path, rank: int, has_parquet: bool) -> pl.DataFrame:
-        path = base.with_suffix(".parquet")
-        frame = None
-        if not has_parquet:
-            try:
-                frame = self._from_journal(base.with_suffix(".journal"))
-            except FileNotFoundError:
-                pass  # sealed since the folder was listed
-        if frame is None:
-            try:
-                frame = read_parquet(path, COLUMNS, _ROWS_A_PART)
-            except FileNotFoundError:
-                raise DamagedRecording(path, "it is missing") from None
-        odd = frame.filter(
-            (frame["rank"] != rank) | frame["name"].is_null() | frame["tags"].is_null()
-        )
-        if odd.height or any(frame[c].null_count() for c in ("rank", "seq", "step", "kind")):
-            raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
-        for text in frame["tags"].unique().to_list():
-            parse_tags(text, path)
-        return frame
 
     def _from_journal(self, path: Path) -> pl.DataFrame:
         import polars as pl
@@ -370,6 +358,63 @@ class Recording:
         if tensor not in header:
             raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
         return header[tensor]
+
+
+def _read_sealed(parts: list[tuple[Path, int, int]]) -> list[pl.DataFrame]:
+    """Return the rows of sealed parts, each a path with its rank and attempt, and `attempt`.
+
+    All at once, many times faster than one by one; where anything is odd, one by one, so that the
+    message can name the part.
+    """
+    import polars as pl
+
+    if len(parts) > 1:
+        paths = [path for path, _, _ in parts]
+        try:
+            source = "\0part"  # no column of ours
+            frame = read_parquet(paths, COLUMNS, _ROWS_A_PART, source)
+            belongs = pl.DataFrame(
+                {source: [str(path) for path in paths]},
+                schema={source: pl.String},
+            ).with_columns(
+                pl.Series("_rank", [rank for _, rank, _ in parts], pl.Int32),
+                attempt=pl.Series([attempt for _, _, attempt in parts], dtype=pl.Int32),
+            )
+            frame = frame.join(belongs, on=source, how="left", maintain_order="left")
+            if not (frame["rank"] != frame["_rank"]).any():
+                _check_rows(frame, None, paths[0].parent.parent)
+                return [frame.drop(source, "_rank")]
+        except (DamagedRecording, FileNotFoundError):
+            pass
+    found = []
+    for path, rank, attempt in parts:
+        try:
+            frame = read_parquet([path], COLUMNS, _ROWS_A_PART)
+        except FileNotFoundError:
+            raise DamagedRecording(path, "it is missing") from None
+        _check_rows(frame, rank, path)
+        found.append(frame.with_columns(attempt=pl.lit(attempt, pl.Int32)))
+    return found
+
+
+def _check_rows(frame: pl.DataFrame, rank: int | None, path: Path) -> None:
+    """Refuse rows that are not this rank's, or lack what every row has."""
+    required = ("rank", "seq", "step", "name", "tags", "kind")
+    alien = rank is not None and (frame["rank"] != rank).any()
+    if alien or any(frame[column].null_count() for column in required):
+        raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
+    for text in frame["tags"].unique().to_list():
+        parse_tags(text, path)
+
+
+def _is_sorted(rows: pl.DataFrame) -> bool:
+    """Whether rows are in order of rank, attempt and seq."""
+    columns = [rows[name] for name in ("rank", "attempt", "seq")]
+    later = columns[2] < columns[2].shift(1)
+    for column in columns[1::-1]:
+        before = column.shift(1)
+        later = (column < before) | ((column == before) & later)
+    return not later.any()
 
 
 def _stems(folder: Path) -> list[tuple[int, int, bool]]:
