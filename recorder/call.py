@@ -8,19 +8,6 @@ from typing import Any, Protocol
 from .diagnostics import call_site
 
 _UNKNOWN = object()
-_PLAIN = frozenset({str, int, float, bool, type(None)})
-
-
-def site_of(name: Any, tags: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """Return what is equal for equal taps, to remember what was found out about one.
-
-    None where a tag may be mutable, or equal to another without being the same.
-    """
-    values = tags.values()
-    kinds = [*map(type, values)]  # 1, 1.0 and True are equal but differ as JSON
-    if _PLAIN.issuperset(kinds) and type(name) is str:
-        return (name, *tags, *values, *kinds)
-    return None
 
 
 class Call:
@@ -33,7 +20,8 @@ class Call:
         dims: the declared layout, or "".
         extras: what the call attached, or None.
         grad: whether the gradient is wanted too.
-        about: what `site_of` says of it.
+        about: equal for taps of equal name and tags: these, and the types of the tags, since 1,
+            1.0 and True are equal but differ as JSON.
     """
 
     __slots__ = ("_site", "_value", "about", "dims", "extras", "given", "grad", "name", "tags")
@@ -46,7 +34,7 @@ class Call:
         extras: Mapping[str, Any] | None = None,
         grad: bool = False,
         tags: Mapping[str, Any] | None = None,
-        about: tuple[Any, ...] | None = None,
+        about: tuple[Any, ...] = (),
     ) -> None:
         self.name = name
         self.about = about
@@ -86,9 +74,12 @@ class Session(Protocol):
 
     order: int
     """The smaller sees a tap first: stand-ins -1, recorders 0, replayers 1."""
+    ignored: set[Any]
+    """What `Call.about` is of taps that need not be shown, while the rank is what it was."""
 
-    def ignores(self, about: tuple[Any, ...]) -> bool:
-        """Whether taps that `site_of` says this of need not be shown."""
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether a process group that comes up may change the rank."""
 
     def on_tap(self, call: Call) -> None:
         """See a tap fire."""

@@ -10,7 +10,8 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import Any
 
 from .errors import UsageError
 
@@ -49,14 +50,13 @@ class RankWatch:
         if (rank is None) != (world_size is None):
             raise UsageError("rank and world_size go together; give both or neither")
         if rank is not None and world_size is not None:
-            self.current = checked(rank, world_size, "rank and world_size")
+            self._set(checked(rank, world_size, "rank and world_size"))
         else:
-            self.current = current_rank()
+            self._set(current_rank())
 
-    @property
-    def may_change(self) -> bool:
-        """Whether a process group has come up that nobody has looked at yet."""
-        return not self.current.is_final and is_group_up()
+    def _set(self, rank: Rank) -> None:
+        self.current = rank
+        self.is_unsettled = not rank.is_final
 
     def contradiction(self, committed: bool) -> str | None:
         """Look again; a rank that nothing was done under yet is corrected.
@@ -74,7 +74,7 @@ class RankWatch:
             return None
         ours = self.current
         if (group.rank, group.world_size) == (ours.rank, ours.world_size) or not committed:
-            self.current = group
+            self._set(group)
             return None
         return (
             f"this process worked as {ours} before torch.distributed came up as {group}; "
@@ -100,7 +100,12 @@ def current_rank(environ: Mapping[str, str] = os.environ) -> Rank:
 def is_group_up() -> bool:
     """Whether torch.distributed has a default group."""
     dist = sys.modules.get("torch.distributed")  # not imported: then no group can be up
-    return dist is not None and dist.is_available() and dist.is_initialized()
+    return dist is not None and _can_have_groups(dist) and dist.is_initialized()
+
+
+@cache
+def _can_have_groups(dist: Any) -> bool:
+    return bool(dist.is_available())
 
 
 def from_group() -> Rank | None:

@@ -23,6 +23,7 @@ from .tags import Key, TagValue
 
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,12 @@ class Selection:
             self._sites.clear()
             self.ignored.clear()
             self._rank = rank
-        about = call.about
-        if about is not None:
-            site = self._sites.get(about)
-            if site is not None:
-                return site
+        # Others may be mutable, or equal without being the same.
+        plain = type(call.name) is str and _PLAIN.issuperset(map(type, call.tags.values()))
+        about = call.about if plain else ()
+        site = self._sites.get(about)
+        if site is not None:
+            return site
         if not isinstance(call.name, str):
             raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
         name = tagging.text("its name", call.name)
@@ -170,7 +172,7 @@ class Selection:
             wanted = self.filter({**tags, "name": name, "rank": rank})
         text = tagging.canonical(tags)
         site = _Site(tags, text, tagging.key_tags(tags), tagging.is_recompute(tags), wanted)
-        if about is not None:
+        if about:
             if len(self._sites) >= _CACHED:
                 self._sites.clear()
                 self.ignored.clear()

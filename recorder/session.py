@@ -104,6 +104,7 @@ class Recorder:
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._selection = Selection(self._filter)
+        self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
         self._lock = threading.RLock()
@@ -159,9 +160,10 @@ class Recorder:
         """Say that a tap could not be recorded for a reason nobody foresaw."""
         self._warn(call, reason)
 
-    def ignores(self, about: tuple[Any, ...]) -> bool:
-        """Whether such taps are known not to be wanted."""
-        return about in self._selection.ignored and not self._ranks.may_change
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether a process group that comes up may change the rank."""
+        return self._ranks.is_unsettled
 
     def on_tap(self, call: Call) -> None:
         """Record a tap if it is wanted."""

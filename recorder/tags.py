@@ -92,9 +92,12 @@ def text(what: str, value: str) -> str:
     return str.__str__(value)
 
 
+_encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+
+
 def canonical(tags: Mapping[str, TagValue]) -> str:
     """Return tags as JSON with sorted keys and no spaces, so that equal tags are equal text."""
-    return json.dumps(tags, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _encode(tags)
 
 
 def is_recompute(tags: Mapping[str, TagValue]) -> bool:

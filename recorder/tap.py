@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from .call import Call, Session, site_of
+from .call import Call, Session
 from .diagnostics import say
 from .errors import GraftError, ReplayError
+from .ranks import is_group_up
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -46,9 +47,8 @@ class _Waiting:
     """Stands in for the sessions that `GRAFT_*` asks for until the first tap or step."""
 
     order = -1
-
-    def ignores(self, about: tuple[Any, ...]) -> bool:
-        return False
+    ignored: set[Any] = set()  # noqa: RUF012  # nobody adds to it
+    is_unsettled = False
 
     def on_tap(self, call: Call) -> None: ...
     def on_step(self) -> None: ...
@@ -216,12 +216,25 @@ def _fire(
     grad: bool,
     tags: dict[str, Any],
 ) -> None:
+    around = _around.get()
+    if around is not None:
+        tags = {**around.tags, **tags}
+    values = tags.values()
+    about = (name, *tags, *values, *map(type, values))
+    try:
+        for session in _active:
+            if about not in session.ignored or (session.is_unsettled and is_group_up()):
+                break
+        else:
+            return
+    except TypeError:
+        pass  # a tag that cannot be hashed
     run = _dispatch
     if "torch._dynamo" in sys.modules:
         # The mark below makes a compiled caller break its graph here; this keeps the compiler
         # from tracing what we do with the tensor.
         run = _outside_dynamo()
-    run(name, value, dims, extras, grad, tags)
+    run(name, value, dims, extras, grad, tags, about)
 
 
 def _fire_step() -> None:
@@ -257,23 +270,13 @@ def _dispatch(
     extras: Mapping[str, Any] | None,
     grad: bool,
     tags: dict[str, Any],
+    about: tuple[Any, ...],
 ) -> None:
     if _active and _active[0].order < 0:
         _open_waiting()
-    around = _around.get()
-    if around is not None:
-        tags = {**around.tags, **tags}
-    sessions = _active
-    about = site_of(name, tags)
-    if about is not None:
-        for session in sessions:
-            if not session.ignores(about):
-                break
-        else:
-            return
     call = Call(name, value, dims, extras, grad, tags, about)
     try:
-        for session in sessions:
+        for session in _active:
             try:
                 session.on_tap(call)
             except ReplayError:
@@ -351,7 +354,7 @@ def _opened() -> list[Session]:
 
             write_report({"session": variable, "state": "refused", "reason": fact})
             continue
-        for session in sessions:
+        for session in _active:
             close_at_exit(session)
         found += sessions
     return found

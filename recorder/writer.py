@@ -33,7 +33,7 @@ from .summaries import Summaries
 DEFAULT_BUDGET = 256 << 20
 FEW = 1 << 20
 """The most bytes that are copied on the spot, without a tensor operation."""
-_GATHER_SECONDS = 0.02  # lets a burst of taps pass before work begins beside it
+_GATHER_SECONDS = 0.05  # lets a burst of taps pass before work begins beside it
 _FLUSH_SECONDS = 0.2
 _RELEASED_BYTES = 4 << 20
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it

@@ -130,6 +130,7 @@ class Replayer:
         self._job = Job.from_environment()
         self._frame = self.recording.latest()
         self._selection = Selection(self._filter)
+        self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
         self._matcher: Matcher | None = None
@@ -194,9 +195,10 @@ class Replayer:
         if self._matcher is not None:
             self._matcher.next_step()
 
-    def ignores(self, about: tuple[Any, ...]) -> bool:
-        """Whether such taps are known not to be wanted."""
-        return about in self._selection.ignored and not self._ranks.may_change
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether a process group that comes up may change the rank."""
+        return self._ranks.is_unsettled
 
     def on_tap(self, call: Call) -> None:
         """Graft a tap if it is wanted.

@@ -141,15 +141,24 @@ class Index:
 
     def find(self, kind: str, group: Group, step: int, occurrence: int) -> dict[int, int]:
         """Return the row of each rank that has the key: rank -> row number in the frame."""
+        low, high = self._range(kind, group, step, occurrence)
+        return dict(zip(self._ranks[low:high], self._rows[low:high], strict=True))
+
+    def find_on(self, rank: int, kind: str, group: Group, step: int, occurrence: int) -> int | None:
+        """Return the row number of the key on one rank, None where that rank has none."""
+        low, high = self._range(kind, group, step, occurrence)
+        at = bisect_left(self._ranks, rank, low, high)
+        return self._rows[at] if at < high and self._ranks[at] == rank else None
+
+    def _range(self, kind: str, group: Group, step: int, occurrence: int) -> tuple[int, int]:
         number = self.groups.get((kind, group))
         at_step = self._steps.get(step)
         at_occurrence = self._occurrences.get(occurrence)
         if number is None or at_step is None or at_occurrence is None:
-            return {}
+            return 0, 0
         code = (number * len(self._steps) + at_step) * len(self._occurrences) + at_occurrence
         low = bisect_left(self._codes, code)
-        high = bisect_right(self._codes, code, low)
-        return dict(zip(self._ranks[low:high], self._rows[low:high], strict=True))
+        return low, bisect_right(self._codes, code, low)
 
     def places(self, kind: str, group: Group) -> list[tuple[int, int]]:
         """Return the (step, occurrence) pairs recorded for a group, in order."""

@@ -172,7 +172,42 @@ class Recording:
             NoSuchRecord: nothing is recorded under this key; names the nearest.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
-        return self.read(self._row(rank, name, step, occurrence, kind, attempt, tags))
+        row = self.find(rank, name, step, occurrence, kind=kind, attempt=attempt, **tags)
+        return self.read(row)
+
+    def find(
+        self,
+        rank: int,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> dict[str, Any]:
+        """Return the manifest row of a key, for `read`; arguments as for `load`.
+
+        Raises:
+            NoSuchRecord: nothing is recorded under this key; names the nearest.
+        """
+        if attempt not in self._indices:
+            frame = self.latest() if attempt is None else self.rows(attempt)
+            self._indices[attempt] = frame, Index.build(frame)
+        frame, index = self._indices[attempt]
+        try:
+            group = whole_key(name, {tag: clean(tag, value) for tag, value in tags.items()})
+        except ValueError as err:
+            raise UsageError(str(err)) from None
+        number = index.find_on(rank, kind, group, step, occurrence)
+        if number is not None:
+            return dict(zip(frame.columns, frame.row(number), strict=True))
+        asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence} on rank {rank}"
+        elsewhere = index.find(kind, group, step, occurrence)
+        if elsewhere:
+            ranks = ", ".join(map(str, sorted(elsewhere)))
+            raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
+        raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
 
     def value(
         self,
@@ -185,7 +220,7 @@ class Recording:
         **tags: Any,
     ) -> Any:
         """Return a recorded number, string or list; arguments and errors as for `load`."""
-        row = self._row(rank, name, step, occurrence, "value", attempt, tags)
+        row = self.find(rank, name, step, occurrence, kind="value", attempt=attempt, **tags)
         return json.loads(row["value"])
 
     def read(self, row: dict[str, Any], *, check: bool = True) -> torch.Tensor:
@@ -239,33 +274,6 @@ class Recording:
             return f"{what} is a value, not a tensor; read it with Recording.value"
         level = self.meta.get("options", {}).get("level", "tensors")
         return f"{what} was recorded with --level {level}, without its elements; record it again"
-
-    def _row(
-        self,
-        rank: int,
-        name: str,
-        step: int,
-        occurrence: int,
-        kind: str,
-        attempt: int | None,
-        tags: dict[str, Any],
-    ) -> dict[str, Any]:
-        if attempt not in self._indices:
-            frame = self.latest() if attempt is None else self.rows(attempt)
-            self._indices[attempt] = frame, Index.build(frame)
-        frame, index = self._indices[attempt]
-        try:
-            group = whole_key(name, {tag: clean(tag, value) for tag, value in tags.items()})
-        except ValueError as err:
-            raise UsageError(str(err)) from None
-        found = index.find(kind, group, step, occurrence)
-        if rank in found:
-            return frame.row(found[rank], named=True)
-        asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence} on rank {rank}"
-        if found:
-            ranks = ", ".join(map(str, sorted(found)))
-            raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
-        raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
 
     def _rank_folders(self) -> list[tuple[int, Path]]:
         found = []

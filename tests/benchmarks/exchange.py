@@ -65,6 +65,18 @@ def graft_rank(rank: int, run: str, nbytes: int, repeats: int, out: str) -> None
     (Path(out) / f"{rank}.json").write_text(json.dumps(statistics.median(taken[1:])))
 
 
+def transform_rank(rank: int, nothing: str, nbytes: int, repeats: int, out: str) -> None:
+    """What no receiver can do without: the transform and the copy, of tensors in memory."""
+    received = [torch.randn(nbytes // 4) for _ in range(SENDERS)]
+    target = torch.randn(nbytes // 4 * SENDERS // RECEIVERS)
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        target.copy_(torch.cat(received).chunk(RECEIVERS)[rank])
+        taken.append(time.perf_counter() - start)
+    (Path(out) / f"{rank}.json").write_text(json.dumps(statistics.median(taken[1:])))
+
+
 def make(run: str, nbytes: int, repeats: int) -> None:
     """Record what the receivers are to be given."""
     from recorder import Recorder, tap
@@ -83,8 +95,7 @@ def spawn(what: str, ranks: int, *args: object) -> float:
 
     with tempfile.TemporaryDirectory() as out:
         store = Path(out) / "store"
-        first = store if what == "exchange" else args[0]
-        rest = args if what == "exchange" else args[1:]
+        first, rest = (args[0], args[1:]) if what == "graft" else (store, args)
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         running = [
             subprocess.Popen(
@@ -100,5 +111,5 @@ def spawn(what: str, ranks: int, *args: object) -> float:
 
 if __name__ == "__main__":
     what, rank, first, nbytes, repeats, out = sys.argv[1:]
-    function = exchange_rank if what == "exchange" else graft_rank
-    function(int(rank), first, int(nbytes), int(repeats), out)
+    ranks = {"exchange": exchange_rank, "graft": graft_rank, "transform": transform_rank}
+    ranks[what](int(rank), first, int(nbytes), int(repeats), out)

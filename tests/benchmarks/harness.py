@@ -27,7 +27,7 @@ class Result:
         measure: what was measured.
         ours: the figure, in `unit`.
         peer: what it was measured against.
-        peer_ours: the peer's figure, in `unit`.
+        peer_figure: the peer's figure, in `unit`.
         unit: of both.
         figure: what the target speaks of: a ratio, or a difference.
         target: what it is to reach, as text.
