@@ -7,14 +7,14 @@
 3. `Store.seal` closes a shard: header, final name, then its rows as parquet.
 
 Not thread-safe; a `Writer`'s thread owns it. Known limit: equal bytes are recognised among the last
-some 100,000 distinct payloads of a rank.
+30,000 distinct payloads of a rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import xxhash
@@ -26,10 +26,8 @@ from .format.schema import COLUMNS, PART, STATISTICS, stem
 from .format.shard import ShardWriter, header_room
 
 SHARD_BYTES = 1 << 30
-_ROWS_A_SHARD = 20_000  # values and repeats need no header room, but rows need memory to seal
-_REMEMBERED = 1 << 16
-
-V = TypeVar("V")
+_ROWS_A_SHARD = 8_192  # values and repeats need no header room, but rows need memory to seal
+_REMEMBERED = 1 << 15
 
 
 class LimitReached(Exception):
@@ -59,15 +57,18 @@ class Payload:
     _written: int = 0
 
 
-class Recent(Generic[V]):
-    """Remembers the latest entries, at least `size` of them and at most twice as many."""
+class Recent:
+    """Remembers numbers by numbers: the latest entries, at least `size` and at most twice as many.
+
+    Numbers alone, since there are many and a tuple of them takes several times the memory.
+    """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._new: dict[int, V] = {}
-        self._old: dict[int, V] = {}
+        self._new: dict[int, int] = {}
+        self._old: dict[int, int] = {}
 
-    def get(self, key: int) -> V | None:
+    def get(self, key: int) -> int | None:
         """Return what was put under a key, if it is remembered; it counts as new again."""
         found = self._new.get(key)
         if found is None:
@@ -76,7 +77,7 @@ class Recent(Generic[V]):
                 self.put(key, found)
         return found
 
-    def put(self, key: int, value: V) -> None:
+    def put(self, key: int, value: int) -> None:
         """Remember a value."""
         self._new[key] = value
         if len(self._new) >= self._size:
@@ -107,7 +108,7 @@ class Store:
         self._done: list[dict[str, Any]] = []
         self._unsafe: list[Payload] = []
         self._journaled = 0
-        self._known: Recent[tuple[int, int, int]] = Recent(_REMEMBERED)
+        self._known = Recent(_REMEMBERED)
         self.rows = 0
         self.bytes = 0
 
@@ -137,9 +138,7 @@ class Store:
             assert payload.dtype is not None  # a value is for `add_value`
             row["nbytes"], row["digest"] = payload.nbytes, f"{number:032x}"
             row["dtype"], row["shape"] = dtype_name(payload.dtype), list(payload.shape)
-            known = self._known.get(number)
-            if known is not None and known[0] != payload.nbytes:
-                known = None
+            known = self._known.get(number << 64 | payload.nbytes)
         self._open()
         if self._keeps_payloads and known is None:
             self._write(payload, data, last)
@@ -233,7 +232,7 @@ class Store:
         self._shard.write(payload._written, data)
         payload._written += data.nbytes
 
-    def _place(self, payload: Payload, number: int, known: tuple[int, int, int] | None) -> None:
+    def _place(self, payload: Payload, number: int, known: int | None) -> None:
         """Note where a payload lies, a new one's place or a known one's."""
         assert self._shard is not None and payload.dtype is not None  # `_open` made it
         if known is None:
@@ -248,9 +247,9 @@ class Store:
             )
             payload.row["offset"] = place.offset
             self.bytes += payload.nbytes
-            known = payload.nbytes, self._index, tensor
-            self._known.put(number, known)
-        _, index, tensor = known
+            known = self._index << 64 | tensor
+            self._known.put(number << 64 | payload.nbytes, known)
+        index, tensor = known >> 64, known & (1 << 64) - 1
         payload.row["shard"] = f"{self._folder.name}/{stem(self._attempt, index)}.safetensors"
         payload.row["tensor"] = _tensor_name(tensor)
 

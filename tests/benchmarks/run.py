@@ -61,8 +61,7 @@ def main() -> None:
     show(found)
     if given.json:
         report = {"machine": machine(), "results": [result.as_dict() for result in found]}
-        given.json.write_text(json.dumps(report, indent=2) + "
-")
+        given.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def machine() -> dict[str, object]:
