@@ -51,7 +51,7 @@ from .sizes import count, format_size
 @click.option(
     "--staging",
     type=SizeType(),
-    help="Memory of each rank in which snapshots wait to be written; 256MiB by default. "
+    help="Memory of each rank for snapshots that wait to be written; 256MiB by default. "
     "[GRAFT_RECORD_STAGING]",
 )
 @click.option(

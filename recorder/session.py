@@ -61,7 +61,7 @@ class Recorder:
         max_bytes: stop, in good order, before this recording's tensors take more bytes on disk; a
             number or text such as `20GB`. Each rank gets an equal share.
         overwrite: replace what another job left under this rank.
-        staging: bytes of memory in which snapshots wait to be written.
+        staging: bytes of memory for snapshots that wait to be written, and for writing them.
         when_full: what happens to a tap while they all wait: `hold` the job until there is room, or
             `drop` the tap and count it.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.

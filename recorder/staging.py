@@ -27,7 +27,7 @@ _SMALL = 64 << 10  # faster copied than the interpreter is given away and taken 
 _WARM_FROM = 1 << 20
 _WARM_STEP = 8 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; `mmap` has no name for it yet
-_PARTS = 8_192  # rows take memory too, however small their payloads
+_PARTS = 4_096  # rows take memory too, however small their payloads
 
 
 class Arrival(Protocol):

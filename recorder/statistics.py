@@ -15,7 +15,7 @@ import torch
 
 from .scripting import scripted
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 """The most elements worked on at once; as float64 they fit a processor's last cache."""
 
 # aminmax takes these as they are, and then needs not read twice as many bytes.

@@ -33,6 +33,7 @@ from .summaries import Summaries
 DEFAULT_BUDGET = 256 << 20
 FEW = 1 << 20
 """The most bytes that are copied on the spot, without a tensor operation."""
+_WORKING_BYTES = 64 << 20  # what is in hand: rows, chunks as float64, a part of the manifest
 _GATHER_SECONDS = 0.05  # lets a burst of taps pass before work begins beside it
 _FLUSH_SECONDS = 0.2
 _RELEASED_BYTES = 4 << 20
@@ -47,7 +48,7 @@ class Writer:
         folder: the rank's folder; exists.
         attempt: the number in this attempt's file names.
         level: `tensors`, `stats` (no payloads) or `digests` (no statistics either).
-        budget: bytes of staging memory.
+        budget: bytes of staging memory, of which a part is for working on what waits.
         when_full: what to do with a tap when there is no room: `hold` the job, or `drop` the tap.
         max_bytes: stop in good order before more bytes of payload than this are written.
         on_stop: called once, from the writer's thread, when recording had to end early, with the
@@ -75,13 +76,13 @@ class Writer:
         self._published = time.monotonic()
         self._hold = when_full == "hold"
         self._wake = threading.Condition(threading.Lock())
-        self._staging = Staging(budget)
+        self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES))
         self._store = Store(folder, attempt, keeps_payloads=level == "tensors", max_bytes=max_bytes)
         self._summaries = None if level == "digests" else Summaries(self._staging, self._nudge)
         self._users = 1 if self._summaries is None else 2
         self._submitting = threading.Lock()
         self._queue: deque[Part] = deque()
-        self._urgent = self._staging.budget // 4
+        self._urgent = self._staging.budget * 3 // 4
         self._asleep = False
         self._gathering = False
         self._closing = False
