@@ -31,6 +31,25 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+_NEEDED = (
+    # of a manifest row, to read its tensor and to tell a transform about it
+    "rank",
+    "step",
+    "name",
+    "occurrence",
+    "tags",
+    "kind",
+    "dtype",
+    "shape",
+    "dims",
+    "extras",
+    "nbytes",
+    "digest",
+    "shard",
+    "tensor",
+)
+
+
 @dataclass
 class Replacements:
     """Makes replacements for one receiver rank.
@@ -55,6 +74,7 @@ class Replacements:
 
     def __post_init__(self) -> None:
         self._seqs = self.frame["seq"]
+        self._needed = self.frame.select(_NEEDED)
 
     def make(
         self,
@@ -139,7 +159,7 @@ class Replacements:
                 received.append(None)
                 rows.append(None)
                 continue
-            row = self.frame.row(match.rows[sender], named=True)
+            row = dict(zip(_NEEDED, self._needed.row(match.rows[sender]), strict=True))
             received.append(self.recording.read(row).to(device))
             rows.append(row)
         return received, rows

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from ..errors import DamagedRecording
-from .shard import Place
+from .shard import CODES, Place
 
 _MAPPED_FROM = 1 << 20
 _OPEN_FILES = 64
+_PLAIN = frozenset(getattr(torch, name) for name in CODES)
 _UNSUPPORTED = "it has the dtype {!r}, which this torch does not know"
 
 
@@ -41,8 +42,8 @@ class Files:
     def __init__(self) -> None:
         self._open: dict[Path, _File] = {}
 
-    def read(self, path: Path, place: Place) -> torch.Tensor:
-        """Return a payload as a 1-d tensor of uint8 of its own memory.
+    def read(self, path: Path, place: Place) -> memoryview:
+        """Return a payload's bytes, in memory of their own that may be written.
 
         Raises:
             DamagedRecording: the file is shorter than that, or cannot be read.
@@ -62,29 +63,30 @@ class Files:
             raise DamagedRecording(path, err.strerror or str(err)) from err
 
 
-def _read(file: int, path: Path, place: Place) -> torch.Tensor:
-    size = os.fstat(file).st_size
-    if place.offset + place.nbytes > size:
-        raise DamagedRecording(
-            path, f"it ends at byte {size}, a tensor in it at {place.offset + place.nbytes}"
-        )
-    if place.nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8, device="cpu")
+def _read(file: int, path: Path, place: Place) -> memoryview:
     if place.nbytes >= _MAPPED_FROM:
+        size = os.fstat(file).st_size
+        if place.offset + place.nbytes > size:
+            raise DamagedRecording(
+                path, f"it ends at byte {size}, a tensor in it at {place.offset + place.nbytes}"
+            )
         start = place.offset % mmap.ALLOCATIONGRANULARITY
         mapped = mmap.mmap(
             file, place.nbytes + start, access=mmap.ACCESS_COPY, offset=place.offset - start
         )
-        return torch.frombuffer(mapped, dtype=torch.uint8, count=place.nbytes, offset=start)
-    data = bytearray(place.nbytes)
-    view = memoryview(data)
+        return memoryview(mapped)[start:]
+    view = memoryview(bytearray(place.nbytes))
     done = 0
     while done < place.nbytes:
-        got = os.preadv(file, [view[done:]], place.offset + done)
+        got = os.preadv(file, [view[done:] if done else view], place.offset + done)
         if got == 0:
-            raise DamagedRecording(path, "it ended while it was read")
+            raise DamagedRecording(
+                path,
+                f"it ends at byte {place.offset + done}, a tensor in it at "
+                f"{place.offset + place.nbytes}",
+            )
         done += got
-    return torch.frombuffer(data, dtype=torch.uint8)
+    return view
 
 
 def parse_dtype(name: str, path: object) -> torch.dtype:
@@ -96,20 +98,23 @@ def parse_dtype(name: str, path: object) -> torch.dtype:
 
 
 def restore(
-    raw: torch.Tensor, dtype: torch.dtype, shape: Sequence[int], path: object
+    data: memoryview, dtype: torch.dtype, shape: Sequence[int], path: object
 ) -> torch.Tensor:
-    """Return bytes as the tensor they were.
+    """Return bytes as the tensor they were; it shares their memory.
 
     Raises:
         DamagedRecording: dtype, shape and number of bytes do not fit together.
     """
-    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != raw.numel():
+    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != data.nbytes:
         raise DamagedRecording(
-            path, f"{raw.numel()} bytes are no tensor of shape {list(shape)} and dtype {dtype}"
+            path, f"{data.nbytes} bytes are no tensor of shape {list(shape)} and dtype {dtype}"
         )
-    if raw.numel() == 0:
+    if data.nbytes == 0:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    if (raw.data_ptr() if raw.numel() else 0) % dtype.itemsize:
+    if data.nbytes < _MAPPED_FROM and dtype in _PLAIN:
+        return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
+    raw = torch.frombuffer(data, dtype=torch.uint8)
+    if data.nbytes >= _MAPPED_FROM and raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()  # safetensors packs payloads without gaps, so one may be misaligned
     return raw.view(dtype).view(tuple(shape))
 

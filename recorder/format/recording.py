@@ -234,7 +234,7 @@ class Recording:
             UsageError: the row holds no tensor.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
-        from .payload import Files, bytes_of, parse_dtype, restore
+        from .payload import Files, parse_dtype, restore
 
         shard, tensor = row["shard"], row["tensor"]
         if shard is None or tensor is None:
@@ -249,24 +249,24 @@ class Recording:
         if self._files is None:
             self._files = Files()
         try:
-            raw = self._files.read(path, place)
+            data = self._files.read(path, place)
         except FileNotFoundError:
             try:  # the shard that is open
-                raw = self._files.read(path.with_suffix(".partial"), place)
+                data = self._files.read(path.with_suffix(".partial"), place)
             except FileNotFoundError:
                 raise DamagedRecording(path, "it is missing") from None
         about = (shard, tensor, row["digest"])
         if check and about not in self._checked:
             import xxhash
 
-            if xxhash.xxh3_128_hexdigest(bytes_of(raw)) != row["digest"]:
+            if xxhash.xxh3_128_hexdigest(data) != row["digest"]:
                 raise DamagedRecording(
                     path,
                     f"the bytes of {label(row['name'], row['tags'])} step={row['step']} "
                     f"occurrence={row['occurrence']} do not have the digest that was recorded",
                 )
             self._checked.add(about)
-        return restore(raw, parse_dtype(row["dtype"], path), row["shape"] or [], path)
+        return restore(data, parse_dtype(row["dtype"], path), row["shape"] or [], path)
 
     def _why_no_tensor(self, row: dict[str, Any]) -> str:
         what = f"{label(row['name'], row['tags'])} step={row['step']}"
