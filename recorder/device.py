@@ -24,6 +24,9 @@ class Backend(Protocol):
 
     out_of_memory: type[BaseException]
 
+    def handles(self, device: torch.device) -> bool:
+        """Whether this is for tensors on such a device."""
+
     def pin(self, address: int, nbytes: int) -> bool:
         """Page-lock memory of the host; return whether that worked."""
 
@@ -59,6 +62,10 @@ class Cuda:
     """`Backend` by torch.cuda."""
 
     out_of_memory: type[BaseException] = torch.OutOfMemoryError
+
+    def handles(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return device.type == "cuda"
 
     def pin(self, address: int, nbytes: int) -> bool:
         """See `Backend`."""
@@ -131,14 +138,14 @@ class DeviceCopies:
         self._lock = threading.Lock()
 
     def start(self, bits: torch.Tensor, into: torch.Tensor, arena: torch.Tensor) -> _Arrival | None:
-        """Start copying `bits` into a part of the arena; return what to wait for.
+        """Start copying `bits` into a part of the arena; return what to wait for, if anything.
 
         Args:
-            bits: a tensor on a device, of any strides.
+            bits: a tensor of any strides, on any device.
             into: the host's memory for it: its shape and dtype, contiguous.
             arena: the memory `into` is a part of; pinned on the first call.
         """
-        if bits.device.type != "cuda":
+        if not self._backend.handles(bits.device):
             into.copy_(bits)
             return None
         if self._pinned is None:

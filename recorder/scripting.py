@@ -23,6 +23,8 @@ def scripted(function: F) -> F:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.jit.script(function)  # type: ignore[no-any-return]
+            compiled = torch.jit.script(function)
+            compiled.__wrapped__ = function
+            return compiled  # type: ignore[no-any-return]
     except Exception:  # it is gone, or its source is, as in a frozen application
         return function

@@ -127,10 +127,7 @@ class Staging:
         flat = self._arena[part.offset : part.offset + nbytes]
         into = flat.view(bits.dtype).view(bits.shape)
         try:
-            if bits.device.type == "cpu":
-                into.copy_(bits)
-            else:
-                part.arrival = self._copies.start(bits, into, self._arena)
+            part.arrival = self._copies.start(bits, into, self._arena)
         except BaseException:
             part.users = 1
             self.release([part])

@@ -1,0 +1,230 @@
+"""The writer behind the job: what it does when it is slower, and what it counts."""
+
+from __future__ import annotations
+
+import os
+import pty
+import threading
+import time
+
+import pytest
+import torch
+
+from recorder import Recorder, Recording, progress, step, tap
+from recorder import store as store_module
+from recorder.progress import Progress, Teller
+from recorder.staging import Staging
+from recorder.store import Recent
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Let no payload be written until told to."""
+    gate = threading.Event()
+    real = store_module.Store.add
+
+    def add(self, payload, data, **where):
+        gate.wait(30)
+        real(self, payload, data, **where)
+
+    monkeypatch.setattr(store_module.Store, "add", add)
+    yield gate
+    gate.set()
+
+
+def test_a_job_is_held_while_nothing_more_can_be_staged_and_hears_of_it_once(
+    run, slow_disk, capsys
+):
+    threading.Timer(1.5, slow_disk.set).start()
+    with Recorder(run, staging=8 * MIB) as recorder:
+        for i in range(12):
+            tap("x", torch.full((MIB // 4,), float(i)), i=i)
+        assert recorder.progress().held > 0.5
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "the job taps " in err and "/s are written, so 8.4 MB of staging are full" in err
+    assert "hold the job until there is room" in err and "--when-full drop" in err
+    back = Recording.open(run)
+    assert [back.load(0, "x", i=i)[0].item() for i in range(12)] == list(range(12))
+
+
+def test_taps_are_dropped_and_counted_where_that_was_asked_for(run, slow_disk, capsys):
+    with Recorder(run, staging=8 * MIB, when_full="drop") as recorder:
+        for i in range(12):
+            tap("x", torch.full((MIB // 4,), float(i)), i=i)
+        dropped = recorder.progress().dropped
+        assert 0 < dropped < 12 and recorder.progress().held == 0
+        slow_disk.set()
+    back = Recording.open(run)
+    kept = back.rows()["tags"].to_list()
+    assert len(kept) == 12 - dropped
+    for i in range(len(kept)):  # the first ones; their keys are as if nothing had been dropped
+        assert back.load(0, "x", i=i)[0] == i
+    assert back.claims()[0]["dropped"] == dropped
+    assert f"{dropped} taps dropped: nothing more could be staged" in capsys.readouterr().err
+
+
+def test_a_payload_whose_first_part_is_in_is_never_dropped_half_way(run):
+    big = torch.arange(4 * MIB, dtype=torch.int32)
+    with Recorder(run, staging=4 * MIB, when_full="drop"):
+        tap("big", big)
+    assert torch.equal(Recording.open(run).load(0, "big"), big)
+
+
+def test_rows_alone_hold_the_job_too(run, monkeypatch):
+    """A million scalars are few bytes of payload and gigabytes of rows."""
+    monkeypatch.setattr("recorder.staging._PARTS", 50)
+    most = 0
+    with Recorder(run) as recorder:
+        for i in range(2000):
+            tap("v", i)
+            most = max(most, len(recorder._writer._queue))
+    assert most <= 50
+    assert Recording.open(run).rows().height == 2000
+
+
+def test_what_cannot_be_used_is_said(run):
+    with pytest.raises(Exception, match="when_full is 'wait'; choose one of hold, drop"):
+        Recorder(run, when_full="wait")
+
+
+def test_equal_payloads_of_any_size_are_written_once(run, monkeypatch):
+    written = []
+    real = os.pwritev
+    monkeypatch.setattr(
+        "recorder.format.shard.os.pwritev",
+        lambda file, parts, at: (
+            written.append(sum(p.nbytes for p in parts)) or real(file, parts, at)
+        ),
+    )
+    small, large = torch.randn(1000), torch.randn(MIB)
+    with Recorder(run) as recorder:
+        tap("s", small)
+        tap("l", large)
+        while recorder.progress().waiting:
+            time.sleep(0.01)
+        before = sum(written)
+        for i in range(50):
+            tap("s", small, i=i)
+            tap("l", large, i=i)
+        while recorder.progress().waiting:
+            time.sleep(0.01)
+        assert sum(written) == before == small.nbytes + large.nbytes
+    back = Recording.open(run)
+    assert back.rows()["shard"].n_unique() == 1 and back.rows()["tensor"].n_unique() == 2
+    assert torch.equal(back.load(0, "l", i=49), large)
+
+
+def test_recent_forgets_the_oldest_and_keeps_what_is_used():
+    recent = Recent(10)
+    for i in range(100):
+        recent.put(i, -i)
+        assert recent.get(3) == (-3 if i >= 3 else None)
+        assert recent.get(i) == -i
+    assert recent.get(20) is None and recent.get(95) == -95
+
+
+def test_the_staging_ring_hands_out_nothing_twice_from_many_threads():
+    staging = Staging(16 << 10)
+    queue: list = []
+    lock = threading.Lock()
+    wrong = []
+
+    def put(value):
+        for _ in range(300):
+            part = staging.put(torch.full((300,), value, dtype=torch.uint8), 2, hold=True)
+            with lock:
+                queue.append((part, value))
+
+    def read(seen):
+        at = 0
+        while at < 900:
+            with lock:
+                got = queue[at] if at < len(queue) else None
+            if got is None:
+                continue
+            part, value = got
+            if set(staging.view(part)) != {value}:
+                wrong.append(value)
+            staging.release([part])
+            at += 1
+            seen.append(value)
+
+    seen: list = [[], []]
+    threads = [threading.Thread(target=put, args=(v,)) for v in (1, 2, 3)]
+    threads += [threading.Thread(target=read, args=(s,)) for s in seen]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and len(seen[0]) == len(seen[1]) == 900 and staging.backlog == 0
+
+
+def test_progress_is_said_ever_more_rarely_and_only_if_there_is_any(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    said = []
+    teller = Teller(said.append)
+    at = []
+    for second in range(1, 300):
+        now[0] = float(second)
+        written = min(second, 200) * 1_000_000
+        before = len(said)
+        teller.tell(Progress(written + 500_000, 500_000))
+        if len(said) > before:
+            at.append(second)
+    assert at == [1, 3, 7, 15, 31, 63, 123, 183, 243]
+    assert said[1] == "3.0 MB recorded, 1.0 MB/s, 500.0 kB waiting"
+
+
+def test_progress_tells_of_held_jobs_and_dropped_taps():
+    said = []
+    teller = Teller(said.append)
+    teller._wait = 0
+    teller.tell(Progress(2000, 1000, dropped=3, held=2.5) + Progress(10, 0, held=1.0))
+    assert "1.0 kB waiting, the job was held 2.5 s, 3 taps dropped" in said[0]
+
+
+def test_a_terminal_sees_progress_and_a_file_does_not(shell):
+    shell.write(
+        "job.py",
+        """
+        import time, torch
+        from recorder import tap, step
+        for i in range(30):
+            tap("x", torch.randn(1000), i=i)
+            step()
+            time.sleep(0.1)
+        """,
+    )
+    words = [*shell.graft, "record", "-o", "run", "--overwrite", "--", *shell.python, "job.py"]
+    assert "recorded," not in shell(words).stderr
+    ours, theirs = pty.openpty()
+    import subprocess
+
+    process = subprocess.Popen(words, cwd=shell.folder, env=shell.env, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            got = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not got:
+            break
+        shown += got
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"[graft] " in shown and b" recorded, " in shown and b"/s, " in shown
+    assert b" waiting" in shown
+
+
+def test_a_step_or_a_value_alone_needs_no_staging(run):
+    with Recorder(run, staging=1):
+        tap("v", "text")
+        step()
+        tap("t", torch.arange(1000))
+    back = Recording.open(run)
+    assert back.value(0, "v") == "text" and torch.equal(back.load(0, "t", 1), torch.arange(1000))
