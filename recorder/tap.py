@@ -354,7 +354,7 @@ def _opened() -> list[Session]:
 
             write_report({"session": variable, "state": "refused", "reason": fact})
             continue
-        for session in _active:
+        for session in sessions:
             close_at_exit(session)
         found += sessions
     return found
