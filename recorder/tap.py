@@ -227,8 +227,8 @@ def _fire(
                 break
         else:
             return
-    except TypeError:
-        pass  # a tag that cannot be hashed
+    except Exception:
+        pass  # a tag that cannot be hashed or compared
     run = _dispatch
     if "torch._dynamo" in sys.modules:
         # The mark below makes a compiled caller break its graph here; this keeps the compiler
