@@ -318,7 +318,8 @@ class Recorder:
         written = format_size(progress.written / max(progress.seconds, 1e-3))
         room = format_size(self._staging)
         rates = (
-            f"the job taps {tapped}/s and {written}/s are written, so {room} of staging are full"
+            f"the job taps {tapped}/s and {written}/s are written, so the staging memory "
+            f"({room}) is full"
         )
         advice = "record less with --filter or --level stats, or give more room with --staging"
         if self._when_full == "hold":

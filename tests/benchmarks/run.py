@@ -1,6 +1,7 @@
 """Measure tensorgraft against what people use today: a table, and JSON.
 
-    python tests/benchmarks/run.py [--quick] [--only NAME ...] [--json FILE] [--dir DIR]
+    python tests/benchmarks/run.py [--quick] [--only NAME ...] [--json FILE]
+        [--markdown FILE] [--dir DIR]
 
 Every figure is the median of repeats that take turns with its peer's, in one run on one machine.
 """
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, help="just these")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="and the README's table here")
     parser.add_argument(
         "--dir", type=Path, default=Path(tempfile.gettempdir()), help="where to write recordings"
     )
@@ -62,6 +64,8 @@ def main() -> None:
     if given.json:
         report = {"machine": machine(), "results": [result.as_dict() for result in found]}
         given.json.write_text(json.dumps(report, indent=2) + "\n")
+    if given.markdown:
+        given.markdown.write_text(markdown(found))
 
 
 def machine() -> dict[str, object]:
@@ -81,11 +85,26 @@ def show(found: list[Result]) -> None:
     for title in ("measure", "tensorgraft", "peer", "", "ratio", "to reach", ""):
         table.add_column(title, overflow="fold")
     for one in found:
-        peer = f"{one.peer_figure:.4g} {one.unit}" if one.peer else ""
-        verdict = {True: "met", False: "missed", None: ""}[one.met]
-        ours = f"{one.ours:.4g} {one.unit}"
-        table.add_row(one.measure, ours, one.peer, peer, one.figure, one.target, verdict)
+        ours, theirs, verdict = _texts(one)
+        table.add_row(one.measure, ours, one.peer, theirs, one.figure, one.target, verdict)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def markdown(found: list[Result]) -> str:
+    """Return the table as the README has it."""
+    lines = ["| what | tensorgraft | against | | aim |", "|---|---|---|---|---|"]
+    for one in found:
+        ours, theirs, verdict = _texts(one)
+        peer = f"{one.peer}: {theirs}" if theirs else ""
+        aim = f"{one.target}: {verdict}" if one.target else ""
+        lines.append(f"| {one.measure} | {ours} | {peer} | {one.figure} | {aim} |")
+    return "\n".join(lines) + "\n"
+
+
+def _texts(one: Result) -> tuple[str, str, str]:
+    """Return a result's figure, its peer's, and whether it met its target."""
+    theirs = f"{one.peer_figure:.3g} {one.unit}" if one.peer else ""
+    return f"{one.ours:.3g} {one.unit}", theirs, {True: "met", False: "missed", None: ""}[one.met]
 
 
 if __name__ == "__main__":

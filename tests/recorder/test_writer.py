@@ -44,7 +44,9 @@ def test_a_job_is_held_while_nothing_more_can_be_staged_and_hears_of_it_once(
         assert recorder.progress().held > 0.5
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "the job taps " in err and "/s are written, so 8.4 MB of staging are full" in err
+    assert (
+        "the job taps " in err and "/s are written, so the staging memory (8.4 MB) is full" in err
+    )
     assert "hold the job until there is room" in err and "--when-full drop" in err
     back = Recording.open(run)
     assert [back.load(0, "x", i=i)[0].item() for i in range(12)] == list(range(12))
