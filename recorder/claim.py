@@ -11,7 +11,6 @@ restart belongs to the same job and claims the next attempt.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import time
 import uuid
@@ -21,16 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RecordingError, RecordingExists
+from .format import disk
+from .format.disk import PRIVATE, Access
 from .format.schema import (
     ATTEMPT,
     FORMAT_VERSION,
     RANK_FOLDER,
     RECORDING,
-    create_json,
+    json_text,
     rank_folder,
     read_json,
     read_recording_json,
-    write_json,
 )
 from .provenance import provenance
 from .ranks import Rank
@@ -171,17 +171,50 @@ def replace_rank(run: Path, rank: int, job: Job, *, own: bool = False) -> None:
     if any(is_alive(c) and c.get("state") == "running" for c in claims):
         return  # the claim is then refused
     if any(not job.is_same(c) or (own and c["attempt"] >= job.attempt) for c in claims):
-        remove_tree(run / rank_folder(rank))
+        disk.remove_tree(run / rank_folder(rank))
 
 
 def _other_world(run: Path, theirs: int, ours: int) -> RecordingExists:
     return RecordingExists(run, f"holds a recording of a world of {theirs}, this job has {ours}")
 
 
-def mark_ended(run: Path, claim: Mapping[str, Any], state: str, reason: str) -> None:
+def mark_ended(
+    run: Path, claim: Mapping[str, Any], state: str, reason: str, access: Access = PRIVATE
+) -> None:
     """Write down, in a dead process's place, how it ended; called by its wrapper."""
     path = run / rank_folder(claim["rank"]) / f"attempt-{claim['attempt']}.json"
-    write_json(path, {**claim, "state": state, "reason": reason})
+    disk.rewrite(path, json_text({**claim, "state": state, "reason": reason}), access)
+    note_end(run, claim, state, reason, access)
+
+
+def note_end(
+    run: Path, claim: Mapping[str, Any], state: str, reason: str, access: Access = PRIVATE
+) -> None:
+    """Say in `recording.json` that a rank's recording ended early, and why; never raises.
+
+    Several ranks may do so at once, so each holds the folder's lock meanwhile, where there are
+    locks.
+    """
+    try:
+        with disk.locked(run):
+            meta = read_recording_json(run)
+            ended = [
+                one
+                for one in meta.get("ended", [])
+                if (one["rank"], one["attempt"]) != (claim["rank"], claim["attempt"])
+            ]
+            ended.append(
+                {
+                    "rank": claim["rank"],
+                    "attempt": claim["attempt"],
+                    "state": state,
+                    "reason": reason,
+                }
+            )
+            ended.sort(key=lambda one: (one["rank"], one["attempt"]))
+            disk.rewrite(run / RECORDING, json_text({**meta, "ended": ended}), access)
+    except (OSError, RecordingError, TypeError, KeyError):
+        pass  # the rank's claim says so too
 
 
 class Claim:
@@ -192,16 +225,22 @@ class Claim:
         attempt: the attempt's number, part of every file name.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(self, path: Path, data: dict[str, Any], access: Access = PRIVATE) -> None:
         self._path = path
         self._data = data
+        self._access = access
         self.folder = path.parent
         self.attempt: int = data["attempt"]
 
     def update(self, **facts: Any) -> None:
         """Write down how it went, in one step."""
         self._data.update(facts)
-        write_json(self._path, self._data)
+        disk.rewrite(self._path, json_text(self._data), self._access)
+
+    def note_end(self) -> None:
+        """Say in `recording.json` that the recording ended early, and why."""
+        run = self._path.parent.parent
+        note_end(run, self._data, self._data["state"], self._data["reason"], self._access)
 
 
 def claim_rank(
@@ -212,6 +251,8 @@ def claim_rank(
     about: Mapping[str, Any],
     overwrite: bool = False,
     own: bool = False,
+    access: Access = PRIVATE,
+    **facts: Any,
 ) -> Claim:
     """Claim a rank's place in a recording, making the recording if this is the first.
 
@@ -222,20 +263,22 @@ def claim_rank(
         about: what `recording.json` says beyond the format: command, options.
         overwrite: replace what another job left under this rank.
         own: with `overwrite`, replace what this job left there too.
+        access: who may read what is created.
+        **facts: what else the claim says.
 
     Raises:
         RecordingExists: the place is taken.
         RecordingError: the folder cannot be written, or holds another version's recording.
     """
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        meta = _join(run, rank, job, about, overwrite)
+        disk.make_folder(run, access)
+        meta = _join(run, rank, job, about, overwrite, access)
         folder = run / rank_folder(rank.rank)
         if overwrite:
             replace_rank(run, rank.rank, job, own=own)
         attempt = _check_claims(run, rank.rank, job)
         _check_launcher(run, job)
-        folder.mkdir(exist_ok=True)
+        disk.make_folder(folder, access)
         data = {
             "format_version": FORMAT_VERSION,
             "recording": meta["id"],
@@ -250,19 +293,20 @@ def claim_rank(
             "pid": os.getpid(),
             "started_ns": time.time_ns(),
             "state": "running",
+            **facts,
         }
         path = folder / f"attempt-{attempt}.json"
-        if not create_json(path, data):
+        if not disk.create_whole(path, disk.padded(json_text(data)), access):
             raise RecordingExists(run, f"holds a recording of rank {rank.rank} already")
     except OSError as err:
         raise RecordingError(
             f"{run} cannot be written: {err.strerror or err}; choose a folder you may write to"
         ) from err
-    return Claim(path, data)
+    return Claim(path, data, access)
 
 
 def _join(
-    run: Path, rank: Rank, job: Job, about: Mapping[str, Any], overwrite: bool
+    run: Path, rank: Rank, job: Job, about: Mapping[str, Any], overwrite: bool, access: Access
 ) -> dict[str, Any]:
     """Return the recording's description, writing it if there is none."""
     path = run / RECORDING
@@ -272,35 +316,40 @@ def _join(
             "format_version": FORMAT_VERSION,
             "id": uuid.uuid4().hex,
             "world_size": rank.world_size,
+            "job": job.id,
+            "launcher": job.launcher,
             "created_ns": time.time_ns(),
             **about,
             "provenance": provenance(),
         }
 
+    def write(data: dict[str, Any]) -> None:
+        disk.replace(path, disk.padded(json_text(data)), access)
+
     if not path.exists():
         data = describe()
-        if create_json(path, data):
+        if disk.create_whole(path, disk.padded(json_text(data)), access):
             return data
     if overwrite and _is_all_ours_to_replace(run, rank, job):
         data = describe()
-        write_json(path, data)
+        write(data)
         return data
     meta = read_recording_json(run)
     foreign = any(not job.is_same(claim) for claim in read_claims(run, rank.rank))
     if overwrite and foreign and meta["world_size"] == rank.world_size:
         meta = {**describe(), "id": meta["id"]}
-        write_json(path, meta)
+        write(meta)
     if meta["world_size"] != rank.world_size:
         if job.attempt > 0:  # torchelastic restarted with more or fewer ranks
             meta["world_size"] = rank.world_size
         elif overwrite:
             for stale in claimed_ranks(run):
                 if stale >= rank.world_size:
-                    remove_tree(run / rank_folder(stale))
+                    disk.remove_tree(run / rank_folder(stale))
             meta = {**describe(), "id": meta["id"]}
         else:
             raise _other_world(run, meta["world_size"], rank.world_size)
-        write_json(path, meta)
+        write(meta)
     return meta
 
 
@@ -316,9 +365,9 @@ def replace_recording(run: Path) -> None:
 
     `recording.json` goes first: whatever happens then, no half recording is left to be opened.
     """
-    (run / RECORDING).unlink(missing_ok=True)
+    disk.remove(run / RECORDING)
     for rank in claimed_ranks(run):
-        remove_tree(run / rank_folder(rank))
+        disk.remove_tree(run / rank_folder(rank))
 
 
 def is_live(run: Path) -> bool:
@@ -342,13 +391,3 @@ def is_alive(claim: Mapping[str, Any]) -> bool:
     except OSError:
         return True
     return True
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder so that nobody ever sees half of it."""
-    aside = folder.with_name(f".removed-{uuid.uuid4().hex}")
-    try:
-        folder.rename(aside)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(aside, ignore_errors=True)

@@ -15,7 +15,9 @@ import click
 from . import claim, launch, ranks
 from .errors import RecordingError
 from .filters import Filter
-from .format.schema import LEVELS, RECORDING, WHEN_FULL, rank_folder
+from .format import disk
+from .format.disk import ACCESS
+from .format.schema import FSYNC, LEVELS, RECORDING, WHEN_FULL, rank_folder
 from .options import (
     COMMAND,
     UNTRUSTED,
@@ -49,6 +51,34 @@ from .sizes import count, format_size
     "equal share: 20GB, 512MiB. [GRAFT_RECORD_MAX_BYTES]",
 )
 @click.option(
+    "--min-free",
+    type=SizeType(),
+    help="Stop likewise before the file system of RUN has less than this free. "
+    "[GRAFT_RECORD_MIN_FREE]",
+)
+@click.option(
+    "--keep-last",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Keep only the last N steps and the one under way, as step() counts them. "
+    "[GRAFT_RECORD_KEEP_LAST]",
+)
+@click.option(
+    "--fsync",
+    type=click.Choice(FSYNC),
+    default="off",
+    show_default=True,
+    help="Wait for the device at the end of each shard or step, to survive a power cut. "
+    "[GRAFT_RECORD_FSYNC]",
+)
+@click.option(
+    "--access",
+    type=click.Choice(list(ACCESS)),
+    default="private",
+    show_default=True,
+    help="Who may read the files: you, your group, or all. [GRAFT_RECORD_ACCESS]",
+)
+@click.option(
     "--staging",
     type=SizeType(),
     help="Memory of each rank for snapshots that wait to be written; 256MiB by default. "
@@ -74,6 +104,10 @@ def record(
     filter: Filter | None,
     level: str,
     max_bytes: int | None,
+    min_free: int | None,
+    keep_last: int | None,
+    fsync: str,
+    access: str,
     staging: int | None,
     when_full: str,
     overwrite: bool,
@@ -89,7 +123,7 @@ def record(
       graft record -o runs/base -- torchrun --nproc-per-node 4 train.py
     """
     folder = Path(os.path.abspath(run))
-    prepare(folder, overwrite)
+    prepare(folder, overwrite, access)
     with launch.reports_folder() as reports:
         env = launch.environment(
             {
@@ -97,6 +131,10 @@ def record(
                 "GRAFT_RECORD_FILTER": text_of(filter),
                 "GRAFT_RECORD_LEVEL": level,
                 "GRAFT_RECORD_MAX_BYTES": None if max_bytes is None else str(max_bytes),
+                "GRAFT_RECORD_MIN_FREE": None if min_free is None else str(min_free),
+                "GRAFT_RECORD_KEEP_LAST": None if keep_last is None else str(keep_last),
+                "GRAFT_RECORD_FSYNC": fsync,
+                "GRAFT_RECORD_ACCESS": access,
                 "GRAFT_RECORD_STAGING": None if staging is None else str(staging),
                 "GRAFT_RECORD_WHEN_FULL": when_full,
                 "GRAFT_RECORD_OVERWRITE": "1" if overwrite else None,
@@ -111,7 +149,7 @@ def record(
     sys.exit(status if status else 0 if trusted else UNTRUSTED)
 
 
-def prepare(folder: Path, overwrite: bool) -> None:
+def prepare(folder: Path, overwrite: bool, access: str = "private") -> None:
     """Refuse, or with `overwrite` clear, a folder that is taken, as far as a wrapper can know.
 
     Raises:
@@ -129,7 +167,7 @@ def prepare(folder: Path, overwrite: bool) -> None:
     elif (folder / RECORDING).exists() and not claim.is_live(folder):
         claim.replace_recording(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder, ACCESS[access])
     except OSError as err:
         raise RecordingError(
             f"{folder} cannot be made: {err.strerror or err}; choose a folder you may write to"
@@ -186,10 +224,13 @@ def _tell_open(folder: Path, one: dict[str, Any], reports: list[dict[str, Any]])
     told = [r for r in reports if r.get("rank") == one["rank"] and r.get("state") == "failed"]
     if not told:
         note(f"{who} ended without closing its recording; see what it tapped until then with ls")
-    state, reason = ("failed", str(told[0].get("reason"))) if told else ("killed", "")
+    killed = "it ended without closing its recording"
+    state, reason = ("failed", str(told[0].get("reason"))) if told else ("killed", killed)
+    where = folder / rank_folder(one["rank"])
     try:
-        seal_leftovers(folder / rank_folder(one["rank"]), one["attempt"])
-        claim.mark_ended(folder, one, state, reason)
+        access = disk.access_of(where)
+        seal_leftovers(where, one["attempt"], access)
+        claim.mark_ended(folder, one, state, reason, access)
     except (OSError, RecordingError) as err:
         note(f"its files are left as they are, which readers understand: {err}")
 

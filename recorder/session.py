@@ -32,7 +32,8 @@ from .claim import Claim, Job, check_free, claim_rank
 from .diagnostics import say
 from .errors import CaptureError, GraftError, UsageError
 from .filters import Filter
-from .format.schema import LEVELS, WHEN_FULL
+from .format.disk import ACCESS
+from .format.schema import FSYNC, LEVELS, WHEN_FULL
 from .gradients import GradientTaps
 from .progress import Progress, Publisher
 from .provenance import command_line
@@ -40,6 +41,7 @@ from .ranks import Rank, RankWatch
 from .reports import write_report
 from .selection import Selected, Selection, Warnings
 from .sizes import count, format_size, parse_size
+from .store import Limits
 from .tags import text
 from .tap import activate, deactivate
 from .writer import DEFAULT_BUDGET, FEW, Writer
@@ -61,6 +63,11 @@ class Recorder:
         max_bytes: stop, in good order, before this recording's tensors take more bytes on disk; a
             number or text such as `20GB`. Each rank gets an equal share.
         overwrite: replace what another job left under this rank.
+        min_free: stop likewise before the file system has less than this free.
+        keep_last: keep only so many complete steps, the last, and the one under way.
+        fsync: wait for the device: `off`, or at the end of each `shard` or `step`. A process that
+            is killed loses nothing by `off`, a machine that loses power does.
+        access: who may read the files: `private` to the user, the `group`, or `all`.
         staging: bytes of memory for snapshots that wait to be written, and for writing them.
         when_full: what happens to a tap while they all wait: `hold` the job until there is room, or
             `drop` the tap and count it.
@@ -82,22 +89,36 @@ class Recorder:
         filter: Filter | str | None = None,
         level: str = "tensors",
         max_bytes: int | str | None = None,
+        min_free: int | str | None = None,
+        keep_last: int | None = None,
+        fsync: str = "off",
+        access: str = "private",
         overwrite: bool = False,
         staging: int | str = DEFAULT_BUDGET,
         when_full: str = "hold",
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        if level not in LEVELS:
-            raise UsageError(f"level is {level!r}; choose one of {', '.join(LEVELS)}")
-        if when_full not in WHEN_FULL:
-            raise UsageError(f"when_full is {when_full!r}; choose one of {', '.join(WHEN_FULL)}")
+        for option, given, known in (
+            ("level", level, LEVELS),
+            ("when_full", when_full, WHEN_FULL),
+            ("fsync", fsync, FSYNC),
+            ("access", access, tuple(ACCESS)),
+        ):
+            if given not in known:
+                raise UsageError(f"{option} is {given!r}; choose one of {', '.join(known)}")
+        if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+            raise UsageError(f"keep_last is {keep_last!r}; give a number of steps, 1 or more")
         self.path = Path(os.path.abspath(path))
         self.state = "new"
         self.reason = ""
         self._filter = Filter.coerce(filter)
         self._level = level
         self._max_bytes = None if max_bytes is None else parse_size(max_bytes)
+        self._min_free = None if min_free is None else parse_size(min_free)
+        self._keep_last = keep_last
+        self._fsync = fsync
+        self._access = access
         self._overwrite = overwrite
         self._staging = parse_size(staging)
         self._when_full = when_full
@@ -155,6 +176,8 @@ class Recorder:
         """End an iteration."""
         self._gradients.next_step()
         self._selection.next_step()
+        if self._writer is not None:
+            self._writer.end_step(self._selection.step)
 
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be recorded for a reason nobody foresaw."""
@@ -232,6 +255,8 @@ class Recorder:
         if self._claim is not None:
             try:
                 self._claim.update(**facts)
+                if self.state != "complete":
+                    self._claim.note_end()
             except OSError as err:
                 self.state = facts["state"] = "failed"
                 facts["reason"] = f"writing failed: {err.strerror or err}"
@@ -269,6 +294,10 @@ class Recorder:
                 "filter": self._filter.text if self._filter else None,
                 "level": self._level,
                 "max_bytes": self._max_bytes,
+                "min_free": self._min_free,
+                "keep_last": self._keep_last,
+                "fsync": self._fsync,
+                "access": self._access,
                 "staging": self._staging,
                 "when_full": self._when_full,
             }
@@ -281,6 +310,8 @@ class Recorder:
                     about=about,
                     overwrite=self._overwrite,
                     own=not self._lazy,
+                    access=ACCESS[self._access],
+                    keep_last=self._keep_last,
                 )
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)
@@ -298,10 +329,17 @@ class Recorder:
                 self._writer = Writer(
                     self._claim.folder,
                     self._claim.attempt,
-                    level=self._level,
+                    Limits(
+                        keeps_payloads=self._level == "tensors",
+                        max_bytes=None if share is None else share // self._rank.world_size,
+                        min_free=self._min_free,
+                        keep_last=self._keep_last,
+                        fsync=self._fsync,
+                        access=ACCESS[self._access],
+                    ),
+                    statistics=self._level != "digests",
                     budget=self._staging,
                     when_full=self._when_full,
-                    max_bytes=None if share is None else share // self._rank.world_size,
                     on_stop=self._end,
                     on_full=self._tell_full,
                     on_progress=Publisher(self._rank.rank, self._say).publish,
@@ -425,6 +463,14 @@ def _dims(call: Call) -> str:
     return text("its dims", call.dims)
 
 
+def _steps(text: str | None) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"GRAFT_RECORD_KEEP_LAST is {text!r}; give a number of steps")
+    return int(text)
+
+
 def from_environment(environ: Mapping[str, str]) -> list[Recorder]:
     """Return the recorder that `GRAFT_RECORD` and its companions ask for, started.
 
@@ -436,6 +482,10 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder]:
         filter=environ.get("GRAFT_RECORD_FILTER") or None,
         level=environ.get("GRAFT_RECORD_LEVEL") or "tensors",
         max_bytes=environ.get("GRAFT_RECORD_MAX_BYTES") or None,
+        min_free=environ.get("GRAFT_RECORD_MIN_FREE") or None,
+        keep_last=_steps(environ.get("GRAFT_RECORD_KEEP_LAST")),
+        fsync=environ.get("GRAFT_RECORD_FSYNC") or "off",
+        access=environ.get("GRAFT_RECORD_ACCESS") or "private",
         overwrite=environ.get("GRAFT_RECORD_OVERWRITE") == "1",
         staging=environ.get("GRAFT_RECORD_STAGING") or DEFAULT_BUDGET,
         when_full=environ.get("GRAFT_RECORD_WHEN_FULL") or "hold",

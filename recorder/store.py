@@ -5,6 +5,7 @@
 2. `Store.flush` writes what was gathered, then appends the finished rows to the journal; from then
    on a killed process loses none of them.
 3. `Store.seal` closes a shard: header, final name, then its rows as parquet.
+4. Of a recording of the last steps alone, `Store.end_step` removes the shards of older ones.
 
 Not thread-safe; a `Writer`'s thread owns it. Known limit: equal bytes are recognised among the last
 30,000 distinct payloads of a rank.
@@ -12,15 +13,27 @@ Not thread-safe; a `Writer`'s thread owns it. Known limit: equal bytes are recog
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
 
 from .capture import dtype_name
-from .format.journal import Journal, read_journal, seal_journal, write_parquet
+from .format import disk
+from .format.disk import PRIVATE, Access
+from .format.journal import (
+    Journal,
+    count_rows,
+    read_journal,
+    seal_journal,
+    trim_parquet,
+    write_parquet,
+)
 from .format.payload import parse_dtype
 from .format.schema import COLUMNS, PART, STATISTICS, stem
 from .format.shard import ShardWriter, header_room
@@ -28,10 +41,34 @@ from .format.shard import ShardWriter, header_room
 SHARD_BYTES = 1 << 30
 _ROWS_A_SHARD = 8_192  # values and repeats need no header room, but rows need memory to seal
 _REMEMBERED = 1 << 15
+_MEASURED_EVERY = 1 << 20  # bytes between two looks at the room on the disk
+_RING_BYTES = 4 << 20  # a shard of the last steps is sealed at the end of a step
+_RING_SECONDS = 0.25
 
 
 class LimitReached(Exception):
-    """A payload would exceed the bytes that may be written."""
+    """A payload would exceed what may be written; the text says what."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a store may write, and how.
+
+    Attributes:
+        keeps_payloads: whether to write payloads, or rows alone.
+        max_bytes: the most bytes of payload to write.
+        min_free: bytes to leave free in the file system.
+        keep_last: how many complete steps to keep; all of them by default.
+        fsync: when to wait for the device: `off`, at the end of each `shard`, of each `step`.
+        access: who may read the files.
+    """
+
+    keeps_payloads: bool = True
+    max_bytes: int | None = None
+    min_free: int | None = None
+    keep_last: int | None = None
+    fsync: str = "off"
+    access: Access = PRIVATE
 
 
 @dataclass(slots=True)
@@ -55,6 +92,20 @@ class Payload:
     is_safe: bool = False
     _hash: Any = field(default=None, repr=False)
     _written: int = 0
+
+
+class _Steps(NamedTuple):
+    first: int
+    last: int
+
+
+_NO_STEPS = _Steps(1 << 62, -1)
+
+
+class _Sealed(NamedTuple):
+    number: int
+    steps: _Steps
+    nbytes: int
 
 
 class Recent:
@@ -90,17 +141,13 @@ class Store:
     Args:
         folder: the rank's folder; exists.
         attempt: the number in this attempt's file names.
-        keeps_payloads: whether to write payloads, or rows alone.
-        max_bytes: the most bytes of payload to write.
+        limits: what to write, and how.
     """
 
-    def __init__(
-        self, folder: Path, attempt: int, *, keeps_payloads: bool, max_bytes: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, attempt: int, limits: Limits = Limits()) -> None:
         self._folder = folder
         self._attempt = attempt
-        self._keeps_payloads = keeps_payloads
-        self._max_bytes = max_bytes
+        self._limits = limits
         self._index = 0
         self._tensors = 0
         self._shard: ShardWriter | None = None
@@ -109,6 +156,11 @@ class Store:
         self._unsafe: list[Payload] = []
         self._journaled = 0
         self._known = Recent(_REMEMBERED)
+        self._unmeasured = _MEASURED_EVERY
+        self._step = 0
+        self._opened = 0.0
+        self._sealed: deque[_Sealed] = deque()  # those of the last steps, where only they are kept
+        self._steps = _NO_STEPS
         self.rows = 0
         self.bytes = 0
 
@@ -117,13 +169,13 @@ class Store:
         data = row["value"].encode()
         row["nbytes"], row["digest"] = len(data), xxhash.xxh3_128_hexdigest(data)
         self._open()
-        self._done.append(row)
+        self._finish_row(row)
 
     def add(self, payload: Payload, data: memoryview, *, first: bool, last: bool) -> None:
         """Add a payload, or the next part of one; `data` must stay as it is until `flush`.
 
         Raises:
-            LimitReached: it would exceed `max_bytes`, and is left out.
+            LimitReached: it would exceed a limit, and is left out.
             OSError: it cannot be written.
         """
         if first and last:
@@ -140,13 +192,13 @@ class Store:
             row["dtype"], row["shape"] = dtype_name(payload.dtype), list(payload.shape)
             known = self._known.get(number << 64 | payload.nbytes)
         self._open()
-        if self._keeps_payloads and known is None:
+        if self._limits.keeps_payloads and known is None:
             self._write(payload, data, last)
         if not last:
             return
-        if self._keeps_payloads:
+        if self._limits.keeps_payloads:
             self._place(payload, number, known)
-        self._done.append(payload.row)
+        self._finish_row(payload.row)
         self._unsafe.append(payload)
 
     def add_statistics(self, payload: Payload, statistics: dict[str, Any]) -> None:
@@ -169,9 +221,10 @@ class Store:
             OSError: it cannot be written.
         """
         self.write_out()
-        if not self._done or self._journal is None:
+        if not self._done or self._journal is None or self._shard is None:
             return
         self._journal.append(self._done)
+        self._shard.commit()
         self._journaled += len(self._done)
         self.rows += sum("name" in row for row in self._done)  # the others add statistics
         self._done.clear()
@@ -187,6 +240,28 @@ class Store:
             and self._journaled + len(self._done) < _ROWS_A_SHARD
         )
 
+    def end_step(self, completed: int, seal: Callable[[], None]) -> None:
+        """Note that a step is complete: make it durable, let go of old ones, as was asked for.
+
+        Args:
+            completed: how many steps are.
+            seal: called where the shard that is open is to be sealed.
+        """
+        self.flush()
+        if self._limits.fsync == "step" and self._shard is not None and self._journal is not None:
+            self._shard.sync()  # first: a row tells of bytes that are there
+            self._journal.sync()
+        self._step = completed
+        if self._limits.keep_last is None:
+            return
+        if self._shard is not None and (
+            self._shard.data_bytes >= _RING_BYTES
+            or time.monotonic() - self._opened >= _RING_SECONDS
+        ):
+            seal()
+        while self._sealed and self._sealed[0].steps.last < self._first_kept:
+            self._remove(self._sealed.popleft())
+
     def seal(self) -> None:
         """Close the shard that is open and turn its journal into parquet.
 
@@ -194,43 +269,125 @@ class Store:
             OSError: it cannot be written; the journal keeps what it has.
         """
         self.flush()
+        self._seal()
+
+    def close(self) -> None:
+        """Seal what is open; of a recording of the last steps alone, leave out the others.
+
+        Raises:
+            OSError: it cannot be written; the journal keeps what it has.
+        """
+        self.seal()
+        for part in self._sealed:
+            if part.steps.first < self._first_kept:
+                path = self._folder / f"{stem(self._attempt, part.number)}.parquet"
+                self.rows -= trim_parquet(path, COLUMNS, self._first_kept, self._limits.access)
+
+    def salvage(self) -> None:
+        """After a failure: keep what is safe, as a seal would leave it if that can be done."""
+        self._done.clear()
+        self._unsafe.clear()
+        shard, journal = self._shard, self._journal
+        try:
+            if shard is not None and journal is not None:
+                journal.trim()
+                shard.rollback()
+                self._seal()
+        except Exception:
+            pass  # the disk is at fault; readers understand the journal as it is
+        finally:
+            if shard is not None:
+                shard.abandon()
+            if journal is not None:
+                journal.close()
+
+    @property
+    def _first_kept(self) -> int:
+        return max(0, self._step - (self._limits.keep_last or self._step))
+
+    def _seal(self) -> None:
         shard, journal = self._shard, self._journal
         if shard is None or journal is None:
             return
+        durable = self._limits.fsync != "off"
+        nbytes = shard.data_bytes
         # In this order a reader finds every row at every moment; see format/schema.py.
         if shard.is_empty:
             shard.discard()
         else:
-            shard.finish()
+            shard.finish(durable=durable)
         journal.close()
-        seal_journal(journal.path, COLUMNS, STATISTICS)
+        self.rows -= seal_journal(
+            journal.path,
+            COLUMNS,
+            STATISTICS,
+            self._limits.access,
+            first_step=self._first_kept,
+            durable=durable,
+        )
+        if durable:
+            disk.sync_folder(self._folder)
+        if self._limits.keep_last is not None:
+            self._sealed.append(_Sealed(self._index, self._steps, nbytes))
+            self._known = Recent(_REMEMBERED)  # what a shard refers to must not go before it
         self._shard, self._journal, self._journaled = None, None, 0
+        self._steps = _NO_STEPS
         self._index += 1
 
-    def abandon(self) -> None:
-        """Close the files as they are; what is in the journal stays."""
-        self._done.clear()
-        self._unsafe.clear()
-        if self._shard is not None:
-            self._shard.abandon()
-        if self._journal is not None:
-            self._journal.close()
+    def _remove(self, part: _Sealed) -> None:
+        name = stem(self._attempt, part.number)
+        path = self._folder / f"{name}.parquet"
+        self.rows -= count_rows(path)
+        self.bytes -= part.nbytes
+        disk.remove(path)  # first: rows without their shard would look like damage
+        disk.remove(path.with_suffix(".safetensors"))
 
     def _open(self) -> None:
         if self._shard is not None:
             return
-        name = stem(self._attempt, self._index)
-        self._shard = ShardWriter(self._folder / f"{name}.safetensors", header_room(self._index))
-        self._journal = Journal(self._folder / f"{name}.journal")
+        path = self._folder / f"{stem(self._attempt, self._index)}.safetensors"
+        # Shards of a ring are many and small, and so are their headers.
+        room = header_room(0 if self._limits.keep_last is not None else self._index)
+        shard = ShardWriter(path, room, self._limits.access)
+        try:
+            self._journal = Journal(path.with_suffix(".journal"), self._limits.access)
+        except BaseException:
+            shard.discard()
+            raise
+        self._shard, self._opened = shard, time.monotonic()
+        if self._limits.fsync != "off":
+            disk.sync_folder(self._folder)
+
+    def _finish_row(self, row: dict[str, Any]) -> None:
+        self._done.append(row)
+        step = row["step"]
+        first, last = self._steps
+        if not first <= step <= last:
+            self._steps = _Steps(min(first, step), max(last, step))
 
     def _write(self, payload: Payload, data: memoryview, last: bool) -> None:
         assert self._shard is not None  # `_open` made it
-        if self._max_bytes is not None and self.bytes + payload.nbytes > self._max_bytes:
+        reason = self._reached(payload, data.nbytes)
+        if reason is not None:
             if last:
-                raise LimitReached(payload.row["name"])
+                raise LimitReached(f"{reason} at {payload.row['name']!r}")
             return  # it may prove to be known
         self._shard.write(payload._written, data)
         payload._written += data.nbytes
+
+    def _reached(self, payload: Payload, nbytes: int) -> str | None:
+        """Return the limit that a payload would exceed, of which `nbytes` are at hand."""
+        limits = self._limits
+        if limits.max_bytes is not None and self.bytes + payload.nbytes > limits.max_bytes:
+            return "--max-bytes was reached"
+        if limits.min_free is not None:
+            self._unmeasured += nbytes
+            if self._unmeasured >= _MEASURED_EVERY:
+                self._unmeasured = nbytes
+                if disk.free_bytes(self._folder) - payload.nbytes < limits.min_free:
+                    self._unmeasured = _MEASURED_EVERY  # and so are all that follow
+                    return "--min-free was reached"
+        return None
 
     def _place(self, payload: Payload, number: int, known: int | None) -> None:
         """Note where a payload lies, a new one's place or a known one's."""
@@ -258,36 +415,38 @@ def _tensor_name(number: int) -> str:
     return f"t{number:08d}"
 
 
-def seal_leftovers(folder: Path, attempt: int) -> None:
+def seal_leftovers(folder: Path, attempt: int, access: Access = PRIVATE) -> None:
     """Seal what the writer of an attempt left open when its process was killed.
 
     Args:
         folder: the rank's folder; nobody writes there any more.
         attempt: the number in the attempt's file names.
+        access: who may read the files.
 
     Raises:
         OSError: it cannot be written; a reader goes on to find what it found before.
         DamagedRecording: a journal cannot be read.
     """
     for path in sorted(folder.glob(f"a{attempt}-*.journal")):
-        found = PART.fullmatch(path.name)
-        if found is None:
+        if PART.fullmatch(path.name) is None:
             continue
         if not path.with_suffix(".parquet").exists():
             rows = read_journal(path)
             final = path.with_suffix(".safetensors")
             if final.with_suffix(".partial").exists():
-                _finish_shard(final, int(found[2]), rows)
-            write_parquet(path.with_suffix(".parquet"), rows, COLUMNS)
-        path.unlink(missing_ok=True)
+                _finish_shard(final, rows)
+            write_parquet(path.with_suffix(".parquet"), rows, COLUMNS, access)
+        disk.remove(path)
 
 
-def _finish_shard(final: Path, index: int, rows: list[dict[str, Any]]) -> None:
+def _finish_shard(final: Path, rows: list[dict[str, Any]]) -> None:
     """Finish a shard with the payloads that its journal tells of."""
-    shard = ShardWriter(final, header_room(index), resume=True)
     where = f"{final.parent.name}/{final.name}"
-    for row in rows:
-        if row.get("shard") == where and row.get("offset") == shard.end:
+    inside = [row for row in rows if row.get("shard") == where and "offset" in row]
+    # The first lies behind the header's room.
+    shard = ShardWriter(final, inside[0]["offset"] if inside else 0, resume=True)
+    for row in inside:
+        if row["offset"] == shard.end:
             itemsize = parse_dtype(row["dtype"], final).itemsize
             shard.add(row["tensor"], row["dtype"], itemsize, row["shape"], row["nbytes"])
     if shard.is_empty:

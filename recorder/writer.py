@@ -15,6 +15,7 @@ Known limit: rows of a job killed before their statistics came have none.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -27,7 +28,7 @@ import torch
 from .capture import as_bits, pieces
 from .progress import SECONDS, Progress
 from .staging import Part, Staging
-from .store import LimitReached, Payload, Store
+from .store import LimitReached, Limits, Payload, Store
 from .summaries import Summaries
 
 DEFAULT_BUDGET = 256 << 20
@@ -35,10 +36,12 @@ FEW = 1 << 20
 """The most bytes that are copied on the spot, without a tensor operation."""
 _WORKING_BYTES = 64 << 20  # what is in hand: rows, chunks as float64, a part of the manifest
 _GATHER_SECONDS = 0.05  # lets a burst of taps pass before work begins beside it
-_FLUSH_SECONDS = 0.2
+_BATCH_BYTES = 32 << 20  # what is made safe in one go
+_OLDEST_SECONDS = 0.6  # taps wait, or are dropped, while something older than this is not yet safe
 _RELEASED_BYTES = 4 << 20
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 _RATE_SECONDS = 1.0
+_COMPLETED = "completed"  # the row of a part that is no record, but the end of a step
 
 
 class Writer:
@@ -47,10 +50,10 @@ class Writer:
     Args:
         folder: the rank's folder; exists.
         attempt: the number in this attempt's file names.
-        level: `tensors`, `stats` (no payloads) or `digests` (no statistics either).
+        limits: what to write, and how.
+        statistics: whether to gather them.
         budget: bytes of staging memory, of which a part is for working on what waits.
         when_full: what to do with a tap when there is no room: `hold` the job, or `drop` the tap.
-        max_bytes: stop in good order before more bytes of payload than this are written.
         on_stop: called once, from the writer's thread, when recording had to end early, with the
             state (`stopped` or `failed`) and the reason.
         on_full: called once, when the job was held or a tap dropped for want of room.
@@ -61,11 +64,11 @@ class Writer:
         self,
         folder: Path,
         attempt: int,
+        limits: Limits = Limits(),  # noqa: B008  # nobody can change it
         *,
-        level: str = "tensors",
+        statistics: bool = True,
         budget: int = DEFAULT_BUDGET,
         when_full: str = "hold",
-        max_bytes: int | None = None,
         on_stop: Callable[[str, str], None] | None = None,
         on_full: Callable[[Progress], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -77,8 +80,8 @@ class Writer:
         self._hold = when_full == "hold"
         self._wake = threading.Condition(threading.Lock())
         self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES))
-        self._store = Store(folder, attempt, keeps_payloads=level == "tensors", max_bytes=max_bytes)
-        self._summaries = None if level == "digests" else Summaries(self._staging, self._nudge)
+        self._store = Store(folder, attempt, limits)
+        self._summaries = Summaries(self._staging, self._nudge) if statistics else None
         self._users = 1 if self._summaries is None else 2
         self._submitting = threading.Lock()
         self._queue: deque[Part] = deque()
@@ -87,6 +90,10 @@ class Writer:
         self._gathering = False
         self._closing = False
         self._ended = False
+        self._tells_steps = limits.fsync == "step" or limits.keep_last is not None
+        self._caught_up = threading.Condition(threading.Lock())
+        self._queued_since = self._taken_since = math.inf
+        self._held_late = 0.0
         self._largest = 0
         self._staged = 0
         self._dropped = 0
@@ -114,7 +121,7 @@ class Writer:
             self._staging.backlog,
             self._dropped,
             time.perf_counter() - self._started,
-            self._staging.held_seconds,
+            self._staging.held_seconds + self._held_late,
         )
 
     def submit(
@@ -129,7 +136,7 @@ class Writer:
             shape: the payload's sizes.
         """
         with self._submitting:
-            if self._closing:
+            if self._closing or not self._is_in_time():
                 return
             payload = Payload(row, dtype, shape, bits.numel() * bits.element_size())
             split = list(pieces(bits, self._staging.largest))
@@ -146,7 +153,7 @@ class Writer:
             self.submit(row, as_bits(tensor), tensor.dtype, tensor.shape)
             return
         with self._submitting:
-            if not self._closing:
+            if not self._closing and self._is_in_time():
                 payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
                 address = tensor.data_ptr()
                 part = self._staging.put_bytes(address, nbytes, self._users, hold=self._hold)
@@ -155,17 +162,39 @@ class Writer:
     def submit_value(self, row: dict[str, Any]) -> None:
         """Queue a row without a payload."""
         with self._submitting:
-            if not self._closing:
+            if not self._closing and self._is_in_time():
                 part = self._staging.put_bytes(0, 0, 1, hold=self._hold)
                 self._put(part, Payload(row, None, (), 0))
 
-    def close(self) -> None:
-        """Write what is queued, seal the shard and end the threads; twice is fine."""
-        with self._submitting:  # whoever is in there has queued all of his payload
-            self._closing = True
+    def end_step(self, completed: int) -> None:
+        """Note that a step is complete, behind all that was submitted before."""
+        if self._tells_steps:
+            with self._submitting:
+                if not self._closing:
+                    part = self._staging.put_bytes(0, 0, 1, hold=True)
+                    self._put(part, Payload({_COMPLETED: completed}, None, (), 0))
+
+    def close(self, seconds: float | None = None) -> bool:
+        """Write what is queued, seal the shard and end the threads; twice is fine.
+
+        Args:
+            seconds: how long to wait for that at most.
+
+        Returns:
+            Whether it was done in that time.
+        """
+        ends = math.inf if seconds is None else time.monotonic() + seconds
+        # Whoever is in there has queued all of his payload.
+        if not self._submitting.acquire(timeout=-1 if seconds is None else seconds):
+            return False
+        self._closing = True
+        self._submitting.release()
         self._nudge()
-        self._thread.join()
+        self._thread.join(None if seconds is None else max(0.0, ends - time.monotonic()))
+        if self._thread.is_alive():
+            return False
         self._importing.join()
+        return True
 
     def _put(
         self, part: Part | None, payload: Payload, first: bool = True, last: bool = True
@@ -176,6 +205,8 @@ class Writer:
                 self._dropped += 1
                 self._tell_full()
             return False
+        if self._queued_since == math.inf:
+            self._queued_since = time.monotonic()
         part.payload, part.first, part.last = payload, first, last
         self._queue.append(part)
         self._staged += part.nbytes
@@ -187,6 +218,28 @@ class Writer:
         if self._on_full is not None and self._staging.held_seconds > _HELD_SECONDS:
             self._tell_full()
         return True
+
+    def _is_in_time(self) -> bool:
+        """Whether what waits is young enough to add to, after waiting for that where asked to.
+
+        However large the staging memory is: what a killed job loses is a matter of time.
+        """
+        if time.monotonic() - min(self._queued_since, self._taken_since) < _OLDEST_SECONDS:
+            return True
+        started = time.monotonic()
+        with self._caught_up:
+            while self._hold and not self._ended:
+                late = min(self._queued_since, self._taken_since) + _OLDEST_SECONDS
+                if time.monotonic() < late:
+                    break
+                self._caught_up.wait(_GATHER_SECONDS)
+        self._held_late += time.monotonic() - started
+        if self._held_late > _HELD_SECONDS:
+            self._tell_full()
+        if not self._hold and not self._ended:
+            self._dropped += 1
+            self._tell_full()
+        return self._hold
 
     def _tell_full(self) -> None:
         if self._on_full is None or time.perf_counter() - self._started < _RATE_SECONDS:
@@ -201,12 +254,14 @@ class Writer:
     def _run(self) -> None:
         try:
             while self._gather():
-                self._take_all()
+                while self._queue:
+                    self._take()
                 self._flush()
                 self._staging.warm_up(self._largest)
-            self._seal()
+            self._settle_statistics()
+            self._store.close()
         except LimitReached as err:
-            self._stop("stopped", f"--max-bytes was reached at {str(err)!r}")
+            self._stop("stopped", str(err))
         except OSError as err:
             self._stop("failed", f"writing failed: {err.strerror or err}")
         except Exception as err:  # a bug of ours: the recording ends, the job does not
@@ -239,34 +294,46 @@ class Writer:
     def _has_statistics(self) -> bool:
         return self._summaries is not None and self._summaries.has_found
 
-    def _take_all(self) -> None:
-        """Store everything that is queued."""
-        batch = [self._queue.popleft() for _ in range(len(self._queue))]
+    def _take(self) -> None:
+        """Store what is queued, or as much of it as can be made safe in one go."""
+        self._taken_since, self._queued_since = self._queued_since, math.inf
+        batch: list[Part] = []
+        size = 0
+        while self._queue and size < _BATCH_BYTES:
+            batch.append(self._queue.popleft())
+            size += batch[-1].nbytes
+        if self._queue:
+            self._queued_since = min(self._queued_since, self._taken_since)
         if self._summaries is not None:
             self._summaries.add([part for part in batch if part.payload.dtype is not None])
-        flushed = time.monotonic()
         stored: list[Part] = []
         size = 0
         for part in batch:
-            payload = part.payload
-            if part.first and not self._store.has_room(len(payload.shape)):
-                self._seal()
-            if payload.dtype is None:
-                self._store.add_value(payload.row)
-            else:
-                part.wait()
-                self._store.add(payload, self._staging.view(part), first=part.first, last=part.last)
+            self._store_part(part)
             stored.append(part)
             size += part.nbytes
             if size >= _RELEASED_BYTES:
                 self._store.write_out()
                 self._staging.release(stored)
                 stored, size = [], 0
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
-                self._flush()
-                flushed = time.monotonic()
         self._store.write_out()
         self._staging.release(stored)
+        self._flush()
+        with self._caught_up:
+            self._taken_since = math.inf
+            self._caught_up.notify_all()
+
+    def _store_part(self, part: Part) -> None:
+        payload = part.payload
+        if part.first and not self._store.has_room(len(payload.shape)):
+            self._seal()
+        if payload.dtype is not None:
+            part.wait()
+            self._store.add(payload, self._staging.view(part), first=part.first, last=part.last)
+        elif _COMPLETED in payload.row:
+            self._store.end_step(payload.row[_COMPLETED], self._seal)
+        else:
+            self._store.add_value(payload.row)
 
     def _flush(self) -> None:
         self._store.flush()
@@ -282,18 +349,23 @@ class Writer:
             self._store.add_statistics(payload, found)
         self._store.flush()
 
-    def _seal(self) -> None:
+    def _settle_statistics(self) -> None:
+        """Wait for the statistics of what was stored, and store them."""
         self._store.flush()
         if self._summaries is not None:
             self._summaries.wait()
         self._flush()
+
+    def _seal(self) -> None:
+        self._settle_statistics()
         self._store.seal()
 
     def _stop(self, state: str, reason: str) -> None:
         """End recording early; what is safe stays."""
         try:
             if state == "stopped":
-                self._seal()
+                self._settle_statistics()
+                self._store.close()
         except Exception as err:
             fact = err.strerror if isinstance(err, OSError) else None
             state, reason = "failed", f"writing failed: {fact or err}"
@@ -301,7 +373,9 @@ class Writer:
         self._staging.close()
         if self._summaries is not None:
             self._summaries.give_up()
-        self._store.abandon()
+        self._store.salvage()
+        with self._caught_up:
+            self._caught_up.notify_all()
         self._on_stop(state, reason)
 
 

@@ -195,6 +195,7 @@ def prepare(folder: Path, overwrite: bool, records: bool) -> None:
         RecordingExists: it holds a replay, or a recording where one is to be made.
         RecordingError: it cannot be written.
     """
+    from recorder.format import disk
     from recorder.format.schema import rank_folder
 
     from .log import FOLDER
@@ -207,13 +208,13 @@ def prepare(folder: Path, overwrite: bool, records: bool) -> None:
     logs = [p for p in (folder / FOLDER).glob(pattern) if p.suffix in (".parquet", ".journal")]
     if overwrite:
         for path in logs:
-            path.unlink(missing_ok=True)
+            disk.remove(path)
     elif logs and "GRAFT_JOB" not in os.environ and not (rank and Job.from_environment().attempt):
         raise RecordingExists(folder, "holds the log of a replay already")
     if records:
         recorder_cli.prepare(folder, overwrite)
     try:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder / FOLDER)
     except OSError as err:
         raise RecordingError(
             f"{folder} cannot be made: {err.strerror or err}; choose a folder you may write to"

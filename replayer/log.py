@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recorder.errors import RecordingExists
+from recorder.format import disk
 from recorder.format.journal import Journal, read_journal, read_parquet, write_parquet
 from recorder.format.schema import polars_schema
 
@@ -61,11 +62,11 @@ class ReplayLog:
         self._path: Path | None = None
         if out is not None:
             folder = out / FOLDER
-            folder.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(folder)
             self._path = folder / f"{stem}.journal"
             if overwrite:
-                self._path.unlink(missing_ok=True)
-                self._path.with_suffix(".parquet").unlink(missing_ok=True)
+                disk.remove(self._path)
+                disk.remove(self._path.with_suffix(".parquet"))
             if self._path.exists() or self._path.with_suffix(".parquet").exists():
                 raise RecordingExists(out, f"holds the replay log {stem} already")
             self._journal = Journal(self._path)
@@ -109,7 +110,7 @@ class ReplayLog:
 def seal(journal: Path) -> None:
     """Write a journal's rows as parquet and remove it."""
     write_parquet(journal.with_suffix(".parquet"), read_journal(journal), COLUMNS)
-    journal.unlink(missing_ok=True)
+    disk.remove(journal)
 
 
 def seal_leftovers(out: Path) -> None:

@@ -6,6 +6,7 @@ in the middle of one costs that line alone.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -13,29 +14,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording
+from . import disk
+from .disk import PRIVATE, Access
 from .schema import polars_schema
 
 if TYPE_CHECKING:
     import polars as pl
 
 
+_MAX_LINE = 16 << 20
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Journal:
     """Appends rows to a file; each `append` is one write. Not thread-safe."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, access: Access = PRIVATE) -> None:
         self.path = path
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        self._file = os.open(path, flags, 0o666)
+        self._file = disk.create(path, access, append=True)
+        self._size = 0
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, all of them before returning."""
-        text = "".join(_encode(row) + "\n" for row in rows)
-        data = memoryview(text.encode())
-        while data.nbytes:
-            data = data[os.write(self._file, data) :]
+        data = "".join(_encode(row) + "\n" for row in rows).encode()
+        disk.append(self._file, data)
+        self._size += len(data)
+
+    def trim(self) -> None:
+        """Cut off what an `append` that failed has left behind."""
+        disk.truncate(self._file, self._size)
+
+    def sync(self) -> None:
+        """Return when what was appended is on the device."""
+        disk.sync(self._file)
 
     def close(self) -> None:
         """Close the file; twice is fine."""
@@ -56,10 +67,10 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     by_seq: dict[Any, dict[str, Any]] = {}
     try:
-        with path.open("rb") as file:
-            for line in file:
+        with os.fdopen(disk.open_regular(path), "rb") as file:
+            while line := file.readline(_MAX_LINE):
                 if not line.endswith(b"\n"):
-                    break
+                    break  # torn, or longer than any writer's
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
@@ -78,13 +89,27 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def seal_journal(path: Path, columns: dict[str, str], later: Iterable[str]) -> None:
+def seal_journal(
+    path: Path,
+    columns: dict[str, str],
+    later: Iterable[str],
+    access: Access = PRIVATE,
+    *,
+    first_step: int = 0,
+    durable: bool = False,
+) -> int:
     """Turn the journal of a process that is alive into parquet, and remove it.
 
     Args:
         path: the journal, every line of it whole.
         columns: names and polars types.
         later: the columns that lines without a name add.
+        access: who may read it.
+        first_step: leave out the rows of earlier steps.
+        durable: whether the parquet is to be on the device before the journal goes.
+
+    Returns:
+        The number of rows left out.
     """
     import polars as pl
 
@@ -99,13 +124,35 @@ def seal_journal(path: Path, columns: dict[str, str], later: Iterable[str]) -> N
             raise ValueError("two lines add to one row")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError):
         frame = _to_frame(read_journal(path), columns)
-    _write_frame(path.with_suffix(".parquet"), frame)
-    path.unlink(missing_ok=True)
+    kept = frame.filter(pl.col("step") >= first_step) if first_step else frame
+    _write_frame(path.with_suffix(".parquet"), kept, access, durable)
+    disk.remove(path)
+    return frame.height - kept.height
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+def trim_parquet(path: Path, columns: dict[str, str], first_step: int, access: Access) -> int:
+    """Leave out the rows of steps before `first_step`; return how many there were."""
+    import polars as pl
+
+    frame = read_parquet([path], columns)
+    kept = frame.filter(pl.col("step") >= first_step)
+    if kept.height < frame.height:
+        _write_frame(path, kept, access)
+    return frame.height - kept.height
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows in a parquet file, from its footer."""
+    import polars as pl
+
+    return int(pl.scan_parquet(path).select(pl.len()).collect().item())
+
+
+def write_parquet(
+    path: Path, rows: list[dict[str, Any]], columns: dict[str, str], access: Access = PRIVATE
+) -> None:
     """Write rows as a parquet file that appears whole or not at all."""
-    _write_frame(path, _to_frame(rows, columns))
+    _write_frame(path, _to_frame(rows, columns), access)
 
 
 def _to_frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
@@ -119,10 +166,10 @@ def _to_frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pl.DataFra
     )
 
 
-def _write_frame(path: Path, frame: pl.DataFrame) -> None:
-    temporary = path.with_name("." + path.name + ".tmp")
-    frame.write_parquet(temporary, compression="zstd")
-    temporary.replace(path)
+def _write_frame(path: Path, frame: pl.DataFrame, access: Access, durable: bool = False) -> None:
+    data = io.BytesIO()
+    frame.write_parquet(data, compression="zstd")
+    disk.replace(path, data.getbuffer(), access, durable=durable)
 
 
 def read_parquet(

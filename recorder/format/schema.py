@@ -19,12 +19,12 @@ import json
 import os
 import re
 import stat
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording, NotARecording, RecordingError, UnsupportedVersion
 from ..ranks import MAX_WORLD_SIZE
+from . import disk
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,6 +36,8 @@ PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)"
 ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
 LEVELS = ("tensors", "stats", "digests")
 WHEN_FULL = ("hold", "drop")
+FSYNC = ("off", "shard", "step")
+_MAX_JSON = 4 << 20
 
 COLUMNS = {
     "rank": "Int32",
@@ -90,55 +92,31 @@ def stem(attempt: int, index: int) -> str:
     return f"a{attempt}-{index:05d}"
 
 
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def create_json(path: Path, data: dict[str, Any]) -> bool:
-    """Write JSON unless the file exists, in one step; return whether this call made it."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    text = json.dumps(data, indent=2) + "\n"
-    try:
-        temporary.write_text(text)
-        try:
-            os.link(temporary, path)  # fails where the name is taken, never seen half-written
-        except FileExistsError:
-            return False
-        except OSError:
-            # A file system without hard links: exclusive creation is atomic too, if not content.
-            try:
-                with path.open("x") as file:
-                    file.write(text)
-            except FileExistsError:
-                return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
+def json_text(data: dict[str, Any]) -> str:
+    """Return a description or a claim as the text that is written."""
+    return json.dumps(data, indent=2)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file.
 
     Raises:
-        DamagedRecording: no JSON, no object, or absurdly large.
+        DamagedRecording: no JSON, no object, absurdly large, or no regular file.
         RecordingError: the file cannot be read.
     """
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise DamagedRecording(path, "it is no regular file")
-        if path.stat().st_size > 64 << 20:
-            raise DamagedRecording(path, "it is larger than any such file can be")
-        data = json.loads(path.read_bytes())
+        with os.fdopen(disk.open_regular(path), "rb") as file:
+            text = file.read(_MAX_JSON + 1)
     except OSError as err:
         raise RecordingError(
             f"{path} cannot be read: {err.strerror}; check its permissions"
         ) from err
+    if len(text) > _MAX_JSON:
+        raise DamagedRecording(path, "it is larger than any such file can be")
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError):
         raise DamagedRecording(path, "it does not hold JSON") from None
     if not isinstance(data, dict):

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DamagedRecording
+from . import disk
+from .disk import PRIVATE, Access
 
 _LENGTH = struct.Struct("<Q")
 _PREAMBLE = len(_LENGTH.pack(0))
@@ -67,7 +69,9 @@ def header_room(index: int) -> int:
 class ShardWriter:
     """Appends payloads to one shard. Not thread-safe; one writer thread owns it."""
 
-    def __init__(self, final: Path, room: int, *, resume: bool = False) -> None:
+    def __init__(
+        self, final: Path, room: int, access: Access = PRIVATE, *, resume: bool = False
+    ) -> None:
         """Begin a shard, or with `resume` take up one whose writer is gone."""
         self.final = final
         self.partial = final.with_suffix(".partial")
@@ -75,13 +79,15 @@ class ShardWriter:
         self._entries: list[str] = []
         self._header_bytes = 2
         self._end = room
+        self._committed = (0, self._header_bytes, self._end)
         self._gathered: list[memoryview] = []
         self._gathered_at = 0
         self._gathered_bytes = 0
-        flags = os.O_RDWR if resume else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._file = os.open(self.partial, flags, 0o666)
-        if not resume:
-            os.ftruncate(self._file, room)
+        if resume:
+            self._file = disk.reopen(self.partial)
+        else:
+            self._file = disk.create(self.partial, access)
+            disk.truncate(self._file, room)
 
     @property
     def data_bytes(self) -> int:
@@ -105,7 +111,7 @@ class ShardWriter:
             self.write_out()
             self._gathered_at = offset
         if data.nbytes >= _GATHERED_BYTES:
-            self._write_at(offset, [data])
+            disk.write_at(self._file, offset, [data])
             self._gathered_at = offset + data.nbytes
         elif data.nbytes:
             self._gathered.append(data)
@@ -113,20 +119,9 @@ class ShardWriter:
 
     def write_out(self) -> None:
         """Write what was gathered."""
-        self._write_at(self._gathered_at, self._gathered)
+        disk.write_at(self._file, self._gathered_at, self._gathered)
         self._gathered_at += self._gathered_bytes
         self._gathered, self._gathered_bytes = [], 0
-
-    def _write_at(self, offset: int, parts: list[memoryview]) -> None:
-        """Write all of some parts, one behind the other, from an absolute offset on."""
-        while parts:
-            done = os.pwritev(self._file, parts, offset)
-            offset += done
-            while parts and done >= parts[0].nbytes:
-                done -= parts[0].nbytes
-                parts = parts[1:]
-            if parts:
-                parts = [parts[0][done:], *parts[1:]]
 
     @property
     def end(self) -> int:
@@ -164,19 +159,43 @@ class ShardWriter:
         longest = 120 + 24 * (dimensions + 1)
         return self._header_bytes + longest <= self._room - _PREAMBLE
 
-    def finish(self) -> None:
-        """Write the header and give the file its final name."""
+    def finish(self, *, durable: bool = False) -> None:
+        """Write the header and give the file its final name.
+
+        Args:
+            durable: whether its bytes are to be on the device before it gets the name.
+        """
         self.write_out()
         header = ("{" + ",".join(self._entries) + "}").encode()
         room = self._room - _PREAMBLE
-        os.ftruncate(self._file, self._end)  # drop what a payload written in vain left behind
-        self._write_at(0, [memoryview(_LENGTH.pack(room) + header.ljust(room, b" "))])
-        os.close(self._file)
-        self._file = -1
-        self.partial.rename(self.final)
+        self.trim()
+        disk.write_at(self._file, 0, [memoryview(_LENGTH.pack(room) + header.ljust(room, b" "))])
+        if durable:
+            disk.sync(self._file)
+        self.abandon()
+        disk.rename(self.partial, self.final)
+
+    def commit(self) -> None:
+        """Make what was added so far what `rollback` goes back to."""
+        self._committed = (len(self._entries), self._header_bytes, self._end)
+
+    def rollback(self) -> None:
+        """Forget what was added since the last `commit`, and cut it off."""
+        kept, self._header_bytes, self._end = self._committed
+        del self._entries[kept:]
+        self._gathered, self._gathered_bytes = [], 0
+        self.trim()
+
+    def trim(self) -> None:
+        """Cut off what a payload that was not added has left behind the last that was."""
+        disk.truncate(self._file, self._end)
+
+    def sync(self) -> None:
+        """Return when what was written is on the device."""
+        disk.sync(self._file)
 
     def abandon(self) -> None:
-        """Close the file and leave it as it is."""
+        """Close the file and leave it as it is; twice is fine."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -184,7 +203,7 @@ class ShardWriter:
     def discard(self) -> None:
         """Close and remove a shard that nothing was added to."""
         self.abandon()
-        self.partial.unlink(missing_ok=True)
+        disk.remove(self.partial)
 
 
 def read_header(path: Path) -> dict[str, Place]:
@@ -194,7 +213,7 @@ def read_header(path: Path) -> dict[str, Place]:
         DamagedRecording: the header is no header, or points outside the file.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(disk.open_regular(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(_PREAMBLE)
             if len(start) < _PREAMBLE:

@@ -59,6 +59,10 @@ def test_open_tells_world_size_ranks_and_meta(record):
         "filter": None,
         "level": "tensors",
         "max_bytes": None,
+        "min_free": None,
+        "keep_last": None,
+        "fsync": "off",
+        "access": "private",
         "staging": 256 << 20,
         "when_full": "hold",
     }
