@@ -4,8 +4,8 @@
 2. Under a wrapper that goes to the folder of reports; `Watcher` there adds up the ranks of its
    machine and says a line. Without a wrapper, rank 0 says its own.
 
-Lines, not a bar: COMMAND writes to the same terminal. They come after 1 s, 2 s, 4 s, then at most
-once a minute, and only while something is recorded.
+Lines, not a bar: COMMAND writes to the same terminal. They come after 1 s, 2 s, 4 s and so on, in
+the end once a minute, and only while something is recorded.
 """
 
 from __future__ import annotations

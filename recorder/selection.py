@@ -148,16 +148,21 @@ class Selection:
         return Selected(key, site.tags, site.text, site.recompute, seq, forward, grad and call.grad)
 
     def _site(self, call: Call, rank: int) -> _Site:
-        if rank != self._rank:  # a process group has come up
-            self._sites.clear()
-            self.ignored.clear()
-            self._rank = rank
+        if rank != self._rank:
+            with self._lock:  # a process group has come up
+                self._sites.clear()
+                self.ignored.clear()
+                self._rank = rank
         # Others may be mutable, or equal without being the same.
         plain = type(call.name) is str and _PLAIN.issuperset(map(type, call.tags.values()))
         about = call.about if plain else ()
         site = self._sites.get(about)
         if site is not None:
             return site
+        with self._lock:
+            return self._new_site(call, rank, about)
+
+    def _new_site(self, call: Call, rank: int, about: tuple[Any, ...]) -> _Site:
         if not isinstance(call.name, str):
             raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
         name = tagging.text("its name", call.name)
@@ -176,9 +181,10 @@ class Selection:
             if len(self._sites) >= _CACHED:
                 self._sites.clear()
                 self.ignored.clear()
-            self._sites[about] = site
-            if wanted is False:
-                self.ignored.add(about)
+            if rank == self._rank:
+                self._sites[about] = site
+                if wanted is False:
+                    self.ignored.add(about)
         return site
 
     def select_or_warn(

@@ -129,6 +129,7 @@ class Recorder:
         self._warnings = Warnings()
         self._gradients = GradientTaps()
         self._lock = threading.RLock()
+        self._closing = threading.RLock()
         self._claim: Claim | None = None
         self._writer: Writer | None = None
         self._closed = False
@@ -221,6 +222,10 @@ class Recorder:
         if os.getpid() != self._pid:
             return  # a forked child's exit is not ours
         deactivate(self)
+        with self._closing:  # a signal may close this too: whoever comes second waits
+            self._close()
+
+    def _close(self) -> None:
         with self._lock:
             if self._closed or self.state in ("new", "refused"):
                 return
@@ -354,10 +359,9 @@ class Recorder:
         """Say once that the job taps faster than can be written, and what to do about it."""
         tapped = format_size(progress.staged / max(progress.seconds - progress.held, 1e-3))
         written = format_size(progress.written / max(progress.seconds, 1e-3))
-        room = format_size(self._staging)
         rates = (
-            f"the job taps {tapped}/s and {written}/s are written, so the staging memory "
-            f"({room}) is full"
+            f"the job taps {tapped}/s and {written}/s are written, so what waits fills the staging "
+            f"memory ({format_size(self._staging)}) or is half a second old"
         )
         advice = "record less with --filter or --level stats, or give more room with --staging"
         if self._when_full == "hold":

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -75,22 +75,32 @@ class Part:
 
 
 class Staging:
-    """A ring of bytes. Any thread may put and release.
+    """A ring of bytes. One thread at a time may put, any may release.
+
+    Whoever puts gives the part its payload before the next put: one without was interrupted.
 
     While nothing waits, the ring starts over at its warm beginning.
 
     Args:
         budget: its size in bytes.
         copies: brings tensors from devices; see `device.py`.
+        on_short: called when there is no room, before it is waited for or given up on.
     """
 
-    def __init__(self, budget: int, copies: DeviceCopies | None = None) -> None:
+    def __init__(
+        self,
+        budget: int,
+        copies: DeviceCopies | None = None,
+        on_short: Callable[[], None] | None = None,
+    ) -> None:
         self.budget = max(4 * _ALIGNMENT, budget)
         self.backlog = 0
         self.held_seconds = 0.0
         self._copies = copies or DeviceCopies()
+        self._on_short = on_short
         self._room = threading.Condition(threading.Lock())
         self._waiting: deque[Part] = deque()
+        self._last: Part | None = None
         self._head = 0
         self._closed = False
         self._bytes, self._arena, self._address = _allocate(self.budget)
@@ -126,12 +136,7 @@ class Staging:
             return part
         flat = self._arena[part.offset : part.offset + nbytes]
         into = flat.view(bits.dtype).view(bits.shape)
-        try:
-            part.arrival = self._copies.start(bits, into, self._arena)
-        except BaseException:
-            part.users = 1
-            self.release([part])
-            raise
+        part.arrival = self._copies.start(bits, into, self._arena)
         return part
 
     def view(self, part: Part) -> memoryview:
@@ -147,12 +152,15 @@ class Staging:
         with self._room:
             for part in parts:
                 part.users -= 1
-            freed = False
-            while self._waiting and self._waiting[0].users <= 0:
-                self.backlog -= self._waiting.popleft().size
-                freed = True
-            if freed:
-                self._room.notify_all()
+            self._free_released()
+
+    def _free_released(self) -> None:
+        freed = False
+        while self._waiting and self._waiting[0].users <= 0:
+            self.backlog -= self._waiting.popleft().size
+            freed = True
+        if freed:
+            self._room.notify_all()
 
     def warm_up(self, largest: int) -> None:
         """Touch the whole ring, once, behind the job's back: a fresh page costs more than a copy.
@@ -182,14 +190,26 @@ class Staging:
             self._room.notify_all()
 
     def free(self) -> None:
-        """Undo what was done to the memory; no copy may be under way, and none may follow."""
+        """Let go of the memory, once every copy into it has ended; none may follow."""
         self.close()
+        with self._room:
+            for part in self._waiting:
+                part.wait()
+            self._waiting.clear()
         self._copies.close(self._arena)
+        self._bytes, self._arena = memoryview(b""), self._arena[:0].clone()
 
     def _reserve(self, nbytes: int, users: int, hold: bool) -> Part | None:
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT or _ALIGNMENT
         with self._room:
+            if self._last is not None and self._last.payload is None:
+                # An interrupt came before anybody took it on; nobody will release it.
+                self._last.wait()
+                self._last.users = 0
+                self._free_released()
             offset = self._find(size)
+            if offset is None and self._on_short is not None:
+                self._on_short()
             if offset is None and hold and not self._closed:
                 started = time.perf_counter()
                 while offset is None and not self._closed:
@@ -199,6 +219,7 @@ class Staging:
             if self._closed or offset is None:
                 return None
             part = Part(offset, nbytes, size, users)
+            self._last = part
             self._waiting.append(part)
             self.backlog += size
             self._head = offset + size

@@ -13,6 +13,8 @@ Not thread-safe; a `Writer`'s thread owns it. Known limit: equal bytes are recog
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -42,6 +44,7 @@ SHARD_BYTES = 1 << 30
 _ROWS_A_SHARD = 8_192  # values and repeats need no header room, but rows need memory to seal
 _REMEMBERED = 1 << 15
 _MEASURED_EVERY = 1 << 20  # bytes between two looks at the room on the disk
+_COPIED_BYTES = 8 << 20
 _RING_BYTES = 4 << 20  # a shard of the last steps is sealed at the end of a step
 _RING_SECONDS = 0.25
 
@@ -82,6 +85,9 @@ class Payload:
         nbytes: how many bytes it has in all.
         statistics: gathered so far; of use to whoever gathers them alone.
         is_safe: whether its row is in the journal.
+
+    Of one that comes in parts: the digest so far and those of its beginnings; where another begins
+    with the same bytes; how many were written, or need not be; the limit it would exceed.
     """
 
     row: dict[str, Any]
@@ -91,7 +97,10 @@ class Payload:
     statistics: Any = None
     is_safe: bool = False
     _hash: Any = field(default=None, repr=False)
+    _beginnings: list[int] = field(default_factory=list, repr=False)
+    _known: int = 0
     _written: int = 0
+    _refused: str | None = None
 
 
 class _Steps(NamedTuple):
@@ -156,6 +165,7 @@ class Store:
         self._unsafe: list[Payload] = []
         self._journaled = 0
         self._known = Recent(_REMEMBERED)
+        self._beginnings = Recent(_REMEMBERED)
         self._unmeasured = _MEASURED_EVERY
         self._step = 0
         self._opened = 0.0
@@ -183,7 +193,7 @@ class Store:
         else:
             payload._hash = payload._hash or xxhash.xxh3_128()
             payload._hash.update(data)
-            number = payload._hash.intdigest() if last else 0
+            number = payload._hash.intdigest()
         known = None
         if last:
             row = payload.row
@@ -193,7 +203,7 @@ class Store:
             known = self._known.get(number << 64 | payload.nbytes)
         self._open()
         if self._limits.keeps_payloads and known is None:
-            self._write(payload, data, last)
+            self._write(payload, data, last, number)
         if not last:
             return
         if self._limits.keeps_payloads:
@@ -295,11 +305,10 @@ class Store:
                 self._seal()
         except Exception:
             pass  # the disk is at fault; readers understand the journal as it is
-        finally:
-            if shard is not None:
-                shard.abandon()
-            if journal is not None:
-                journal.close()
+        for file in (shard, journal):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
 
     @property
     def _first_kept(self) -> int:
@@ -329,7 +338,8 @@ class Store:
             disk.sync_folder(self._folder)
         if self._limits.keep_last is not None:
             self._sealed.append(_Sealed(self._index, self._steps, nbytes))
-            self._known = Recent(_REMEMBERED)  # what a shard refers to must not go before it
+            # What a shard refers to must not go before it.
+            self._known, self._beginnings = Recent(_REMEMBERED), Recent(_REMEMBERED)
         self._shard, self._journal, self._journaled = None, None, 0
         self._steps = _NO_STEPS
         self._index += 1
@@ -365,15 +375,49 @@ class Store:
         if not first <= step <= last:
             self._steps = _Steps(min(first, step), max(last, step))
 
-    def _write(self, payload: Payload, data: memoryview, last: bool) -> None:
+    def _write(self, payload: Payload, data: memoryview, last: bool, number: int) -> None:
+        """Write a payload, or the next part of one, up to which all of it has a digest.
+
+        As long as the parts are those that another payload began with, they are not written: if
+        that goes on to the end, they need not be.
+        """
         assert self._shard is not None  # `_open` made it
-        reason = self._reached(payload, data.nbytes)
-        if reason is not None:
+        payload._refused = payload._refused or self._reached(payload, data.nbytes)
+        if payload._refused is not None:
             if last:
-                raise LimitReached(f"{reason} at {payload.row['name']!r}")
+                raise LimitReached(f"{payload._refused} at {payload.row['name']!r}")
             return  # it may prove to be known
-        self._shard.write(payload._written, data)
-        payload._written += data.nbytes
+        before, end = payload._written, payload._written + data.nbytes
+        payload._written = end
+        if not last and (before == 0 or payload._known):
+            known = self._beginnings.get(number << 64 | end)
+            if known is not None:
+                payload._known = known
+                return
+        if payload._known:
+            self._copy_beginning(payload._known, before)
+            payload._known = 0
+        self._shard.write(before, data)
+        if not last:
+            payload._beginnings.append(number << 64 | end)
+
+    def _copy_beginning(self, known: int, nbytes: int) -> None:
+        """Write the bytes that a payload turned out to share with an earlier one only at first."""
+        assert self._shard is not None  # `_open` made it
+        self._shard.write_out()
+        index, offset = known >> 64, known & (1 << 64) - 1
+        path = self._folder / f"{stem(self._attempt, index)}.safetensors"
+        file = disk.open_regular(path if index != self._index else self._shard.partial)
+        try:
+            for at in range(0, nbytes, _COPIED_BYTES):
+                size = min(_COPIED_BYTES, nbytes - at)
+                piece = os.pread(file, size, offset + at)
+                if len(piece) < size:
+                    raise OSError(0, "a shard is shorter than it was")
+                self._shard.write(at, memoryview(piece))
+                self._shard.write_out()
+        finally:
+            os.close(file)
 
     def _reached(self, payload: Payload, nbytes: int) -> str | None:
         """Return the limit that a payload would exceed, of which `nbytes` are at hand."""
@@ -404,6 +448,8 @@ class Store:
             )
             payload.row["offset"] = place.offset
             self.bytes += payload.nbytes
+            for beginning in payload._beginnings:
+                self._beginnings.put(beginning, self._index << 64 | place.offset)
             known = self._index << 64 | tensor
             self._known.put(number << 64 | payload.nbytes, known)
         index, tensor = known >> 64, known & (1 << 64) - 1

@@ -57,12 +57,9 @@ class Summaries:
 
     def take(self) -> list[tuple[Payload, dict[str, Any]]]:
         """Return what is finished and was not taken before, of payloads whose rows are safe."""
-        taken: list[tuple[Payload, dict[str, Any]]] = []
-        early: list[tuple[Payload, dict[str, Any]]] = []
-        while self._found:
-            payload, found = self._found.popleft()
-            (taken if payload.is_safe else early).append((payload, found))
-        self._found.extendleft(reversed(early))
+        taken = []
+        while self._found and self._found[0][0].is_safe:  # they became so in the same order
+            taken.append(self._found.popleft())
         return taken
 
     def wait(self) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+from . import signals
 from .call import Call, Session
 from .diagnostics import say
 from .errors import GraftError, ReplayError
@@ -293,6 +294,8 @@ def activate(session: Session) -> None:
     global _active
     with _guard:
         _active = tuple(sorted((*_active, session), key=lambda s: s.order))
+    if session.order >= 0:
+        signals.guard(_close_all)
 
 
 def deactivate(session: Session) -> None:
@@ -300,6 +303,15 @@ def deactivate(session: Session) -> None:
     global _active
     with _guard:
         _active = tuple(s for s in _active if s is not session)
+        last = all(s.order < 0 for s in _active)
+    if last:
+        signals.release()
+
+
+def _close_all() -> None:
+    """Close every session, the one that sees a tap last first."""
+    for session in reversed(_active):
+        session.close()
 
 
 def active_sessions() -> tuple[Session, ...]:
@@ -329,6 +341,8 @@ def _open_waiting() -> None:
                     opened = _opened()
                     kept = (s for s in _active if s is not session)
                     _active = tuple(sorted((*kept, *opened), key=lambda s: s.order))
+                    if opened:
+                        signals.guard(_close_all)
         finally:
             _opening = False
 

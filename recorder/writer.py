@@ -39,6 +39,7 @@ _GATHER_SECONDS = 0.05  # lets a burst of taps pass before work begins beside it
 _BATCH_BYTES = 32 << 20  # what is made safe in one go
 _OLDEST_SECONDS = 0.6  # taps wait, or are dropped, while something older than this is not yet safe
 _RELEASED_BYTES = 4 << 20
+_RELEASED_PARTS = 512
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 _RATE_SECONDS = 1.0
 _COMPLETED = "completed"  # the row of a part that is no record, but the end of a step
@@ -79,7 +80,7 @@ class Writer:
         self._published = time.monotonic()
         self._hold = when_full == "hold"
         self._wake = threading.Condition(threading.Lock())
-        self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES))
+        self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES), on_short=self._hurry)
         self._store = Store(folder, attempt, limits)
         self._summaries = Summaries(self._staging, self._nudge) if statistics else None
         self._users = 1 if self._summaries is None else 2
@@ -174,27 +175,13 @@ class Writer:
                     part = self._staging.put_bytes(0, 0, 1, hold=True)
                     self._put(part, Payload({_COMPLETED: completed}, None, (), 0))
 
-    def close(self, seconds: float | None = None) -> bool:
-        """Write what is queued, seal the shard and end the threads; twice is fine.
-
-        Args:
-            seconds: how long to wait for that at most.
-
-        Returns:
-            Whether it was done in that time.
-        """
-        ends = math.inf if seconds is None else time.monotonic() + seconds
-        # Whoever is in there has queued all of his payload.
-        if not self._submitting.acquire(timeout=-1 if seconds is None else seconds):
-            return False
-        self._closing = True
-        self._submitting.release()
+    def close(self) -> None:
+        """Write what is queued, seal the shard and end the threads; twice is fine."""
+        with self._submitting:  # whoever is in there has queued all of his payload
+            self._closing = True
         self._nudge()
-        self._thread.join(None if seconds is None else max(0.0, ends - time.monotonic()))
-        if self._thread.is_alive():
-            return False
+        self._thread.join()
         self._importing.join()
-        return True
 
     def _put(
         self, part: Part | None, payload: Payload, first: bool = True, last: bool = True
@@ -247,6 +234,11 @@ class Writer:
         on_full, self._on_full = self._on_full, None
         on_full(self.progress())
 
+    def _hurry(self) -> None:
+        """Let the thread begin: there is no more room, and whoever submits is about to wait."""
+        if self._gathering:
+            self._nudge()
+
     def _nudge(self) -> None:
         with self._wake:
             self._wake.notify()
@@ -260,6 +252,7 @@ class Writer:
                 self._staging.warm_up(self._largest)
             self._settle_statistics()
             self._store.close()
+            self._publish()
         except LimitReached as err:
             self._stop("stopped", str(err))
         except OSError as err:
@@ -272,10 +265,8 @@ class Writer:
             if self._summaries is not None:
                 self._summaries.close()
             with self._submitting:
-                for part in self._queue:
-                    part.wait()  # its copy may be under way
                 self._queue.clear()
-            self._staging.free()
+                self._staging.free()
 
     def _gather(self) -> bool:
         """Sleep until there is work, and until a burst has passed; return False at the end."""
@@ -288,7 +279,8 @@ class Writer:
                 self._gathering = True
                 self._wake.wait(_GATHER_SECONDS)
                 self._gathering = False
-        return bool(self._queue) or not self._closing
+        # In this order: once it is closing, all that comes is in the queue.
+        return not self._closing or bool(self._queue)
 
     @property
     def _has_statistics(self) -> bool:
@@ -312,7 +304,7 @@ class Writer:
             self._store_part(part)
             stored.append(part)
             size += part.nbytes
-            if size >= _RELEASED_BYTES:
+            if size >= _RELEASED_BYTES or len(stored) >= _RELEASED_PARTS:
                 self._store.write_out()
                 self._staging.release(stored)
                 stored, size = [], 0
@@ -337,10 +329,8 @@ class Writer:
 
     def _flush(self) -> None:
         self._store.flush()
-        now = time.monotonic()
-        if self._on_progress is not None and now - self._published >= SECONDS:
-            self._published = now
-            self._on_progress(self.progress())
+        if time.monotonic() - self._published >= SECONDS:
+            self._publish()
         if self._summaries is None:
             return
         if self._summaries.error is not None:
@@ -348,6 +338,11 @@ class Writer:
         for payload, found in self._summaries.take():
             self._store.add_statistics(payload, found)
         self._store.flush()
+
+    def _publish(self) -> None:
+        if self._on_progress is not None:
+            self._published = time.monotonic()
+            self._on_progress(self.progress())
 
     def _settle_statistics(self) -> None:
         """Wait for the statistics of what was stored, and store them."""
@@ -373,10 +368,12 @@ class Writer:
         self._staging.close()
         if self._summaries is not None:
             self._summaries.give_up()
-        self._store.salvage()
-        with self._caught_up:
-            self._caught_up.notify_all()
-        self._on_stop(state, reason)
+        try:
+            self._store.salvage()
+        finally:
+            with self._caught_up:
+                self._caught_up.notify_all()
+            self._on_stop(state, reason)
 
 
 def _import_polars() -> None:

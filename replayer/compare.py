@@ -142,7 +142,8 @@ def _wide_memory(device: torch.device, size: int) -> torch.Tensor:
         return torch.empty(2 * size, dtype=torch.float64, device=device)
     kept: torch.Tensor | None = getattr(_memory, "wide", None)
     if kept is None or kept.numel() < 2 * size:
-        kept = _memory.wide = torch.empty(2 * size, dtype=torch.float64, device=device)
+        with torch.inference_mode(False):  # else it could be used under that mode alone
+            kept = _memory.wide = torch.empty(2 * size, dtype=torch.float64, device=device)
     return kept
 
 

@@ -100,14 +100,13 @@ def append(file: int, data: bytes | memoryview) -> None:
 
 def write_at(file: int, offset: int, parts: Sequence[memoryview]) -> None:
     """Write all of some parts, one behind the other, from an absolute offset on."""
-    while parts:
+    left = sum(part.nbytes for part in parts)
+    while left:
         done = os.pwritev(file, parts, offset)
-        offset += done
-        while parts and done >= parts[0].nbytes:
-            done -= parts[0].nbytes
-            parts = parts[1:]
-        if parts:
-            parts = [parts[0][done:], *parts[1:]]
+        left -= done
+        if left:  # rare: the disk is full, or a signal came
+            offset += done
+            parts = [memoryview(b"".join(parts))[done:]]
 
 
 def truncate(file: int, size: int) -> None:

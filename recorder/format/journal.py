@@ -50,9 +50,9 @@ class Journal:
 
     def close(self) -> None:
         """Close the file; twice is fine."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

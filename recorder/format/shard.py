@@ -172,7 +172,7 @@ class ShardWriter:
         disk.write_at(self._file, 0, [memoryview(_LENGTH.pack(room) + header.ljust(room, b" "))])
         if durable:
             disk.sync(self._file)
-        self.abandon()
+        self.close()
         disk.rename(self.partial, self.final)
 
     def commit(self) -> None:
@@ -194,15 +194,15 @@ class ShardWriter:
         """Return when what was written is on the device."""
         disk.sync(self._file)
 
-    def abandon(self) -> None:
+    def close(self) -> None:
         """Close the file and leave it as it is; twice is fine."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
     def discard(self) -> None:
         """Close and remove a shard that nothing was added to."""
-        self.abandon()
+        self.close()
         disk.remove(self.partial)
 
 

@@ -3,7 +3,8 @@
     python tests/benchmarks/run.py [--quick] [--only NAME ...] [--json FILE]
         [--markdown FILE] [--dir DIR]
 
-Every figure is the median of repeats that take turns with its peer's, in one run on one machine.
+Every time is the median of repeats that take turns with its peer's, in one run on one machine;
+bytes on disk and in memory are taken once.
 """
 
 from __future__ import annotations
