@@ -13,7 +13,7 @@ import functools
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -106,9 +106,19 @@ _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 
 def plainly() -> AbstractContextManager[Any]:
-    """Work on plain tensors even where the job has a dispatch mode on, such as FakeTensorMode."""
-    if torch._C._len_torch_dispatch_stack() == 0:
-        return _AS_IT_IS
+    """Work on plain tensors even where the job has a mode on, such as FakeTensorMode."""
+    dispatched = torch._C._len_torch_dispatch_stack()
+    if torch._C._is_torch_function_mode_enabled():
+        if not dispatched:
+            return torch._C.DisableTorchFunction()
+        both = ExitStack()
+        both.enter_context(torch._C.DisableTorchFunction())
+        both.enter_context(_undispatched())
+        return both
+    return _undispatched() if dispatched else _AS_IT_IS
+
+
+def _undispatched() -> AbstractContextManager[Any]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     return _disable_current_modes()
@@ -136,11 +146,27 @@ def check(tensor: torch.Tensor) -> None:
         )
     if tensor.device.type == "meta":
         raise CaptureError("it is on the meta device and has no elements")
+    if not has_memory(tensor):
+        raise CaptureError(
+            "its memory was freed, as FSDP frees parameters that are sharded; tap it earlier"
+        )
     if is_capturing(tensor):
         raise CaptureError(
             "a CUDA graph is being captured, and a copy made now would be replayed with it; "
             "tap outside the captured region, or run this job without CUDA graphs"
         )
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor's elements lie inside its storage."""
+    if tensor.numel() == 0:
+        return True
+    end = tensor.storage_offset() + 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        end += (size - 1) * stride
+    if tensor.untyped_storage().nbytes() < end * tensor.element_size():
+        return False
+    return tensor.device.type not in ("cpu", "cuda") or tensor.data_ptr() != 0
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -156,6 +182,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not (tensor.is_neg() or tensor.is_quantized or tensor.is_nested)
         and not (tensor.dtype.is_complex and tensor.is_conj())
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and has_memory(tensor)
     )
 
 

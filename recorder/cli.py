@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .options import (
     note,
     text_of,
 )
-from .progress import Watcher
+from .progress import Progress, Watcher, read_progress
 from .reports import read_reports
 from .sizes import count, format_size
 
@@ -145,7 +146,7 @@ def record(
         with Watcher(reports, note):
             status = launch.run(command, env)
         found = [r for r in read_reports(reports) if r.get("session") == "GRAFT_RECORD"]
-    trusted = conclude(run, env["GRAFT_JOB"], found, filter)
+        trusted = conclude(run, env["GRAFT_JOB"], found, filter, read_progress(reports))
     sys.exit(status if status else 0 if trusted else UNTRUSTED)
 
 
@@ -176,7 +177,13 @@ def prepare(folder: Path, overwrite: bool, access: str = "private") -> None:
         raise RecordingError(f"{folder} cannot be written; choose a folder you may write to")
 
 
-def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter | None) -> bool:
+def conclude(
+    run: str,
+    job: str,
+    reports: list[dict[str, Any]],
+    filter: Filter | None,
+    progress: Mapping[tuple[int, int], Progress],
+) -> bool:
     """Say how a recording ended; return whether it is to be trusted."""
     claims = _claims_of(Path(run), job)
     wrong = {
@@ -189,6 +196,8 @@ def conclude(run: str, job: str, reports: list[dict[str, Any]], filter: Filter |
         note(f"not to be trusted, {line}")
     for one in claims:
         if one.get("state") == "running":
+            last = progress.get((one["rank"], one.get("pid") or 0))
+            one["dropped"] = last.dropped if last else 0
             _tell_open(Path(run), one, reports)
     rows = sum(c.get("rows", 0) for c in claims)
     nbytes = sum(c.get("bytes", 0) for c in claims)
@@ -329,6 +338,59 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
         report.print_records(rows, _width())
     if why:
         note(why)
+
+
+@click.command("verify", short_help="Check every shard and every tensor of a recording.")
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--repair",
+    "out",
+    metavar="OUT",
+    help="Write what is whole to the folder OUT, as a recording of its own.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: an object.")
+@expected_errors
+def verify(run: str, out: str | None, as_json: bool) -> None:
+    """Check a recording: the manifest, the structure of each shard, the digest of each tensor.
+
+    Names every damaged record, rank by rank. Ends with 0 if all is whole, else with 1.
+
+    \b
+    Example:
+      graft verify runs/base --repair runs/whole
+    """
+    from . import report
+    from .format.recording import Recording
+    from .verify import Checker, RankReport, repair
+
+    checker = Checker(run, keep=out is not None)
+    found: list[RankReport] = []
+
+    def tell(one: RankReport) -> None:
+        one.whole.clear()  # written by now, and there may be many
+        found.append(one)
+        if not as_json:
+            report.print_rank_check(one)
+
+    written = None
+    with report.bar(checker.nbytes, "verifying") as checker.progress:
+        if out is None:
+            for one in checker.ranks():
+                tell(one)
+        else:
+            where = disk.access_of(Path(run))
+            written = repair(checker, Path(out), tell, where)
+    whole = not any(one.problems for one in found)
+    if as_json:
+        click.echo(json.dumps(report.check_as_dict(checker, found, out, written), indent=2))
+    else:
+        report.print_check(checker, found, out, written)
+    if whole:
+        for line in report.incomplete_lines(Recording.open(run)):
+            note(line)
+    elif out is None:
+        note(f"keep what is whole with: graft verify {run} --repair OUT")
+    sys.exit(0 if whole else 1)
 
 
 def _width() -> int:

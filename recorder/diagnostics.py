@@ -20,6 +20,8 @@ def say(message: str, where: str = "") -> None:
     """Write one diagnostic line to stderr: `[graft rank=3 step=7] ...`."""
     prefix = f"[graft {where}]" if where else "[graft]"
     text = " ".join(message.split("\n"))
+    if sys.stderr is None:  # closed before Python began
+        return
     try:
         sys.stderr.write(f"{prefix} {printable(text)}\n")
         sys.stderr.flush()

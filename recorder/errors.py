@@ -8,6 +8,7 @@ GraftError                     every expected failure; the command line prints i
 |   +-- RecordingExists        the folder, or this rank's place in it, is taken
 |   +-- UnsupportedVersion     written by a format this version does not read
 |   +-- DamagedRecording       a file does not hold what it should
+|   +-- MixedRecordings        a folder of another recording has got in
 |   +-- NoSuchRecord           no record under that key; carries the nearest ones
 +-- CaptureError               a value that cannot be recorded faithfully
 |   +-- BadTag                 a name or tag that cannot be part of a key
@@ -91,7 +92,22 @@ class DamagedRecording(RecordingError):
 
     def __init__(self, path: object, fact: str) -> None:
         self.path, self.fact = path, fact
-        super().__init__(f"{path} is damaged: {fact}; record again, or restore it from a copy")
+        super().__init__(
+            f"{path} is damaged: {fact}; restore it from a copy, or keep what is whole with: "
+            "graft verify RUN --repair OUT"
+        )
+
+
+class MixedRecordings(RecordingError):
+    """A rank's folder is part of another recording."""
+
+    def __init__(self, path: object, got: object, expected: object) -> None:
+        self.path, self.got, self.expected = path, got, expected
+        super().__init__(
+            f"{path} is part of another recording (got {got!r}, expected {expected!r}): two "
+            "recordings are mixed up here; bring together folders of one job only, and give its "
+            "machines one GRAFT_JOB if they record into folders of their own"
+        )
 
 
 class NoSuchRecord(RecordingError):

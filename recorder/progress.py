@@ -36,6 +36,7 @@ class Progress:
         staged: bytes of payload taken so far, repeats included.
         waiting: bytes of these that wait to be written.
         dropped: taps left out because there was no room.
+        dropped_bytes: their bytes.
         seconds: since the first of them.
         held: seconds in which the job waited for room.
     """
@@ -43,6 +44,7 @@ class Progress:
     staged: int = 0
     waiting: int = 0
     dropped: int = 0
+    dropped_bytes: int = 0
     seconds: float = 0.0
     held: float = 0.0
 
@@ -57,6 +59,7 @@ class Progress:
             self.staged + other.staged,
             self.waiting + other.waiting,
             self.dropped + other.dropped,
+            self.dropped_bytes + other.dropped_bytes,
             max(self.seconds, other.seconds),
             max(self.held, other.held),
         )
@@ -120,6 +123,18 @@ class Publisher:
             self._path = None  # the wrapper is gone
 
 
+def read_progress(folder: Path) -> dict[tuple[int, int], Progress]:
+    """Return how far the ranks that report to a folder are, by rank and process id."""
+    found = {}
+    for path in folder.glob("*" + _SUFFIX):
+        rank, _, pid = path.name.removesuffix(_SUFFIX).partition("-")
+        try:
+            found[int(rank), int(pid)] = Progress(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            continue  # just being replaced
+    return found
+
+
 class Watcher:
     """Says lines of progress for all ranks that report to a folder, from a thread of its own."""
 
@@ -142,13 +157,7 @@ class Watcher:
     def _run(self) -> None:
         teller = Teller(self._say)
         while not self._end.wait(SECONDS):
-            total = Progress()
-            for path in self._folder.glob("*" + _SUFFIX):
-                try:
-                    total += Progress(**json.loads(path.read_text()))
-                except (OSError, ValueError, TypeError):
-                    continue  # just being replaced
-            teller.tell(total)
+            teller.tell(sum(read_progress(self._folder).values(), Progress()))
 
 
 def is_terminal() -> bool:

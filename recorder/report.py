@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .diagnostics import printable
 from .filters import Filter
 from .format.recording import Recording
 from .format.rows import matching, parse_tags
+from .progress import is_terminal
 from .sizes import count, format_size
 from .tags import label
 
@@ -18,7 +21,10 @@ if TYPE_CHECKING:
     import polars as pl
     from rich.table import Table
 
+    from .verify import Checker, RankReport
 
+
+_LINES = 16
 _NARROW = 72  # columns of a terminal in which names still fit beside statistics
 
 
@@ -110,6 +116,19 @@ def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def incomplete_lines(recording: Recording) -> list[str]:
+    """Return a line for each group of ranks whose records end early for the same reason."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for one in recording.incomplete():
+        groups.setdefault((one.step, one.reason), []).append(one.rank)
+    lines = [
+        f"incomplete from step {step} on: rank {_span(ranks)} {reason}"
+        for (step, reason), ranks in groups.items()
+    ]
+    more = len(lines) - _LINES
+    return lines if more <= 0 else [*lines[:_LINES], f"... and {count(more, 'more such line')}"]
+
+
 def print_taps(
     recording: Recording, rows: pl.DataFrame, found: list[dict[str, Any]], width: int
 ) -> None:
@@ -135,6 +154,8 @@ def print_taps(
         soft_wrap=True,
     )
     console.print(printable(f"command: {command}"), soft_wrap=True)
+    for line in incomplete_lines(recording):
+        console.print(printable(line), soft_wrap=True)
     if not found:
         return
     columns = ["tap", "ranks", "steps", "records", "dtype and shape", "bytes"]
@@ -241,3 +262,74 @@ def _number(value: float | None) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 24 else text[:21] + "..."
+
+
+@contextmanager
+def bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes on stderr while it is a terminal; yields what to call with more."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not is_terminal(), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
+
+
+def print_rank_check(one: RankReport) -> None:
+    """Print what was found of one rank: a line for each problem, then one for all."""
+    console = _console(200)
+    for problem in one.problems:
+        console.print(printable(str(problem)), soft_wrap=True)
+    verdict = "whole"
+    if one.problems:
+        verdict = f"{count(one.damaged, 'record')} damaged, {count(len(one.problems), 'problem')}"
+    console.print(
+        f"rank {one.rank}: {count(one.records, 'record')}, {format_size(one.nbytes)} checked, "
+        f"{verdict}",
+        soft_wrap=True,
+    )
+
+
+def print_check(
+    checker: Checker, found: list[RankReport], out: str | None, written: int | None
+) -> None:
+    """Print what a check of all ranks came to."""
+    console = _console(200)
+    records, damaged = sum(r.records for r in found), sum(r.damaged for r in found)
+    nbytes = sum(r.nbytes for r in found)
+    problems = sum(len(r.problems) for r in found)
+    verdict = (
+        f"{count(damaged, 'record')} damaged, {count(problems, 'problem')}" if problems else "whole"
+    )
+    console.print(
+        printable(
+            f"{checker.path}: {count(len(found), 'rank')}, {count(records, 'record')}, "
+            f"{format_size(nbytes)} checked: {verdict}"
+        ),
+        soft_wrap=True,
+    )
+    if out is not None:
+        console.print(printable(f"{out}: {count(written or 0, 'record')} written"), soft_wrap=True)
+
+
+def check_as_dict(
+    checker: Checker, found: list[RankReport], out: str | None, written: int | None
+) -> dict[str, Any]:
+    """Return a check as an object for JSON."""
+    return {
+        "run": str(checker.path),
+        "whole": not any(one.problems for one in found),
+        "ranks": [
+            {
+                "rank": one.rank,
+                "records": one.records,
+                "damaged": one.damaged,
+                "nbytes": one.nbytes,
+                "problems": [asdict(problem) for problem in one.problems],
+            }
+            for one in found
+        ],
+        "repaired": None if out is None else {"run": out, "records": written},
+    }

@@ -46,6 +46,8 @@ from .tags import text
 from .tap import activate, deactivate
 from .writer import DEFAULT_BUDGET, FEW, Writer
 
+_MOST_STAGING = 1 << 50
+
 
 class Recorder:
     """Records every tap of this process while it is open.
@@ -121,6 +123,8 @@ class Recorder:
         self._access = access
         self._overwrite = overwrite
         self._staging = parse_size(staging)
+        if self._staging > _MOST_STAGING:
+            raise UsageError(f"staging is {staging!r}, more than any machine has; try 1GiB")
         self._when_full = when_full
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
@@ -229,7 +233,6 @@ class Recorder:
         with self._lock:
             if self._closed or self.state in ("new", "refused"):
                 return
-            self._closed = True
             # A rank that tapped was there, whatever was selected; so was one asked for by name.
             if self.state == "running" and (self._selection.names_seen or not self._lazy):
                 self._ensure_claim()
@@ -239,6 +242,7 @@ class Recorder:
             if self.state == "running":
                 self.state = "complete"
         self._settle()
+        self._closed = True  # now: what an interrupt leaves undone, the next call does
         dropped = self.progress().dropped
         if dropped and "GRAFT_REPORTS" not in os.environ:
             self._say(f"{count(dropped, 'tap')} dropped: nothing more could be staged")
@@ -330,26 +334,34 @@ class Recorder:
             return True
         with self._lock:
             if self._writer is None and self._ensure_claim() and self._claim is not None:
-                share = self._max_bytes
-                self._writer = Writer(
-                    self._claim.folder,
-                    self._claim.attempt,
-                    Limits(
-                        keeps_payloads=self._level == "tensors",
-                        max_bytes=None if share is None else share // self._rank.world_size,
-                        min_free=self._min_free,
-                        keep_last=self._keep_last,
-                        fsync=self._fsync,
-                        access=ACCESS[self._access],
-                    ),
-                    statistics=self._level != "digests",
-                    budget=self._staging,
-                    when_full=self._when_full,
-                    on_stop=self._end,
-                    on_full=self._tell_full,
-                    on_progress=Publisher(self._rank.rank, self._say).publish,
-                )
+                self._start_writer(self._claim)
             return self._writer is not None
+
+    def _start_writer(self, claim: Claim) -> None:
+        share = self._max_bytes
+        try:
+            self._writer = Writer(
+                claim.folder,
+                claim.attempt,
+                Limits(
+                    keeps_payloads=self._level == "tensors",
+                    max_bytes=None if share is None else share // self._rank.world_size,
+                    min_free=self._min_free,
+                    keep_last=self._keep_last,
+                    fsync=self._fsync,
+                    access=ACCESS[self._access],
+                ),
+                statistics=self._level != "digests",
+                budget=self._staging,
+                when_full=self._when_full,
+                on_stop=self._end,
+                on_full=self._tell_full,
+                on_progress=Publisher(self._rank.rank, self._say).publish,
+            )
+        except (OSError, MemoryError, RuntimeError, OverflowError) as err:
+            room = format_size(self._staging)
+            reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
+            self._end("failed", f"{room} of staging memory: {reason}; give less with --staging")
 
     def progress(self) -> Progress:
         """Return how far the recording is: bytes taken, bytes that wait, taps dropped."""
@@ -357,7 +369,9 @@ class Recorder:
 
     def _tell_full(self, progress: Progress) -> None:
         """Say once that the job taps faster than can be written, and what to do about it."""
-        tapped = format_size(progress.staged / max(progress.seconds - progress.held, 1e-3))
+        tapped = format_size(
+            (progress.staged + progress.dropped_bytes) / max(progress.seconds - progress.held, 1e-3)
+        )
         written = format_size(progress.written / max(progress.seconds, 1e-3))
         rates = (
             f"the job taps {tapped}/s and {written}/s are written, so what waits fills the staging "
@@ -385,11 +399,10 @@ class Recorder:
         try:
             if self._writer is None:
                 return
-            if is_plain(value) and value.nbytes <= FEW:
-                row = self._row(call, selected, kind)
-                self._writer.submit_plain(row, value)
-                return
             with plainly():
+                if is_plain(value) and value.nbytes <= FEW:
+                    self._writer.submit_plain(self._row(call, selected, kind), value)
+                    return
                 local, placements = local_part(value)
                 bits = as_bits(local)
                 row = self._row(call, selected, kind)

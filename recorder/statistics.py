@@ -93,6 +93,8 @@ class Statistics:
         self._max = -math.inf
         self._nan = 0
         self._inf = 0
+        self._scale = 1.0  # of mean, m2 and squares: those of huge and tiny values leave float64
+        self._top = 0.0
 
     def add(self, raw: torch.Tensor) -> None:
         """Take in bytes of the payload, a whole number of elements, as a tensor of uint8."""
@@ -107,9 +109,10 @@ class Statistics:
         moments = _moments(values, self._wide, values.dtype in _ORDERED)
         for chunk, low, high, total, squares in zip(chunks, *moments.tolist(), strict=True):
             n = chunk.numel()
-            if not (math.isfinite(low) and math.isfinite(high)):
+            top = max(abs(low), abs(high))
+            if not math.isfinite(top):
                 self._add_finite(chunk)
-            elif squares and not n * squares - total * total > _CANCELLED * n * squares:
+            elif not _is_ordinary(top) or _is_cancelled(n, total, squares):
                 self._add_centred(self._wide[:n].copy_(chunk), low, high)
             else:
                 mean = total / n
@@ -128,28 +131,49 @@ class Statistics:
     def _add_centred(self, x: torch.Tensor, low: float, high: float) -> None:
         """Take in float64 values by their distances from their mean; changes them."""
         n = x.numel()
+        scale = 1.0
+        top = max(abs(low), abs(high))
+        if not _is_ordinary(top):
+            scale = _scale_of(top)
+            x.mul_(scale)
         mean = float(x.sum()) / n
         x.sub_(mean)
-        self._combine(n, low, high, mean, float(torch.dot(x, x)))
+        self._combine(n, low, high, mean, float(torch.dot(x, x)), scale)
 
-    def _combine(self, n: int, low: float, high: float, mean: float, m2: float) -> None:
+    def _combine(
+        self, n: int, low: float, high: float, mean: float, m2: float, scale: float = 1.0
+    ) -> None:
         self._min, self._max = min(self._min, low), max(self._max, high)
+        top = max(abs(low), abs(high))
+        if top > self._top:
+            self._top = top
+            self._rescale(1.0 if _is_ordinary(top) else _scale_of(top))
+        factor = self._scale / scale
+        mean, m2 = mean * factor, m2 * factor * factor
         total, delta = self._count + n, mean - self._mean
         self._m2 += m2 + delta * delta * self._count * n / total
         self._mean += delta * n / total
         self._squares += m2 + mean * mean * n
         self._count = total
 
+    def _rescale(self, scale: float) -> None:
+        factor, self._scale = scale / self._scale, scale
+        if factor != 1.0 and self._count:
+            self._mean *= factor
+            self._m2 *= factor * factor
+            self._squares *= factor * factor
+
     def result(self) -> dict[str, float | int | None]:
         """Return the statistics by column name; None where they are not defined."""
-        some = self._count > 0
+        some, scale = self._count > 0, self._scale
+        deviation = _deviation(self._m2, self._count)
         full = some and self._known
         return {
             "min": self._min if full else None,
             "max": self._max if full else None,
-            "mean": _finite(self._mean) if full else None,
-            "std": _deviation(self._m2, self._count) if full else None,
-            "l2": _finite(math.sqrt(self._squares)) if some else None,
+            "mean": _finite(self._mean / scale) if full else None,
+            "std": _finite(deviation / scale) if full and deviation is not None else None,
+            "l2": _finite(math.sqrt(self._squares) / scale) if some else None,
             "nan_count": self._nan,
             "inf_count": self._inf,
         }
@@ -171,8 +195,7 @@ def of_many(
     moments = _moments_of_rows(values, wide, values.dtype in _ORDERED)
     found: list[dict[str, float | int | None]] = []
     for i, (low, high, total, squares) in enumerate(zip(*moments.tolist(), strict=True)):
-        ordinary = math.isfinite(low) and math.isfinite(high)
-        if not ordinary or (squares and not n * squares - total * total > _CANCELLED * n * squares):
+        if not _is_ordinary(max(abs(low), abs(high))) or _is_cancelled(n, total, squares):
             one = Statistics(dtype, wide)
             one.add(raw[i])
             found.append(one.result())
@@ -190,6 +213,21 @@ def of_many(
             }
         )
     return found
+
+
+def _is_ordinary(top: float) -> bool:
+    """Whether squares of values up to `top` stay well inside float64."""
+    return top == 0.0 or 1e-140 < top < 1e140
+
+
+def _is_cancelled(n: int, total: float, squares: float) -> bool:
+    """Whether too few digits of the deviation are left in the difference of two sums."""
+    return bool(squares) and not n * squares - total * total > _CANCELLED * n * squares
+
+
+def _scale_of(top: float) -> float:
+    """Return the power of two that brings `top` near 1."""
+    return math.ldexp(1.0, max(-1000, min(1000, -math.frexp(top)[1])))
 
 
 def _convertible(values: torch.Tensor) -> torch.Tensor:

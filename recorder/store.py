@@ -178,6 +178,10 @@ class Store:
         """Add a value row."""
         data = row["value"].encode()
         row["nbytes"], row["digest"] = len(data), xxhash.xxh3_128_hexdigest(data)
+        self.add_row(row)
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Add a row that has no payload."""
         self._open()
         self._finish_row(row)
 
@@ -211,9 +215,9 @@ class Store:
         self._finish_row(payload.row)
         self._unsafe.append(payload)
 
-    def add_statistics(self, payload: Payload, statistics: dict[str, Any]) -> None:
-        """Add to a row that is safe."""
-        self._done.append({"seq": payload.row["seq"], **statistics})
+    def add_statistics(self, seq: int, statistics: dict[str, Any]) -> None:
+        """Add to a row that was added to this shard before."""
+        self._done.append({"seq": seq, **statistics})
 
     def write_out(self) -> None:
         """Write what was gathered; the bytes that were added may change from then on.

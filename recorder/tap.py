@@ -71,6 +71,9 @@ class _Helper(_Waiting):
         )
 
 
+_LIBRARIES = frozenset(
+    {"recorder", "replayer", "torch", "polars", "xxhash", "numpy", "safetensors"}
+)
 _active: tuple[Session, ...] = ()
 _opening = False
 
@@ -283,10 +286,26 @@ def _dispatch(
             except ReplayError:
                 raise  # asked for: --on-error raise, --on-missing raise
             except Exception as err:  # rule 2: the job comes first, and the other taps with it
+                if _is_from_the_job(err):
+                    raise
                 log.debug("at a tap", exc_info=True)
                 session.lost(call, f"{type(err).__name__}: {err}")
     finally:
         call.forget()
+
+
+def _is_from_the_job(err: Exception) -> bool:
+    """Whether an exception was raised by the job's code: a signal's handler, such as a deadline's.
+
+    What the job's callables raise in our hands does not get this far.
+    """
+    trace = err.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    module = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return module not in _LIBRARIES and module not in sys.stdlib_module_names
 
 
 def activate(session: Session) -> None:

@@ -16,16 +16,20 @@ Known limit: rows of a job killed before their statistics came have none.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .capture import as_bits, pieces
+from .errors import CaptureError
 from .progress import SECONDS, Progress
 from .staging import Part, Staging
 from .store import LimitReached, Limits, Payload, Store
@@ -84,7 +88,7 @@ class Writer:
         self._store = Store(folder, attempt, limits)
         self._summaries = Summaries(self._staging, self._nudge) if statistics else None
         self._users = 1 if self._summaries is None else 2
-        self._submitting = threading.Lock()
+        self._submitting = threading.RLock()
         self._queue: deque[Part] = deque()
         self._urgent = self._staging.budget * 3 // 4
         self._asleep = False
@@ -98,10 +102,12 @@ class Writer:
         self._largest = 0
         self._staged = 0
         self._dropped = 0
+        self._dropped_bytes = 0
         self._started = time.perf_counter()
         # It takes long; better now, and beside the work, than in the middle of the job.
         self._importing = threading.Thread(target=_import_polars, name="graft-import", daemon=True)
         self._importing.start()
+        _imports.add(self._importing)
         self._thread = threading.Thread(target=self._run, name="graft-writer", daemon=True)
         self._thread.start()
 
@@ -121,6 +127,7 @@ class Writer:
             self._staged,
             self._staging.backlog,
             self._dropped,
+            self._dropped_bytes,
             time.perf_counter() - self._started,
             self._staging.held_seconds + self._held_late,
         )
@@ -136,10 +143,11 @@ class Writer:
             dtype: the payload's real dtype.
             shape: the payload's sizes.
         """
-        with self._submitting:
-            if self._closing or not self._is_in_time():
+        with self._turn():
+            nbytes = bits.numel() * bits.element_size()
+            if self._closing or not self._is_in_time(nbytes):
                 return
-            payload = Payload(row, dtype, shape, bits.numel() * bits.element_size())
+            payload = Payload(row, dtype, shape, nbytes)
             split = list(pieces(bits, self._staging.largest))
             for i, piece in enumerate(split):
                 # Once its first part is in, a payload is waited for.
@@ -153,8 +161,8 @@ class Writer:
         if nbytes > self._staging.largest:  # the ring is smaller than any sensible one
             self.submit(row, as_bits(tensor), tensor.dtype, tensor.shape)
             return
-        with self._submitting:
-            if not self._closing and self._is_in_time():
+        with self._turn():
+            if not self._closing and self._is_in_time(nbytes):
                 payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
                 address = tensor.data_ptr()
                 part = self._staging.put_bytes(address, nbytes, self._users, hold=self._hold)
@@ -162,15 +170,15 @@ class Writer:
 
     def submit_value(self, row: dict[str, Any]) -> None:
         """Queue a row without a payload."""
-        with self._submitting:
-            if not self._closing and self._is_in_time():
+        with self._turn():
+            if not self._closing and self._is_in_time(0):
                 part = self._staging.put_bytes(0, 0, 1, hold=self._hold)
                 self._put(part, Payload(row, None, (), 0))
 
     def end_step(self, completed: int) -> None:
         """Note that a step is complete, behind all that was submitted before."""
         if self._tells_steps:
-            with self._submitting:
+            with self._turn():
                 if not self._closing:
                     part = self._staging.put_bytes(0, 0, 1, hold=True)
                     self._put(part, Payload({_COMPLETED: completed}, None, (), 0))
@@ -183,14 +191,24 @@ class Writer:
         self._thread.join()
         self._importing.join()
 
+    def _turn(self) -> AbstractContextManager[Any]:
+        """Return the lock under which one thread at a time submits.
+
+        Raises:
+            CaptureError: this thread has it, so that it is in the middle of another submission.
+        """
+        if self._submitting._is_owned():  # type: ignore[attr-defined]
+            raise CaptureError(
+                "it is tapped in the middle of another tap, by a signal's handler or a finalizer"
+            )
+        return self._submitting
+
     def _put(
         self, part: Part | None, payload: Payload, first: bool = True, last: bool = True
     ) -> bool:
         """Queue what was staged; return whether anything was."""
         if part is None:
-            if not self._ended:
-                self._dropped += 1
-                self._tell_full()
+            self._drop(payload.nbytes)
             return False
         if self._queued_since == math.inf:
             self._queued_since = time.monotonic()
@@ -206,16 +224,19 @@ class Writer:
             self._tell_full()
         return True
 
-    def _is_in_time(self) -> bool:
+    def _is_in_time(self, nbytes: int) -> bool:
         """Whether what waits is young enough to add to, after waiting for that where asked to.
 
         However large the staging memory is: what a killed job loses is a matter of time.
         """
         if time.monotonic() - min(self._queued_since, self._taken_since) < _OLDEST_SECONDS:
             return True
+        if not self._hold:
+            self._drop(nbytes)
+            return self._ended
         started = time.monotonic()
         with self._caught_up:
-            while self._hold and not self._ended:
+            while not self._ended:
                 late = min(self._queued_since, self._taken_since) + _OLDEST_SECONDS
                 if time.monotonic() < late:
                     break
@@ -223,10 +244,13 @@ class Writer:
         self._held_late += time.monotonic() - started
         if self._held_late > _HELD_SECONDS:
             self._tell_full()
-        if not self._hold and not self._ended:
+        return True
+
+    def _drop(self, nbytes: int) -> None:
+        if not self._ended:
             self._dropped += 1
+            self._dropped_bytes += nbytes
             self._tell_full()
-        return self._hold
 
     def _tell_full(self) -> None:
         if self._on_full is None or time.perf_counter() - self._started < _RATE_SECONDS:
@@ -336,7 +360,7 @@ class Writer:
         if self._summaries.error is not None:
             raise self._summaries.error
         for payload, found in self._summaries.take():
-            self._store.add_statistics(payload, found)
+            self._store.add_statistics(payload.row["seq"], found)
         self._store.flush()
 
     def _publish(self) -> None:
@@ -378,3 +402,15 @@ class Writer:
 
 def _import_polars() -> None:
     import polars  # noqa: F401
+
+
+_imports: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    # A child would find the lock of a module that nobody there goes on importing.
+    for thread in list(_imports):
+        thread.join()
+
+
+os.register_at_fork(before=_before_fork)

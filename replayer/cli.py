@@ -27,6 +27,8 @@ from recorder.options import (
     note,
     text_of,
 )
+from recorder.progress import read_progress
+from recorder.report import incomplete_lines
 from recorder.reports import read_reports
 
 from .match import MatchOn
@@ -119,6 +121,11 @@ main.add_command(recorder_cli.record)
     help="Log how the target's own values differ from what replaces them. [GRAFT_REPLAY_METRICS]",
 )
 @click.option(
+    "--check/--no-check",
+    default=True,
+    help="Hold each recorded tensor against its digest when it is first used. [GRAFT_REPLAY_CHECK]",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace a replay that is in OUT already. [GRAFT_REPLAY_OVERWRITE=1]",
@@ -137,6 +144,7 @@ def replay(
     on_missing: str,
     strict: bool,
     metrics: bool,
+    check: bool,
     overwrite: bool,
     command: tuple[str, ...],
 ) -> None:
@@ -155,6 +163,8 @@ def replay(
     MatchOn.parse(match_on)
     recording = Recording.open(run)
     records = recording.latest()
+    for line in incomplete_lines(recording):
+        note(f"{run}: {line}")
     with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
         folder = Path(os.path.abspath(out)) if out else Path(spare)
         if out and folder.resolve() == recording.path.resolve():
@@ -174,6 +184,7 @@ def replay(
                 "GRAFT_REPLAY_ON_MISSING": on_missing,
                 "GRAFT_REPLAY_STRICT": "1" if strict else None,
                 "GRAFT_REPLAY_METRICS": None if metrics else "0",
+                "GRAFT_REPLAY_CHECK": None if check else "0",
                 "GRAFT_REPLAY_OVERWRITE": "1" if overwrite else None,
             },
             command,
@@ -184,7 +195,9 @@ def replay(
         trusted = conclude(folder, records, filter, step_offset, strict, found)
         if record_filter is not None:
             recorded = [r for r in found if r.get("session") == "GRAFT_RECORD"]
-            trusted &= recorder_cli.conclude(str(out), env["GRAFT_JOB"], recorded, record_filter)
+            trusted &= recorder_cli.conclude(
+                str(out), env["GRAFT_JOB"], recorded, record_filter, read_progress(reports)
+            )
     sys.exit(status if status else 0 if trusted else UNTRUSTED)
 
 
@@ -263,6 +276,7 @@ def conclude(
 
 main.add_command(recorder_cli.ls)
 main.add_command(recorder_cli.show)
+main.add_command(recorder_cli.verify)
 
 
 @main.command(short_help="Find a planted fault in a small model, start to end.")

@@ -127,6 +127,10 @@ def _exact(one: torch.Tensor, other: torch.Tensor) -> _Figures:
     x, y = _wide(one), _wide(other)
     equal = _equal(one, other, x, y)
     apart = torch.where(equal, 0.0, (x - y).abs())  # infinities of one sign are equal
+    if one.dtype.itemsize == 8 and not one.dtype.is_floating_point and not one.dtype.is_complex:
+        # Integers have a difference where float64 has none; it must not leave 64 bits.
+        whole = (as_bits(one) - as_bits(other)).abs().to(torch.float64)
+        apart = torch.where(apart < 2.0**62, whole, apart)
     return _Figures(
         total=float(x.abs().square().sum() + y.abs().square().sum()),
         squares=float(apart.square().sum()),

@@ -61,6 +61,7 @@ class Replacements:
         transform: makes a replacement; None for identity by rank; an error where it did not load.
         rank: the receiver.
         metrics: whether to measure what a replacement changes.
+        check: whether to hold recorded tensors against their digests.
         warn: hears of tags that contradict each other.
     """
 
@@ -70,6 +71,7 @@ class Replacements:
     transform: Transform | TransformError | None
     rank: Rank
     metrics: bool
+    check: bool
     warn: Callable[[Selected, str], None]
 
     def __post_init__(self) -> None:
@@ -160,7 +162,7 @@ class Replacements:
                 rows.append(None)
                 continue
             row = dict(zip(_NEEDED, self._needed.row(match.rows[sender]), strict=True))
-            received.append(self.recording.read(row).to(device))
+            received.append(self.recording.read(row, check=self.check).to(device))
             rows.append(row)
         return received, rows
 

@@ -75,6 +75,7 @@ class Replayer:
         on_error: `skip` to go on after a graft that failed, `raise` to stop the job.
         on_missing: the same for a tap without a record.
         strict: on leaving, raise where a selected tap was missed or a selected record not used.
+        check: whether to hold each recorded tensor against its digest when it is first used.
         metrics: whether to log how the target's own value differs from what replaces it.
         overwrite: replace what another replay left in `out` under this rank.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
@@ -101,6 +102,7 @@ class Replayer:
         on_error: str = "skip",
         on_missing: str = "skip",
         strict: bool = False,
+        check: bool = True,
         metrics: bool = True,
         overwrite: bool = False,
         rank: int | None = None,
@@ -120,6 +122,7 @@ class Replayer:
         self._step_offset = step_offset
         self._on_error, self._on_missing = on_error, on_missing
         self._strict, self._metrics, self._overwrite = strict, metrics, overwrite
+        self._check = check
         self._transform: Transform | None = None
         self._broken_transform: TransformError | None = None
         if transform is not None:
@@ -318,6 +321,7 @@ class Replayer:
                     self._broken_transform or self._transform,
                     rank,
                     self._metrics,
+                    self._check,
                     self._warn_of,
                 )
             except (GraftError, OSError) as err:
@@ -473,6 +477,7 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
         on_error=environ.get("GRAFT_REPLAY_ON_ERROR") or "skip",
         on_missing=environ.get("GRAFT_REPLAY_ON_MISSING") or "skip",
         strict=environ.get("GRAFT_REPLAY_STRICT") == "1",
+        check=environ.get("GRAFT_REPLAY_CHECK") != "0",
         metrics=environ.get("GRAFT_REPLAY_METRICS") != "0",
         overwrite=environ.get("GRAFT_REPLAY_OVERWRITE") == "1",
     )

@@ -15,19 +15,10 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DamagedRecording, NoSuchRecord, UsageError
 from ..tags import canonical, clean, label
 from .index import Index, nearest, whole_key
-from .journal import read_journal, read_parquet
-from .rows import parse_tags, tag_columns
-from .schema import (
-    ATTEMPT,
-    COLUMNS,
-    PART,
-    RANK_FOLDER,
-    polars_schema,
-    rank_folder,
-    read_json,
-    read_recording_json,
-    stem,
-)
+from .members import Incomplete, incomplete, rank_folders, read_claims
+from .parts import Part, parts_of, read_part, read_sealed, shard_path
+from .rows import tag_columns
+from .schema import COLUMNS, polars_schema, rank_folder, read_recording_json
 from .shard import Place, read_header
 
 if TYPE_CHECKING:
@@ -37,7 +28,6 @@ if TYPE_CHECKING:
     from .payload import Files
 
 _HEADERS_KEPT = 256
-_ROWS_A_PART = 1 << 20  # far more than a writer puts into one
 
 
 class Recording:
@@ -69,10 +59,13 @@ class Recording:
         Raises:
             NotARecording: the folder holds none.
             UnsupportedVersion: another version wrote it.
-            DamagedRecording: `recording.json` does not hold what it should.
+            DamagedRecording: `recording.json` or a claim does not hold what it should.
+            MixedRecordings: a rank's folder is part of another recording.
         """
         folder = Path(path)
-        return cls(folder, read_recording_json(folder))
+        found = cls(folder, read_recording_json(folder))
+        found.claims()
+        return found
 
     def __repr__(self) -> str:
         return f"Recording({str(self.path)!r}, {self.world_size} ranks)"
@@ -89,14 +82,15 @@ class Recording:
 
     def claims(self) -> list[dict[str, Any]]:
         """Return what each attempt of each rank says of itself: state, reason, host, times."""
-        claims = []
-        for rank, folder in self._rank_folders():
-            for path in sorted(folder.iterdir()):
-                found = ATTEMPT.fullmatch(path.name)
-                if found:
-                    claim = read_json(path)
-                    claims.append({**claim, "rank": rank, "attempt": int(found[1])})
-        return sorted(claims, key=lambda claim: (claim["rank"], claim["attempt"]))
+        return read_claims(self.path, self.meta)
+
+    def incomplete(self) -> list[Incomplete]:
+        """Return the ranks whose records end early, each with the step from which on, and why."""
+        import polars as pl
+
+        rows = self.latest()
+        ends = rows.group_by("rank").agg(pl.max("step")).iter_rows()
+        return incomplete(self.world_size, self._claims, dict(ends))
 
     def rows(self, attempt: int | None = None) -> pl.DataFrame:
         """Return the manifest's columns and `attempt`, a row a record, by rank and seq.
@@ -234,6 +228,7 @@ class Recording:
             UsageError: the row holds no tensor.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
+        from ..capture import plainly
         from .payload import Files, parse_dtype, restore
 
         shard, tensor = row["shard"], row["tensor"]
@@ -248,13 +243,15 @@ class Recording:
             )
         if self._files is None:
             self._files = Files()
-        try:
-            data = self._files.read(path, place)
-        except FileNotFoundError:
-            try:  # the shard that is open
-                data = self._files.read(path.with_suffix(".partial"), place)
+        # The second is the shard that is open; sealed between the two, it has the first name.
+        for name in (path, path.with_suffix(".partial"), path):
+            try:
+                data = self._files.read(name, place)
+                break
             except FileNotFoundError:
-                raise DamagedRecording(path, "it is missing") from None
+                continue
+        else:
+            raise DamagedRecording(path, "it is missing")
         about = (shard, tensor, row["digest"])
         if check and about not in self._checked:
             import xxhash
@@ -266,7 +263,8 @@ class Recording:
                     f"occurrence={row['occurrence']} do not have the digest that was recorded",
                 )
             self._checked.add(about)
-        return restore(data, parse_dtype(row["dtype"], path), row["shape"] or [], path)
+        with plainly():
+            return restore(data, parse_dtype(row["dtype"], path), row["shape"] or [], path)
 
     def _why_no_tensor(self, row: dict[str, Any]) -> str:
         what = f"{label(row['name'], row['tags'])} step={row['step']}"
@@ -275,36 +273,24 @@ class Recording:
         level = self.meta.get("options", {}).get("level", "tensors")
         return f"{what} was recorded with --level {level}, without its elements; record it again"
 
-    def _rank_folders(self) -> list[tuple[int, Path]]:
-        found = []
-        for path in sorted(self.path.iterdir()):
-            match = RANK_FOLDER.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink():
-                found.append((int(match[1]), path))
-        return found
-
     def _read_rows(self) -> pl.DataFrame:
         import polars as pl
 
         # Before the rows: a claim that says how many there are is written after them.
         self._claims = self.claims()
         schema = {**polars_schema(COLUMNS), "attempt": pl.Int32()}
-        sealed: list[tuple[Path, int, int]] = []
-        parts = [pl.DataFrame(schema=schema)]
-        for rank, folder in self._rank_folders():
-            for attempt, index, has_parquet in _stems(folder):
-                base = folder / stem(attempt, index)
-                if has_parquet:
-                    sealed.append((base.with_suffix(".parquet"), rank, attempt))
-                    continue
-                try:
-                    frame = self._from_journal(base.with_suffix(".journal"))
-                except FileNotFoundError:  # sealed since the folder was listed
-                    sealed.append((base.with_suffix(".parquet"), rank, attempt))
-                    continue
-                _check_rows(frame, rank, base.with_suffix(".journal"))
-                parts.append(frame.with_columns(attempt=pl.lit(attempt, pl.Int32)))
-        rows = pl.concat([*parts, *_read_sealed(sealed)], rechunk=True)
+        sealed: list[Part] = []
+        frames = [pl.DataFrame(schema=schema)]
+        rings = {claim["rank"] for claim in self._claims if claim.get("keep_last")}
+        for rank, folder in rank_folders(self.path):
+            for part in parts_of(rank, folder, is_ring=rank in rings):
+                if part.is_sealed:
+                    sealed.append(part)
+                else:
+                    frame, places = read_part(part)
+                    frames.append(frame)
+                    self._places.update(places)
+        rows = pl.concat([*frames, *read_sealed(sealed)], rechunk=True)
         self._check_complete(rows)
         if not _is_sorted(rows):
             rows = rows.sort("rank", "attempt", "seq")
@@ -324,35 +310,11 @@ class Recording:
                     f"expected {expected}",
                 )
 
-    def _from_journal(self, path: Path) -> pl.DataFrame:
-        import polars as pl
-
-        rows = read_journal(path)
-        for row in rows:
-            offset, nbytes = row.get("offset"), row.get("nbytes")
-            if type(offset) is int and type(nbytes) is int and min(offset, nbytes) >= 0:
-                self._places[str(row.get("shard")), str(row.get("tensor"))] = Place(offset, nbytes)
-        try:
-            return pl.DataFrame(
-                [[row.get(name) for row in rows] for name in COLUMNS],
-                schema=polars_schema(COLUMNS),
-                orient="col",
-                strict=True,
-            )
-        except (pl.exceptions.PolarsError, TypeError, OverflowError, ValueError) as err:
-            raise DamagedRecording(path, f"a row does not fit the manifest ({err})") from None
-
     def _shard_path(self, shard: str, rank: int) -> Path:
-        """Return a shard's path; whatever a manifest says, it lies in its rank's folder."""
         known = self._paths.get((shard, rank))
-        if known is not None:
-            return known
-        folder, _, file = shard.partition("/")
-        part = PART.fullmatch(file)
-        if folder != rank_folder(rank) or part is None or part[3] != "safetensors":
-            raise DamagedRecording(self.path, f"a row names the shard {shard!r}")
-        path = self._paths[shard, rank] = self.path / folder / file
-        return path
+        if known is None:
+            known = self._paths[shard, rank] = shard_path(self.path, shard, rank)
+        return known
 
     def _place(self, shard: str, tensor: str, path: Path) -> Place:
         place = self._places.get((shard, tensor))
@@ -368,53 +330,6 @@ class Recording:
         return header[tensor]
 
 
-def _read_sealed(parts: list[tuple[Path, int, int]]) -> list[pl.DataFrame]:
-    """Return the rows of sealed parts, each a path with its rank and attempt, and `attempt`.
-
-    All at once, many times faster than one by one; where anything is odd, one by one, so that the
-    message can name the part.
-    """
-    import polars as pl
-
-    if len(parts) > 1:
-        paths = [path for path, _, _ in parts]
-        try:
-            source = "\0part"  # no column of ours
-            frame = read_parquet(paths, COLUMNS, _ROWS_A_PART, source)
-            belongs = pl.DataFrame(
-                {source: [str(path) for path in paths]},
-                schema={source: pl.String},
-            ).with_columns(
-                pl.Series("_rank", [rank for _, rank, _ in parts], pl.Int32),
-                attempt=pl.Series([attempt for _, _, attempt in parts], dtype=pl.Int32),
-            )
-            frame = frame.join(belongs, on=source, how="left", maintain_order="left")
-            if not (frame["rank"] != frame["_rank"]).any():
-                _check_rows(frame, None, paths[0].parent.parent)
-                return [frame.drop(source, "_rank")]
-        except (DamagedRecording, FileNotFoundError):
-            pass
-    found = []
-    for path, rank, attempt in parts:
-        try:
-            frame = read_parquet([path], COLUMNS, _ROWS_A_PART)
-        except FileNotFoundError:
-            raise DamagedRecording(path, "it is missing") from None
-        _check_rows(frame, rank, path)
-        found.append(frame.with_columns(attempt=pl.lit(attempt, pl.Int32)))
-    return found
-
-
-def _check_rows(frame: pl.DataFrame, rank: int | None, path: Path) -> None:
-    """Refuse rows that are not this rank's, or lack what every row has."""
-    required = ("rank", "seq", "step", "name", "tags", "kind")
-    alien = rank is not None and (frame["rank"] != rank).any()
-    if alien or any(frame[column].null_count() for column in required):
-        raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
-    for text in frame["tags"].unique().to_list():
-        parse_tags(text, path)
-
-
 def _is_sorted(rows: pl.DataFrame) -> bool:
     """Whether rows are in order of rank, attempt and seq."""
     columns = [rows[name] for name in ("rank", "attempt", "seq")]
@@ -423,29 +338,3 @@ def _is_sorted(rows: pl.DataFrame) -> bool:
         before = column.shift(1)
         later = (column < before) | ((column == before) & later)
     return not later.any()
-
-
-def _stems(folder: Path) -> list[tuple[int, int, bool]]:
-    """Return (attempt, index, whether it has parquet) of each part that has rows.
-
-    Raises:
-        DamagedRecording: a finished shard has neither parquet nor journal.
-    """
-    for once_more in (True, False):
-        found: dict[tuple[int, int], set[str]] = {}
-        for path in folder.iterdir():
-            match = PART.fullmatch(path.name)
-            if match and path.is_file() and not path.is_symlink():
-                found.setdefault((int(match[1]), int(match[2])), set()).add(match[3])
-        bare = [key for key, kinds in found.items() if kinds == {"safetensors"}]
-        if not bare:
-            break
-        # A listing made while a part was sealed can have missed both of its names.
-        if not once_more:
-            name = f"{stem(*bare[0])}.parquet"
-            raise DamagedRecording(folder / name, "it is missing, and its shard is there")
-    return [
-        (*key, "parquet" in found[key])
-        for key in sorted(found)
-        if found[key] & {"parquet", "journal"}
-    ]

@@ -11,11 +11,15 @@ length, the header as JSON padded with spaces, the data.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from ..errors import DamagedRecording
 from . import disk
@@ -27,7 +31,8 @@ _FIRST_ROOM = 16 << 10
 _LAST_ROOM = 4 << 20
 _GATHERED_BYTES = 1 << 20
 _GATHERED = 1_000  # the system takes 1024 parts in one write
-MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER = 2 * _LAST_ROOM
+_MAX_DIMENSIONS = 256
 
 # What every release of the safetensors libraries reads; other dtypes travel as bytes.
 CODES = {
@@ -47,6 +52,7 @@ CODES = {
     "int64": "I64",
     "uint64": "U64",
 }
+_ITEMSIZES = {code: max(1, int(re.sub(r"_.*|\D", "", code) or 8) // 8) for code in CODES.values()}
 
 
 @dataclass(frozen=True)
@@ -207,10 +213,10 @@ class ShardWriter:
 
 
 def read_header(path: Path) -> dict[str, Place]:
-    """Return where each tensor of a finished shard lies.
+    """Return where each tensor of a finished shard lies; that may be behind a file's end.
 
     Raises:
-        DamagedRecording: the header is no header, or points outside the file.
+        DamagedRecording: the header is no header, or contradicts itself.
     """
     try:
         with os.fdopen(disk.open_regular(path), "rb") as file:
@@ -227,7 +233,9 @@ def read_header(path: Path) -> dict[str, Place]:
     except OSError as err:
         raise DamagedRecording(path, err.strerror or str(err)) from err
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    except _Duplicate as err:
+        raise DamagedRecording(path, f"its header has {str(err)!r:.100} twice") from None
     except (ValueError, RecursionError):
         raise DamagedRecording(path, "its header is not JSON") from None
     if not isinstance(header, dict):
@@ -236,13 +244,47 @@ def read_header(path: Path) -> dict[str, Place]:
     for tensor, entry in header.items():
         if tensor == "__metadata__":
             continue
-        offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-        if (
-            not isinstance(offsets, list)
-            or len(offsets) != 2
-            or not all(type(n) is int for n in offsets)
-            or not 0 <= offsets[0] <= offsets[1] <= size - base
-        ):
-            raise DamagedRecording(path, f"tensor {tensor!r} has the offsets {offsets!r}")
-        places[tensor] = Place(base + offsets[0], offsets[1] - offsets[0])
+        wrong, place = _read_entry(entry, base)
+        if place is None:
+            raise DamagedRecording(path, f"tensor {tensor!r:.100} has {wrong}")
+        places[tensor] = place
+    end = base
+    for tensor, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if place.offset < end:
+            raise DamagedRecording(path, f"tensor {tensor!r:.100} overlaps another")
+        end = place.offset + place.nbytes
     return places
+
+
+def _read_entry(entry: Any, base: int) -> tuple[str, Place | None]:
+    """Return where a header's entry says that a tensor lies, or what is wrong with it."""
+    entry = entry if isinstance(entry, dict) else {}
+    offsets, shape = entry.get("data_offsets"), entry.get("shape")
+    if not _are_sizes(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"the offsets {offsets!r:.100}", None
+    if not _are_sizes(shape, _MAX_DIMENSIONS):
+        return f"the shape {shape!r:.100}", None
+    nbytes, itemsize = offsets[1] - offsets[0], _ITEMSIZES.get(str(entry.get("dtype")))
+    if itemsize is not None and math.prod(shape) * itemsize != nbytes:
+        return f"{nbytes} bytes, and the shape {shape!r:.100} of {entry['dtype']}", None
+    return "", Place(base + offsets[0], nbytes)
+
+
+class _Duplicate(ValueError):
+    """A JSON object has a key twice."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise _Duplicate(counts.most_common(1)[0][0])
+    return found
+
+
+def _are_sizes(value: Any, most: int) -> TypeGuard[list[int]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    )

@@ -176,6 +176,7 @@ def test_staging_reuses_its_memory_and_never_hands_out_a_byte_twice():
             assert set(staging.view(part).tolist()) == {value}
             staging.release([part])
         held.append((staging.put(t, 1, hold=True), i % 250))
+        held[-1][0].payload = i
     staging.close()
     assert staging.put(torch.zeros(1, dtype=torch.uint8), 1, hold=True) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -81,8 +82,8 @@ def test_what_is_not_finite_is_counted_and_left_out_of_the_rest():
 
 
 def test_huge_values_overflow_to_nothing_not_to_infinity():
-    found = gathered(torch.tensor([1e200, -1e200], dtype=torch.float64))
-    assert found["max"] == 1e200 and found["l2"] is None and found["std"] is None
+    found = gathered(torch.tensor([1.5e308, -1.5e308, 1.5e308], dtype=torch.float64))
+    assert found["max"] == 1.5e308 and found["l2"] is None
 
 
 def test_one_element_has_no_deviation():
@@ -114,3 +115,42 @@ def test_without_scripting_the_figures_are_the_same(monkeypatch):
         gathered(tensor),
         of_many(tensor.view(torch.uint8), torch.float32, workspace()),
     )
+
+
+@pytest.mark.parametrize("power", [-1070, -600, -200, 0, 200, 600, 1020])
+def test_huge_and_tiny_float64_values(power):
+    base = torch.tensor([1.0, 2.0, 3.0, -4.0, 0.5], dtype=torch.float64)
+    values = torch.ldexp(base, torch.tensor(power))
+    exact = [Fraction(v) for v in values.tolist()]
+    mean = sum(exact) / len(exact)
+    expected = {
+        "mean": float(mean),
+        "std": root(sum((v - mean) ** 2 for v in exact) / (len(exact) - 1)),
+        "l2": root(sum(v * v for v in exact)),
+    }
+    wide = workspace()
+    one = Statistics(torch.float64, wide)
+    for part in (values[:2], values[2:]):
+        one.add(part.view(torch.uint8))
+    many = of_many(values.view(torch.uint8).reshape(1, -1), torch.float64, wide)[0]
+    for found in (one.result(), many):
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-12), name
+
+
+def root(value):
+    """Return the root of a fraction, which float64 may not be able to square."""
+    shift = 2 * ((value.numerator.bit_length() - value.denominator.bit_length()) // 2)
+    scaled = value / (Fraction(2) ** shift)
+    return math.ldexp(math.sqrt(float(scaled)), shift // 2)
+
+
+def test_values_of_all_sizes_in_one_payload():
+    sizes = (1e-300, 1e-200, 1.0, 1e-310, 1e200, 1e-5, 1e300, 2.0)
+    one = Statistics(torch.float64, workspace())
+    for value in sizes:
+        one.add(torch.full((3,), value, dtype=torch.float64).view(torch.uint8))
+    found = one.result()
+    assert found["l2"] == pytest.approx(1e300 * 3**0.5)
+    assert found["mean"] == pytest.approx(1e300 / len(sizes))
+    assert found["min"] == 1e-310 and found["max"] == 1e300

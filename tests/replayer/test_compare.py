@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from replayer import compare
 from replayer.compare import difference
 
 
@@ -61,3 +62,21 @@ def test_integers_booleans_and_complex_numbers():
     assert difference(big, big + torch.tensor([1, 0])).changed == 1
     assert difference(torch.tensor([True, False]), torch.tensor([True, True])).max_abs == 1
     assert difference(torch.tensor([3 + 4j]), torch.tensor([0j])).max_abs == 5
+
+
+def test_large_integers_differ_by_what_they_differ():
+    for dtype in (torch.int64, torch.uint64):
+        one = torch.tensor([(1 << 53) + 1, 5], dtype=dtype)
+        other = torch.tensor([1 << 53, 5], dtype=dtype)
+        for a, b in ((one, other), (other, one)):
+            found = difference(a, b)
+            assert (found.changed, found.max_abs, found.mean_abs) == (1, 1.0, 0.5)
+    far = difference(torch.tensor([-(1 << 63)]), torch.tensor([(1 << 63) - 1]))
+    assert far.max_abs == 2.0**64
+
+
+def test_memory_made_in_inference_mode_serves_outside_of_it():
+    compare._memory.__dict__.clear()
+    with torch.inference_mode():
+        difference(torch.ones(5), torch.zeros(5))
+    assert difference(torch.ones(5), torch.zeros(5)).max_abs == 1.0

@@ -1,0 +1,176 @@
+"""The parts of a manifest: one for each shard, sealed as parquet or still a journal.
+
+1. `parts_of` lists the parts in a rank's folder.
+2. `read_part` reads one by itself; `read_sealed` many at once, many times faster.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import DamagedRecording
+from .journal import read_journal, read_parquet
+from .rows import parse_tags
+from .schema import COLUMNS, PART, polars_schema, rank_folder, stem
+from .shard import Place
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Places = dict[tuple[str, str], Place]
+"""Where the tensors of shards that have no header yet lie, by shard and name."""
+
+_ROWS_A_PART = 1 << 20  # far more than a writer puts into one
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a rank's manifest.
+
+    Attributes:
+        folder: the rank's folder.
+        rank: the rank.
+        attempt: the attempt that wrote it.
+        index: its number in that attempt.
+        is_sealed: whether it is parquet, not a journal.
+    """
+
+    folder: Path
+    rank: int
+    attempt: int
+    index: int
+    is_sealed: bool
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        suffix = ".parquet" if self.is_sealed else ".journal"
+        return self.folder / (stem(self.attempt, self.index) + suffix)
+
+
+def parts_of(rank: int, folder: Path, *, is_ring: bool) -> list[Part]:
+    """Return the parts in a rank's folder, in the order in which they were written.
+
+    Args:
+        rank: the rank.
+        folder: its folder.
+        is_ring: whether its writer let go of old parts, and may have been killed in the middle.
+
+    Raises:
+        DamagedRecording: a finished shard has neither parquet nor journal.
+    """
+    for once_more in (True, False):
+        found: dict[tuple[int, int], set[str]] = {}
+        for path in folder.iterdir():
+            match = PART.fullmatch(path.name)
+            if match and path.is_file() and not path.is_symlink():
+                found.setdefault((int(match[1]), int(match[2])), set()).add(match[3])
+        bare = [key for key, kinds in found.items() if kinds == {"safetensors"}]
+        if not bare or is_ring:
+            break
+        # A listing made while a part was sealed can have missed both of its names.
+        if not once_more:
+            name = f"{stem(*bare[0])}.parquet"
+            raise DamagedRecording(folder / name, "it is missing, and its shard is there")
+    return [
+        Part(folder, rank, *key, is_sealed="parquet" in found[key])
+        for key in sorted(found)
+        if found[key] & {"parquet", "journal"}
+    ]
+
+
+def read_part(part: Part) -> tuple[pl.DataFrame, Places]:
+    """Return a part's rows with `attempt`, and the places that a journal tells of.
+
+    Raises:
+        DamagedRecording: it does not hold what it should, or is missing.
+    """
+    import polars as pl
+
+    places: Places = {}
+    sealed = Part(part.folder, part.rank, part.attempt, part.index, is_sealed=True)
+    try:
+        frame = None if part.is_sealed else _from_journal(part.path, places)
+    except FileNotFoundError:  # sealed since the folder was listed
+        frame = None
+    if frame is None:
+        try:
+            frame = read_parquet([sealed.path], COLUMNS, _ROWS_A_PART)
+        except FileNotFoundError:
+            raise DamagedRecording(sealed.path, "it is missing") from None
+    _check_rows(frame, part.rank, part.path)
+    return frame.with_columns(attempt=pl.lit(part.attempt, pl.Int32)), places
+
+
+def read_sealed(parts: list[Part]) -> list[pl.DataFrame]:
+    """Return the rows of sealed parts, with `attempt`.
+
+    All at once, many times faster than one by one; where anything is odd, one by one, so that the
+    message can name the part.
+    """
+    import polars as pl
+
+    if len(parts) > 1:
+        paths = [part.path for part in parts]
+        try:
+            source = "\0part"  # no column of ours
+            frame = read_parquet(paths, COLUMNS, _ROWS_A_PART, source)
+            belongs = pl.DataFrame(
+                {source: [str(path) for path in paths]},
+                schema={source: pl.String},
+            ).with_columns(
+                pl.Series("_rank", [part.rank for part in parts], pl.Int32),
+                attempt=pl.Series([part.attempt for part in parts], dtype=pl.Int32),
+            )
+            frame = frame.join(belongs, on=source, how="left", maintain_order="left")
+            if not (frame["rank"] != frame["_rank"]).any():
+                _check_rows(frame, None, paths[0].parent.parent)
+                return [frame.drop(source, "_rank")]
+        except (DamagedRecording, FileNotFoundError):
+            pass
+    return [read_part(part)[0] for part in parts]
+
+
+def shard_path(run: Path, shard: str, rank: int) -> Path:
+    """Return a shard's path; whatever a manifest says, it lies in its rank's folder.
+
+    Raises:
+        DamagedRecording: the manifest names no such path.
+    """
+    folder, _, file = shard.partition("/")
+    part = PART.fullmatch(file)
+    if folder != rank_folder(rank) or part is None or part[3] != "safetensors":
+        raise DamagedRecording(run, f"a row names the shard {shard!r:.200}")
+    return run / folder / file
+
+
+def _from_journal(path: Path, places: Places) -> pl.DataFrame:
+    import polars as pl
+
+    rows = read_journal(path)
+    for row in rows:
+        offset, nbytes = row.get("offset"), row.get("nbytes")
+        if type(offset) is int and type(nbytes) is int and min(offset, nbytes) >= 0:
+            places[str(row.get("shard")), str(row.get("tensor"))] = Place(offset, nbytes)
+    try:
+        return pl.DataFrame(
+            [[row.get(name) for row in rows] for name in COLUMNS],
+            schema=polars_schema(COLUMNS),
+            orient="col",
+            strict=True,
+        )
+    except (pl.exceptions.PolarsError, TypeError, OverflowError, ValueError) as err:
+        fact = (str(err).splitlines() or [type(err).__name__])[0][:200]
+        raise DamagedRecording(path, f"a row does not fit the manifest ({fact})") from None
+
+
+def _check_rows(frame: pl.DataFrame, rank: int | None, path: Path) -> None:
+    """Refuse rows that are not this rank's, or lack what every row has."""
+    required = ("rank", "seq", "step", "name", "occurrence", "tags", "kind")
+    alien = rank is not None and (frame["rank"] != rank).any()
+    if alien or any(frame[column].null_count() for column in required):
+        raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
+    for text in frame["tags"].unique().to_list():
+        parse_tags(text, path)

@@ -1,0 +1,481 @@
+"""Checks all of a recording, and saves what is whole of a damaged one.
+
+1. `Checker.ranks` goes through the ranks; each part of the manifest is read by itself, so that a
+   damaged one costs its own rows alone.
+2. Of each payload the digest is checked: in several threads, since reading and hashing leave the
+   interpreter to others, and in pieces of a few megabytes each.
+3. What is wrong becomes a `Problem`: the rank, the file and, for a record, its key.
+4. `repair` writes the records that have no problem as a recording of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from .errors import DamagedRecording, RecordingError, RecordingExists
+from .format import disk
+from .format.disk import PRIVATE, Access
+from .format.members import check_claim, rank_folders
+from .format.parts import Part, Places, parts_of, read_part, shard_path
+from .format.payload import parse_dtype
+from .format.rows import parse_tags
+from .format.schema import (
+    ATTEMPT,
+    COLUMNS,
+    FORMAT_VERSION,
+    RECORDING,
+    STATISTICS,
+    json_text,
+    rank_folder,
+    read_json,
+    read_recording_json,
+)
+from .format.shard import Place, read_header
+from .store import Limits, Payload, Store
+from .tags import label
+
+_PIECE = 4 << 20
+_FLUSHED_EVERY = 512
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        rank: whose files it is in.
+        file: the file or folder, below the recording's.
+        fact: what is wrong.
+        key: of a damaged record its name, tags, step, occurrence and, if it is no tensor, kind.
+    """
+
+    rank: int
+    file: str
+    fact: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        key = f"{self.key}: " if self.key else ""
+        return f"rank {self.rank}: {key}{self.fact} ({self.file})"
+
+
+@dataclass
+class Stored:
+    """A record that nothing is wrong with.
+
+    Attributes:
+        row: its manifest row, with `attempt`.
+        path: the file its payload is in, None where it has none.
+        place: where in it.
+    """
+
+    row: dict[str, Any]
+    path: Path | None = None
+    place: Place | None = None
+
+
+@dataclass
+class RankReport:
+    """What was found of one rank.
+
+    Attributes:
+        rank: the rank.
+        records: rows of its manifest that could be read.
+        damaged: how many of these are damaged.
+        nbytes: bytes of payload that were checked.
+        problems: what is wrong.
+        claims: what its attempts say of themselves, those that could be read.
+        whole: the records that nothing is wrong with, where they were asked for.
+    """
+
+    rank: int
+    records: int = 0
+    damaged: int = 0
+    nbytes: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    claims: dict[int, dict[str, Any]] = field(default_factory=dict)
+    whole: list[Stored] = field(default_factory=list)
+
+
+class Checker:
+    """Checks a recording, rank by rank.
+
+    Args:
+        run: the recording's folder.
+        threads: how many read at once; by default one per core.
+        keep: whether reports are to hold the records that are whole, for `repair`.
+        progress: called with the bytes checked since it was last called, from any thread.
+
+    Raises:
+        NotARecording: the folder holds none.
+        UnsupportedVersion: another version wrote it.
+        DamagedRecording: `recording.json` does not hold what it should.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        keep: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.path = Path(run)
+        self.meta = read_recording_json(self.path)
+        self._threads = threads or os.cpu_count() or 1
+        self._keep = keep
+        self.progress = progress or (lambda nbytes: None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shards there are: about what there is to be checked."""
+        return sum(
+            path.lstat().st_blocks * 512
+            for _, folder in rank_folders(self.path)
+            for path in folder.iterdir()
+            if path.suffix in (".safetensors", ".partial")
+        )
+
+    def ranks(self) -> Iterator[RankReport]:
+        """Check the ranks one after the other, and return a report of each."""
+        with ThreadPoolExecutor(self._threads, "graft-verify") as pool:
+            for rank, folder in rank_folders(self.path):
+                yield _RankCheck(self.path, rank, folder, self.meta, self._keep).run(
+                    pool, self.progress
+                )
+
+
+class _RankCheck:
+    """The check of one rank."""
+
+    def __init__(
+        self, run: Path, rank: int, folder: Path, meta: dict[str, Any], keep: bool
+    ) -> None:
+        self._run = run
+        self._folder = folder
+        self._meta = meta
+        self._keep = keep
+        self._report = RankReport(rank)
+        self._headers: dict[str, Places | None] = {}
+        self._local = threading.local()
+
+    def run(self, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> RankReport:
+        self._read_claims()
+        is_ring = any(claim.get("keep_last") for claim in self._report.claims.values())
+        parts = self._try(
+            self._folder, lambda: parts_of(self._report.rank, self._folder, is_ring=is_ring)
+        )
+        if parts is None:  # a shard has lost its part of the manifest; the others are left
+            parts = parts_of(self._report.rank, self._folder, is_ring=True)
+        for part in parts:
+            self._check_part(part, pool, progress)
+        self._check_count()
+        return self._report
+
+    def _read_claims(self) -> None:
+        for path in sorted(self._folder.iterdir()):
+            match = ATTEMPT.fullmatch(path.name)
+            if match is None:
+                continue
+            claim = self._try(path, partial(read_json, path))
+            if claim is None:
+                continue
+            number = int(match[1])
+            self._report.claims[number] = claim
+            self._try(path, partial(check_claim, path, claim, self._report.rank, self._meta))
+
+    def _check_count(self) -> None:
+        """Hold the rows that were found against what the attempts counted when they closed."""
+        claims = self._report.claims.values()
+        if not claims:
+            self._problem(self._folder, "nothing in it says who recorded it")
+            return
+        if all(claim.get("state") in ("complete", "stopped") for claim in claims):
+            expected = sum(n for claim in claims if type(n := claim.get("rows")) is int)
+            if expected != self._report.records:
+                fact = f"its manifest has {self._report.records} rows, expected {expected}"
+                self._problem(self._folder, fact)
+
+    def _check_part(
+        self, part: Part, pool: ThreadPoolExecutor, progress: Callable[[int], None]
+    ) -> None:
+        read = self._try(part.path, lambda: read_part(part))
+        if read is None:
+            return
+        frame, places = read
+        self._report.records += frame.height
+        payloads: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in frame.iter_rows(named=True):
+            if row["shard"] is None:
+                fact = _wrong_without_payload(row)
+                self._settle(row, part.path, fact)
+            else:
+                payloads.setdefault((row["shard"], str(row["tensor"])), []).append(row)
+        found = [
+            self._find(part, shard, tensor, rows, places)
+            for (shard, tensor), rows in payloads.items()
+        ]
+
+        def check(one: tuple[list[dict[str, Any]], Path, Place | None, str]) -> str:
+            rows, path, place, fact = one
+            if fact or place is None:
+                return fact
+            fact = self._wrong_payload(rows, path, place)
+            progress(place.nbytes)
+            return fact
+
+        for (rows, path, place, _), fact in zip(found, pool.map(check, found), strict=True):
+            self._report.nbytes += place.nbytes if place is not None else 0
+            for row in rows:
+                self._settle(row, path, fact or _wrong_row(row), place)
+        self._check_own_shard(part, places)
+
+    def _find(
+        self, part: Part, shard: str, tensor: str, rows: list[dict[str, Any]], places: Places
+    ) -> tuple[list[dict[str, Any]], Path, Place | None, str]:
+        """Return rows with the path and place of the payload they share, or what is wrong."""
+        try:
+            path = shard_path(self._run, shard, self._report.rank)
+        except DamagedRecording as err:
+            return rows, part.path, None, err.fact
+        place = places.get((shard, tensor))
+        if place is not None:
+            return rows, path if path.exists() else path.with_suffix(".partial"), place, ""
+        header = self._header(path, shard)
+        if header is None:
+            return rows, path, None, "its shard cannot be read"
+        place = header.get((shard, tensor))
+        return rows, path, place, "" if place else f"its shard holds no tensor {tensor!r:.100}"
+
+    def _header(self, path: Path, shard: str) -> Places | None:
+        if shard not in self._headers:
+            header = self._try(path, lambda: read_header(path))
+            self._headers[shard] = header and {(shard, t): p for t, p in header.items()}
+        return self._headers[shard]
+
+    def _check_own_shard(self, part: Part, places: Places) -> None:
+        """Check the header of a part's shard even if no row has led to it."""
+        path = part.path.with_suffix(".safetensors")
+        if path.exists() and not places:
+            self._header(path, f"{self._folder.name}/{path.name}")
+
+    def _wrong_payload(self, rows: list[dict[str, Any]], path: Path, place: Place) -> str:
+        """Return what is wrong with a payload, "" where nothing is; called from many threads."""
+        if any(row["nbytes"] != place.nbytes for row in rows):
+            return f"it has {place.nbytes} bytes, the manifest says {rows[0]['nbytes']}"
+        try:
+            hashed = xxhash.xxh3_128()
+            for piece in pieces_of(path, place):
+                hashed.update(piece)
+        except FileNotFoundError:
+            return "its shard is missing"
+        except OSError as err:
+            return str(err.strerror or err)
+        if any(row["digest"] != hashed.hexdigest() for row in rows):
+            return "its bytes do not have the digest that was recorded"
+        return ""
+
+    def _settle(
+        self, row: dict[str, Any], path: Path, fact: str, place: Place | None = None
+    ) -> None:
+        if fact:
+            self._report.damaged += 1
+            self._problem(path, fact, _key(row))
+        elif self._keep:
+            self._report.whole.append(Stored(row, path if place else None, place))
+
+    def _try(self, path: Path, read: Callable[[], Any]) -> Any:
+        """Return what can be read; None, and a problem noted, where it cannot."""
+        try:
+            return read()
+        except DamagedRecording as err:
+            self._problem(Path(str(err.path)), err.fact)
+        except FileNotFoundError:
+            self._problem(path, "it is missing")
+        except (RecordingError, OSError) as err:
+            self._problem(path, str(err))
+        return None
+
+    def _problem(self, path: Path, fact: str, key: str = "") -> None:
+        try:
+            path = path.relative_to(self._run)
+        except ValueError:
+            path = Path(path.name)
+        self._report.problems.append(Problem(self._report.rank, str(path), fact, key))
+
+
+def pieces_of(path: Path, place: Place) -> Iterator[memoryview]:
+    """Return a payload's bytes piece by piece, each of them gone with the next.
+
+    Raises:
+        OSError: the file ends before, or cannot be read.
+    """
+    file = disk.open_regular(path)
+    try:
+        buffer = memoryview(bytearray(min(_PIECE, place.nbytes)))
+        done = 0
+        while done < place.nbytes:
+            got = os.preadv(file, [buffer[: place.nbytes - done]], place.offset + done)
+            if got == 0:
+                end = place.offset + place.nbytes
+                raise OSError(0, f"its shard ends at byte {place.offset + done}, it at {end}")
+            yield buffer[:got]
+            done += got
+    finally:
+        os.close(file)
+
+
+def _wrong_without_payload(row: dict[str, Any]) -> str:
+    if row["kind"] == "value":
+        value = (row["value"] or "").encode()
+        if xxhash.xxh3_128_hexdigest(value) != row["digest"]:
+            return "its value does not have the digest that was recorded"
+    return ""
+
+
+def _wrong_row(row: dict[str, Any]) -> str:
+    """Return what keeps a tensor from being made of a row's whole payload."""
+    try:
+        itemsize = parse_dtype(row["dtype"], "").itemsize
+    except DamagedRecording as err:
+        return err.fact
+    numel = 1
+    for n in row["shape"] or []:
+        numel *= n if n is not None and n >= 0 else -1
+    if numel < 0 or numel * itemsize != row["nbytes"]:
+        return f"{row['nbytes']} bytes are no tensor of shape {row['shape']} and {row['dtype']}"
+    return ""
+
+
+def _key(row: dict[str, Any]) -> str:
+    kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    try:
+        parse_tags(row["tags"])
+        what = label(row["name"], row["tags"])
+    except DamagedRecording:
+        what = str(row["name"])
+    return f"{what} step={row['step']} occurrence={row['occurrence']}{kind}"
+
+
+def repair(
+    checker: Checker,
+    out: Path,
+    report: Callable[[RankReport], None],
+    access: Access = PRIVATE,
+) -> int:
+    """Write what is whole of a recording as a recording of its own.
+
+    Args:
+        checker: made with `keep`.
+        out: the folder to write; must be empty or not be there.
+        report: called with each rank's report, once it is written.
+        access: who may read what is written.
+
+    Returns:
+        How many records were written.
+
+    Raises:
+        RecordingExists: `out` holds something.
+        RecordingError: it cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RecordingExists(out, "is not empty")
+    written = 0
+    try:
+        disk.make_folder(out, access)
+        identity = uuid.uuid4().hex
+        for found in checker.ranks():
+            written += _write_rank(out, found, identity, checker.meta, access)
+            report(found)
+        meta = {**checker.meta, "id": identity, "repaired_from": checker.meta.get("id")}
+        meta.pop("ended", None)
+        disk.replace(out / RECORDING, disk.padded(json_text(meta)), access)
+    except OSError as err:
+        raise RecordingError(
+            f"{out} cannot be written: {err.strerror or err}; choose a folder with room for it"
+        ) from err
+    return written
+
+
+def _write_rank(
+    out: Path, found: RankReport, identity: str, meta: dict[str, Any], access: Access
+) -> int:
+    """Write one rank's whole records, each attempt as it was."""
+    folder = out / rank_folder(found.rank)
+    disk.make_folder(folder, access)
+    written = 0
+    attempts = {stored.row["attempt"] for stored in found.whole} | set(found.claims) or {0}
+    for attempt in sorted(attempts):
+        store = Store(folder, attempt, Limits(access=access))
+        mine = (stored for stored in found.whole if stored.row["attempt"] == attempt)
+        for i, stored in enumerate(mine):
+            _write_record(store, stored)
+            if i % _FLUSHED_EVERY == 0:
+                store.flush()
+        store.close()
+        written += store.rows
+        claim = found.claims.get(attempt, {})
+        lost = found.damaged or bool(found.problems)
+        state = "repaired" if lost else "complete"
+        if claim.get("state") not in ("complete", "stopped", None):
+            state = str(claim["state"])  # how the job ended stays as it was
+        data = {
+            "host": "",
+            "pid": None,
+            **claim,
+            "format_version": FORMAT_VERSION,
+            "recording": identity,
+            "rank": found.rank,
+            "world_size": meta["world_size"],
+            "attempt": attempt,
+            "state": state if state != "running" else "killed",
+            "reason": "; ".join(map(str, found.problems[:3])) or claim.get("reason", ""),
+            "rows": store.rows,
+            "bytes": store.bytes,
+            "repaired_ns": time.time_ns(),
+        }
+        path = folder / f"attempt-{attempt}.json"
+        disk.replace(path, disk.padded(json_text(data)), access)
+    return written
+
+
+def _write_record(store: Store, stored: Stored) -> None:
+    row = {column: stored.row[column] for column in COLUMNS if column not in STATISTICS}
+    row["shard"] = row["tensor"] = None
+    statistics = {column: stored.row[column] for column in STATISTICS}
+    if not store.has_room(len(row["shape"] or [])):
+        store.seal()
+    if stored.path is None or stored.place is None:
+        store.add_row(row)
+    else:
+        _write_payload(store, stored, stored.path, stored.place, row)
+    if any(value is not None for value in statistics.values()):
+        store.add_statistics(row["seq"], statistics)
+
+
+def _write_payload(
+    store: Store, stored: Stored, path: Path, place: Place, row: dict[str, Any]
+) -> None:
+    dtype = parse_dtype(row["dtype"], path)
+    payload = Payload(row, dtype, tuple(row["shape"] or ()), place.nbytes)
+    done = 0
+    for piece in pieces_of(path, place):
+        done += piece.nbytes
+        first, last = done == piece.nbytes, done == place.nbytes
+        store.add(payload, piece, first=first, last=last)
+        store.write_out()
+    if place.nbytes == 0:
+        store.add(payload, memoryview(b""), first=True, last=True)
+    if row["digest"] != stored.row["digest"]:
+        raise OSError(0, f"{path} changes while it is read")

@@ -1,0 +1,198 @@
+"""Rough handling of the job's side: memory that is gone, interrupts, forks, modes, no stderr."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from recorder import Recorder, Recording, tap
+from recorder import session as session_module
+from recorder.errors import UsageError
+
+
+def freed():
+    tensor = torch.ones(100)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def shrunk():
+    tensor = torch.ones(100)
+    tensor.untyped_storage().resize_(40)
+    return tensor
+
+
+def transposed():
+    tensor = torch.ones(10, 10).t()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("make", [freed, shrunk, transposed, lambda: torch._efficientzerotensor(9)])
+def test_a_tensor_without_memory_is_refused(run, capsys, make):
+    with Recorder(run):
+        tap("x", make())
+        tap("y", torch.ones(3))
+    assert "its memory was freed" in capsys.readouterr().err
+    assert Recording.open(run).rows()["name"].to_list() == ["y"]
+
+
+def test_a_deadline_that_comes_during_a_tap_reaches_the_job(run):
+    class Late(Exception):
+        pass
+
+    def late(*_):
+        raise Late
+
+    old = signal.signal(signal.SIGALRM, late)
+    try:
+        with Recorder(run, level="digests"):
+            value = torch.zeros(1 << 18)
+            tap("x", value)
+            for i in range(5):
+                signal.setitimer(signal.ITIMER_REAL, 0.02)
+                with pytest.raises(Late):
+                    while True:
+                        tap("x", value, i=i)
+            for i in range(50):
+                tap("y", torch.full((1 << 16,), float(i)), i=i)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    rows = Recording.open(run).rows()
+    assert rows.filter(rows["name"] == "y").height == 50
+
+
+def test_an_interrupted_close_is_made_good_by_the_next(run, monkeypatch):
+    real = session_module.Writer.close
+    calls = []
+
+    def interrupted(self):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        real(self)
+
+    monkeypatch.setattr(session_module.Writer, "close", interrupted)
+    recorder = Recorder(run)
+    with pytest.raises(KeyboardInterrupt), recorder:
+        tap("x", torch.zeros(3))
+    recorder.close()
+    assert recorder.state == "complete" and len(calls) == 2
+    assert Recording.open(run).claims()[0]["state"] == "complete"
+
+
+def test_a_child_forked_right_after_the_first_tap_can_import_what_we_import(shell):
+    job = shell.write(
+        "job.py",
+        """
+        import os, torch
+        from recorder import tap
+        tap("x", torch.ones(3))
+        pid = os.fork()
+        if pid == 0:
+            import polars
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        """,
+    )
+    env = {**shell.env, "GRAFT_RECORD": "run"}
+    done = subprocess.run(
+        [*shell.python, job], cwd=shell.folder, env=env, capture_output=True, timeout=60
+    )
+    assert done.stdout == b"7\n"
+
+
+def test_a_mode_that_taps_whatever_torch_does(run):
+    class TapAll(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                tap("seen", out)
+            return out
+
+    with Recorder(run), TapAll():
+        tap("mine", torch.ones(4, 4).t())
+        torch.full((600_000,), 2.0)
+    names = Recording.open(run).rows()["name"].to_list()
+    assert "mine" in names and names.count("seen") >= 3
+
+
+def test_a_tap_in_the_middle_of_a_tap_is_refused_not_a_deadlock(run, capsys, monkeypatch):
+    put = session_module.Writer._put
+
+    def nested(self, *args, **kwargs):
+        if args[1].row["name"] == "outer":
+            tap("inner", torch.ones(3))
+        return put(self, *args, **kwargs)
+
+    monkeypatch.setattr(session_module.Writer, "_put", nested)
+    with Recorder(run):
+        tap("outer", torch.full((5,), 4.0))
+    assert "in the middle of another tap" in capsys.readouterr().err
+    back = Recording.open(run)
+    assert torch.equal(back.load(rank=0, name="outer"), torch.full((5,), 4.0))
+
+
+def test_no_stderr_at_all(shell):
+    job = shell.write("job.py", "from recorder import tap\ntap('bad', object())\nprint('went on')")
+    done = subprocess.run(
+        ["sh", "-c", f"{shell.python[0]} {job} 2>&-"],
+        cwd=shell.folder,
+        env={**shell.env, "GRAFT_RECORD": "run"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout) == (0, b"went on\n")
+
+
+def test_staging_memory_that_is_not_to_be_had(shell, run):
+    with pytest.raises(UsageError, match="staging"):
+        Recorder(run, staging="99999999999999999999GB")
+    job = shell.write("job.py", "import torch\nfrom recorder import tap\ntap('x', torch.ones(3))")
+    done = shell(shell.graft, "record", "-o", run, "--staging", "100TB", "--", shell.python, job)
+    assert done.returncode == 3
+    assert "100.0 TB of staging memory" in done.stderr and "--staging" in done.stderr
+    assert "made no tap" not in done.stderr
+    assert json.loads((run / "recording.json").read_text())["ended"][0]["state"] == "failed"
+
+
+def test_drops_are_counted_even_if_the_job_is_killed(shell, run):
+    job = shell.write(
+        "job.py",
+        """
+        import os, signal, time, torch
+        from recorder import tap
+        for i in range(300):
+            tap("x", torch.full((1 << 18,), float(i)), i=i)
+        time.sleep(2.5)
+        tap("y", torch.zeros(3))
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    options = ["--staging", "4MiB", "--when-full", "drop"]
+    done = shell(shell.graft, "record", "-o", run, *options, "--", shell.python, job)
+    rows = Recording.open(run).rows()
+    dropped = 300 - rows.filter(rows["name"] == "x").height
+    assert dropped > 0 and f"{dropped} taps dropped" in done.stderr
+    assert f"{dropped} taps dropped" in shell(shell.graft, "ls", run).stdout
+
+
+def test_an_alarm_between_the_taps_of_a_job_is_none_of_ours(run):
+    seen = []
+    old = signal.signal(signal.SIGALRM, lambda *_: seen.append(time.monotonic()))
+    try:
+        with Recorder(run):
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+            for i in range(300):
+                tap("x", torch.full((5_000,), float(i)), i=i)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert Recording.open(run).rows().height == 300
