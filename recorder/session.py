@@ -268,8 +268,8 @@ class Recorder:
                     self._claim.note_end()
             except OSError as err:
                 self.state = facts["state"] = "failed"
-                facts["reason"] = f"writing failed: {err.strerror or err}"
-                self._say(f"{facts['reason']}; the recording in {self.path} ends early")
+                self.reason = facts["reason"] = f"writing failed: {err.strerror or err}"
+                self._say(f"{self.reason}; the recording in {self.path} ends early")
         write_report(
             {
                 "session": "GRAFT_RECORD",

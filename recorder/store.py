@@ -298,14 +298,12 @@ class Store:
                 self.rows -= trim_parquet(path, COLUMNS, self._first_kept, self._limits.access)
 
     def salvage(self) -> None:
-        """After a failure: keep what is safe, as a seal would leave it if that can be done."""
-        self._done.clear()
-        self._unsafe.clear()
+        """After a failure: keep what was written, as a seal would leave it if that can be done."""
         shard, journal = self._shard, self._journal
         try:
             if shard is not None and journal is not None:
                 journal.trim()
-                shard.rollback()
+                self._save_written(shard, journal)
                 self._seal()
         except Exception:
             pass  # the disk is at fault; readers understand the journal as it is
@@ -313,6 +311,37 @@ class Store:
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
+
+    def _save_written(self, shard: ShardWriter, journal: Journal) -> None:
+        """Journal the rows whose payloads were written before the failure, as far as there is room.
+
+        Their bytes are read back: of a write that failed nobody says how much it did.
+        """
+        where = f"{self._folder.name}/{shard.final.name}"
+        rows: list[dict[str, Any]] = []
+        ends = [shard.committed_end]
+        for row in self._done:
+            end = ends[-1]
+            if row.get("shard") == where and row.get("offset") == end:
+                end += row["nbytes"]
+                if shard.digest(row["offset"], row["nbytes"]) != row["digest"]:
+                    break
+            rows.append(row)
+            ends.append(end)
+        self._done.clear()
+        self._unsafe.clear()
+        while True:
+            shard.rollback(ends[len(rows)])  # it may free the room that the journal needs
+            if not rows:
+                return
+            try:
+                journal.append(rows)
+                break
+            except OSError:
+                journal.trim()
+                del rows[len(rows) * 3 // 4 :]
+        shard.commit()
+        self.rows += sum("name" in row for row in rows)
 
     @property
     def _first_kept(self) -> int:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import xxhash
+
 from ..errors import DamagedRecording
 from . import disk
 from .disk import PRIVATE, Access
@@ -31,6 +33,7 @@ _FIRST_ROOM = 16 << 10
 _LAST_ROOM = 4 << 20
 _GATHERED_BYTES = 1 << 20
 _GATHERED = 1_000  # the system takes 1024 parts in one write
+_READ_BYTES = 4 << 20
 MAX_HEADER = 2 * _LAST_ROOM
 _MAX_DIMENSIONS = 256
 
@@ -82,10 +85,10 @@ class ShardWriter:
         self.final = final
         self.partial = final.with_suffix(".partial")
         self._room = room
-        self._entries: list[str] = []
+        self._entries: list[tuple[str, int]] = []  # each with where it ends
         self._header_bytes = 2
         self._end = room
-        self._committed = (0, self._header_bytes, self._end)
+        self.committed_end = room
         self._gathered: list[memoryview] = []
         self._gathered_at = 0
         self._gathered_bytes = 0
@@ -154,10 +157,10 @@ class ShardWriter:
             f'"{tensor}":{{"dtype":"{code}","shape":{json.dumps(sizes)},'
             f'"data_offsets":[{begin},{begin + nbytes}]}}'
         )
-        self._entries.append(entry)
-        self._header_bytes += len(entry) + 1
         place = Place(self._end, nbytes)
         self._end += nbytes
+        self._entries.append((entry, self._end))
+        self._header_bytes += len(entry) + 1
         return place
 
     def has_room(self, dimensions: int) -> bool:
@@ -172,7 +175,7 @@ class ShardWriter:
             durable: whether its bytes are to be on the device before it gets the name.
         """
         self.write_out()
-        header = ("{" + ",".join(self._entries) + "}").encode()
+        header = ("{" + ",".join(entry for entry, _ in self._entries) + "}").encode()
         room = self._room - _PREAMBLE
         self.trim()
         disk.write_at(self._file, 0, [memoryview(_LENGTH.pack(room) + header.ljust(room, b" "))])
@@ -182,15 +185,28 @@ class ShardWriter:
         disk.rename(self.partial, self.final)
 
     def commit(self) -> None:
-        """Make what was added so far what `rollback` goes back to."""
-        self._committed = (len(self._entries), self._header_bytes, self._end)
+        """Note that the rows of what was added so far are safe."""
+        self.committed_end = self._end
 
-    def rollback(self) -> None:
-        """Forget what was added since the last `commit`, and cut it off."""
-        kept, self._header_bytes, self._end = self._committed
-        del self._entries[kept:]
+    def rollback(self, end: int) -> None:
+        """Forget what was added behind `end`, and cut it off."""
+        while self._end > end:
+            entry, _ = self._entries.pop()
+            self._header_bytes -= len(entry) + 1
+            self._end = self._entries[-1][1] if self._entries else self._room
         self._gathered, self._gathered_bytes = [], 0
         self.trim()
+
+    def digest(self, offset: int, nbytes: int) -> str:
+        """Return the digest of bytes as they are in the file, "" where it ends before."""
+        hashed = xxhash.xxh3_128()
+        for at in range(offset, offset + nbytes, _READ_BYTES):
+            size = min(_READ_BYTES, offset + nbytes - at)
+            piece = os.pread(self._file, size, at)
+            if len(piece) < size:
+                return ""
+            hashed.update(piece)
+        return hashed.hexdigest()
 
     def trim(self) -> None:
         """Cut off what a payload that was not added has left behind the last that was."""
