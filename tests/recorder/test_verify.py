@@ -1,0 +1,190 @@
+"""`graft verify`: each damage is named by its key, and what is whole is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from recorder import Recorder, Recording, step, tap
+from recorder.errors import RecordingError
+from recorder.verify import Checker, repair
+from replayer import Replayer
+
+RANKS, STEPS = 2, 3
+
+
+def job(rank):
+    for s in range(STEPS):
+        for i in range(4):
+            tap("x", torch.full((1_000,), 100.0 * rank + 10 * s + i), layer=i)
+        tap("same", torch.ones(64), dims="b h", extras={"n": 3})
+        tap("loss", [0.5, s])
+        tap("empty", torch.zeros(0, 3))
+        step()
+
+
+@pytest.fixture
+def made(record):
+    return record(job, RANKS)
+
+
+def problems(path):
+    return [problem for report in Checker(path).ranks() for problem in report.problems]
+
+
+def damage(path, row, at=100):
+    """Change a byte in the middle of a record's payload."""
+    shard = path / row["shard"]
+    header = int.from_bytes(shard.read_bytes()[:8], "little")
+    entry = json.loads(shard.read_bytes()[8 : 8 + header])[row["tensor"]]
+    with shard.open("r+b") as file:
+        file.seek(8 + header + entry["data_offsets"][0] + at)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 0x40]))
+
+
+def row_of(back, **key):
+    rows = back.rows()
+    for column, value in key.items():
+        rows = rows.filter(rows[column] == value)
+    return rows.row(0, named=True)
+
+
+def test_a_whole_recording_is_whole(made, shell):
+    reports = list(Checker(made.path).ranks())
+    assert [r.rank for r in reports] == [0, 1] and not any(r.problems for r in reports)
+    assert sum(r.records for r in reports) == made.rows().height
+    done = shell(shell.graft, "verify", made.path)
+    assert done.returncode == 0 and "2 ranks, 42 records" in done.stdout
+    assert done.stdout.endswith("whole\n") and done.stderr == ""
+    told = json.loads(shell(shell.graft, "verify", made.path, "--json").stdout)
+    assert told["whole"] is True and [r["damaged"] for r in told["ranks"]] == [0, 0]
+
+
+def test_a_flipped_byte_is_named_by_key_and_costs_that_record_alone(made, shell, tmp_path):
+    row = row_of(made, rank=1, step=2, tags='{"layer":3}')
+    damage(made.path, row)
+    (problem,) = problems(made.path)
+    assert problem.key == "x layer=3 step=2 occurrence=0" and problem.rank == 1
+    assert problem.file == row["shard"] and "digest" in problem.fact
+    out = tmp_path / "out"
+    done = shell(shell.graft, "verify", made.path, "--repair", out)
+    assert done.returncode == 1
+    assert "rank 1: x layer=3 step=2 occurrence=0: its bytes do not" in done.stdout
+    assert "1 record damaged" in done.stdout and "41 records written" in done.stdout
+    back = Recording.open(out)
+    assert not problems(out) and back.rows().height == made.rows().height - 1
+    assert [one.rank for one in back.incomplete()] == [1]
+    again = shell(shell.graft, "verify", out)
+    assert again.returncode == 0
+    columns = [c for c in made.rows().columns if c not in ("shard", "tensor")]
+    lost = (made.rows()["rank"] == 1) & (made.rows()["seq"] == row["seq"])
+    assert back.rows().select(columns).equals(made.rows().filter(~lost).select(columns))
+    for kept in back.rows().iter_rows(named=True):
+        if kept["kind"] == "tensor":
+            here = made.rows().filter(
+                (made.rows()["rank"] == kept["rank"]) & (made.rows()["seq"] == kept["seq"])
+            )
+            assert torch.equal(back.read(kept), made.read(here.row(0, named=True)))
+
+
+def test_the_others_go_on_in_a_replay(made, capsys):
+    damage(made.path, row_of(made, rank=0, step=0, tags='{"layer":1}'))
+    for check, failed in ((True, 1), (False, 0)):
+        targets = [torch.zeros(1_000) for _ in range(4)]
+        with Replayer(made.path, rank=0, world_size=2, check=check) as replay:
+            for i, target in enumerate(targets):
+                tap("x", target, layer=i)
+        outcomes = replay.log()["outcome"].to_list()
+        assert outcomes.count("error") == failed and outcomes.count("grafted") == 4 - failed
+        assert torch.equal(targets[2], torch.full((1_000,), 2.0))
+        if failed:
+            assert "digest" in replay.log()["message"].to_list()[1]
+            assert torch.equal(targets[1], torch.zeros(1_000))
+    capsys.readouterr()
+
+
+def test_a_shard_that_was_copied_half_way(made):
+    (shard,) = (made.path / "rank-00000").glob("*.safetensors")
+    os.truncate(shard, shard.stat().st_size // 2)
+    found = problems(made.path)
+    rows = made.rows()
+    keys = {problem.key for problem in found}
+    assert 3 <= len(found) < rows.filter(rows["rank"] == 0).height - 4
+    assert all("ends at byte" in problem.fact for problem in found)
+    for row in rows.filter((rows["rank"] == 0) & (rows["kind"] == "tensor")).iter_rows(named=True):
+        key = f"{row['name']}{''.join(f' {k}={v}' for k, v in json.loads(row['tags']).items())}"
+        if f"{key} step={row['step']} occurrence={row['occurrence']}" not in keys:
+            Recording.open(made.path).read(row)
+        else:
+            with pytest.raises(RecordingError, match="damaged"):
+                Recording.open(made.path).read(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("*.safetensors", "header"),
+        ("*.parquet", "parquet"),
+        ("attempt-0.json", "JSON"),
+    ],
+)
+def test_a_file_that_is_something_else(made, shell, tmp_path, name, what):
+    (path,) = (made.path / "rank-00001").glob(name)
+    height = made.rows().height
+    path.write_bytes(b"\xff" * 5_000)
+    found = problems(made.path)
+    assert found and any(what in p.fact for p in found) and {p.rank for p in found} == {1}
+    out = tmp_path / "out"
+    assert shell(shell.graft, "verify", made.path, "--repair", out).returncode == 1
+    back = Recording.open(out)
+    rows = back.rows()
+    assert rows.filter(rows["rank"] == 0).height == height // 2
+    assert not problems(out)
+
+
+@pytest.mark.parametrize("name", ["*.safetensors", "*.parquet", "attempt-0.json"])
+def test_a_file_that_is_missing(made, name):
+    (path,) = (made.path / "rank-00001").glob(name)
+    path.unlink()
+    assert {p.rank for p in problems(made.path)} == {1}
+
+
+def test_a_value_that_was_changed(made):
+    import polars as pl
+
+    (path,) = (made.path / "rank-00000").glob("*.parquet")
+    frame = pl.read_parquet(path, memory_map=False)
+    changed = pl.when(pl.col("step") == 1).then(pl.lit("[0.5,7]")).otherwise(pl.col("value"))
+    value = pl.when(pl.col("kind") == "value").then(changed).otherwise(pl.col("value"))
+    frame.with_columns(value=value).write_parquet(path)
+    (problem,) = problems(made.path)
+    assert problem.key == "loss step=1 occurrence=0 (value)"
+
+
+def test_an_open_recording_is_whole_and_repairable(run, tmp_path):
+    recorder = Recorder(run, rank=0, world_size=1)
+    with recorder:
+        for i in range(5):
+            tap("x", torch.full((500,), float(i)), i=i)
+        while recorder._writer.rows_written < 5:
+            pass
+        assert not problems(run)
+        checker = Checker(run, keep=True)
+        assert repair(checker, tmp_path / "out", lambda report: None) == 5
+    back = Recording.open(tmp_path / "out")
+    assert torch.equal(back.load(0, "x", i=3), torch.full((500,), 3.0))
+    assert back.claims()[0]["state"] == "killed"  # nobody goes on writing there
+
+
+def test_usage(made, shell, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").touch()
+    done = shell(shell.graft, "verify", made.path, "--repair", tmp_path / "taken")
+    assert done.returncode == 2 and "is not empty" in done.stderr
+    done = shell(shell.graft, "verify", tmp_path / "nowhere")
+    assert done.returncode == 2 and "is not a recording" in done.stderr
