@@ -22,6 +22,7 @@ from .errors import CaptureError
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+_MOST_JSON = 1 << 20
 _EXTRAS_ELEMENTS = 65_536  # extras are facts, not payloads
 
 
@@ -42,8 +43,15 @@ def _is_scalar(value: Any) -> bool:
 
 
 def encode_value(value: Any) -> str:
-    """Return a value row's JSON; floats that are not finite become NaN, Infinity, -Infinity."""
-    return json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    """Return a value row's JSON; floats that are not finite become NaN, Infinity, -Infinity.
+
+    Raises:
+        CaptureError: it is too long for a row.
+    """
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    if len(text) > _MOST_JSON:
+        raise CaptureError("it is a value of more than a megabyte; tap it as a tensor")
+    return text
 
 
 def encode_extras(extras: Mapping[str, Any] | None) -> tuple[str, list[str]]:
@@ -65,7 +73,10 @@ def encode_extras(extras: Mapping[str, Any] | None) -> tuple[str, list[str]]:
             lost.append(f"extras[{name!r}] is a {type(value).__name__}, which JSON cannot hold")
         else:
             kept[str(name)] = value
-    return json.dumps(kept, separators=(",", ":")), lost
+    text = json.dumps(kept, separators=(",", ":"))
+    if len(text) > _MOST_JSON:
+        return "", [*lost, "extras are of more than a megabyte; tap them as tensors"]
+    return text, lost
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, str]:

@@ -27,7 +27,7 @@ from .format.schema import (
     FORMAT_VERSION,
     RANK_FOLDER,
     RECORDING,
-    json_text,
+    json_bytes,
     rank_folder,
     read_json,
     read_recording_json,
@@ -183,7 +183,7 @@ def mark_ended(
 ) -> None:
     """Write down, in a dead process's place, how it ended; called by its wrapper."""
     path = run / rank_folder(claim["rank"]) / f"attempt-{claim['attempt']}.json"
-    disk.rewrite(path, json_text({**claim, "state": state, "reason": reason}), access)
+    disk.rewrite(path, json_bytes({**claim, "state": state, "reason": reason}), access)
     note_end(run, claim, state, reason, access)
 
 
@@ -212,7 +212,7 @@ def note_end(
                 }
             )
             ended.sort(key=lambda one: (one["rank"], one["attempt"]))
-            disk.rewrite(run / RECORDING, json_text({**meta, "ended": ended}), access)
+            disk.rewrite(run / RECORDING, json_bytes({**meta, "ended": ended}), access)
     except (OSError, RecordingError, TypeError, KeyError):
         pass  # the rank's claim says so too
 
@@ -235,7 +235,7 @@ class Claim:
     def update(self, **facts: Any) -> None:
         """Write down how it went, in one step."""
         self._data.update(facts)
-        disk.rewrite(self._path, json_text(self._data), self._access)
+        disk.rewrite(self._path, json_bytes(self._data), self._access)
 
     def note_end(self) -> None:
         """Say in `recording.json` that the recording ended early, and why."""
@@ -296,7 +296,7 @@ def claim_rank(
             **facts,
         }
         path = folder / f"attempt-{attempt}.json"
-        if not disk.create_whole(path, disk.padded(json_text(data)), access):
+        if not disk.create_whole(path, json_bytes(data), access):
             raise RecordingExists(run, f"holds a recording of rank {rank.rank} already")
     except OSError as err:
         raise RecordingError(
@@ -324,11 +324,11 @@ def _join(
         }
 
     def write(data: dict[str, Any]) -> None:
-        disk.replace(path, disk.padded(json_text(data)), access)
+        disk.replace(path, json_bytes(data), access)
 
     if not path.exists():
         data = describe()
-        if disk.create_whole(path, disk.padded(json_text(data)), access):
+        if disk.create_whole(path, json_bytes(data), access):
             return data
     if overwrite and _is_all_ours_to_replace(run, rank, job):
         data = describe()

@@ -11,6 +11,7 @@ import click
 from .diagnostics import printable
 from .errors import GraftError
 from .filters import Filter
+from .format import journal
 from .sizes import parse_size
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,6 +60,7 @@ def expected_errors(function: F) -> F:
 
     @functools.wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
+        journal.is_command = True
         try:
             return function(*args, **kwargs)
         except GraftError as err:

@@ -19,6 +19,7 @@ from .capture import classify
 from .diagnostics import say
 from .errors import BadTag, FilterError
 from .filters import Filter
+from .format.rows import MOST_TAG_BYTES
 from .tags import Key, TagValue
 
 _CACHED = 100_000
@@ -176,6 +177,8 @@ class Selection:
         elif self.filter is not None:
             wanted = self.filter({**tags, "name": name, "rank": rank})
         text = tagging.canonical(tags)
+        if max(len(name), len(text)) * 4 > MOST_TAG_BYTES:  # UTF-8 takes up to four a character
+            raise BadTag("its name and tags are of more than 16,000 characters; shorten them")
         site = _Site(tags, text, tagging.key_tags(tags), tagging.is_recompute(tags), wanted)
         if about:
             if len(self._sites) >= _CACHED:

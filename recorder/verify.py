@@ -36,7 +36,7 @@ from .format.schema import (
     FORMAT_VERSION,
     RECORDING,
     STATISTICS,
-    json_text,
+    json_bytes,
     rank_folder,
     read_json,
     read_recording_json,
@@ -400,7 +400,7 @@ def repair(
             report(found)
         meta = {**checker.meta, "id": identity, "repaired_from": checker.meta.get("id")}
         meta.pop("ended", None)
-        disk.replace(out / RECORDING, disk.padded(json_text(meta)), access)
+        disk.replace(out / RECORDING, json_bytes(meta), access)
     except OSError as err:
         raise RecordingError(
             f"{out} cannot be written: {err.strerror or err}; choose a folder with room for it"
@@ -446,7 +446,7 @@ def _write_rank(
             "repaired_ns": time.time_ns(),
         }
         path = folder / f"attempt-{attempt}.json"
-        disk.replace(path, disk.padded(json_text(data)), access)
+        disk.replace(path, json_bytes(data), access)
     return written
 
 

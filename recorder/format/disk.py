@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-_PAD_TO = 4096  # a block: rewriting that many bytes in place needs no room on a full disk
+_BLOCK = 4096  # bytes: what fits the blocks of a file needs no room on a full disk
 
 
 @dataclass(frozen=True)
@@ -193,27 +193,22 @@ def create_whole(path: Path, data: bytes, access: Access = PRIVATE) -> bool:
     return True
 
 
-def padded(text: str) -> bytes:
-    """Return text with spaces before its last line feed, so that `rewrite` can make it longer."""
-    data = text.encode()
-    return data + b" " * (-(len(data) + 1) % _PAD_TO) + b"\n"
-
-
-def rewrite(path: Path, text: str, access: Access = PRIVATE) -> None:
-    """Replace a `padded` text; where there is no room for a second file, in its place.
+def rewrite(path: Path, data: bytes, access: Access = PRIVATE) -> None:
+    """Replace a small text; where there is no room for a second file, in its place.
 
     Raises:
         OSError: neither can be done.
     """
-    data = padded(text)
     try:
         replace(path, data, access)
     except OSError:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            if os.fstat(file).st_size != len(data):
+            size = os.fstat(file).st_size
+            if len(data) > -(-size // _BLOCK) * _BLOCK:
                 raise
-            write_at(file, 0, [memoryview(data)])
+            # Within the blocks that it has; what is left of the old text becomes white space.
+            write_at(file, 0, [memoryview(data.ljust(size))])
         finally:
             os.close(file)
 

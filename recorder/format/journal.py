@@ -9,20 +9,24 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording
 from . import disk
 from .disk import PRIVATE, Access
+from .parquet import check_claims
 from .schema import polars_schema
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-_MAX_LINE = 16 << 20
+_MAX_LINE = 4 << 20  # of what a row may hold, the texts are a quarter of that each
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -173,29 +177,30 @@ def _write_frame(path: Path, frame: pl.DataFrame, access: Access, durable: bool 
 
 
 def read_parquet(
-    paths: list[Path], columns: dict[str, str], max_rows: int | None = None, source: str = ""
+    paths: list[Path], columns: dict[str, str], source: str = "", *, is_checked: bool = False
 ) -> pl.DataFrame:
     """Return the rows of parquet files, one behind the other, their columns checked.
 
     Args:
         paths: the files, at least one.
         columns: names and polars types that they must have.
-        max_rows: more rows than an honest file has.
+        is_checked: whether `check_claims` has passed them.
         source: the name of a column to add, with each row's path.
 
     Raises:
-        DamagedRecording: no parquet, or columns missing or of another type; names the first path.
+        DamagedRecording: no parquet, more than it can be, or columns missing or of another type;
+            names the first path where it is not known which.
         FileNotFoundError: one is not there (any more).
     """
     import polars as pl
 
     path, schema = paths[0], polars_schema(columns)
+    if not is_checked:
+        check_claims(paths)
     try:
-        rows = pl.scan_parquet(paths).select(pl.len()).collect().item()  # from the footers alone
-        if max_rows is not None and rows > max_rows * len(paths):
-            raise DamagedRecording(path, f"it claims {rows} rows, more than any part has")
-        # Not memory-mapped: a file that shrinks under a mapping kills the process.
-        frame = pl.read_parquet(paths, memory_map=False, include_file_paths=source or None)
+        with _panics_contained():
+            # Not memory-mapped: a file that shrinks under a mapping kills the process.
+            frame = pl.read_parquet(paths, memory_map=False, include_file_paths=source or None)
     except FileNotFoundError:
         raise
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
@@ -206,6 +211,29 @@ def read_parquet(
                 path, f"column {name} has type {frame.schema.get(name)}, expected {dtype}"
             )
     return frame.select([*schema, *([source] if source else [])])
+
+
+is_command = False
+"""Whether this process is a command of ours, whose stderr nobody else writes to."""
+
+
+@contextmanager
+def _panics_contained() -> Iterator[None]:
+    """Keep what polars' core prints when it panics over a damaged file: we say it in a sentence."""
+    if not is_command:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as told:
+            os.dup2(told.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+    finally:
+        os.close(kept)
 
 
 def _first_line(err: BaseException) -> str:

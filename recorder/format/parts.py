@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DamagedRecording
 from .journal import read_journal, read_parquet
-from .rows import parse_tags
+from .parquet import check_claims
+from .rows import MOST_TAG_BYTES, parse_tags
 from .schema import COLUMNS, PART, polars_schema, rank_folder, stem
 from .shard import Place
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 Places = dict[tuple[str, str], Place]
 """Where the tensors of shards that have no header yet lie, by shard and name."""
 
-_ROWS_A_PART = 1 << 20  # far more than a writer puts into one
+_MOST_BYTES = 1 << 60  # of a file, with room to add
+_FEW_BYTES = 128 << 20
+_ROW_BYTES = 4_096  # of texts, on average
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def read_part(part: Part) -> tuple[pl.DataFrame, Places]:
         frame = None
     if frame is None:
         try:
-            frame = read_parquet([sealed.path], COLUMNS, _ROWS_A_PART)
+            frame = read_parquet([sealed.path], COLUMNS)
         except FileNotFoundError:
             raise DamagedRecording(sealed.path, "it is missing") from None
     _check_rows(frame, part.rank, part.path)
@@ -114,9 +118,11 @@ def read_sealed(parts: list[Part]) -> list[pl.DataFrame]:
 
     if len(parts) > 1:
         paths = [part.path for part in parts]
+        with contextlib.suppress(FileNotFoundError):
+            check_claims(paths)
         try:
             source = "\0part"  # no column of ours
-            frame = read_parquet(paths, COLUMNS, _ROWS_A_PART, source)
+            frame = read_parquet(paths, COLUMNS, source, is_checked=True)
             belongs = pl.DataFrame(
                 {source: [str(path) for path in paths]},
                 schema={source: pl.String},
@@ -152,7 +158,8 @@ def _from_journal(path: Path, places: Places) -> pl.DataFrame:
     rows = read_journal(path)
     for row in rows:
         offset, nbytes = row.get("offset"), row.get("nbytes")
-        if type(offset) is int and type(nbytes) is int and min(offset, nbytes) >= 0:
+        sizes = (offset, nbytes)
+        if all(type(n) is int and 0 <= n < _MOST_BYTES for n in sizes):
             places[str(row.get("shard")), str(row.get("tensor"))] = Place(offset, nbytes)
     try:
         return pl.DataFrame(
@@ -168,9 +175,19 @@ def _from_journal(path: Path, places: Places) -> pl.DataFrame:
 
 def _check_rows(frame: pl.DataFrame, rank: int | None, path: Path) -> None:
     """Refuse rows that are not this rank's, or lack what every row has."""
+    import polars as pl
+    import polars.selectors as cs
+
     required = ("rank", "seq", "step", "name", "occurrence", "tags", "kind")
     alien = rank is not None and (frame["rank"] != rank).any()
     if alien or any(frame[column].null_count() for column in required):
         raise DamagedRecording(path, f"it holds rows that are not rank {rank}'s")
+    sizes = frame.select(cs.string().str.len_bytes().sum())
+    texts = sum(n or 0 for n in sizes.row(0))
+    if texts > _FEW_BYTES + _ROW_BYTES * frame.height:
+        raise DamagedRecording(path, f"its {frame.height} rows have {texts} bytes of text")
+    longest = frame.select(pl.col("name", "tags").str.len_bytes().max()).row(0)
+    if max((n or 0 for n in longest), default=0) > MOST_TAG_BYTES:
+        raise DamagedRecording(path, f"a row has a name or tags of {max(longest)} bytes")
     for text in frame["tags"].unique().to_list():
         parse_tags(text, path)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+MOST_TAG_BYTES = 64 << 10
+"""Of a record's name, and of its tags as JSON."""
+_MOST_COLUMNS = 1_000
+
+
 def parse_tags(text: str, path: object = "the manifest") -> dict[str, TagValue]:
     """Return the tags in a manifest row's JSON.
 
@@ -35,9 +40,14 @@ def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
 
     unique = rows.select("tags").unique(maintain_order=True)
     parsed = [parse_tags(text) for text in unique["tags"].to_list()]
+    names = sorted({tag for tags in parsed for tag in tags})
+    if len(names) > _MOST_COLUMNS:
+        raise DamagedRecording(
+            "the manifest", f"it has {len(names)} different tags, expected at most {_MOST_COLUMNS}"
+        )
     columns: list[pl.Series] = []
     used = {*rows.columns, "attempt"}
-    for tag in sorted({tag for tags in parsed for tag in tags}):
+    for tag in names:
         values: list[Any] = [tags.get(tag) for tags in parsed]
         kinds = {type(value) for value in values if value is not None}
         if len(kinds) > 1 or kinds & {list, dict}:

@@ -92,9 +92,9 @@ def stem(attempt: int, index: int) -> str:
     return f"a{attempt}-{index:05d}"
 
 
-def json_text(data: dict[str, Any]) -> str:
-    """Return a description or a claim as the text that is written."""
-    return json.dumps(data, indent=2)
+def json_bytes(data: dict[str, Any]) -> bytes:
+    """Return a description or a claim as it is written."""
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:

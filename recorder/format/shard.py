@@ -302,5 +302,5 @@ def _are_sizes(value: Any, most: int) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and len(value) <= most
-        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+        and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
     )
