@@ -157,9 +157,8 @@ def _from_journal(path: Path, places: Places) -> pl.DataFrame:
 
     rows = read_journal(path)
     for row in rows:
-        offset, nbytes = row.get("offset"), row.get("nbytes")
-        sizes = (offset, nbytes)
-        if all(type(n) is int and 0 <= n < _MOST_BYTES for n in sizes):
+        offset, nbytes = _size(row.get("offset")), _size(row.get("nbytes"))
+        if offset is not None and nbytes is not None:
             places[str(row.get("shard")), str(row.get("tensor"))] = Place(offset, nbytes)
     try:
         return pl.DataFrame(
@@ -171,6 +170,10 @@ def _from_journal(path: Path, places: Places) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, TypeError, OverflowError, ValueError) as err:
         fact = (str(err).splitlines() or [type(err).__name__])[0][:200]
         raise DamagedRecording(path, f"a row does not fit the manifest ({fact})") from None
+
+
+def _size(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < _MOST_BYTES else None
 
 
 def _check_rows(frame: pl.DataFrame, rank: int | None, path: Path) -> None:
