@@ -266,13 +266,16 @@ def _short(text: str) -> str:
 
 @contextmanager
 def bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes on stderr while it is a terminal; yields what to call with more."""
+    """Show a bar of bytes on stderr where it is a terminal; yields what to call with more."""
+    if not is_terminal():
+        yield lambda nbytes: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not is_terminal(), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda nbytes: progress.advance(task, nbytes)
 

@@ -172,7 +172,7 @@ def _to_frame(rows: list[dict[str, Any]], columns: dict[str, str]) -> pl.DataFra
 
 def _write_frame(path: Path, frame: pl.DataFrame, access: Access, durable: bool = False) -> None:
     data = io.BytesIO()
-    frame.write_parquet(data, compression="zstd")
+    frame.write_parquet(data, compression="zstd", statistics=False)
     disk.replace(path, data.getbuffer(), access, durable=durable)
 
 

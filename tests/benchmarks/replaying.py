@@ -19,6 +19,8 @@ from recorder.format.schema import COLUMNS, polars_schema
 from replayer import Replayer
 from replayer.compare import difference
 
+_CLAIM = {"format_version": 1, "recording": "made", "state": "complete"}
+
 
 def grafts(base: Path, quick: bool) -> list[Result]:
     """4 senders to 2 receivers from disk, with metrics, against a live exchange without."""
@@ -183,7 +185,7 @@ def replay_memory(base: Path, quick: bool) -> list[Result]:
 def make_manifest(run: Path, rows: int, ranks: int) -> None:
     """Write a recording that has a manifest and nothing else."""
     run.mkdir(parents=True)
-    about = {"format_version": 1, "world_size": ranks, "command": [], "options": {}}
+    about = {"format_version": 1, "id": "made", "world_size": ranks, "command": [], "options": {}}
     (run / "recording.json").write_text(json.dumps(about))
     schema = polars_schema(COLUMNS)
     for rank in range(ranks):
@@ -215,7 +217,7 @@ def make_manifest(run: Path, rows: int, ranks: int) -> None:
         )
         frame.write_parquet(folder / "a0-00000.parquet", compression="zstd")
         (folder / "attempt-0.json").write_text(
-            json.dumps({"rank": rank, "state": "complete", "rows": len(seq)})
+            json.dumps({**_CLAIM, "rank": rank, "rows": len(seq)})
         )
 
 
@@ -223,7 +225,7 @@ def make_sparse(run: Path, tensors: int, nbytes: int = 64 << 20) -> None:
     """Write a recording of zeros that takes no room on disk."""
     folder = run / "rank-00000"
     folder.mkdir(parents=True)
-    about = {"format_version": 1, "world_size": 1, "command": [], "options": {}}
+    about = {"format_version": 1, "id": "made", "world_size": 1, "command": [], "options": {}}
     (run / "recording.json").write_text(json.dumps(about))
     digest = xxhash.xxh3_128_hexdigest(bytes(nbytes))
     schema, each = polars_schema(COLUMNS), 16
@@ -252,6 +254,4 @@ def make_sparse(run: Path, tensors: int, nbytes: int = 64 << 20) -> None:
             for i in mine
         ]  # fmt: skip
         pl.DataFrame(rows, schema=schema).write_parquet(folder / f"{name}.parquet")
-    (folder / "attempt-0.json").write_text(
-        json.dumps({"rank": 0, "state": "complete", "rows": tensors})
-    )
+    (folder / "attempt-0.json").write_text(json.dumps({**_CLAIM, "rank": 0, "rows": tensors}))

@@ -261,7 +261,7 @@ def test_an_error_at_any_single_change_ends_the_recording_in_good_order(
             assert os.strerror(number) in recorder.reason, (at, steps.names[at])
             assert os.strerror(number) in err
         else:
-            assert not forever or at >= total - 2, (at, steps.names[at], err)
+            assert not forever or at >= steps.count - 2, (at, steps.names[-5:], err)
             assert len(check_whole_or_missing(run, MADE)) == 12
 
 
