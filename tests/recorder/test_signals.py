@@ -20,6 +20,7 @@ JOB = """
     for i in range(50):
         tap("x", torch.full((1000,), float(i)), i=i)
     step()
+    {after}
     print("ready", flush=True)
     {then}
 """
@@ -31,9 +32,9 @@ FOREVER = {
 }
 
 
-def ended_by(shell, number, then, before=""):
+def ended_by(shell, number, then, *, before="", after=""):
     """Start the job, send it a signal when it is ready; return its status, seconds, stderr."""
-    job = shell.write("job.py", JOB.format(then=then, before=before))
+    job = shell.write("job.py", JOB.format(then=then, before=before, after=after))
     env = {**shell.env, "GRAFT_RECORD": "run"}
     process = subprocess.Popen(
         [*shell.python, job],
@@ -77,10 +78,8 @@ def test_a_handler_of_the_job_s_own_is_left_alone(shell):
     own = (
         "import signal\n    signal.signal(signal.SIGTERM, lambda *a: (print('mine'), sys.exit(5)))"
     )
-    for before, then in ((own, ""), ("", own + "\n    ")):
-        status, _, out = ended_by(
-            shell, signal.SIGTERM, then + FOREVER["in Python"].replace("\n", "\n    "), before
-        )
+    for when in ("before", "after"):  # the first tap
+        status, _, out = ended_by(shell, signal.SIGTERM, FOREVER["in Python"], **{when: own})
         assert (status, out.strip()) == (5, "mine")
         back = Recording.open(shell.folder / "run")
         assert [claim["state"] for claim in back.claims()] == ["complete"]
