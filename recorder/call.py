@@ -53,6 +53,11 @@ class Call:
             self._value = self.given() if callable(self.given) else self.given
         return self._value
 
+    @property
+    def is_made_here(self) -> bool:
+        """Whether the value is made by the tap's callable, whose errors stay with the tap."""
+        return callable(self.given)
+
     def forget(self) -> None:
         """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
         self.given = self._value = None

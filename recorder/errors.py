@@ -20,7 +20,12 @@ GraftError                     every expected failure; the command line prints i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+_LIBRARIES = frozenset(
+    {"recorder", "replayer", "torch", "polars", "xxhash", "numpy", "safetensors"}
+)
 
 
 class GraftError(Exception):
@@ -145,3 +150,17 @@ class TransformError(ReplayError):
 
 class GraftRefused(ReplayError):
     """The copy would not be faithful."""
+
+
+def is_from_the_job(err: Exception) -> bool:
+    """Whether an exception was raised by the job's code: a signal's handler, such as a deadline's.
+
+    What the job's callables raise in our hands is not asked about.
+    """
+    trace = err.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    module = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+    return module not in _LIBRARIES and module not in sys.stdlib_module_names

@@ -30,7 +30,7 @@ from .capture import (
 )
 from .claim import Claim, Job, check_free, claim_rank
 from .diagnostics import say
-from .errors import CaptureError, GraftError, UsageError
+from .errors import CaptureError, GraftError, UsageError, is_from_the_job
 from .filters import Filter
 from .format.disk import ACCESS
 from .format.schema import FSYNC, LEVELS, WHEN_FULL
@@ -203,6 +203,8 @@ class Recorder:
         try:
             value = call.value()
         except Exception as err:
+            if not call.is_made_here:
+                raise
             self._warn(call, f"its callable raised {type(err).__name__}: {err}")
             return
         kind = classify(value)
@@ -429,6 +431,8 @@ class Recorder:
             try:
                 self._record(call, selected, grad, "grad")
             except Exception as err:  # backward() is the job's
+                if is_from_the_job(err):
+                    raise
                 self.lost(call, f"{type(err).__name__}: {err}")
 
         self._gradients.watch(

@@ -98,7 +98,10 @@ class Staging:
         self.held_seconds = 0.0
         self._copies = copies or DeviceCopies()
         self._on_short = on_short
-        self._room = threading.Condition(threading.Lock())
+        # Held as a lock, never through the condition: that one enters and leaves in Python, where a
+        # signal handler's exception can come while the lock is taken and nobody is to release it.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
         self._waiting: deque[Part] = deque()
         self._last: Part | None = None
         self._head = 0
@@ -149,7 +152,7 @@ class Staging:
 
     def release(self, parts: Iterable[Part]) -> None:
         """Let one user go of each of some parts."""
-        with self._room:
+        with self._lock:
             for part in parts:
                 part.users -= 1
             self._free_released()
@@ -185,14 +188,14 @@ class Staging:
 
     def close(self) -> None:
         """Let nobody wait any more."""
-        with self._room:
+        with self._lock:
             self._closed = True
             self._room.notify_all()
 
     def free(self) -> None:
         """Let go of the memory, once every copy into it has ended; none may follow."""
         self.close()
-        with self._room:
+        with self._lock:
             for part in self._waiting:
                 part.wait()
             self._waiting.clear()
@@ -201,12 +204,13 @@ class Staging:
 
     def _reserve(self, nbytes: int, users: int, hold: bool) -> Part | None:
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT or _ALIGNMENT
-        with self._room:
+        with self._lock:
             if self._last is not None and self._last.payload is None:
                 # An interrupt came before anybody took it on; nobody will release it.
                 self._last.wait()
                 self._last.users = 0
                 self._free_released()
+                self.backlog = sum(part.size for part in self._waiting)
             offset = self._find(size)
             if offset is None and self._on_short is not None:
                 self._on_short()

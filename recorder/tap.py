@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from . import signals
 from .call import Call, Session
 from .diagnostics import say
-from .errors import GraftError, ReplayError
+from .errors import GraftError, ReplayError, is_from_the_job
 from .ranks import is_group_up
 
 T = TypeVar("T")
@@ -71,9 +71,6 @@ class _Helper(_Waiting):
         )
 
 
-_LIBRARIES = frozenset(
-    {"recorder", "replayer", "torch", "polars", "xxhash", "numpy", "safetensors"}
-)
 _active: tuple[Session, ...] = ()
 _opening = False
 
@@ -231,8 +228,10 @@ def _fire(
                 break
         else:
             return
-    except Exception:
-        pass  # a tag that cannot be hashed or compared
+    except Exception as err:
+        if is_from_the_job(err) and not _is_a_comparison(err):
+            raise
+        # else a tag that cannot be hashed or compared
     run = _dispatch
     if "torch._dynamo" in sys.modules:
         # The mark below makes a compiled caller break its graph here; this keeps the compiler
@@ -247,8 +246,16 @@ def _fire_step() -> None:
     for session in _active:
         try:
             session.on_step()
-        except Exception:  # rule 2
+        except Exception as err:  # rule 2
+            if is_from_the_job(err):
+                raise
             log.debug("at a step", exc_info=True)
+
+
+def _is_a_comparison(err: Exception) -> bool:
+    """Whether an exception comes from a tag's own `__eq__` or `__hash__`."""
+    trace = err.__traceback__.tb_next if err.__traceback__ is not None else None
+    return trace is not None and trace.tb_frame.f_code.co_name in ("__eq__", "__hash__")
 
 
 _fire._torchdynamo_disable = True  # type: ignore[attr-defined]
@@ -286,26 +293,12 @@ def _dispatch(
             except ReplayError:
                 raise  # asked for: --on-error raise, --on-missing raise
             except Exception as err:  # rule 2: the job comes first, and the other taps with it
-                if _is_from_the_job(err):
+                if is_from_the_job(err):
                     raise
                 log.debug("at a tap", exc_info=True)
                 session.lost(call, f"{type(err).__name__}: {err}")
     finally:
         call.forget()
-
-
-def _is_from_the_job(err: Exception) -> bool:
-    """Whether an exception was raised by the job's code: a signal's handler, such as a deadline's.
-
-    What the job's callables raise in our hands does not get this far.
-    """
-    trace = err.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return False
-    module = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-    return module not in _LIBRARIES and module not in sys.stdlib_module_names
 
 
 def activate(session: Session) -> None:

@@ -83,7 +83,8 @@ class Writer:
         self._on_progress = on_progress
         self._published = time.monotonic()
         self._hold = when_full == "hold"
-        self._wake = threading.Condition(threading.Lock())
+        self._wake_lock = threading.Lock()  # see `Staging` why each is held by itself
+        self._wake = threading.Condition(self._wake_lock)
         self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES), on_short=self._hurry)
         self._store = Store(folder, attempt, limits)
         self._summaries = Summaries(self._staging, self._nudge) if statistics else None
@@ -96,7 +97,8 @@ class Writer:
         self._closing = False
         self._ended = False
         self._tells_steps = limits.fsync == "step" or limits.keep_last is not None
-        self._caught_up = threading.Condition(threading.Lock())
+        self._caught_up_lock = threading.Lock()
+        self._caught_up = threading.Condition(self._caught_up_lock)
         self._queued_since = self._taken_since = math.inf
         self._held_late = 0.0
         self._largest = 0
@@ -235,7 +237,7 @@ class Writer:
             self._drop(nbytes)
             return self._ended
         started = time.monotonic()
-        with self._caught_up:
+        with self._caught_up_lock:
             while not self._ended:
                 late = min(self._queued_since, self._taken_since) + _OLDEST_SECONDS
                 if time.monotonic() < late:
@@ -264,7 +266,7 @@ class Writer:
             self._nudge()
 
     def _nudge(self) -> None:
-        with self._wake:
+        with self._wake_lock:
             self._wake.notify()
 
     def _run(self) -> None:
@@ -294,7 +296,7 @@ class Writer:
 
     def _gather(self) -> bool:
         """Sleep until there is work, and until a burst has passed; return False at the end."""
-        with self._wake:
+        with self._wake_lock:
             self._asleep = True
             while not (self._queue or self._closing or self._has_statistics):
                 self._wake.wait()
@@ -335,7 +337,7 @@ class Writer:
         self._store.write_out()
         self._staging.release(stored)
         self._flush()
-        with self._caught_up:
+        with self._caught_up_lock:
             self._taken_since = math.inf
             self._caught_up.notify_all()
 
@@ -395,7 +397,7 @@ class Writer:
         try:
             self._store.salvage()
         finally:
-            with self._caught_up:
+            with self._caught_up_lock:
                 self._caught_up.notify_all()
             self._on_stop(state, reason)
 

@@ -28,6 +28,7 @@ from recorder.errors import (
     ReplayError,
     TransformError,
     UsageError,
+    is_from_the_job,
 )
 from recorder.filters import Filter
 from recorder.format.recording import Recording
@@ -219,6 +220,8 @@ class Replayer:
         try:
             value = call.value()
         except Exception as err:
+            if not call.is_made_here:
+                raise
             fact = f"its callable raised {type(err).__name__}: {err}"
             self._finish(selected, "tensor", start, ReplayError(fact))
             return
@@ -354,6 +357,8 @@ class Replayer:
                 made = "what was grafted is the result of the tap's callable"
                 facts["message"] = joined(facts.get("message"), made)
         except Exception as err:
+            if is_from_the_job(err):
+                raise
             error = _worded(err)
         self._finish(selected, kind, start, error, **facts)
 
@@ -374,6 +379,8 @@ class Replayer:
             graft.overwrite(target, new)
             replaced = copy
         except Exception as err:
+            if is_from_the_job(err):
+                raise
             error = _worded(err)
         self._finish(selected, "grad", start, error, **facts)
         return replaced
@@ -385,6 +392,8 @@ class Replayer:
         try:
             self._replacements.compare(selected, value, facts)
         except Exception as err:
+            if is_from_the_job(err):
+                raise
             error = _worded(err)
         self._finish(selected, "value", start, error, **facts)
 
