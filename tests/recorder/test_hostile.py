@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from recorder import Recorder, Recording, step, tap
 from recorder.errors import GraftError
 from recorder.format import parts as parts_module
-from recorder.format.parquet import measure
+from recorder.format.parquet import check_claims, measure
 from recorder.format.rows import tag_columns
 from recorder.format.shard import read_header
 from recorder.verify import Checker
@@ -286,6 +286,18 @@ def test_a_manifest_that_pretends_to_have_many_rows(made):
     pl.concat([frame.head(1)] * 1_000).sample(2_000_000, with_replacement=True).write_parquet(path)
     with pytest.raises(GraftError, match="rows, more than"):
         Recording.open(made).rows()
+
+
+def test_many_rows_that_repeat_one_another_are_a_recording_like_any_other(made):
+    """A job that taps the same few tensors a million times has a manifest that packs very well."""
+    (path,) = made.glob("rank-*/*.parquet")
+    row = pl.read_parquet(path, memory_map=False).head(1)
+    rows = pl.concat([row] * 200_000).with_columns(
+        seq=pl.int_range(200_000), time_ns=pl.int_range(200_000) * 1_000
+    )
+    rows.write_parquet(path, compression="zstd", statistics=False)
+    assert measure(path).nbytes > 40 * path.stat().st_size
+    check_claims([path])
 
 
 def test_huge_claims_of_a_shard_take_no_memory(made):
