@@ -25,7 +25,8 @@ from recorder.format.rows import tag_columns
 from recorder.format.shard import read_header
 from recorder.verify import Checker
 
-EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=pytest.mark.slow)])
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
+EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])
 SECONDS, MEBIBYTES = 5.0, 256
 
 

@@ -20,7 +20,8 @@ from recorder import Recorder, Recording, step, tap
 from recorder.format import disk
 from recorder.verify import Checker
 
-EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=pytest.mark.slow)])
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
+EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])
 
 LOADED = """
     import os, sys, time, torch
