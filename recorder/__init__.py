@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .errors import GraftError
     from .filters import Filter
     from .format.recording import Recording
+    from .layouts.mesh import declare_mesh
     from .session import Recorder
 
 # Loaded when first asked for: a job that only taps, and the command line, need neither torch's
@@ -20,9 +21,19 @@ _LAZY = {
     "GraftError": "recorder.errors",
     "Recorder": "recorder.session",
     "Recording": "recorder.format.recording",
+    "declare_mesh": "recorder.layouts.mesh",
 }
 
-__all__ = ["Filter", "GraftError", "Recorder", "Recording", "context", "step", "tap"]
+__all__ = [
+    "Filter",
+    "GraftError",
+    "Recorder",
+    "Recording",
+    "context",
+    "declare_mesh",
+    "step",
+    "tap",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -88,11 +89,20 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
         local = _waited(tensor.to_local())
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names or [str(i) for i in range(mesh.ndim)]
+    at = mesh.get_coordinate()
+    places = [""] * mesh.ndim if at is None else [f"{k}/" for k in at]
     axes = " ".join(
-        f"{name}:{size}={placement!r}"
-        for name, size, placement in zip(names, mesh.shape, tensor.placements, strict=True)
+        f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}:{place}{size}={placement!r}"
+        for name, place, size, placement in zip(
+            names, places, mesh.shape, tensor.placements, strict=True
+        )
     )
     return local, f"DTensor {list(tensor.shape)} {axes}"
+
+
+def dims_text(declared: str, placements: str) -> str:
+    """Return a tap's layout: what was declared, and what a DTensor says of itself."""
+    return f"{declared} # {placements}" if declared and placements else declared or placements
 
 
 def _waited(tensor: torch.Tensor) -> torch.Tensor:

@@ -232,6 +232,11 @@ class Claim:
         self.folder = path.parent
         self.attempt: int = data["attempt"]
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What it says."""
+        return self._data
+
     def update(self, **facts: Any) -> None:
         """Write down how it went, in one step."""
         self._data.update(facts)

@@ -333,9 +333,9 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
     recording = Recording.open(run)
     rows, why = report.selected(recording, filter, rank)
     if as_json:
-        click.echo(json.dumps(report.records(rows), indent=2))
+        click.echo(json.dumps(report.records(recording, rows), indent=2))
     else:
-        report.print_records(rows, _width())
+        report.print_records(recording, rows, _width())
     if why:
         note(why)
 

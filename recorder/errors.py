@@ -12,6 +12,8 @@ GraftError                     every expected failure; the command line prints i
 |   +-- NoSuchRecord           no record under that key; carries the nearest ones
 +-- CaptureError               a value that cannot be recorded faithfully
 |   +-- BadTag                 a name or tag that cannot be part of a key
++-- LayoutError                a layout that cannot be read, or two that contradict each other
+|   +-- ReplicasDiffer         ranks that should hold the same block do not
 +-- ReplayError                a tap that could not be grafted
     +-- MissingRecord          nothing recorded matches the tap
     +-- TransformError         the transform failed or cannot be loaded
@@ -134,6 +136,14 @@ class CaptureError(GraftError):
 
 class BadTag(CaptureError):
     """A name or tag that cannot be part of a key; the text is one fact."""
+
+
+class LayoutError(GraftError):
+    """A layout that cannot be read, or two that contradict each other."""
+
+
+class ReplicasDiffer(LayoutError):
+    """Ranks that should hold the same block do not."""
 
 
 class ReplayError(GraftError):

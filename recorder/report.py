@@ -13,6 +13,8 @@ from .diagnostics import printable
 from .filters import Filter
 from .format.recording import Recording
 from .format.rows import matching, parse_tags
+from .layouts.blocks import placed
+from .layouts.mesh import FrozenMesh
 from .progress import is_terminal
 from .sizes import count, format_size
 from .tags import label
@@ -92,10 +94,16 @@ def taps(rows: pl.DataFrame) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def records(rows: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return each row as an object, JSON columns decoded: `tags`, `extras`, `value`."""
+def records(recording: Recording, rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return each row as an object, JSON columns decoded: `tags`, `extras`, `value`.
+
+    Where its rank's place in a mesh is known, it has that as `mesh`: axis -> coordinate and size.
+    """
     found = []
     for row in rows.iter_rows(named=True):
+        mesh = recording.mesh_of(row)
+        if mesh is not None:
+            row["mesh"] = {axis: list(place) for axis, place in mesh}
         for column in ("tags", "extras", "value"):
             if row[column] is not None:
                 row[column] = _decoded(row[column])
@@ -179,20 +187,20 @@ def print_taps(
     console.print(table)
 
 
-def print_records(rows: pl.DataFrame, width: int) -> None:
+def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
     """Print one line per record; columns that would say nothing are left out."""
     if not rows.height:
         return
     console = _console(width)
-    cells = [_cells(row) for row in rows.iter_rows(named=True)]
-    dull = {"occ": "0", "rank": cells[0]["rank"], "bad": ""}
+    cells = [_cells(row, recording.mesh_of(row)) for row in rows.iter_rows(named=True)]
+    dull = {"occ": "0", "rank": cells[0]["rank"], "bad": "", "layout": ""}
     columns = [
         column
         for column in cells[0]
         if column not in dull or any(cell[column] != dull[column] for cell in cells)
     ]
     if width < _NARROW:
-        columns = [c for c in columns if c not in ("min", "max", "mean", "std")]
+        columns = [c for c in columns if c not in ("min", "max", "mean", "std", "layout")]
     table = _table(*columns)
     for cell in cells:
         table.add_row(*(printable(cell[column]) for column in columns))
@@ -203,7 +211,7 @@ def print_records(rows: pl.DataFrame, width: int) -> None:
         console.print("bad: elements that are NaN or infinite; the statistics are over the others")
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
+def _cells(row: dict[str, Any], mesh: FrozenMesh) -> dict[str, str]:
     kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
     bad = (row["nan_count"] or 0) + (row["inf_count"] or 0)
     if row["value"] is not None:
@@ -216,6 +224,7 @@ def _cells(row: dict[str, Any]) -> dict[str, str]:
         "tap": label(row["name"], row["tags"]) + kind,
         "occ": str(row["occurrence"]),
         "dtype and shape": what,
+        "layout": placed(row["dims"], mesh) if row["dims"] else "",
         **{c: _number(row[c]) for c in ("min", "max", "mean", "std")},
         "bad": str(bad) if bad else "",
     }

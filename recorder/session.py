@@ -22,6 +22,7 @@ from .call import Call
 from .capture import (
     as_bits,
     classify,
+    dims_text,
     encode_extras,
     encode_value,
     is_plain,
@@ -30,11 +31,13 @@ from .capture import (
 )
 from .claim import Claim, Job, check_free, claim_rank
 from .diagnostics import say
-from .errors import CaptureError, GraftError, UsageError, is_from_the_job
+from .errors import CaptureError, GraftError, LayoutError, UsageError, is_from_the_job
 from .filters import Filter
 from .format.disk import ACCESS
 from .format.schema import FSYNC, LEVELS, WHEN_FULL
 from .gradients import GradientTaps
+from .layouts.dims import parse_dims
+from .layouts.mesh import Mesh, MeshWatch
 from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
@@ -47,6 +50,7 @@ from .tap import activate, deactivate
 from .writer import DEFAULT_BUDGET, FEW, Writer
 
 _MOST_STAGING = 1 << 50
+_MOST_MESHES = 1_000
 
 
 class Recorder:
@@ -135,6 +139,8 @@ class Recorder:
         self._lock = threading.RLock()
         self._closing = threading.RLock()
         self._claim: Claim | None = None
+        self._meshes = MeshWatch()
+        self._mesh: Mesh | None = None
         self._writer: Writer | None = None
         self._closed = False
         self._lazy = False
@@ -403,13 +409,18 @@ class Recorder:
                 return
             with plainly():
                 if is_plain(value) and value.nbytes <= FEW:
-                    self._writer.submit_plain(self._row(call, selected, kind), value)
+                    row = self._row(call, selected, kind)
+                    if call.dims:
+                        self._note_layout(call, row, value.dim())
+                    self._writer.submit_plain(row, value)
                     return
                 local, placements = local_part(value)
                 bits = as_bits(local)
                 row = self._row(call, selected, kind)
-                if placements and "dims" not in row:
-                    row["dims"] = placements
+                if placements:
+                    row["dims"] = dims_text(row.get("dims", ""), placements)
+                if call.dims:
+                    self._note_layout(call, row, local.dim())
                 self._writer.submit(row, bits, local.dtype, local.shape)
         except CaptureError as err:
             self._warn(call, str(err))
@@ -461,6 +472,48 @@ class Recorder:
         if extras:
             row["extras"] = extras
         return row
+
+    def _note_layout(self, call: Call, row: dict[str, Any], ndim: int) -> None:
+        """Write down where the rank stands, and say at once what no replay could make sense of."""
+        try:
+            named = len(parse_dims(row["dims"]).dims)
+            wrong = f"its dims {row['dims']!r:.200} name {named} dims, and it has {ndim}"
+            if named == ndim:
+                wrong = ""
+        except LayoutError as err:
+            wrong = str(err)
+        if wrong:
+            where = f"tap {call.shown} at {call.site}"
+            self._once(
+                (where, wrong), f"{where} is recorded, but cannot be cut or put together: {wrong}"
+            )
+        self._note_mesh(call, row["seq"])
+
+    def _note_mesh(self, call: Call, seq: int) -> None:
+        """Write down where this rank stands, from this tap on, if that was not known before."""
+        mesh = self._meshes.current(self._selection.step)
+        if mesh is None or mesh == self._mesh:
+            return
+        with self._lock:
+            if self._claim is None or self.state != "running":
+                return
+            known: list[dict[str, Any]] = self._claim.facts.get("meshes", [])
+            axes: dict[str, list[int]] | None = {axis: [*place] for axis, place in mesh.items()}
+            if len(known) >= _MOST_MESHES:
+                self._once(
+                    ("meshes",),
+                    f"the mesh has changed {_MOST_MESHES} times, and what follows is recorded "
+                    "without its place in it; declare all axes in one, under other names where "
+                    "they cut other tensors",
+                )
+                axes = None
+            if known and axes is None and known[-1]["axes"] is None:
+                return
+            self._mesh = dict(mesh)
+            try:
+                self._claim.update(meshes=[*known, {"seq": seq, "axes": axes}])
+            except OSError as err:
+                self._end("failed", f"writing failed: {err.strerror or err}")
 
     def _warn(self, call: Call, reason: str, what: str = "is not recorded") -> None:
         self._skipped += 1

@@ -72,8 +72,8 @@ main.add_command(recorder_cli.record)
 @click.option(
     "--transform",
     metavar="PKG.MOD.FN",
-    help="Function of (g) or (received_list, target) that makes the tensor to write; identity by "
-    "rank without. [GRAFT_REPLAY_TRANSFORM]",
+    help="Function of (g) or (received_list, target) that makes the tensor to write; without, what "
+    "both sides' dims say, else identity by rank. [GRAFT_REPLAY_TRANSFORM]",
 )
 @click.option(
     "--record",
@@ -126,6 +126,14 @@ main.add_command(recorder_cli.record)
     help="Hold each recorded tensor against its digest when it is first used. [GRAFT_REPLAY_CHECK]",
 )
 @click.option(
+    "--replicas",
+    type=click.Choice(("error", "first", "mean")),
+    default="error",
+    show_default=True,
+    help="Where senders that should hold the same block do not: fail, take the first, or their "
+    "mean. [GRAFT_REPLAY_REPLICAS]",
+)
+@click.option(
     "--overwrite",
     is_flag=True,
     help="Replace a replay that is in OUT already. [GRAFT_REPLAY_OVERWRITE=1]",
@@ -145,6 +153,7 @@ def replay(
     strict: bool,
     metrics: bool,
     check: bool,
+    replicas: str,
     overwrite: bool,
     command: tuple[str, ...],
 ) -> None:
@@ -185,6 +194,7 @@ def replay(
                 "GRAFT_REPLAY_STRICT": "1" if strict else None,
                 "GRAFT_REPLAY_METRICS": None if metrics else "0",
                 "GRAFT_REPLAY_CHECK": None if check else "0",
+                "GRAFT_REPLAY_REPLICAS": replicas,
                 "GRAFT_REPLAY_OVERWRITE": "1" if overwrite else None,
             },
             command,

@@ -1,7 +1,8 @@
 """Make the tensor that replaces a tapped one: match -> load -> transform -> check.
 
 1. `Matcher.find` names the records that belong to the tap.
-2. `_load` brings the sender slice to the target's device.
+2. Without a transform `Relayout` cuts them as both sides' layouts say; else `_load` brings the
+   sender slice to the target's device.
 3. The transform makes the replacement from copies, so that its failure harms nothing.
 4. `graft.check_replacement` refuses what is no faithful one; `_measure` says what it changes.
 """
@@ -16,24 +17,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.call import Call
-from recorder.capture import encode_value
+from recorder.capture import dims_text, encode_value
 from recorder.errors import TransformError
 from recorder.format.recording import Recording
+from recorder.layouts.mesh import MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.selection import Selected
 
 from . import graft, transforms
 from .compare import difference
 from .match import Match, Matcher
+from .notes import joined
+from .relayout import Declared, Relayout
 from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from recorder.layouts.plan import Plan
+
 
 _NEEDED = (
     # of a manifest row, to read its tensor and to tell a transform about it
     "rank",
+    "attempt",
+    "seq",
     "step",
     "name",
     "occurrence",
@@ -62,6 +70,7 @@ class Replacements:
         rank: the receiver.
         metrics: whether to measure what a replacement changes.
         check: whether to hold recorded tensors against their digests.
+        replicas: what to do with senders that should hold the same block and do not.
         warn: hears of tags that contradict each other.
     """
 
@@ -72,11 +81,14 @@ class Replacements:
     rank: Rank
     metrics: bool
     check: bool
+    replicas: str
     warn: Callable[[Selected, str], None]
 
     def __post_init__(self) -> None:
         self._seqs = self.frame["seq"]
         self._needed = self.frame.select(_NEEDED)
+        self._plans: dict[Any, Plan] = {}
+        self._meshes = MeshWatch()
 
     def make(
         self,
@@ -104,16 +116,20 @@ class Replacements:
         match = self._match(selected, kind, facts)
         if isinstance(self.transform, TransformError):
             raise self.transform
-        received, rows = self._load(match, target.device)
+        dims = dims_text(call.dims, placements)
         with torch.no_grad():
-            if self.transform is None:
-                _check_placements(placements, [row["dims"] for row in rows if row])
-                made: Any = transforms.identity(
-                    received, self.rank.rank, self.rank.world_size, target
-                )
-            else:
-                g = self._input(call, selected, target, placements, received, rows)
+            relayout = self._relayout(call, selected, target, dims, match)
+            made: Any = None
+            if self.transform is not None:
+                received, rows = self._load(match, target.device)
+                g = self._input(selected, target, dims, received, rows)
+                object.__setattr__(g, "_relayout", relayout)
                 made = _apply(self.transform, g)
+            elif relayout.is_declared:
+                made = relayout.block(facts)
+            else:
+                received, _ = self._load(match, target.device)
+                made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
             new, note = graft.check_replacement(made, target)
             if note:
                 facts["message"] = joined(facts.get("message"), note)
@@ -121,6 +137,23 @@ class Replacements:
             if self.metrics:
                 _measure(target, new, facts)
         return new
+
+    def _relayout(
+        self, call: Call, selected: Selected, target: torch.Tensor, dims: str, match: Match
+    ) -> Relayout:
+        return Relayout(
+            self.recording,
+            [self._row(match.rows[sender]) for sender in sorted(match.rows)],
+            target,
+            Declared(dims, call.extras, frozen(self._meshes.current(selected.key.step))),
+            self.rank,
+            replicas=self.replicas,
+            check=self.check,
+            plans=self._plans,
+        )
+
+    def _row(self, number: int) -> dict[str, Any]:
+        return dict(zip(_NEEDED, self._needed.row(number), strict=True))
 
     def compare(self, selected: Selected, value: Any, facts: dict[str, Any]) -> None:
         """Note whether a value equals the recorded one.
@@ -161,17 +194,16 @@ class Replacements:
                 received.append(None)
                 rows.append(None)
                 continue
-            row = dict(zip(_NEEDED, self._needed.row(match.rows[sender]), strict=True))
+            row = self._row(match.rows[sender])
             received.append(self.recording.read(row, check=self.check).to(device))
             rows.append(row)
         return received, rows
 
     def _input(
         self,
-        call: Call,
         selected: Selected,
         target: torch.Tensor,
-        placements: str,
+        dims: str,
         received: list[torch.Tensor | None],
         rows: list[dict[str, Any] | None],
     ) -> GraftInput:
@@ -186,18 +218,8 @@ class Replacements:
             rank=self.rank.rank,
             world_size=self.rank.world_size,
             sender_world_size=self.recording.world_size,
-            dims=call.dims or placements,
+            dims=dims,
             sender_dims=next((row["dims"] for row in rows if row and row["dims"]), ""),
-        )
-
-
-def _check_placements(ours: str, theirs: list[str | None]) -> None:
-    """Refuse identity between DTensors that are placed otherwise: equal shapes say nothing."""
-    odd = [dims for dims in theirs if dims and dims.startswith("DTensor ") and dims != ours]
-    if ours and odd:
-        raise TransformError(
-            f"identity by rank needs equal placements, and the record is {odd[0]}, "
-            f"the target {ours}; {transforms.HOW}"
         )
 
 
@@ -218,8 +240,3 @@ def _measure(target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> 
         facts.update(vars(difference(target, new)))
     except Exception as err:
         facts["message"] = joined(facts.get("message"), f"not measured: {err}")
-
-
-def joined(*texts: str | None) -> str:
-    """Return notes as one."""
-    return "; ".join(text for text in texts if text)

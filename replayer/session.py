@@ -34,6 +34,7 @@ from recorder.filters import Filter
 from recorder.format.recording import Recording
 from recorder.format.schema import rank_folder
 from recorder.gradients import GradientTaps
+from recorder.layouts.assemble import REPLICAS
 from recorder.ranks import RankWatch
 from recorder.reports import write_report
 from recorder.selection import Selected, Selection, Warnings
@@ -44,7 +45,8 @@ from recorder.tap import activate, deactivate
 from . import graft, transforms
 from .log import ReplayLog
 from .match import Matcher, MatchOn
-from .replacement import Replacements, joined
+from .notes import joined
+from .replacement import Replacements
 from .summary import Summary, summarize
 from .transforms import Transform
 
@@ -77,6 +79,8 @@ class Replayer:
         on_missing: the same for a tap without a record.
         strict: on leaving, raise where a selected tap was missed or a selected record not used.
         check: whether to hold each recorded tensor against its digest when it is first used.
+        replicas: where senders that should hold the same block do not: an `error`, take the
+            `first`, or their `mean`.
         metrics: whether to log how the target's own value differs from what replaces it.
         overwrite: replace what another replay left in `out` under this rank.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
@@ -104,6 +108,7 @@ class Replayer:
         on_missing: str = "skip",
         strict: bool = False,
         check: bool = True,
+        replicas: str = "error",
         metrics: bool = True,
         overwrite: bool = False,
         rank: int | None = None,
@@ -112,6 +117,8 @@ class Replayer:
         for name, policy in (("on_error", on_error), ("on_missing", on_missing)):
             if policy not in _POLICIES:
                 raise UsageError(f"{name} is {policy!r}; choose skip or raise")
+        if replicas not in REPLICAS:
+            raise UsageError(f"replicas is {replicas!r}; choose one of {', '.join(REPLICAS)}")
         if record is not None and out is None:
             raise UsageError("record needs a folder to record into; give out too")
         if isinstance(step_offset, bool) or not isinstance(step_offset, int):
@@ -124,6 +131,7 @@ class Replayer:
         self._on_error, self._on_missing = on_error, on_missing
         self._strict, self._metrics, self._overwrite = strict, metrics, overwrite
         self._check = check
+        self._replicas = replicas
         self._transform: Transform | None = None
         self._broken_transform: TransformError | None = None
         if transform is not None:
@@ -325,6 +333,7 @@ class Replayer:
                     rank,
                     self._metrics,
                     self._check,
+                    self._replicas,
                     self._warn_of,
                 )
             except (GraftError, OSError) as err:
@@ -487,6 +496,7 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
         on_missing=environ.get("GRAFT_REPLAY_ON_MISSING") or "skip",
         strict=environ.get("GRAFT_REPLAY_STRICT") == "1",
         check=environ.get("GRAFT_REPLAY_CHECK") != "0",
+        replicas=environ.get("GRAFT_REPLAY_REPLICAS") or "error",
         metrics=environ.get("GRAFT_REPLAY_METRICS") != "0",
         overwrite=environ.get("GRAFT_REPLAY_OVERWRITE") == "1",
     )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -22,6 +22,16 @@ from recorder.tags import Key
 
 Function = Callable[..., Any]
 HOW = "name a transform with --transform pkg.mod.fn (or Replayer(transform=...))"
+
+
+class Layouts(Protocol):
+    """What both sides' layouts can do for a transform."""
+
+    def logical(self) -> torch.Tensor:
+        """See `GraftInput.logical`."""
+
+    def to_local(self, logical: torch.Tensor) -> torch.Tensor:
+        """See `GraftInput.to_local`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,30 @@ class GraftInput:
     sender_world_size: int
     dims: str = ""
     sender_dims: str = ""
+
+    def logical(self) -> torch.Tensor:
+        """Return the whole tensor that the senders' blocks are parts of, on the receiver's device.
+
+        Its dims are in the order of the senders' declaration; padding they declare is left out.
+
+        Raises:
+            LayoutError: the senders declare no layout, or it does not say enough.
+        """
+        return self._layouts().logical()
+
+    def to_local(self, logical: torch.Tensor) -> torch.Tensor:
+        """Return the receiver's block of a whole tensor, whose dims are as those of `logical`.
+
+        Raises:
+            LayoutError: one side declares no layout, or the two contradict each other.
+        """
+        return self._layouts().to_local(logical)
+
+    def _layouts(self) -> Layouts:
+        found: Layouts | None = self.__dict__.get("_relayout")
+        if found is None:
+            raise TransformError("this GraftInput was not made by a replay, and has no layouts")
+        return found
 
     @classmethod
     def on(cls, target: torch.Tensor, **facts: Any) -> GraftInput:

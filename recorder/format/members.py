@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DamagedRecording, MixedRecordings, UnsupportedVersion
+from ..layouts.mesh import checked_meshes
 from .schema import ATTEMPT, FORMAT_VERSION, RANK_FOLDER, read_json
 
 
@@ -74,6 +75,8 @@ def check_claim(path: Path, claim: Mapping[str, Any], rank: int, meta: Mapping[s
         raise DamagedRecording(path, f"it is of rank {claim.get('rank')!r}, its folder of {rank}")
     if not isinstance(claim.get("state"), str) or not isinstance(claim.get("rows", 0), int):
         raise DamagedRecording(path, "its state or rows are none")
+    if checked_meshes(claim.get("meshes", [])) is None:
+        raise DamagedRecording(path, "its meshes are none")
     same = any(
         claim.get(theirs) and claim.get(theirs) == meta.get(ours)
         for theirs, ours in (("recording", "id"), ("job", "job"), ("launcher", "launcher"))

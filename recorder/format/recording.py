@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording, NoSuchRecord, UsageError
+from ..layouts.mesh import FrozenMesh, checked_meshes
 from ..tags import canonical, clean, label
-from .index import Index, nearest, whole_key
+from .index import Group, Index, nearest, whole_key
 from .members import Incomplete, incomplete, rank_folders, read_claims
 from .parts import Part, parts_of, read_part, read_sealed, shard_path
 from .rows import tag_columns
@@ -51,6 +54,7 @@ class Recording:
         self._files: Files | None = None
         self._paths: dict[tuple[str, int], Path] = {}
         self._checked: set[tuple[str, str, str]] = set()
+        self._meshes: dict[tuple[int, int], list[tuple[int, FrozenMesh]]] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Recording:
@@ -185,14 +189,8 @@ class Recording:
         Raises:
             NoSuchRecord: nothing is recorded under this key; names the nearest.
         """
-        if attempt not in self._indices:
-            frame = self.latest() if attempt is None else self.rows(attempt)
-            self._indices[attempt] = frame, Index.build(frame)
-        frame, index = self._indices[attempt]
-        try:
-            group = whole_key(name, {tag: clean(tag, value) for tag, value in tags.items()})
-        except ValueError as err:
-            raise UsageError(str(err)) from None
+        frame, index = self._index(attempt)
+        group = self._group(name, tags)
         number = index.find_on(rank, kind, group, step, occurrence)
         if number is not None:
             return dict(zip(frame.columns, frame.row(number), strict=True))
@@ -202,6 +200,93 @@ class Recording:
             ranks = ", ".join(map(str, sorted(elsewhere)))
             raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
         raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+
+    def mesh_of(self, row: dict[str, Any]) -> FrozenMesh:
+        """Return where the rank of a manifest row stood, sorted by axis; None where nobody said."""
+        if self._meshes is None:
+            self._meshes = {
+                (claim["rank"], claim["attempt"]): checked_meshes(claim.get("meshes", [])) or []
+                for claim in self._claims or self.claims()
+            }
+        mine = self._meshes.get((row["rank"], row["attempt"]), [])
+        at = bisect_right(mine, row["seq"], key=lambda entry: entry[0])
+        return mine[at - 1][1] if at else None
+
+    def load_logical(
+        self,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        at: Mapping[str, int] | None = None,
+        replicas: str = "error",
+        **tags: Any,
+    ) -> torch.Tensor:
+        """Return the whole tensor that the ranks' blocks are parts of, as their `dims` say.
+
+        Args:
+            name: the tap's name.
+            step: the iteration, from 0.
+            occurrence: how often the same tags were tapped before it in that step.
+            kind: `tensor`, or `grad` for its gradient.
+            attempt: which attempt of a restarted job; by default each rank's latest.
+            at: axis -> coordinate: take only ranks that stand there, as `{"dp": 0}`.
+            replicas: where ranks that should hold the same block do not: an `error`, take the
+                `first`, or their `mean`.
+            **tags: every other tag of the tap.
+
+        Returns:
+            The tensor, on the CPU, its dims in the order of the declaration; what a declaration
+            calls padding is left out.
+
+        Raises:
+            NoSuchRecord: nothing is recorded under this key; names the nearest.
+            LayoutError: no layout was declared, it does not say enough, or a block is missing.
+            ReplicasDiffer: see `replicas`.
+            DamagedRecording: the bytes are not there, or not those that were written.
+        """
+        from ..layouts.recorded import Recorded
+
+        rows = self.find_all(name, step, occurrence, kind=kind, attempt=attempt, **tags)
+        recorded = Recorded(self, rows, at=at or {}, replicas=replicas)
+        return recorded.logical()
+
+    def find_all(
+        self,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> list[dict[str, Any]]:
+        """Return the manifest rows of a key on all ranks that have it; arguments as for `find`.
+
+        Raises:
+            NoSuchRecord: no rank has it; names the nearest.
+        """
+        frame, index = self._index(attempt)
+        group = self._group(name, tags)
+        found = index.find(kind, group, step, occurrence)
+        if not found:
+            asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence}"
+            raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+        return [frame.row(found[rank], named=True) for rank in sorted(found)]
+
+    def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:
+        if attempt not in self._indices:
+            frame = self.latest() if attempt is None else self.rows(attempt)
+            self._indices[attempt] = frame, Index.build(frame)
+        return self._indices[attempt]
+
+    def _group(self, name: str, tags: dict[str, Any]) -> Group:
+        try:
+            return whole_key(name, {tag: clean(tag, value) for tag, value in tags.items()})
+        except ValueError as err:
+            raise UsageError(str(err)) from None
 
     def value(
         self,
