@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import queue
 import threading
 import time
 
@@ -129,8 +130,8 @@ def test_recent_forgets_the_oldest_and_keeps_what_is_used():
 
 def test_the_staging_ring_hands_out_nothing_twice_from_many_threads():
     staging = Staging(16 << 10)
-    queue: list = []
-    lock, putting = threading.Lock(), threading.Lock()
+    queues: list = [queue.SimpleQueue() for _ in range(2)]
+    putting = threading.Lock()
     wrong = []
 
     def put(value):
@@ -138,30 +139,24 @@ def test_the_staging_ring_hands_out_nothing_twice_from_many_threads():
             with putting:
                 part = staging.put(torch.full((300,), value, dtype=torch.uint8), 2, hold=True)
                 part.payload = value
-            with lock:
-                queue.append((part, value))
+                for line in queues:
+                    line.put((part, value))
 
-    def read(seen):
-        at = 0
-        while at < 900:
-            with lock:
-                got = queue[at] if at < len(queue) else None
-            if got is None:
-                continue
-            part, value = got
+    def read(line, seen):
+        for _ in range(900):
+            part, value = line.get()
             if set(staging.view(part)) != {value}:
                 wrong.append(value)
             staging.release([part])
-            at += 1
             seen.append(value)
 
     seen: list = [[], []]
     threads = [threading.Thread(target=put, args=(v,)) for v in (1, 2, 3)]
-    threads += [threading.Thread(target=read, args=(s,)) for s in seen]
+    threads += [threading.Thread(target=read, args=both) for both in zip(queues, seen, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert not wrong and len(seen[0]) == len(seen[1]) == 900 and staging.backlog == 0
 
 
