@@ -11,7 +11,16 @@ RUN = Path(__file__).parent / "benchmarks" / "run.py"
 
 
 def test_the_benchmarks_run_and_say_what_they_found(tmp_path):
-    names = ["inactive", "rejected", "small", "repeats", "identity", "metrics", "opening"]
+    names = [
+        "inactive",
+        "rejected",
+        "small",
+        "repeats",
+        "identity",
+        "layouts",
+        "metrics",
+        "opening",
+    ]
     words = [sys.executable, RUN, "--quick", "--dir", tmp_path, "--json", tmp_path / "found.json"]
     done = subprocess.run(
         [*map(str, words), "--only", *names], capture_output=True, text=True, check=False

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from harness import Result, at_most, child, faster, folder, interleaved, seconds
 
-from recorder import Recorder, Recording, tap
+from recorder import Recorder, Recording, declare_mesh, tap
 from recorder.format.index import Index, whole_key
 from recorder.format.schema import COLUMNS, polars_schema
 from replayer import Replayer
@@ -49,6 +49,41 @@ def grafts(base: Path, quick: bool) -> list[Result]:
         alone = taken["transform"] * 1e3
         found.append(at_most(what, ours, "transform and copy_ alone", alone, "ms", None))
     return found
+
+
+def layouts(base: Path, quick: bool) -> list[Result]:
+    """4 senders to 2 receivers by what both declare, each record for the first time, no metrics."""
+    rows, n = (512, 4) if quick else (16_384, 12)
+    return [_layout(base, rows, n, 0, "t[tp] h"), _layout(base, rows, n, 1, "t h[tp]")]
+
+
+def _layout(base: Path, rows: int, n: int, dim: int, dims: str) -> Result:
+    values = [torch.randn(rows, 1024) for _ in range(4)]
+    target = torch.cat(values, dim).chunk(2, dim)[1].clone()
+    with folder(base) as out:
+        for rank, value in enumerate(values):
+            declare_mesh(tp=(rank, 4))
+            with Recorder(out / "run", rank=rank, world_size=4):
+                for i in range(n):
+                    value[0, 0] = i
+                    tap("x", value, dims=dims, i=i)
+        declare_mesh(tp=(1, 2))
+        with Replayer(out / "run", metrics=False, rank=1, world_size=2) as replay:
+            counted = iter(range(n))
+            taken = interleaved(
+                {
+                    "graft": lambda: seconds(lambda: tap("x", target, dims=dims, i=next(counted))),
+                    "by hand": lambda: seconds(
+                        lambda: target.copy_(torch.cat(values, dim).chunk(2, dim)[1])
+                    ),
+                },
+                n - 1,
+            )
+        declare_mesh()
+        assert replay.log()["outcome"].to_list() == ["grafted"] * n
+    ours, peer = taken["graft"] * 1e3, taken["by hand"] * 1e3
+    what = f"layouts, 4 to 2, {rows >> 8} MiB a rank, cut along dim {dim}"
+    return at_most(what, ours, "torch.cat, slice, copy_", peer, "ms", 2)
 
 
 def identity(base: Path, quick: bool) -> list[Result]:

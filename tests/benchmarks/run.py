@@ -39,6 +39,7 @@ BENCHMARKS = {
     "memory": recording.memory,
     "grafts": replaying.grafts,
     "identity": replaying.identity,
+    "layouts": replaying.layouts,
     "metrics": replaying.metrics,
     "opening": replaying.opening,
     "replay-memory": replaying.replay_memory,
