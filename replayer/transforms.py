@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -185,10 +186,11 @@ def load(path: str) -> Transform:
         ) from err
     function = getattr(module, attribute, None)
     if function is None:
-        near = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(attribute, names, 6, cutoff=0)
         raise TransformError(
             f"transform {path!r} cannot be imported: module {module_name} has no {attribute!r}; "
-            f"it has {', '.join(near[:6]) or 'no functions'}"
+            f"it has {', '.join(near) or 'no functions'}"
         )
     return Transform(function, path)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from recorder import step, tap
+from recorder import declare_mesh, step, tap
 
 LAYERS, HEADS, HEAD_DIM, VOCAB = 4, 8, 16, 256
 WIDTH = HEADS * HEAD_DIM
@@ -114,6 +114,7 @@ def run_job(title: str, unscaled_layer: int | None = None) -> None:
     dist.init_process_group("gloo")
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
+        declare_mesh(tp=(rank, world_size))
         model = Model(rank, world_size, unscaled_layer)
         with torch.no_grad():
             for index in range(STEPS):

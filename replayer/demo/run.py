@@ -1,7 +1,7 @@
 """Run the demo: record the baseline and the faulty target, graft one tap, show what that changed.
 
 1. `commands` lists the three `graft` commands; `run_demo` prints each and runs it.
-2. `compare_runs` joins each side's shards and measures every tap before and after the graft.
+2. `compare_runs` puts each side's blocks together and measures every tap before and after the graft.
 3. `effects_table` and `verdict` word the result.
 """
 
@@ -28,7 +28,6 @@ from recorder import Recording
 from replayer.compare import difference
 from replayer.demo.model import STEPS
 from replayer.demo.target import FAULTY_LAYER
-from replayer.demo.transform import SHARDED_DIM
 
 GRAFTED_TAP = "attn_q"  # the first tap after the fault
 TOLERANCE = 1e-5  # 4 and 2 ranks sum in another order, so outputs are equal up to rounding
@@ -105,11 +104,11 @@ def commands(folder: Path) -> list[tuple[str, Command]]:
             [[*graft, "record", "-o", runs["target"]], target],
         ),
         (
-            "The target again, with one tap overwritten by the baseline's, 4 shards re-cut into 2.",
+            "The target again, one tap overwritten by the baseline's: 4 blocks re-cut into 2, as "
+            "both taps' dims say.",
             [
                 [*graft, "replay", runs["baseline"], "-o", runs["grafted"]],
                 ["--filter", only_first_wrong, "--record", "True"],
-                ["--transform", "replayer.demo.transform.recut"],
                 target,
             ],
         ),
@@ -145,14 +144,7 @@ def compare_runs(baseline: Recording, target: Recording, grafted: Recording) -> 
 def whole(run: Recording, name: str, layer: int | None = None) -> torch.Tensor:
     """One tap of all steps as the uncut model has it, `[steps, ...]`, in float64."""
     tags: dict[str, Any] = {} if layer is None else {"layer": layer}
-    dim = SHARDED_DIM.get(name)
-    steps = []
-    for step in range(STEPS):
-        shards = [
-            run.load(rank=rank, name=name, step=step, occurrence=0, **tags)
-            for rank in range(run.world_size)
-        ]
-        steps.append(shards[0] if dim is None else torch.cat(shards, dim=dim))
+    steps = [run.load_logical(name, step, replicas="first", **tags) for step in range(STEPS)]
     return torch.stack(steps).double()
 
 
@@ -182,7 +174,7 @@ def effects_table(effects: list[TapEffect]) -> str:
     with console.capture() as printed:
         console.print(table)
         console.print(
-            "rel diff = 1 - 2<x,y> / (|x|^2 + |y|^2) in float64 over the joined shards of all "
+            "rel diff = 1 - 2<x,y> / (|x|^2 + |y|^2) in float64 over the whole tensors of all "
             f"steps; 0 is equal. Before: the target alone. After: with {GRAFTED_TAP} of "
             f"layer {FAULTY_LAYER} grafted; that row shows what the target computed there before "
             "it was overwritten, so it stays wrong, and what comes after it is right again.",

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 import torch
 
 from recorder import Recording
-from replayer import GraftInput
 from replayer.demo.model import HEADS, LAYERS, Model, batch
 from replayer.demo.run import TapEffect, compare_runs, effects_table, restored, verdict
-from replayer.demo.transform import recut
 
 GRAFT = Path(sys.executable).with_name("graft")
 BEFORE_FAULT = 1 + 5 * 2  # the embedding and two layers of five taps
@@ -50,8 +45,7 @@ def test_prints_every_command_it_runs(demo: tuple[Path, str]) -> None:
         f"$ graft record -o {folder}/baseline {baseline}",
         f"$ graft record -o {folder}/target {target}",
         f"$ graft replay {folder}/baseline -o {folder}/grafted"
-        " --filter 'name == \"attn_q\" and layer == 2' --record True"
-        f" --transform replayer.demo.transform.recut {target}",
+        f" --filter 'name == \"attn_q\" and layer == 2' --record True {target}",
     ]
 
 
@@ -104,24 +98,6 @@ def test_the_ranks_hold_the_same_logical_weights(world_size: int) -> None:
         for name, dim in {"query": 1, "attn_out": 0, "mlp_in": 1, "mlp_out": 0}.items():
             joined = torch.cat([getattr(part.layers[i], name) for part in parts], dim=dim)
             torch.testing.assert_close(joined, getattr(whole.layers[i], name), rtol=0, atol=0)
-
-
-def test_recut_turns_four_shards_into_two() -> None:
-    whole = torch.arange(2 * 3 * 8 * 4).reshape(2, 3, 8, 4)
-    parts = [recut(received("attn_q", whole.chunk(4, dim=2), rank)) for rank in range(2)]
-    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
-    assert {part.shape for part in parts} == {(2, 3, 4, 4)}
-
-
-def test_recut_passes_a_replicated_tensor_through() -> None:
-    hidden = torch.ones(2, 3)
-    assert recut(received("hidden", [hidden] * 4, rank=1)) is hidden
-
-
-def received(name: str, shards: Sequence[torch.Tensor], rank: int) -> GraftInput:
-    """The part of a transform's input that `recut` reads."""
-    fields = {"tags": {"name": name}, "received_list": list(shards), "rank": rank, "world_size": 2}
-    return cast(GraftInput, SimpleNamespace(**fields))
 
 
 def test_the_heads_must_divide_by_the_ranks() -> None:

@@ -67,8 +67,8 @@ def test_both_signatures_are_called_as_declared():
         ("nodots", "is no path such as pkg.mod.fn"),
         ("a..b", "is no path such as pkg.mod.fn"),
         ("no.such.module.fn", "cannot be imported: ModuleNotFoundError"),
-        ("replayer.demo.transform.recutt", "has no 'recutt'; it has .*recut"),
-        ("replayer.demo.transform.SHARDED_DIM", "is a dict, expected a function"),
+        ("replayer.demo.model.normd", "has no 'normd'; it has .*normed"),
+        ("replayer.demo.model.LAYERS", "is a int, expected a function"),
     ],
 )
 def test_a_path_that_does_not_load_says_what_to_check(path, message):
