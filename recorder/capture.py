@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from .errors import CaptureError
+from .layouts.mesh import axis_name
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -92,7 +92,7 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, str]:
     at = mesh.get_coordinate()
     places = [""] * mesh.ndim if at is None else [f"{k}/" for k in at]
     axes = " ".join(
-        f"{re.sub(r'[^A-Za-z0-9_]', '_', name)}:{place}{size}={placement!r}"
+        f"{axis_name(name)}:{place}{size}={placement!r}"
         for name, place, size, placement in zip(
             names, places, mesh.shape, tensor.placements, strict=True
         )

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .diagnostics import printable
+from .errors import LayoutError
 from .filters import Filter
 from .format.recording import Recording
 from .format.rows import matching, parse_tags
-from .layouts.blocks import placed
 from .layouts.mesh import FrozenMesh
+from .layouts.parse import parse_dims
 from .progress import is_terminal
 from .sizes import count, format_size
 from .tags import label
@@ -211,7 +212,7 @@ def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
         console.print("bad: elements that are NaN or infinite; the statistics are over the others")
 
 
-def _cells(row: dict[str, Any], mesh: FrozenMesh) -> dict[str, str]:
+def _cells(row: dict[str, Any], mesh: FrozenMesh | None) -> dict[str, str]:
     kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
     bad = (row["nan_count"] or 0) + (row["inf_count"] or 0)
     if row["value"] is not None:
@@ -224,10 +225,30 @@ def _cells(row: dict[str, Any], mesh: FrozenMesh) -> dict[str, str]:
         "tap": label(row["name"], row["tags"]) + kind,
         "occ": str(row["occurrence"]),
         "dtype and shape": what,
-        "layout": placed(row["dims"], mesh) if row["dims"] else "",
+        "layout": _layout(row["dims"], mesh) if row["dims"] else "",
         **{c: _number(row[c]) for c in ("min", "max", "mean", "std")},
         "bad": str(bad) if bad else "",
     }
+
+
+def _layout(text: str, mesh: FrozenMesh | None) -> str:
+    """Return a layout with the rank's place on each axis that cuts: `b s[cp 0/2] h[tp 1/4]`."""
+    try:
+        dims = parse_dims(text)
+    except LayoutError:
+        return text
+    places: dict[str, tuple[int | None, int]] = {**dict(mesh or ()), **(dims.mesh or {})}
+
+    def place(axis: str) -> str:
+        at, size = places.get(axis, (None, 0))
+        return axis if at is None else f"{axis} {at}/{size}"
+
+    words = []
+    for dim in dims.dims:
+        cuts = [place(cut.axis) + (" zigzag" if cut.zigzag else "") for cut in dim.cuts]
+        words.append(dim.label + (f"[{', '.join(cuts)}]" if cuts else ""))
+    partial = [f"{place(axis)} {how}" for axis, how in dims.partial]
+    return " ".join(words) + (f" (partial: {', '.join(partial)})" if partial else "")
 
 
 def _console(width: int) -> Any:

@@ -36,8 +36,8 @@ from .filters import Filter
 from .format.disk import ACCESS
 from .format.schema import FSYNC, LEVELS, WHEN_FULL
 from .gradients import GradientTaps
-from .layouts.dims import parse_dims
 from .layouts.mesh import Mesh, MeshWatch
+from .layouts.parse import parse_dims
 from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
@@ -216,7 +216,7 @@ class Recorder:
         kind = classify(value)
         if kind == "tensor":
             if selected.forward:
-                self._record(call, selected, value, "tensor")
+                self._record(call, selected, value, "tensor", self._current_mesh())
             if selected.grad:
                 self._watch_gradient(call, selected, value)
         elif kind == "value":
@@ -403,7 +403,14 @@ class Recorder:
         verb = "stopped" if state == "stopped" else "ended early"
         self._say(f"recording {verb}, the job goes on: {reason}")
 
-    def _record(self, call: Call, selected: Selected, value: torch.Tensor, kind: str) -> None:
+    def _record(
+        self,
+        call: Call,
+        selected: Selected,
+        value: torch.Tensor,
+        kind: str,
+        mesh: Mesh | None = None,
+    ) -> None:
         try:
             if self._writer is None:
                 return
@@ -411,7 +418,7 @@ class Recorder:
                 if is_plain(value) and value.nbytes <= FEW:
                     row = self._row(call, selected, kind)
                     if call.dims:
-                        self._note_layout(call, row, value.dim())
+                        self._note_layout(call, row, value.dim(), mesh)
                     self._writer.submit_plain(row, value)
                     return
                 local, placements = local_part(value)
@@ -419,8 +426,8 @@ class Recorder:
                 row = self._row(call, selected, kind)
                 if placements:
                     row["dims"] = dims_text(row.get("dims", ""), placements)
-                if call.dims:
-                    self._note_layout(call, row, local.dim())
+                if "dims" in row:
+                    self._note_layout(call, row, local.dim(), mesh)
                 self._writer.submit(row, bits, local.dtype, local.shape)
         except CaptureError as err:
             self._warn(call, str(err))
@@ -436,11 +443,13 @@ class Recorder:
             self._writer.submit_value(row)
 
     def _watch_gradient(self, call: Call, selected: Selected, value: torch.Tensor) -> None:
+        mesh = self._current_mesh()  # of the tap: backward() may come when another was declared
+
         def arrived(grad: torch.Tensor) -> None:
             if self.state != "running":
                 return
             try:
-                self._record(call, selected, grad, "grad")
+                self._record(call, selected, grad, "grad", mesh)
             except Exception as err:  # backward() is the job's
                 if is_from_the_job(err):
                     raise
@@ -473,32 +482,34 @@ class Recorder:
             row["extras"] = extras
         return row
 
-    def _note_layout(self, call: Call, row: dict[str, Any], ndim: int) -> None:
+    def _current_mesh(self) -> Mesh | None:
+        return self._meshes.current(self._selection.step)
+
+    def _note_layout(self, call: Call, row: dict[str, Any], ndim: int, mesh: Mesh | None) -> None:
         """Write down where the rank stands, and say at once what no replay could make sense of."""
         try:
             named = len(parse_dims(row["dims"]).dims)
-            wrong = f"its dims {row['dims']!r:.200} name {named} dims, and it has {ndim}"
             if named == ndim:
                 wrong = ""
+            else:
+                wrong = f"its dims {row['dims']!r:.200} name {named} dims, and it has {ndim}"
         except LayoutError as err:
             wrong = str(err)
         if wrong:
             where = f"tap {call.shown} at {call.site}"
-            self._once(
-                (where, wrong), f"{where} is recorded, but cannot be cut or put together: {wrong}"
-            )
-        self._note_mesh(call, row["seq"])
+            what = f"{where} is recorded, but cannot be cut or put together: {wrong}"
+            self._once((where, wrong), what)
+        self._note_mesh(row["seq"], mesh)
 
-    def _note_mesh(self, call: Call, seq: int) -> None:
+    def _note_mesh(self, seq: int, mesh: Mesh | None) -> None:
         """Write down where this rank stands, from this tap on, if that was not known before."""
-        mesh = self._meshes.current(self._selection.step)
-        if mesh is None or mesh == self._mesh:
+        if mesh == self._mesh:
             return
         with self._lock:
-            if self._claim is None or self.state != "running":
+            if self._claim is None or self.state != "running" or mesh == self._mesh:
                 return
             known: list[dict[str, Any]] = self._claim.facts.get("meshes", [])
-            axes: dict[str, list[int]] | None = {axis: [*place] for axis, place in mesh.items()}
+            axes = None if mesh is None else {axis: [*place] for axis, place in mesh.items()}
             if len(known) >= _MOST_MESHES:
                 self._once(
                     ("meshes",),
@@ -506,10 +517,12 @@ class Recorder:
                     "without its place in it; declare all axes in one, under other names where "
                     "they cut other tensors",
                 )
+                if known[-1]["axes"] is None:
+                    return
                 axes = None
-            if known and axes is None and known[-1]["axes"] is None:
-                return
-            self._mesh = dict(mesh)
+            self._mesh = None if mesh is None else dict(mesh)
+            # Another thread's tap may have got its number before this one, and got here later.
+            seq = max(seq, known[-1]["seq"]) if known else seq
             try:
                 self._claim.update(meshes=[*known, {"seq": seq, "axes": axes}])
             except OSError as err:

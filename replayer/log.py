@@ -107,6 +107,11 @@ class ReplayLog:
                 seal(journal.path)
 
 
+def joined(*texts: str | None) -> str:
+    """Return notes as one, for the column `message`."""
+    return "; ".join(text for text in texts if text)
+
+
 def seal(journal: Path) -> None:
     """Write a journal's rows as parquet and remove it."""
     write_parquet(journal.with_suffix(".parquet"), read_journal(journal), COLUMNS)

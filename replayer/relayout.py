@@ -1,43 +1,42 @@
 """The transform that both sides' layouts are enough for: sharded, to logical, to sharded.
 
-1. `Relayout.is_declared` says whether both sides declare a layout.
+1. `Relayout.decides` says whether both sides declare a layout, and not just the same.
 2. `Relayout.block` is what is grafted where no transform is named; `logical` and `to_local` are the
    two halves of it, for transforms of one's own.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from recorder.capture import encode_extras
-from recorder.errors import LayoutError
+from recorder.errors import LayoutError, TransformError
 from recorder.format.recording import Recording
-from recorder.layouts.assemble import assemble
-from recorder.layouts.blocks import Block, lengths_of
-from recorder.layouts.dims import parse_dims
+from recorder.layouts.assemble import assemble, keep_padding
+from recorder.layouts.blocks import Block
+from recorder.layouts.dims import TOKENS
 from recorder.layouts.mesh import FrozenMesh
-from recorder.layouts.plan import plan
-from recorder.layouts.recorded import Recorded, counts_tokens
+from recorder.layouts.parse import parse_dims
+from recorder.layouts.plan import Plan, plan, whole
+from recorder.layouts.recorded import Recorded, block_of, layout_of
 from recorder.ranks import Rank
 
-from .notes import joined
-
-if TYPE_CHECKING:
-    from recorder.layouts.plan import Plan
+from .graft import check_replacement
+from .log import joined
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What the target's tap says of its tensor: layout, extras, and where the rank stands."""
+    """What the target's tap says of its tensor: layout, extras, where the rank stands, its kind."""
 
     dims: str
     extras: Mapping[str, Any] | None
-    mesh: FrozenMesh
+    mesh: FrozenMesh | None
+    kind: str
 
 
 class Relayout:
@@ -74,30 +73,39 @@ class Relayout:
         self._options: dict[str, Any] = {"replicas": replicas, "check": check, "plans": plans}
 
     @property
-    def is_declared(self) -> bool:
-        """Whether both sides declare a layout that says more than that they are the same.
+    def decides(self) -> bool:
+        """Whether both sides declare a layout, and it is not one that identity by rank follows.
 
-        Two jobs of as many ranks that declare the same dims, and neither of them where its ranks
-        stand, have the same blocks on the same ranks: that is identity by rank.
+        Two jobs of as many ranks whose ranks declare the same, and neither of them where they
+        stand, have the same blocks on the same ranks, if all are alike and have no padding.
         """
         ours = self._declared
         if not (ours.dims and all(row["dims"] for row in self._rows)):
             return False
+        if self._is_padded():
+            return True
         mine = [row for row in self._rows if row["rank"] == self._rank.rank]
         return not (
             ours.mesh is None
             and self._recording.world_size == self._rank.world_size
             and len(mine) == 1
-            and list(self._target.shape) == mine[0]["shape"]
-            and all(
-                row["dims"] == ours.dims and self._recording.mesh_of(row) is None
-                for row in self._rows
-            )
-            and "DTensor [" not in ours.dims
+            and mine[0]["dims"] == ours.dims
+            and all(list(row["shape"] or ()) == list(self._target.shape) for row in self._rows)
+            and all(self._recording.mesh_of(row) is None for row in self._rows)
         )
 
+    def _is_padded(self) -> bool:
+        """Whether the target's tap says anything of padding, or of sequences' lengths."""
+        try:
+            dims = parse_dims(self._declared.dims)
+        except LayoutError:
+            return True  # and says so
+        counts = TOKENS in dims.names
+        lengths = counts and any((row["extras"] or "{}") != "{}" for row in self._rows)
+        return bool(dims.sizes or dims.padded or lengths or (counts and self._declared.extras))
+
     def block(self, facts: dict[str, Any]) -> torch.Tensor:
-        """Return the receiver's block, on its device.
+        """Return the receiver's block, of its dtype where it has padding, on its device.
 
         Args:
             facts: log columns; a note is added where something was taken for granted.
@@ -105,12 +113,13 @@ class Relayout:
         Raises:
             LayoutError: the layouts contradict each other, or do not say enough.
             ReplicasDiffer: senders that should hold the same block do not.
+            GraftRefused: padding is to be kept, and a cast to the target's dtype would lose.
         """
         senders, receiver = self._senders(), self._receiver()
-        found = senders.block(receiver, self._rank.world_size, self._target)
-        note = senders.plan(receiver, self._rank.world_size).note
-        facts["message"] = joined(facts.get("message"), note, senders.note)
-        return found.to(self._target.device)
+        plan = senders.plan(receiver, self._rank.world_size)
+        made, cast = self._finished(senders.block(receiver, plan), plan)
+        facts["message"] = joined(facts.get("message"), plan.note, senders.note, cast)
+        return made
 
     def logical(self) -> torch.Tensor:
         """See `GraftInput.logical`."""
@@ -118,16 +127,22 @@ class Relayout:
 
     def to_local(self, logical: torch.Tensor) -> torch.Tensor:
         """See `GraftInput.to_local`."""
-        whole = Block(0, self._senders().blocks[0].dims.whole(), tuple(logical.shape), ())
-        receiver = self._receiver()
-        return assemble(
-            plan([whole], 1, receiver, self._rank.world_size),
-            [whole],
-            receiver,
-            lambda rank, share: logical.detach().to("cpu"),
-            lambda rank: "",
-            target=self._target,
-        ).to(self._target.device)
+        if not isinstance(logical, torch.Tensor):
+            raise TransformError(f"g.to_local got a {type(logical).__name__}, expected a tensor")
+        blocks, receiver = self._senders().blocks, self._receiver()
+        one = whole(blocks, self._recording.world_size, logical.shape)
+        found = plan([one], 1, receiver, self._rank.world_size)
+        values = logical.detach().to("cpu")
+        made = assemble(found, [one], receiver, lambda rank, share: values, lambda rank: "")
+        return self._finished(made, found)[0]
+
+    def _finished(self, made: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, str]:
+        """Return a block on the target's device, with its padding, and a note about a cast."""
+        made = made.to(self._target.device)
+        if not plan.has_padding:
+            return made, ""
+        made, note = check_replacement(made, self._target)
+        return keep_padding(plan, self._target.shape, made, self._target), note
 
     def _senders(self) -> Recorded:
         return Recorded(self._recording, self._rows, **self._options)
@@ -139,8 +154,6 @@ class Relayout:
                 "the target's tap declares no dims; declare its layout, as in "
                 "tap(..., dims='b s h[tp]')"
             )
-        dims = parse_dims(ours.dims)
-        lengths = None
-        if ours.extras and counts_tokens(dims.names):
-            lengths = lengths_of(json.loads(encode_extras(ours.extras)[0] or "{}"))
-        return Block(self._rank.rank, dims, tuple(self._target.shape), ours.mesh, lengths)
+        extras = encode_extras(ours.extras)[0] if ours.extras else ""
+        dims = layout_of(ours.dims, ours.kind)
+        return block_of(self._rank.rank, dims, self._target.shape, ours.mesh, extras)

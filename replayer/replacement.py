@@ -20,14 +20,14 @@ from recorder.call import Call
 from recorder.capture import dims_text, encode_value
 from recorder.errors import TransformError
 from recorder.format.recording import Recording
-from recorder.layouts.mesh import MeshWatch, frozen
+from recorder.layouts.mesh import FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.selection import Selected
 
 from . import graft, transforms
 from .compare import difference
+from .log import joined
 from .match import Match, Matcher
-from .notes import joined
 from .relayout import Declared, Relayout
 from .transforms import GraftInput, Transform
 
@@ -66,7 +66,8 @@ class Replacements:
         recording: the baseline's.
         frame: its manifest rows, which `matcher` numbers.
         matcher: finds the records of a tap.
-        transform: makes a replacement; None for identity by rank; an error where it did not load.
+        transform: makes a replacement; None for what both sides' layouts say, else identity by
+            rank; an error where it did not load.
         rank: the receiver.
         metrics: whether to measure what a replacement changes.
         check: whether to hold recorded tensors against their digests.
@@ -97,6 +98,7 @@ class Replacements:
         target: torch.Tensor,
         kind: str,
         placements: str,
+        mesh: FrozenMesh | None,
         facts: dict[str, Any],
     ) -> torch.Tensor:
         """Return the tensor to write over `target`: its shape, dtype and device.
@@ -107,10 +109,12 @@ class Replacements:
             target: the tensor to be replaced, a DTensor's local part.
             kind: `tensor` or `grad`.
             placements: a DTensor's, as text.
+            mesh: where the rank stood at the tap.
             facts: log columns, added to as they become known.
 
         Raises:
             ReplayError: there is no record, the transform failed, or the result is not faithful.
+            LayoutError: the two sides' layouts contradict each other, or do not say enough.
             DamagedRecording: a record cannot be read.
         """
         match = self._match(selected, kind, facts)
@@ -118,14 +122,14 @@ class Replacements:
             raise self.transform
         dims = dims_text(call.dims, placements)
         with torch.no_grad():
-            relayout = self._relayout(call, selected, target, dims, match)
+            declared = Declared(dims, call.extras, mesh, kind)
+            relayout = self._relayout(target, declared, match)
             made: Any = None
             if self.transform is not None:
                 received, rows = self._load(match, target.device)
-                g = self._input(selected, target, dims, received, rows)
-                object.__setattr__(g, "_relayout", relayout)
+                g = self._input(selected, target, dims, received, rows, relayout)
                 made = _apply(self.transform, g)
-            elif relayout.is_declared:
+            elif relayout.decides:
                 made = relayout.block(facts)
             else:
                 received, _ = self._load(match, target.device)
@@ -138,14 +142,16 @@ class Replacements:
                 _measure(target, new, facts)
         return new
 
-    def _relayout(
-        self, call: Call, selected: Selected, target: torch.Tensor, dims: str, match: Match
-    ) -> Relayout:
+    def mesh(self, selected: Selected) -> FrozenMesh | None:
+        """Return where the receiver stands now."""
+        return frozen(self._meshes.current(selected.key.step))
+
+    def _relayout(self, target: torch.Tensor, declared: Declared, match: Match) -> Relayout:
         return Relayout(
             self.recording,
             [self._row(match.rows[sender]) for sender in sorted(match.rows)],
             target,
-            Declared(dims, call.extras, frozen(self._meshes.current(selected.key.step))),
+            declared,
             self.rank,
             replicas=self.replicas,
             check=self.check,
@@ -206,9 +212,11 @@ class Replacements:
         dims: str,
         received: list[torch.Tensor | None],
         rows: list[dict[str, Any] | None],
+        relayout: Relayout,
     ) -> GraftInput:
         return GraftInput.on(
             target,
+            relayout,
             tags={**selected.tags, "name": selected.key.name},
             received_list=received,
             received_extras_list=[

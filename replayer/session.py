@@ -34,7 +34,8 @@ from recorder.filters import Filter
 from recorder.format.recording import Recording
 from recorder.format.schema import rank_folder
 from recorder.gradients import GradientTaps
-from recorder.layouts.assemble import REPLICAS
+from recorder.layouts.assemble import check_replicas
+from recorder.layouts.mesh import FrozenMesh
 from recorder.ranks import RankWatch
 from recorder.reports import write_report
 from recorder.selection import Selected, Selection, Warnings
@@ -43,9 +44,8 @@ from recorder.tags import label
 from recorder.tap import activate, deactivate
 
 from . import graft, transforms
-from .log import ReplayLog
+from .log import ReplayLog, joined
 from .match import Matcher, MatchOn
-from .notes import joined
 from .replacement import Replacements
 from .summary import Summary, summarize
 from .transforms import Transform
@@ -69,7 +69,7 @@ class Replayer:
         path: the recording to replay.
         filter: which taps to graft, an expression over their tags; every tap by default.
         transform: a function of `(g)` or of `(received_list, target)`, or its path `pkg.mod.fn`;
-            identity by rank by default.
+            by default what both sides' layouts say, else identity by rank.
         out: a folder for the replay's log; by default it is kept in memory only.
         record: also record in `out`, before anything is overwritten, the taps that this filter
             selects.
@@ -117,8 +117,6 @@ class Replayer:
         for name, policy in (("on_error", on_error), ("on_missing", on_missing)):
             if policy not in _POLICIES:
                 raise UsageError(f"{name} is {policy!r}; choose skip or raise")
-        if replicas not in REPLICAS:
-            raise UsageError(f"replicas is {replicas!r}; choose one of {', '.join(REPLICAS)}")
         if record is not None and out is None:
             raise UsageError("record needs a folder to record into; give out too")
         if isinstance(step_offset, bool) or not isinstance(step_offset, int):
@@ -131,7 +129,7 @@ class Replayer:
         self._on_error, self._on_missing = on_error, on_missing
         self._strict, self._metrics, self._overwrite = strict, metrics, overwrite
         self._check = check
-        self._replicas = replicas
+        self._replicas = check_replicas(replicas)
         self._transform: Transform | None = None
         self._broken_transform: TransformError | None = None
         if transform is not None:
@@ -238,10 +236,11 @@ class Replayer:
             if selected.forward:
                 self._attempt(call, selected, value, "tensor", start)
             if selected.grad:
+                mesh = self._replacements.mesh(selected)  # backward() may come under another
                 self._gradients.watch(
                     value,
                     call.name,
-                    lambda grad: self._on_gradient(call, selected, grad),
+                    lambda grad: self._on_gradient(call, selected, grad, mesh),
                     lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
                 )
         elif kind == "value":
@@ -360,7 +359,8 @@ class Replayer:
             with plainly():
                 target, placements = local_part(value)
                 graft.check_target(target)
-                new = self._replacements.make(call, selected, target, kind, placements, facts)
+                mesh = self._replacements.mesh(selected)
+                new = self._replacements.make(call, selected, target, kind, placements, mesh, facts)
                 graft.overwrite(target, new)
             if callable(call.given):
                 made = "what was grafted is the result of the tap's callable"
@@ -372,7 +372,7 @@ class Replayer:
         self._finish(selected, kind, start, error, **facts)
 
     def _on_gradient(
-        self, call: Call, selected: Selected, grad: torch.Tensor
+        self, call: Call, selected: Selected, grad: torch.Tensor, mesh: FrozenMesh | None
     ) -> torch.Tensor | None:
         """Return the gradient that replaces one, or None to keep it."""
         if self.state != "running":
@@ -383,9 +383,12 @@ class Replayer:
         replaced: torch.Tensor | None = None
         try:
             copy = grad.clone()  # in its graph, for whoever differentiates twice
-            target, placements = local_part(copy)
-            new = self._replacements.make(call, selected, target, "grad", placements, facts)
-            graft.overwrite(target, new)
+            with plainly():
+                target, placements = local_part(copy)
+                new = self._replacements.make(
+                    call, selected, target, "grad", placements, mesh, facts
+                )
+                graft.overwrite(target, new)
             replaced = copy
         except Exception as err:
             if is_from_the_job(err):

@@ -2,7 +2,7 @@
 
 1. `load` turns `pkg.mod.fn` into a function.
 2. `Transform` decides once, from the signature, how to call it: `(g)` or `(received_list, target)`.
-3. `identity` is the one that is used where none is named.
+3. `identity` is the one that is used where none is named and no layouts are declared.
 """
 
 from __future__ import annotations
@@ -14,25 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder.errors import TransformError
 from recorder.tags import Key
 
+if TYPE_CHECKING:
+    from .relayout import Relayout
+
 Function = Callable[..., Any]
 HOW = "name a transform with --transform pkg.mod.fn (or Replayer(transform=...))"
-
-
-class Layouts(Protocol):
-    """What both sides' layouts can do for a transform."""
-
-    def logical(self) -> torch.Tensor:
-        """See `GraftInput.logical`."""
-
-    def to_local(self, logical: torch.Tensor) -> torch.Tensor:
-        """See `GraftInput.to_local`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,8 @@ class GraftInput:
     def logical(self) -> torch.Tensor:
         """Return the whole tensor that the senders' blocks are parts of, on the receiver's device.
 
-        Its dims are in the order of the senders' declaration; padding they declare is left out.
+        Its dims are in the order of the senders' declaration; padding is left out where that says
+        the size without it, or the sequences' lengths do.
 
         Raises:
             LayoutError: the senders declare no layout, or it does not say enough.
@@ -82,19 +76,22 @@ class GraftInput:
         """
         return self._layouts().to_local(logical)
 
-    def _layouts(self) -> Layouts:
-        found: Layouts | None = self.__dict__.get("_relayout")
+    def _layouts(self) -> Relayout:
+        found: Relayout | None = self.__dict__.get("_relayout")
         if found is None:
-            raise TransformError("this GraftInput was not made by a replay, and has no layouts")
+            raise TransformError(
+                "g.logical and g.to_local are there in a replay, until the transform has returned"
+            )
         return found
 
     @classmethod
-    def on(cls, target: torch.Tensor, **facts: Any) -> GraftInput:
+    def on(cls, target: torch.Tensor, relayout: Relayout | None, **facts: Any) -> GraftInput:
         """Return an input whose `target` is copied if and when the transform asks for it."""
         g = object.__new__(cls)
         for name, value in {"dims": "", "sender_dims": "", **facts}.items():
             object.__setattr__(g, name, value)
         object.__setattr__(g, "_given", target)
+        object.__setattr__(g, "_relayout", relayout)
         return g
 
     def __getattr__(self, name: str) -> Any:
@@ -113,6 +110,7 @@ class GraftInput:
     def done(self) -> None:
         """Let go of the receiver's tensor: it is about to change."""
         self.__dict__.pop("_given", None)
+        self.__dict__.pop("_relayout", None)
 
 
 class Transform:

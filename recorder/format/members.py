@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import DamagedRecording, MixedRecordings, UnsupportedVersion
-from ..layouts.mesh import checked_meshes
+from ..layouts.mesh import MOST_AXES, MOST_RANKS, FrozenMesh, frozen
 from .schema import ATTEMPT, FORMAT_VERSION, RANK_FOLDER, read_json
 
 
@@ -115,3 +115,35 @@ def incomplete(
         elif 0 <= last < furthest:
             found.append(Incomplete(rank, "behind", last + 1, f"closed, but {where}"))
     return found
+
+
+def checked_meshes(value: Any) -> list[tuple[int, FrozenMesh | None]] | None:
+    """Return what a claim says of a rank's meshes, each with the seq from which on it held.
+
+    None where it is no such thing: it comes from a file.
+    """
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return None
+    found: list[tuple[int, FrozenMesh | None]] = []
+    for entry in value:
+        seq, axes = entry.get("seq"), entry.get("axes")
+        if type(seq) is not int or not (axes is None or _are_axes(axes)):
+            return None
+        if found and seq < found[-1][0]:
+            return None
+        found.append((seq, frozen(axes and {axis: (k, n) for axis, (k, n) in axes.items()})))
+    return found
+
+
+def _are_axes(axes: Any) -> bool:
+    return (
+        isinstance(axes, dict)
+        and len(axes) <= MOST_AXES
+        and all(
+            isinstance(place, list)
+            and len(place) == 2
+            and all(type(n) is int for n in place)
+            and 0 <= place[0] < place[1] < MOST_RANKS
+            for place in axes.values()
+        )
+    )

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DamagedRecording, NoSuchRecord, UsageError
-from ..layouts.mesh import FrozenMesh, checked_meshes
+from ..layouts.mesh import FrozenMesh
 from ..tags import canonical, clean, label
 from .index import Group, Index, nearest, whole_key
-from .members import Incomplete, incomplete, rank_folders, read_claims
+from .members import Incomplete, checked_meshes, incomplete, rank_folders, read_claims
 from .parts import Part, parts_of, read_part, read_sealed, shard_path
 from .rows import tag_columns
 from .schema import COLUMNS, polars_schema, rank_folder, read_recording_json
@@ -54,7 +54,7 @@ class Recording:
         self._files: Files | None = None
         self._paths: dict[tuple[str, int], Path] = {}
         self._checked: set[tuple[str, str, str]] = set()
-        self._meshes: dict[tuple[int, int], list[tuple[int, FrozenMesh]]] | None = None
+        self._meshes: dict[tuple[int, int], list[tuple[int, FrozenMesh | None]]] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Recording:
@@ -201,7 +201,7 @@ class Recording:
             raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
         raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
 
-    def mesh_of(self, row: dict[str, Any]) -> FrozenMesh:
+    def mesh_of(self, row: dict[str, Any]) -> FrozenMesh | None:
         """Return where the rank of a manifest row stood, sorted by axis; None where nobody said."""
         if self._meshes is None:
             self._meshes = {
@@ -238,20 +238,20 @@ class Recording:
             **tags: every other tag of the tap.
 
         Returns:
-            The tensor, on the CPU, its dims in the order of the declaration; what a declaration
-            calls padding is left out.
+            The tensor, on the CPU, its dims in the order of the declaration. Padding is left out
+            where a declaration says the size without it, or the sequences' lengths do.
 
         Raises:
             NoSuchRecord: nothing is recorded under this key; names the nearest.
             LayoutError: no layout was declared, it does not say enough, or a block is missing.
+            UsageError: no rank stands where `at` says.
             ReplicasDiffer: see `replicas`.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
         from ..layouts.recorded import Recorded
 
         rows = self.find_all(name, step, occurrence, kind=kind, attempt=attempt, **tags)
-        recorded = Recorded(self, rows, at=at or {}, replicas=replicas)
-        return recorded.logical()
+        return Recorded(self, rows, at=at, replicas=replicas).logical()
 
     def find_all(
         self,

@@ -1,44 +1,30 @@
 """One rank's block of a tensor, and the indices of the whole that lie in each of its dims.
 
 1. `coordinates` says where the block's rank stands on the axes that its layout names.
-2. `Sizes` knows the size of every rank's blocks and so where each begins, however uneven they are;
-   of receivers only one is known, and `whole_of` finds the rule that its size follows.
-3. `runs_in` cuts the whole dim by one axis after another, the outermost first.
+2. `Sizes` knows the size of every sender's block and so where each begins, however uneven they are.
+3. Of receivers one block is known; `Receiver.indices` finds how the whole is cut to have it.
+4. Both cut the whole by one axis after another, the outermost first, in `_cut`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..errors import LayoutError
 from . import runs as r
-from .dims import TOKENS, Cut, Dim, Dims, parse_dims
+from .dims import TOKENS, Cut, Dim, Dims
+from .lengths import Lengths
 from .mesh import FrozenMesh
 from .runs import Runs
 
 SEQUENCES_OVER = "cp"
 """The axis that cuts each sequence of flattened tokens, and not the line of them."""
+Places = Mapping[str, tuple[int, int]]
+"""Axis -> a rank's coordinate and the axis's size."""
 _RULES = {"chunk": r.chunk, "split": r.split}
-
-
-class Lengths(NamedTuple):
-    """Of the sequences in flattened tokens: without padding, and the room each takes."""
-
-    real: tuple[int, ...]
-    room: tuple[int, ...]
-
-    def segments(self, total: int) -> list[tuple[int, int, int]]:
-        """Return where tokens stand among all that are real, for `runs.located`."""
-        found, at, number = [], 0, 0
-        for real, room in zip(self.real, self.room, strict=True):
-            found += [(at, real, number), (at + real, room - real, r.PADDING)]
-            at, number = at + room, number + real
-        found.append((at, total - at, r.PADDING))
-        return [segment for segment in found if segment[1] > 0] or [(0, 0, 0)]
+_Part = Callable[[tuple[int, ...], int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -49,15 +35,15 @@ class Block:
         rank: the rank.
         dims: its layout.
         shape: its sizes.
-        mesh: where the rank stands, sorted by axis; None where nobody said.
-        lengths: of the sequences in its flattened tokens, None where nobody said.
+        mesh: where the rank stands; None where nobody said.
+        extras: its tap's, as JSON; "" where they say nothing of tokens.
     """
 
     rank: int
     dims: Dims
     shape: tuple[int, ...]
-    mesh: FrozenMesh = None
-    lengths: Lengths | None = field(default=None)
+    mesh: FrozenMesh | None = None
+    extras: str = ""
 
     def check(self, whose: str) -> None:
         """Refuse a block that does not have the dims its layout names.
@@ -78,37 +64,7 @@ class Block:
                 )
 
 
-def lengths_of(extras: Mapping[str, Any]) -> Lengths | None:
-    """Return the sequence lengths in a tap's extras, None where there are none.
-
-    `seq_lens`, or cumulated from 0 as `cu_seqlens` or `cu_seqlens_q`; and where sequences are
-    padded each by itself, `padded_seq_lens`, or cumulated `cu_seqlens_padded` or
-    `cu_seqlens_q_padded`.
-    """
-
-    def read(plain: str, *cumulated: str) -> tuple[int, ...] | None:
-        found = extras.get(plain)
-        if found is None:
-            for name in cumulated:
-                ends = extras.get(name)
-                if _are_sizes(ends) and ends[0] == 0 and ends == sorted(ends):
-                    return tuple(b - a for a, b in itertools.pairwise(ends))
-        return tuple(found) if _are_sizes(found) else None
-
-    real = read("seq_lens", "cu_seqlens", "cu_seqlens_q")
-    if real is None:
-        return None
-    room = read("padded_seq_lens", "cu_seqlens_padded", "cu_seqlens_q_padded") or real
-    if len(room) != len(real) or any(a > b for a, b in zip(real, room, strict=True)):
-        return None
-    return Lengths(real, room)
-
-
-def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and bool(value) and all(type(n) is int and n >= 0 for n in value)
-
-
-def coordinates(block: Block, world_size: int) -> dict[str, tuple[int, int]]:
+def coordinates(block: Block, world_size: int) -> Places:
     """Return where a block's rank stands on the axes its layout names, and on all its mesh has.
 
     An axis that the mesh does not have is one of size 1: the job runs without it. Where nobody
@@ -120,33 +76,13 @@ def coordinates(block: Block, world_size: int) -> dict[str, tuple[int, int]]:
     dims, mesh = block.dims, dict(block.mesh or ())
     if dims.mesh is not None:
         known = {
-            axis: (mesh.get(axis, (at, 0))[0] if at is None else at, size)
+            axis: (mesh[axis][0] if at is None and axis in mesh else at, size)
             for axis, (at, size) in dims.mesh.items()
         }
-        return _complete(block, known, world_size)
+        return {**mesh, **_complete(block, known, world_size)}
     if block.mesh is not None:
-        return {**mesh, **{axis: mesh.get(axis, (0, 1)) for axis in dims.axes}}
+        return {**dict.fromkeys(dims.axes, (0, 1)), **mesh}
     return _complete(block, dict.fromkeys(dims.axes, (None, world_size)), world_size)
-
-
-def placed(text: str, mesh: FrozenMesh) -> str:
-    """Return a layout with a rank's place on each axis that cuts: `b s[cp 0/2] h[tp 1/4]`."""
-    try:
-        dims = parse_dims(text)
-    except LayoutError:
-        return text
-    places = {**dict(mesh or ()), **(dims.mesh or {})}
-
-    def place(axis: str) -> str:
-        at, size = places.get(axis, (None, None))
-        return axis if at is None else f"{axis} {at}/{size}"
-
-    words = []
-    for dim in dims.dims:
-        cuts = [place(cut.axis) + (" zigzag" if cut.zigzag else "") for cut in dim.cuts]
-        words.append(dim.label + (f"[{', '.join(cuts)}]" if cuts else ""))
-    partial = [f"{place(axis)} {how}" for axis, how in dims.partial]
-    return " ".join(words) + (f" (partial: {', '.join(partial)})" if partial else "")
 
 
 def _complete(
@@ -164,19 +100,25 @@ def _complete(
     return found
 
 
-def _cut_by(dim: Dim, sizes: Mapping[str, int]) -> list[Cut]:
-    return [cut for cut in dim.cuts if sizes.get(cut.axis, 1) > 1]
+def _cuts_of(dim: Dim, sizes: Mapping[str, int]) -> list[Cut]:
+    """Return the axes that do cut a dim: those of more than one rank."""
+    return [cut for cut in dim.cuts if sizes[cut.axis] > 1]
 
 
 class Sizes:
-    """The sizes of all blocks along one dim: where each begins, and where the whole ends.
+    """The sizes of all senders' blocks along one dim: where each begins, where the whole ends.
 
     Args:
         dim: the dim.
         axes: axis -> size.
-        local: coordinates on the dim's axes, as `key` returns them -> size of the block there.
+        local: for each block its places on the axes, its size, and its rank.
         total: the size of the whole where that is known, as for a DTensor.
-        lengths: of the sequences, for a dim of flattened tokens.
+        lengths: of the sequences, if the dim is one of flattened tokens.
+
+    Attributes:
+        total: the size of the whole.
+        is_open: whether where blocks begin hangs on the size of one that nobody recorded.
+        ends_open: whether the size of the whole does.
 
     Raises:
         LayoutError: blocks that cannot be parts of one whole.
@@ -186,23 +128,41 @@ class Sizes:
         self,
         dim: Dim,
         axes: Mapping[str, int],
-        local: Mapping[tuple[int, ...], int],
+        local: Sequence[tuple[Places, int, int]],
         total: int | None = None,
         lengths: Lengths | None = None,
     ) -> None:
         self.dim = dim
         self._axes = axes
-        self._cuts = _cut_by(dim, axes)
-        self._local = local
+        self._cuts = _cuts_of(dim, axes)
+        self._local: dict[tuple[int, ...], int] = {}
         self._totals: dict[tuple[int, ...], int] = {}
-        self._known = total
-        self.total = total if total is not None else self._add_up(()) or 0
-        self._lengths = lengths if dim.names == (TOKENS,) else None
         self._runs: dict[tuple[int, ...], Runs] = {}
+        first: dict[tuple[int, ...], int] = {}
+        for places, size, rank in local:
+            key = self.key(places)
+            if self._local.setdefault(key, size) != size:
+                raise LayoutError(
+                    f"dim {dim} has {self._local[key]} on sender rank {first[key]} and {size} on "
+                    f"sender rank {rank}, and no axis that cuts it tells them apart; name the axis "
+                    "in the dims, and where each rank stands in recorder.declare_mesh"
+                )
+            first.setdefault(key, rank)
+        self._known = total is not None
+        self.is_open = self.ends_open = False
+        self.total = total if total is not None else self._add_up(()) or 0
+        self.lengths = lengths.fitted(self.total) if lengths and dim.names == (TOKENS,) else None
+        if self.lengths is not None and sum(self.lengths.room) > self.total:
+            if self._cuts and self._cuts[0].axis == SEQUENCES_OVER:
+                raise LayoutError(
+                    f"dim {dim}: the senders have {self.total} tokens in all, and the extras give "
+                    f"sequences of {sum(self.lengths.room)}; give the lengths of these tokens"
+                )
+            self.lengths = None  # of other tokens, such as all that a decode step attends to
 
-    def key(self, at: Mapping[str, tuple[int, int]]) -> tuple[int, ...]:
+    def key(self, places: Places) -> tuple[int, ...]:
         """Return the coordinates that matter along this dim."""
-        return tuple(at[cut.axis][0] for cut in self._cuts)
+        return tuple(places[cut.axis][0] for cut in self._cuts)
 
     def runs(self, key: tuple[int, ...]) -> Runs:
         """Return the indices of the whole that the block at some coordinates has.
@@ -211,33 +171,30 @@ class Sizes:
             LayoutError: its size is not what its layout says.
         """
         if key not in self._runs:
-            known = self._known is not None
-
-            def part(prefix: tuple[int, ...], k: int, n: int) -> tuple[int, int]:
-                if known:
-                    return r.chunk(n, self._axes[self._cuts[len(prefix)].axis], k)
-                before = sum(self._totals[(*prefix, j)] for j in range(k))
-                return before, self._totals[(*prefix, k)]
-
-            found = runs_in(self._cuts, key, self._axes, self.total, part, self._lengths)
+            lengths = None if self._known else self.lengths  # a placement cuts the line of them
+            found = _cut(self._cuts, key, self._axes, self.total, self._part, lengths)
             if r.length(found) != self._local[key]:
+                where = " ".join(
+                    f"{cut.axis}={k}/{self._axes[cut.axis]}"
+                    for cut, k in zip(self._cuts, key, strict=True)
+                )
                 raise LayoutError(
-                    f"dim {self.dim}: the block at {self._where(key)} has {self._local[key]}, and "
+                    f"dim {self.dim}: the block at {where} has {self._local[key]}, and "
                     f"{self.total} in all give it {r.length(found)}; mend the dims at the tap"
                 )
             self._runs[key] = found
         return self._runs[key]
 
-    def _where(self, key: tuple[int, ...]) -> str:
-        return " ".join(
-            f"{cut.axis}={k}/{self._axes[cut.axis]}" for cut, k in zip(self._cuts, key, strict=True)
-        )
+    def _part(self, prefix: tuple[int, ...], k: int, n: int) -> tuple[int, int]:
+        if self._known:
+            return r.chunk(n, self._axes[self._cuts[len(prefix)].axis], k)
+        before = sum(self._totals[(*prefix, j)] for j in range(k))
+        return before, self._totals[(*prefix, k)]
 
     def _add_up(self, prefix: tuple[int, ...]) -> int | None:
         """Return the size of all blocks at coordinates that begin so; None where there are none.
 
-        A block that is not there is taken to be as large as its largest sibling: what is there
-        begins where it would begin then, and what is asked of the other is missing.
+        A block that is not there is taken to be as large as its largest sibling.
         """
         if len(prefix) == len(self._cuts):
             return self._local.get(prefix)
@@ -247,24 +204,135 @@ class Sizes:
         largest = max((n for n in parts if n is not None), default=None)
         if largest is None:
             return None
+        self._look_for_gaps(parts)
         sizes = [largest if n is None else n for n in parts]
-        for k, n in enumerate(sizes):
-            self._totals[(*prefix, k)] = n
+        self._totals.update({(*prefix, k): n for k, n in enumerate(sizes)})
         return sum(sizes)
 
+    def _look_for_gaps(self, parts: Sequence[int | None]) -> None:
+        """Note what hangs on the size of blocks that are not there.
 
-def runs_in(
+        Blocks never grow along an axis, whether cut as `torch.chunk` or as `torch.tensor_split`:
+        between two of one size all have it.
+        """
+        before: int | None = None
+        gap = False
+        for size in parts:
+            gap = gap or size is None
+            if gap and size is not None:
+                self.is_open |= before != size
+                gap = False
+            before = size if size is not None else before
+        self.ends_open |= gap
+
+
+@dataclass(frozen=True)
+class Receiver:
+    """A receiver's block, placed.
+
+    Attributes:
+        dims: its layout.
+        shape: its sizes.
+        places: where it stands.
+        lengths: of the sequences in its flattened tokens.
+    """
+
+    dims: Dims
+    shape: tuple[int, ...]
+    places: Places
+    lengths: Lengths | None
+
+    def cuts(self, j: int) -> list[Cut]:
+        """Return the axes that cut its dim `j`."""
+        return _cuts_of(self.dims.dims[j], {axis: n for axis, (_, n) in self.places.items()})
+
+    def whole(self, j: int) -> int | None:
+        """Return the size of the whole along dim `j` where this block alone tells, else None."""
+        if self.dims.shape is not None:
+            return self.dims.shape[j]
+        return None if self.cuts(j) else self.shape[j]
+
+    def even(self, j: int) -> int:
+        """Return the size of a whole whose blocks along dim `j` are all as large as this one."""
+        return self.shape[j] * math.prod(self.places[cut.axis][1] for cut in self.cuts(j))
+
+    def indices(self, j: int, size: int, padded: bool = False) -> tuple[int, Runs] | None:
+        """Return the size of the whole along dim `j`, and which of its indices the block has.
+
+        Args:
+            j: the dim.
+            size: what the whole is to have, its padding left out.
+            padded: whether it may have padding behind that.
+
+        Returns:
+            None where no whole of that size has such a block.
+
+        Raises:
+            LayoutError: it depends on how the dim is cut, which was not declared.
+        """
+        whole, even = self.whole(j), self.even(j)
+        lengths = self._lengths_over(j)
+        if lengths is not None and not lengths.is_borrowed:
+            size = max(size, sum(lengths.room))
+        if whole is not None:
+            totals = [whole] if whole == size or (padded and whole > size) else []
+        else:
+            # Padded to a multiple, or cut unevenly: where both are possible, both begin there.
+            totals = [even, size] if padded and even > size else [size]
+        for total in totals:
+            found = self._cut(j, total)
+            if found is not None:
+                return total, found
+        return None
+
+    def _lengths_over(self, j: int) -> Lengths | None:
+        """Return the lengths of the sequences that dim `j` is cut by, each by itself."""
+        cuts = self.cuts(j)
+        if self.dims.dims[j].names != (TOKENS,) or self.dims.mesh is not None:
+            return None
+        return self.lengths if cuts and cuts[0].axis == SEQUENCES_OVER else None
+
+    def _cut(self, j: int, total: int) -> Runs | None:
+        dim, cuts = self.dims.dims[j], self.cuts(j)
+        axes = {axis: n for axis, (_, n) in self.places.items()}
+        key = tuple(self.places[cut.axis][0] for cut in cuts)
+        lengths = self._lengths_over(j)
+        if lengths is not None:
+            lengths = lengths.fitted(total)
+            if sum(lengths.room) > total:
+                return None
+        found: dict[str, Runs] = {}
+        for rule in _RULES:
+
+            def part(prefix: tuple[int, ...], k: int, n: int, rule: str = rule) -> tuple[int, int]:
+                cut = cuts[len(prefix)]
+                return _RULES[cut.rule or rule](n, axes[cut.axis], k)
+
+            got = _cut(cuts, key, axes, total, part, lengths)
+            if r.length(got) == self.shape[j] and got not in found.values():
+                found[rule] = got
+        if len(found) > 1:
+            first, axis = {rule: got[0][0] for rule, got in found.items()}, cuts[0].axis
+            raise LayoutError(
+                f"dim {dim}: of {total}, a block of {self.shape[j]} can begin at {first['chunk']}, "
+                f"as torch.chunk cuts, or at {first['split']}, as torch.tensor_split; declare "
+                f"which at the target's tap: {dim.label}[{axis}:chunk] or {dim.label}[{axis}:split]"
+            )
+        return next(iter(found.values()), None)
+
+
+def _cut(
     cuts: Sequence[Cut],
     key: tuple[int, ...],
     axes: Mapping[str, int],
     total: int,
-    part: Any,
-    lengths: Lengths | None = None,
+    part: _Part,
+    lengths: Lengths | None,
 ) -> Runs:
     """Cut the indices 0 to `total` by one axis after another.
 
     Args:
-        cuts: the axes of size 2 or more, the outermost first.
+        cuts: the axes of more than one rank, the outermost first.
         key: the coordinate on each.
         axes: axis -> size.
         total: how many indices there are.
@@ -296,63 +364,3 @@ def _of_sequences(
         at += room
     start, n = r.chunk(max(0, total - at), parts, k)
     return [*found, (at + start, n)]
-
-
-def even_whole(dim: Dim, axes: Mapping[str, int], local: int) -> int:
-    """Return the size of a whole whose blocks are all as large as the one that is known."""
-    return local * math.prod(axes[cut.axis] for cut in _cut_by(dim, axes))
-
-
-def whole_of(
-    dim: Dim,
-    at: Mapping[str, tuple[int, int]],
-    local: int,
-    size: int,
-    padded: bool,
-    lengths: Lengths | None = None,
-) -> tuple[int, Runs] | None:
-    """Return the size of the whole that a receiver's block is part of, and the block's indices.
-
-    Args:
-        dim: the dim.
-        at: the receiver's coordinates.
-        local: the block's size.
-        size: what the whole is to have, its padding left out.
-        padded: whether it may have padding behind that.
-        lengths: of the sequences, for a dim of flattened tokens.
-
-    Returns:
-        None where no whole of that size has such a block.
-
-    Raises:
-        LayoutError: it depends on how the dim is cut, which was not declared.
-    """
-    axes = {axis: n for axis, (_, n) in at.items()}
-    cuts = _cut_by(dim, axes)
-    key = tuple(at[cut.axis][0] for cut in cuts)
-    lengths = lengths if dim.names == (TOKENS,) else None
-    totals = [size]
-    even = even_whole(dim, axes, local)
-    if padded and even > size:
-        totals.insert(0, even)
-    for total in totals:
-        found: dict[str, Runs] = {}
-        for rule in _RULES:
-
-            def part(prefix: tuple[int, ...], k: int, n: int, rule: str = rule) -> tuple[int, int]:
-                cut = cuts[len(prefix)]
-                return _RULES[cut.rule or rule](n, axes[cut.axis], k)
-
-            got = runs_in(cuts, key, axes, total, part, lengths)
-            if r.length(got) == local and got not in found.values():
-                found[rule] = got
-        if len(found) > 1:
-            first, axis = {rule: got[0][0] for rule, got in found.items()}, cuts[0].axis
-            raise LayoutError(
-                f"dim {dim}: of {total}, a block of {local} can begin at {first['chunk']}, as "
-                f"torch.chunk cuts, or at {first['split']}, as torch.tensor_split; declare which "
-                f"at the target's tap, as {dim.label}[{axis}:chunk] or {dim.label}[{axis}:split]"
-            )
-        for got in found.values():
-            return total, got
-    return None

@@ -1,258 +1,193 @@
-"""How a pair of dims counts its indices, once the sizes of both sides are held together.
+"""How both sides of a pair of dims count its indices: once, in numbers of their own.
 
-`group_of` makes the `Group` that a pair needs, and refuses a pair whose sizes contradict each
-other; the message names the dim and both sizes.
+`Group.out_of` and `Group.into` say which of them a sender's and the receiver's block hold, in the
+order in which they lie there.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from ..errors import LayoutError
 from . import runs as r
-from .align import MEND, Flattened, Fused, Group, Pair, Same, segments
-from .blocks import Lengths, Sizes, even_whole, whole_of
-from .dims import TOKENS, Dim, Dims
+from .align import Pair
+from .dims import Dim
 from .runs import Runs
 
 Sized = tuple[Dim, int]
+"""A dim, and the size of the whole along it."""
+_MOST_RUNS = 1 << 20
 
 
-def group_of(
-    pair: Pair,
-    ours: Dims,
-    sizes: Sequence[Sizes],
-    theirs: Dims,
-    local: Sequence[int],
-    here: Mapping[str, tuple[int, int]],
-    wholes: Sequence[int],
-    lengths: tuple[Lengths | None, Lengths | None],
-) -> Group:
-    """Return how both sides count the indices of a pair of dims.
+class Group(Protocol):
+    """A pair's indices as both sides hold them."""
 
-    Args:
-        pair: the dims, by position.
-        ours: the senders' layout.
-        sizes: the sizes of their blocks along each of its dims.
-        theirs: the receiver's layout.
-        local: the sizes of its block.
-        here: where the receiver stands on each axis.
-        wholes: the size of the receiver's whole along each dim if all its blocks are equal.
-        lengths: of the sequences in flattened tokens, on the senders' side and the receiver's.
+    pair: Pair
 
-    Raises:
-        LayoutError: the sizes contradict each other, or do not say enough.
+    def out_of(self, runs: Sequence[Runs]) -> Runs:
+        """Return which indices a sender's block holds, from the runs along each of its dims."""
+
+    def into(self) -> Runs:
+        """Return which indices the receiver's block holds."""
+
+
+@dataclass
+class Same:
+    """One dim on each side; its indices count from 0, without padding."""
+
+    pair: Pair
+    segments: list[tuple[int, int, int]]
+    receiver: Runs
+
+    def out_of(self, runs: Sequence[Runs]) -> Runs:
+        """See `Group`."""
+        return r.located(runs[0], self.segments)
+
+    def into(self) -> Runs:
+        """See `Group`."""
+        return self.receiver
+
+
+@dataclass
+class Fused:
+    """Dims that one side has fused, or both otherwise; an index counts in the senders' order.
+
+    Attributes:
+        names: all names, in that order.
+        sizes: the size of the whole along each name; None where the two orders are the same, and
+            nobody needs to know.
+        ours: the senders' dims, each with its size.
+        theirs: the receiver's, likewise.
+        receiver: the runs along each of these.
     """
-    mine = [ours.dims[i].names for i in pair.senders]
-    its = [theirs.dims[i].names for i in pair.receivers]
-    if len(mine) == len(its) == 1 and mine == its:
-        return _same(pair, ours, sizes, theirs, local, here, lengths)
-    ours_all = [name for names in mine for name in names]
-    theirs_all = [name for names in its for name in names]
-    padded = [n for n in (*ours_all, *theirs_all) if n in ours.padded | theirs.padded]
-    if padded:
-        raise LayoutError(
-            f"dim {padded[0]} is padded on one side and fused or taken apart on the other; {MEND}"
-        )
-    if [(TOKENS,)] in (mine, its) and ours_all != theirs_all:
-        return _flattened(pair, ours, sizes, theirs, local, here, wholes, lengths)
-    return _fused(pair, ours, sizes, theirs, local, here, wholes)
+
+    pair: Pair
+    names: tuple[str, ...]
+    sizes: Mapping[str, int] | None
+    ours: list[Sized]
+    theirs: list[Sized]
+    receiver: list[Runs]
+
+    def out_of(self, runs: Sequence[Runs]) -> Runs:
+        """See `Group`."""
+        return _in_order([size for _, size in self.ours], runs)
+
+    def into(self) -> Runs:
+        """See `Group`."""
+        if self.sizes is None:
+            return _in_order([size for _, size in self.theirs], self.receiver)
+        return _reordered(self.names, self.sizes, [dim for dim, _ in self.theirs], self.receiver)
 
 
-def _same(
-    pair: Pair,
-    ours: Dims,
-    sizes: Sequence[Sizes],
-    theirs: Dims,
-    local: Sequence[int],
-    here: Mapping[str, tuple[int, int]],
-    lengths: tuple[Lengths | None, Lengths | None],
-) -> Same:
-    (i,), (j,) = pair.senders, pair.receivers
-    dim, have = theirs.dims[j], sizes[i].total
-    name = dim.names[0] if len(dim.names) == 1 else ""
-    ours_declared, theirs_declared = ours.sizes.get(name), theirs.sizes.get(name)
-    if None not in (ours_declared, theirs_declared) and ours_declared != theirs_declared:
-        raise LayoutError(
-            f"dim {name} is declared to have {ours_declared} without padding by the senders and "
-            f"{theirs_declared} by the target; {MEND}"
-        )
-    mine, its = lengths if name == TOKENS else (None, None)
-    if mine is not None and sum(mine.room) > have:
-        mine = its = None
-    here_axes = {axis: n for axis, (_, n) in here.items()}
-    even = even_whole(dim, here_axes, local[j])
-    if its is not None and sum(its.room) > even:
-        its = Lengths(its.real, its.real)  # the senders' padding, which this side need not have
-    declared = ours_declared if ours_declared is not None else theirs_declared
-    if declared is None and mine is not None:
-        declared = sum(mine.real)
-    size, padded = have, False
-    if declared is not None:
-        size, padded = declared, True
-    elif name in ours.padded and name in theirs.padded:
-        if have != even:
-            raise LayoutError(
-                f"dim {name} is padded on both sides, to {have} by the senders and {even} by the "
-                f"target; declare its size without padding at either tap, as in '# {name}=SIZE'"
+def _in_order(sizes: Sequence[int], runs: Sequence[Runs]) -> Runs:
+    """Return the indices, counted in the order of the dims, of a block of several dims."""
+    found: Runs = [(0, 1)]
+    inner = 1
+    for size, outer in zip(reversed(sizes), reversed(runs), strict=True):
+        if found == [(0, inner)]:
+            found = [(start * inner, n * inner) for start, n in outer]
+        else:
+            _check_count(len(found) * r.length(outer))
+            found = r.merged(
+                (at * inner + start, n)
+                for first, count in outer
+                for at in range(first, first + count)
+                for start, n in found
             )
-    elif name in ours.padded:
-        size = even
-    padded = padded or name in theirs.padded
-    if have < size:
-        raise LayoutError(
-            f"dim {dim.label}: the senders have {have} in all, fewer than the {size} "
-            f"{'declared' if declared is not None else 'of the target'}; {MEND}"
+        inner *= size
+    return r.merged(found)
+
+
+def _reordered(
+    names: Sequence[str], sizes: Mapping[str, int], dims: Sequence[Dim], runs: Sequence[Runs]
+) -> Runs:
+    """Return the indices, counted in the order of `names`, of a block whose dims are otherwise."""
+    strides, stride = {}, 1
+    for name in reversed(names):
+        strides[name] = stride
+        stride *= sizes[name]
+    _check_count(math.prod(map(r.length, runs)))
+    each: list[list[int]] = []
+    for dim, held in zip(dims, runs, strict=True):
+        counts = [sizes[name] for name in dim.names]
+        each.append(
+            [
+                sum(
+                    at * strides[name]
+                    for at, name in zip(_digits(i, counts), dim.names, strict=True)
+                )
+                for start, n in held
+                for i in range(start, start + n)
+            ]
         )
-    found = whole_of(dim, here, local[j], size, padded, its)
-    if found is None:
-        cut = "".join(f", one of {here_axes[c.axis]} blocks over {c.axis}" for c in dim.cuts)
-        more = f" ({size} without padding)" if size != have else ""
+    return r.merged((sum(place), 1) for place in itertools.product(*each))
+
+
+def _digits(i: int, counts: Sequence[int]) -> Iterable[int]:
+    digits = []
+    for count in reversed(counts):
+        i, digit = divmod(i, count)
+        digits.append(digit)
+    return reversed(digits)
+
+
+def _check_count(runs: int) -> None:
+    if runs > _MOST_RUNS:
         raise LayoutError(
-            f"dim {dim.label}: the senders have {have} in all{more}, and the target's block has "
-            f"{local[j]}{cut}; declare padding with '# {name or 'DIM'}=SIZE', or {MEND}"
+            f"what is fused on one side is cut into {runs} pieces on the other, too many to copy "
+            "one by one; name a transform with --transform"
         )
-    total, runs = found
-    return Same(
-        pair,
-        segments(have, size, mine),
-        r.located(runs, segments(total, size, its)),
-    )
 
 
-def _flattened(
-    pair: Pair,
-    ours: Dims,
-    sizes: Sequence[Sizes],
-    theirs: Dims,
-    local: Sequence[int],
-    here: Mapping[str, tuple[int, int]],
-    wholes: Sequence[int],
-    lengths: tuple[Lengths | None, Lengths | None],
-) -> Flattened:
-    flat = len(pair.senders) == 1 and ours.dims[pair.senders[0]].names == (TOKENS,)
-    dims, rows = (theirs, pair.receivers) if flat else (ours, pair.senders)
-    totals = [wholes[j] if flat else sizes[j].total for j in rows]
-    order = tuple("*".join(dims.dims[j].names) for j in rows)
-    if set(order) not in ({"b", "s"}, {"b*s"}):
-        raise LayoutError(
-            f"tokens (t) on one side are {' '.join(order)} on the other, which is neither b and s "
-            f"nor (b*s); {MEND}"
-        )
-    tokens = sizes[pair.senders[0]].total if flat else wholes[pair.receivers[0]]
-    mine, its = lengths
-    of_tokens = mine if flat else its
-    if len(order) == 2:
-        batch, size = (totals[order.index(name)] for name in ("b", "s"))
-    elif of_tokens is not None and of_tokens.real:
-        batch = len(of_tokens.real)
-        size = totals[0] // batch
-    else:
-        batch, size = 1, totals[0]
-    if of_tokens is None:
-        of_tokens = Lengths((size,) * batch, (size,) * batch)
-        if batch * size != tokens:
-            raise LayoutError(
-                f"the {'senders have' if flat else 'target has'} {tokens} tokens (t), and the "
-                f"other side {batch} sequences of {size}; give their lengths in the extras of a "
-                "tap, as extras={'seq_lens': [...]}"
-            )
-    real = of_tokens.real
-    if len(real) != batch or any(n > size for n in real) or sum(of_tokens.room) > tokens:
-        raise LayoutError(
-            f"sequence lengths {list(real)!s:.120} fit neither {tokens} tokens (t) nor {batch} "
-            f"sequences of {size}; give those of this input in the extras"
-        )
-    starts = [sum(real[:i]) for i in range(batch)]
-    receiver = _whole_runs(theirs, {j: wholes[j] for j in pair.receivers}, local, here, lengths[1])
-    return Flattened(pair, flat, of_tokens.segments(tokens), order, starts, real, size, receiver)
+@dataclass
+class Flattened:
+    """Tokens on one side, batch and sequence, in this order, on the other; an index counts tokens
+    that are real.
 
+    Attributes:
+        flat: whether it is the senders who have tokens.
+        segments: which of the flat side's indices are which tokens.
+        fused: whether the other side has batch and sequence in one dim.
+        starts: for each sequence the number of its first token.
+        real: for each sequence how many it has.
+        size: how many each has with its padding.
+        receiver: the runs along each of the receiver's dims.
+    """
 
-def _whole_runs(
-    theirs: Dims,
-    totals: Mapping[int, int],
-    local: Sequence[int],
-    here: Mapping[str, tuple[int, int]],
-    lengths: Lengths | None = None,
-) -> list[Runs]:
-    """Return the receiver's indices along dims whose wholes are known: position -> size."""
-    found = []
-    for j, total in totals.items():
-        got = whole_of(theirs.dims[j], here, local[j], total, False, lengths)
-        if got is None:
-            raise LayoutError(
-                f"dim {theirs.dims[j]}: {total} in all have no block of {local[j]} there; {MEND}"
-            )
-        found.append(got[1])
-    return found
+    pair: Pair
+    flat: bool
+    segments: list[tuple[int, int, int]]
+    fused: bool
+    starts: Sequence[int]
+    real: Sequence[int]
+    size: int
+    receiver: list[Runs]
 
+    def out_of(self, runs: Sequence[Runs]) -> Runs:
+        """See `Group`."""
+        return r.located(runs[0], self.segments) if self.flat else r.merged(self._rows(runs))
 
-def _fused(
-    pair: Pair,
-    ours: Dims,
-    sizes: Sequence[Sizes],
-    theirs: Dims,
-    local: Sequence[int],
-    here: Mapping[str, tuple[int, int]],
-    wholes: Sequence[int],
-) -> Fused:
-    mine = [(ours.dims[i], sizes[i].total) for i in pair.senders]
-    totals = {j: wholes[j] for j in pair.receivers}
-    have = math.prod(total for _, total in mine)
-    cut = [j for j in pair.receivers if any(here[c.axis][1] > 1 for c in theirs.dims[j].cuts)]
-    if math.prod(totals.values()) != have and len(cut) == 1:
-        # One that is cut unevenly has what the others leave.
-        others = math.prod(n for j, n in totals.items() if j != cut[0])
-        if others and have % others == 0:
-            totals[cut[0]] = have // others
-    its = [(theirs.dims[j], total) for j, total in totals.items()]
-    if math.prod(totals.values()) != have:
-        raise LayoutError(
-            f"dims {_labels(mine)}: the senders have {have} in all, the target's {_labels(its)} "
-            f"{math.prod(totals.values())} ({' x '.join(map(str, totals.values()))}); {MEND}"
-        )
-    names, theirs_in_order = _names(mine), _names(its)
-    known: dict[str, int] | None = None
-    if names != theirs_in_order:
-        known = _sizes_of_names({**theirs.sizes, **ours.sizes}, mine, its)
-        names = (*names, *(name for name in theirs_in_order if name not in names))
-    receiver = _whole_runs(theirs, totals, local, here)
-    return Fused(pair, names, known, mine, its, receiver)
+    def into(self) -> Runs:
+        """See `Group`."""
+        if self.flat:
+            return r.merged(self._rows(self.receiver))
+        return r.located(self.receiver[0], self.segments)
 
+    def _rows(self, runs: Sequence[Runs]) -> Iterator[tuple[int, int]]:
+        if self.fused:
+            rows = (self._row(i, i * self.size) for i in range(len(self.real)))
+            yield from r.located(runs[0], [segment for row in rows for segment in row])
+            return
+        batch, sequence = runs
+        for first, n in batch:
+            for i in range(first, first + n):
+                yield from r.located(sequence, self._row(i, 0))
 
-def _names(dims: Sequence[Sized]) -> tuple[str, ...]:
-    return tuple(name for dim, _ in dims for name in dim.names)
-
-
-def _labels(dims: Sequence[Sized]) -> str:
-    return " ".join(dim.label for dim, _ in dims)
-
-
-def _sizes_of_names(
-    declared: Mapping[str, int], mine: Sequence[Sized], its: Sequence[Sized]
-) -> dict[str, int]:
-    """Return the size of each name, for dims that both sides have in another order."""
-    both = [*mine, *its]
-    known = {**declared, **{dim.names[0]: size for dim, size in both if len(dim.names) == 1}}
-    for dim, size in both:
-        unknown = [name for name in dim.names if name not in known]
-        rest = math.prod(known.get(name, 1) for name in dim.names)
-        if len(unknown) == 1 and rest and size % rest == 0:
-            known[unknown[0]] = size // rest
-    for name in sorted({*_names(mine), *_names(its)}):
-        if name not in known:
-            raise LayoutError(
-                f"{_labels(mine)} and {_labels(its)} are in another order, and the size of {name} "
-                f"is not known; declare it at either tap, as in '# {name}=SIZE'"
-            )
-        if known[name] != 1 and not (name in _names(mine) and name in _names(its)):
-            raise LayoutError(
-                f"dim {name} of size {known[name]} is only on one side of {_labels(mine)} and "
-                f"{_labels(its)}; {MEND}"
-            )
-    for dim, size in both:
-        if math.prod(known[name] for name in dim.names) != size:
-            parts = " x ".join(str(known[name]) for name in dim.names)
-            raise LayoutError(f"dim {dim.label} has {size}, and its parts {parts}; {MEND}")
-    return known
+    def _row(self, i: int, at: int) -> list[tuple[int, int, int]]:
+        real = self.real[i]
+        found = [(at, real, self.starts[i]), (at + real, self.size - real, r.PADDING)]
+        return [segment for segment in found if segment[1] > 0]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +17,11 @@ from ..errors import UsageError
 Mesh = dict[str, tuple[int, int]]
 """Axis -> this rank's coordinate, from 0, and the axis's size."""
 
-FrozenMesh = tuple[tuple[str, tuple[int, int]], ...] | None
+FrozenMesh = tuple[tuple[str, tuple[int, int]], ...]
+"""A mesh as part of a key, sorted by axis."""
 
 MOST_AXES = 64
+MOST_RANKS = 1 << 40
 _HOW = "give each axis as declare_mesh(tp=(rank, size)), or a DeviceMesh with mesh_dim_names"
 
 _declared: Mesh | None = None
@@ -47,6 +50,8 @@ def declare_mesh(mesh: Any = None, /, **axes: tuple[int, int]) -> None:
     found = {} if mesh is None else _of_device_mesh(mesh)
     for axis, place in axes.items():
         found[axis] = _checked(axis, place)
+    if len(found) > MOST_AXES:
+        raise UsageError(f"declare_mesh: got {len(found)} axes, expected at most {MOST_AXES}")
     _declared = found if mesh is not None or axes else None
 
 
@@ -83,7 +88,7 @@ class MeshWatch:
         return self._found
 
 
-def frozen(mesh: Mesh | None) -> FrozenMesh:
+def frozen(mesh: Mesh | None) -> FrozenMesh | None:
     """Return a mesh that can be part of a key."""
     return None if mesh is None else tuple(sorted(mesh.items()))
 
@@ -93,7 +98,7 @@ def _checked(axis: str, place: Any) -> tuple[int, int]:
         at, size = (int(number) for number in place)
     except (TypeError, ValueError):
         raise UsageError(f"declare_mesh: {axis} is {place!r}; {_HOW}") from None
-    if not 0 <= at < size:
+    if not 0 <= at < size < MOST_RANKS:
         raise UsageError(
             f"declare_mesh: {axis}=({at}, {size}) is no coordinate on an axis of {size}; "
             "coordinates count from 0 to size - 1"
@@ -112,7 +117,15 @@ def _of_device_mesh(mesh: Any) -> Mesh:
         raise UsageError(
             "declare_mesh: this rank is not in the DeviceMesh; call it on ranks that are"
         )
-    return {name: (int(k), int(n)) for name, k, n in zip(names, at, mesh.mesh.shape, strict=True)}
+    return {
+        axis_name(name): _checked(name, (k, n))
+        for name, k, n in zip(names, at, mesh.mesh.shape, strict=True)
+    }
+
+
+def axis_name(name: object) -> str:
+    """Return the name of a mesh's dim as an axis is written in a layout."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", str(name))
 
 
 def _called(module: Any, axes: Mapping[str, str]) -> Mesh:
@@ -204,35 +217,3 @@ _FRAMEWORKS: tuple[tuple[str, Callable[[Any], Mesh | None]], ...] = (
     ("sglang.srt.distributed.parallel_state", _of_sglang),
     ("vllm.distributed.parallel_state", _of_groups),
 )
-
-
-def checked_meshes(value: Any) -> list[tuple[int, FrozenMesh]] | None:
-    """Return what a claim says of a rank's meshes, each with the seq from which on it held.
-
-    None where it is no such thing: it comes from a file.
-    """
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        return None
-    found: list[tuple[int, FrozenMesh]] = []
-    for entry in value:
-        seq, axes = entry.get("seq"), entry.get("axes")
-        if type(seq) is not int or not (axes is None or _are_axes(axes)):
-            return None
-        if found and seq < found[-1][0]:
-            return None
-        found.append((seq, frozen(axes and {axis: (k, n) for axis, (k, n) in axes.items()})))
-    return found
-
-
-def _are_axes(axes: Any) -> bool:
-    return (
-        isinstance(axes, dict)
-        and len(axes) <= MOST_AXES
-        and all(
-            isinstance(place, list)
-            and len(place) == 2
-            and all(type(n) is int for n in place)
-            and 0 <= place[0] < place[1] < 1 << 40
-            for place in axes.values()
-        )
-    )

@@ -1,6 +1,7 @@
 """From the blocks of all senders to the block of one receiver: what to copy from where to where.
 
-1. `plan` places every sender's block (`blocks`) and pairs the dims of both sides (`align`).
+1. `plan` places every sender's block (`blocks`), pairs the dims of both sides (`align`) and holds
+   their sizes together (`fit`).
 2. Senders at the same coordinates are replicas: one is read. Senders of partial results are added.
 3. For each block that is left, `Move` has the indices it shares with the receiver's, along each
    group of dims. Together they must cover all of the receiver's block that is no padding.
@@ -10,22 +11,25 @@ Nothing here touches a tensor; `assemble` does what a plan says.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
 from . import runs as r
-from .align import MEND, Group, Pair, align
-from .blocks import Block, Lengths, Sizes, coordinates, even_whole
+from .align import MEND, Pair, align
+from .blocks import Block, Places, Receiver, Sizes, coordinates
 from .dims import TOKENS, Dims
-from .groups import group_of
+from .fit import group_of
+from .groups import Group
+from .lengths import Lengths, lengths_in
 from .runs import Piece, Runs
 
 
 @dataclass(frozen=True)
 class Move:
-    """What one block, or the sum of several, gives to the receiver's.
+    """What one block, or several that are reduced to one, gives to the receiver's.
 
     Attributes:
         ranks: for each partial result, or the one that is none, the ranks that hold it.
@@ -47,11 +51,11 @@ class Plan:
 
     Attributes:
         pairs: the groups of dims.
-        moves: what to copy; of what each sender has, the rest is not needed.
+        moves: what to copy; none where the receiver is to hold none of a sum, but zeros, since
+            another rank holds it.
         reduction: how partial results become one: `sum`, `avg`, `min`, `max`; "" where there are
             none.
-        zero: whether the receiver is to hold none of a sum, which another rank holds.
-        lengths: the receiver's sizes along each group.
+        shape: the receiver's sizes along each group.
         padding: along each group the receiver's indices that are padding: (start, length).
         fills: for each group what its padding is to hold; None to leave it as it is.
         note: what was taken for granted, "" where nothing was.
@@ -60,8 +64,7 @@ class Plan:
     pairs: tuple[Pair, ...]
     moves: tuple[Move, ...]
     reduction: str
-    zero: bool
-    lengths: tuple[int, ...]
+    shape: tuple[int, ...]
     padding: tuple[tuple[tuple[int, int], ...], ...]
     fills: tuple[float | None, ...]
     note: str = ""
@@ -70,6 +73,11 @@ class Plan:
     def has_padding(self) -> bool:
         """Whether a part of the receiver's block is padding."""
         return any(self.padding)
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces there are, which is what a plan's memory goes by."""
+        return sum(len(group) for move in self.moves for group in move.pieces)
 
 
 def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_world: int) -> Plan:
@@ -85,46 +93,85 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         LayoutError: the layouts contradict each other, or do not say enough, or blocks are missing.
     """
     receiver.check("the target's")
-    ours = _agreed(senders)
-    theirs = receiver.dims
-    if len(ours.dims) == len(theirs.dims) and ours.is_named != theirs.is_named:
-        ours, theirs = (
-            (ours.renamed(theirs), theirs) if theirs.is_named else (ours, theirs.renamed(ours))
-        )
+    ours, theirs = _agreed(senders), receiver.dims
+    if ours.is_named and theirs.is_named:
+        ours, theirs = ours.with_tokens(theirs), theirs.with_tokens(ours)
+    if len(ours.dims) == len(theirs.dims) and ours.is_named and not theirs.is_named:
+        theirs = theirs.renamed(ours)
+    elif len(ours.dims) == len(theirs.dims) and theirs.is_named and not ours.is_named:
+        ours = ours.renamed(theirs)
     at = {block.rank: coordinates(block, sender_world) for block in senders}
     here = coordinates(receiver, receiver_world)
-    axes = _axes(ours, at)
+    axes = _axes(ours, at, sender_world)
     chosen = _of_same_data(senders, ours, theirs, at, here)
-    lengths = _lengths(senders, receiver)
+    lengths, its = _lengths(chosen, ours, receiver, theirs)
     sizes = _sizes(chosen, ours, axes, at, lengths)
-    local = receiver.shape
-    here_axes = {axis: n for axis, (_, n) in here.items()}
-    wholes = [even_whole(dim, here_axes, n) for dim, n in zip(theirs.dims, local, strict=True)]
-    pairs = align(ours, [s.total for s in sizes], theirs, wholes)
-    groups = [group_of(pair, ours, sizes, theirs, local, here, wholes, lengths) for pair in pairs]
+    placed = Receiver(theirs, receiver.shape, here, its)
+    even = [placed.even(j) for j in range(len(theirs.dims))]
+    pairs = align(ours, [size.total for size in sizes], theirs, even)
+    groups = [group_of(pair, ours, sizes, placed, lengths) for pair in pairs]
+    pairs = [group.pair for group in groups]
     into = [group.into() for group in groups]
     reduction, zero, chosen = _partial(ours, theirs, at, here, axes, chosen)
-    moves = _moves(chosen, ours, sizes, at, axes, groups, into, reduction)
+    moves = [] if zero else _moves(chosen, ours, sizes, at, axes, groups, into, reduction)
     wanted = math.prod(sum(n for start, n in runs if start != r.PADDING) for runs in into)
-    given = sum(move.elements for move in moves)
-    if given != wanted and not zero:
-        raise _uncovered(ours, groups, into, moves, [block.rank for block in senders], sender_world)
+    if not zero and sum(move.elements for move in moves) != wanted:
+        raise _uncovered(ours, pairs, into, moves, [b.rank for b in senders], sender_world)
     return Plan(
         tuple(pairs),
         tuple(moves),
         reduction,
-        zero,
         tuple(r.length(runs) for runs in into),
         tuple(_padding(runs) for runs in into),
-        tuple(
-            theirs.fills.get(theirs.dims[pair.receivers[0]].names[0])
-            if len(pair.receivers) == 1
-            else None
-            for pair in pairs
+        tuple(_fill(theirs, pair) for pair in pairs),
+        "; ".join(
+            filter(
+                None,
+                (
+                    _assumed(senders, ours, sender_world, "the senders' ranks")
+                    or _assumed([receiver], theirs, receiver_world, "the target's ranks"),
+                    _one_line(ours, axes, lengths),
+                ),
+            )
         ),
-        _assumed(senders, ours, sender_world, "the senders' ranks")
-        or _assumed([receiver], theirs, receiver_world, "the target's ranks"),
     )
+
+
+def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None = None) -> Block:
+    """Return the block that is the whole tensor, in the senders' dims, their padding left out.
+
+    Args:
+        senders: the blocks there are.
+        world_size: how many ranks their job had.
+        shape: its sizes, where they are known to be others than the blocks say.
+
+    Raises:
+        LayoutError: as `plan`.
+    """
+    ours = _agreed(senders)
+    at = {block.rank: coordinates(block, world_size) for block in senders}
+    lengths = _given(senders, ours) if TOKENS in ours.names else None
+    sizes = _sizes(senders, ours, _axes(ours, at, world_size), at, lengths)
+    extras = ""
+    found = []
+    for dim, size in zip(ours.dims, sizes, strict=True):
+        n = ours.sizes.get(dim.names[0]) if len(dim.names) == 1 else None
+        if n is None and size.lengths is not None:
+            n = sum(size.lengths.real)
+            extras = json.dumps({"seq_lens": size.lengths.real})
+        found.append(size.total if n is None else n)
+    made = tuple(found if shape is None else shape)
+    if len(made) != len(ours.dims):
+        raise LayoutError(
+            f"the senders' dims {ours.text!r:.200} name {len(ours.dims)}, and a tensor of the "
+            f"shape {list(made)} is no whole of theirs; return one with the dims of g.logical()"
+        )
+    return Block(0, ours.whole(made), made, (), extras if made == tuple(found) else "")
+
+
+def _fill(theirs: Dims, pair: Pair) -> float | None:
+    dims = [theirs.dims[j] for j in pair.receivers]
+    return theirs.fills.get(dims[0].names[0]) if len(dims) == len(dims[0].names) == 1 else None
 
 
 def _assumed(blocks: Sequence[Block], dims: Dims, world: int, whose: str) -> str:
@@ -134,12 +181,23 @@ def _assumed(blocks: Sequence[Block], dims: Dims, world: int, whose: str) -> str
     return f"{dims.axes[0]} was taken to be over all {world} of {whose}: no mesh was declared"
 
 
+def _one_line(dims: Dims, axes: Mapping[str, int], lengths: Lengths | None) -> str:
+    """Say that flattened tokens were cut as if they were one sequence."""
+    cut = any(
+        dim.names == (TOKENS,) and [c.axis for c in dim.cuts if axes[c.axis] > 1][:1] == ["cp"]
+        for dim in dims.dims
+    )
+    if not cut or lengths is not None or dims.mesh is not None:
+        return ""
+    return "t was taken to be cut over cp as one sequence: the extras give no lengths"
+
+
 def _agreed(senders: Sequence[Block]) -> Dims:
     """Return the layout that all senders declare."""
     first = senders[0]
     for block in senders:
         block.check(f"sender rank {block.rank}'s")
-        if not block.dims.says_the_same(first.dims):
+        if not (block.dims is first.dims or block.dims.says_the_same(first.dims)):
             raise LayoutError(
                 f"sender ranks {first.rank} and {block.rank} declare different layouts, "
                 f"{first.dims.text!r:.200} and {block.dims.text!r:.200}; {MEND}"
@@ -147,7 +205,7 @@ def _agreed(senders: Sequence[Block]) -> Dims:
     return first.dims
 
 
-def _axes(dims: Dims, at: Mapping[int, Mapping[str, tuple[int, int]]]) -> dict[str, int]:
+def _axes(dims: Dims, at: Mapping[int, Places], world_size: int) -> dict[str, int]:
     """Return the size of each axis that the layout names."""
     axes: dict[str, int] = {}
     for axis in dims.axes:
@@ -159,6 +217,11 @@ def _axes(dims: Dims, at: Mapping[int, Mapping[str, tuple[int, int]]]) -> dict[s
                 f"{other}; declare the same mesh on all ranks"
             )
         axes[axis] = next(iter(sizes))
+    if math.prod(axes.values()) > world_size:
+        raise LayoutError(
+            f"the axes {' and '.join(f'{axis} of {n}' for axis, n in axes.items())} are of more "
+            f"ranks than the {world_size} there are; mend the mesh"
+        )
     return axes
 
 
@@ -166,73 +229,80 @@ def _of_same_data(
     senders: Sequence[Block],
     ours: Dims,
     theirs: Dims,
-    at: Mapping[int, Mapping[str, tuple[int, int]]],
-    here: Mapping[str, tuple[int, int]],
+    at: Mapping[int, Places],
+    here: Places,
 ) -> list[Block]:
     """Leave out senders that had other data, or other layers, where both sides say which."""
     kept = list(senders)
-    for axis in sorted(ours.data - set(ours.axes)):
-        theirs_too = axis in theirs.data and axis not in theirs.axes
+    for axis in sorted((ours.data & theirs.data) - {*ours.axes, *theirs.axes}):
         k, n = here.get(axis, (0, 1))
-        sizes = {at[block.rank].get(axis, (0, 1))[1] for block in kept}
-        if theirs_too and n > 1 and sizes == {n}:
+        if n > 1 and {at[block.rank].get(axis, (0, 1))[1] for block in kept} == {n}:
             same = [block for block in kept if at[block.rank][axis][0] == k]
-            kept = same or kept  # where one of them alone recorded it, it is for all
+            if not same and axis != "pp":
+                raise LayoutError(
+                    f"no sender at {axis}={k} recorded it, and those elsewhere on {axis} have "
+                    f"other data; record them, or declare '# {axis}:replicated' if they have not"
+                )
+            kept = same or kept  # a stage of the pipeline has what no other has
     return kept
 
 
-def _lengths(senders: Sequence[Block], receiver: Block) -> tuple[Lengths | None, Lengths | None]:
-    """Return the sequences' lengths on either side; one that says nothing takes the other's."""
-    given = {block.lengths: block.rank for block in senders if block.lengths is not None}
+def _lengths(
+    senders: Sequence[Block], ours: Dims, receiver: Block, theirs: Dims
+) -> tuple[Lengths | None, Lengths | None]:
+    """Return the sequences' lengths on either side; one that says nothing borrows the other's."""
+    if TOKENS not in {*ours.names, *theirs.names}:
+        return None, None
+    mine, its = _given(senders, ours), lengths_in(receiver.extras, theirs)
+    if mine is not None and its is not None and mine.real != its.real:
+        raise LayoutError(
+            f"the senders' sequences have the lengths {list(mine.real)!s:.120}, the target's "
+            f"{list(its.real)!s:.120}; feed both the same input"
+        )
+    return (
+        mine or (its and its._replace(is_borrowed=True)),
+        its or (mine and mine._replace(is_borrowed=True)),
+    )
+
+
+def _given(senders: Sequence[Block], dims: Dims) -> Lengths | None:
+    """Return the sequences' lengths as the senders say."""
+    texts = {block.extras: block.rank for block in senders}
+    given = {lengths_in(text, dims): rank for text, rank in texts.items()}
+    given.pop(None, None)
     if len(given) > 1:
         (_, one), (_, other), *_ = given.items()
         raise LayoutError(
             f"sender ranks {one} and {other} give different sequence lengths in their extras; give "
             "those of the whole on every rank"
         )
-    ours, theirs = next(iter(given), None), receiver.lengths
-    if ours is not None and theirs is not None and ours.real != theirs.real:
-        raise LayoutError(
-            f"the senders' sequences have the lengths {list(ours.real)!s:.120}, the target's "
-            f"{list(theirs.real)!s:.120}; feed both the same input"
-        )
-    ours, theirs = ours or theirs, theirs or ours
-    return ours, theirs
+    return next(iter(given), None)
 
 
 def _sizes(
     chosen: Sequence[Block],
     dims: Dims,
     axes: Mapping[str, int],
-    at: Mapping[int, Mapping[str, tuple[int, int]]],
-    lengths: tuple[Lengths | None, Lengths | None],
+    at: Mapping[int, Places],
+    lengths: Lengths | None,
 ) -> list[Sizes]:
-    found = []
-    for i, dim in enumerate(dims.dims):
-        local: dict[tuple[int, ...], int] = {}
-        first: dict[tuple[int, ...], int] = {}
-        for block in chosen:
-            key = tuple(at[block.rank][c.axis][0] for c in dim.cuts if axes[c.axis] > 1)
-            if local.setdefault(key, block.shape[i]) != block.shape[i]:
-                raise LayoutError(
-                    f"dim {dim} has {local[key]} on sender rank {first[key]} and {block.shape[i]} "
-                    f"on sender rank {block.rank}, and no axis that cuts it tells them apart; name "
-                    "the axis in the dims, and where each rank stands in recorder.declare_mesh"
-                )
-            first.setdefault(key, block.rank)
-        total = None if dims.shape is None else dims.shape[i]
-        fits = lengths[0] if lengths[0] is not None and dim.names == (TOKENS,) else None
-        found.append(Sizes(dim, axes, local, total, fits))
-        if fits is not None and sum(fits.room) > found[-1].total:
-            found[-1] = Sizes(dim, axes, local, total)  # not of these tokens, as in a decode step
-    return found
+    return [
+        Sizes(
+            dim,
+            axes,
+            [(at[block.rank], block.shape[i], block.rank) for block in chosen],
+            None if dims.shape is None else dims.shape[i],
+            lengths,
+        )
+        for i, dim in enumerate(dims.dims)
+    ]
 
 
 def _partial(
     ours: Dims,
     theirs: Dims,
-    at: Mapping[int, Mapping[str, tuple[int, int]]],
-    here: Mapping[str, tuple[int, int]],
+    at: Mapping[int, Places],
+    here: Places,
     axes: Mapping[str, int],
     chosen: list[Block],
 ) -> tuple[str, bool, list[Block]]:
@@ -257,7 +327,7 @@ def _moves(
     chosen: Sequence[Block],
     ours: Dims,
     sizes: Sequence[Sizes],
-    at: Mapping[int, Mapping[str, tuple[int, int]]],
+    at: Mapping[int, Places],
     axes: Mapping[str, int],
     groups: Sequence[Group],
     into: Sequence[Runs],
@@ -267,6 +337,8 @@ def _moves(
     partial = [axis for axis, _ in ours.partial if axes[axis] > 1] if reduction else []
     blocks: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for block in chosen:
+        if 0 in block.shape:
+            continue
         places = at[block.rank]
         key = tuple(places[axis][0] for axis in cut_axes)
         part = tuple(places[axis][0] for axis in partial)
@@ -308,52 +380,25 @@ def _padding(runs: Runs) -> tuple[tuple[int, int], ...]:
 
 def _uncovered(
     ours: Dims,
-    groups: Sequence[Group],
+    pairs: Sequence[Pair],
     into: Sequence[Runs],
     moves: Sequence[Move],
     ranks: Sequence[int],
     world: int,
 ) -> LayoutError:
     """Return which part of the receiver's block no sender has, along the first dim that tells."""
-    missing = sorted(set(range(world)) - set(ranks))
-    who = f"; sender rank {', '.join(map(str, missing[:8]))} recorded none" if missing else ""
-    for g, group in enumerate(groups):
-        covered = r.merged(sorted({(p.into, p.length) for move in moves for p in move.pieces[g]}))
-        have = {at for start, n in covered for at in range(start, start + n)}
-        wanted, at = [], 0
-        for start, n in into[g]:
-            if start != r.PADDING:
-                wanted += [(at + i, start + i) for i in range(n) if at + i not in have]
-            at += n
-        if wanted:
-            label = " ".join(str(ours.dims[i]) for i in group.pair.senders)
-            return LayoutError(
-                f"dim {label}: no sender recorded index {wanted[0][1]} and {len(wanted) - 1} more "
-                f"that the target's block has{who}; record all ranks, or name a transform with "
-                "--transform"
+    absent = sorted(set(range(world)) - set(ranks))
+    some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
+    who = f"; sender rank {some} recorded none" if absent else ""
+    what = f"the senders' blocks do not make up the whole of {ours.text!r:.200}"
+    for g, pair in enumerate(pairs):
+        gaps = r.missing(into[g], (piece for move in moves for piece in move.pieces[g]))
+        if gaps:
+            label = " ".join(str(ours.dims[i]) for i in pair.senders)
+            more = r.length(gaps) - 1
+            what = (
+                f"dim {label}: no sender recorded index {gaps[0][0]} and {more} more that the "
+                "target's block has"
             )
-    return LayoutError(
-        f"the senders' blocks do not make up the whole of {ours.text!r:.200}{who}; record all "
-        "ranks, or name a transform with --transform"
-    )
-
-
-def whole(senders: Sequence[Block], world_size: int) -> Block:
-    """Return the block that is the whole tensor, in the senders' dims, without padding.
-
-    Raises:
-        LayoutError: as `plan`.
-    """
-    ours = _agreed(senders)
-    at = {block.rank: coordinates(block, world_size) for block in senders}
-    lengths = next((block.lengths for block in senders if block.lengths is not None), None)
-    sizes = _sizes(senders, ours, _axes(ours, at), at, (lengths, lengths))
-    shape = []
-    for dim, size in zip(ours.dims, sizes, strict=True):
-        name = dim.names[0] if len(dim.names) == 1 else ""
-        n = ours.sizes.get(name, size.total)
-        if name == TOKENS and name not in ours.sizes and lengths is not None:
-            n = sum(lengths.real) if sum(lengths.room) <= size.total else n
-        shape.append(n)
-    unpadded = None if lengths is None else Lengths(lengths.real, lengths.real)
-    return Block(0, ours.whole(), tuple(shape), (), unpadded)
+            break
+    return LayoutError(f"{what}{who}; record all ranks, or name a transform with --transform")

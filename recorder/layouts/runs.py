@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..errors import LayoutError
+
 Runs = list[tuple[int, int]]
 PADDING = -1
 """The start of a run that stands for no index of the whole: a rank's padding."""
@@ -86,8 +88,10 @@ def located(runs: Runs, segments: Sequence[tuple[int, int, int]]) -> Runs:
                 found.append((PADDING, n))
                 break
             i = bisect_right(starts, start) - 1
-            first, size, there = segments[i]
+            first, size, there = segments[i] if i >= 0 else (0, 0, 0)
             take = min(n, first + size - start)
+            if take <= 0:
+                raise LayoutError(f"index {start} is behind the last of a dim; mend its sizes")
             found.append((there if there == PADDING else there + start - first, take))
             start, n = start + take, n - take
     return merged(found)
@@ -126,3 +130,25 @@ def _continues(before: Piece, piece: Piece) -> bool:
     return (
         before.into + before.length == piece.into and before.out_of + before.length == piece.out_of
     )
+
+
+def missing(into: Runs, pieces: Iterable[Piece]) -> Runs:
+    """Return which indices of runs no piece gives, padding left aside."""
+    given = sorted((piece.into, piece.into + piece.length) for piece in pieces)
+    found: list[tuple[int, int]] = []
+    at, i = 0, 0
+    for start, n in into:
+        position, end = at, at + n
+        at = end
+        if start == PADDING:
+            continue
+        while position < end:
+            while i < len(given) and given[i][1] <= position:
+                i += 1
+            if i < len(given) and given[i][0] <= position:
+                position = min(end, given[i][1])
+                continue
+            until = min(end, given[i][0]) if i < len(given) else end
+            found.append((start + position - (end - n), until - position))
+            position = until
+    return merged(found)

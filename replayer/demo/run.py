@@ -1,7 +1,7 @@
 """Run the demo: record the baseline and the faulty target, graft one tap, show what that changed.
 
 1. `commands` lists the three `graft` commands; `run_demo` prints each and runs it.
-2. `compare_runs` puts each side's blocks together and measures every tap before and after the graft.
+2. `compare_runs` puts each side's blocks together and measures every tap before and after.
 3. `effects_table` and `verdict` word the result.
 """
 

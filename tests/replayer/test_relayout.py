@@ -230,6 +230,73 @@ def test_replicas_that_differ_are_named_unless_told_otherwise(run):
     assert torch.equal(back.load_logical("x", replicas="first"), whole)
 
 
+def test_replicas_that_differ_only_where_nothing_is_taken_are_fine(run, tmp_path):
+    meshes = [{"tp": (rank, 2)} for rank in range(2)]
+    record(run, [torch.tensor([1.0, 0.0, 9.0]), torch.tensor([1.0, -0.0, 8.0])], "h # h=2", meshes)
+    target = torch.full((2,), 5.0)
+    replay(run, [target], "h")
+    assert target.tolist() == [1, 0]
+    big = 2**53
+    record(tmp_path / "b", [torch.tensor([big]), torch.tensor([big + 1])], "h", meshes)
+    (message,) = replay(tmp_path / "b", [torch.tensor([0])], "h", outcome="error")
+    assert "differ in 1 of 1 elements" in message
+    record(tmp_path / "c", [torch.zeros(1), torch.zeros(1, dtype=torch.int32)], "h", meshes)
+    (message,) = replay(tmp_path / "c", [torch.zeros(1)], "h", outcome="error")
+    assert "are of torch.float32 and torch.int32" in message
+
+
+def test_a_dead_data_parallel_rank_is_not_replaced_by_another(run):
+    record(run, [torch.ones(2), torch.ones(2), None, None], "h[tp]", over(dp=2, tp=2))
+    targets = [torch.zeros(2) for _ in range(4)]
+    replay(run, targets[:2] + [None] * 2, "h[tp]", over(dp=2, tp=2))
+    messages = replay(run, [None] * 2 + targets[2:], "h[tp]", over(dp=2, tp=2), outcome="error")
+    assert "no sender at dp=1 recorded it" in messages[0] and not targets[2].any()
+
+
+@pytest.mark.parametrize("dims", ["v # v=10", "v # v=10 v:fill=0", "v[tp] # v=10"])
+def test_the_same_dims_on_both_sides_do_not_bring_padding_over(run, dims):
+    padded = torch.cat([torch.arange(10.0), torch.full((2,), 99.0)])
+    blocks = list(padded.chunk(2)) if "[" in dims else [padded]
+    record(run, blocks, dims)
+    targets = [torch.full_like(block, -7) for block in blocks]
+    replay(run, targets, dims)
+    made = torch.cat(targets)
+    assert torch.equal(made[:10], padded[:10])
+    assert made[10:].tolist() == ([0, 0] if "fill" in dims else [-7, -7])
+
+
+def test_contradicting_lengths_are_refused_even_between_like_jobs(run):
+    record(run, [torch.ones(8)], "t", extras={"seq_lens": [3, 5]})
+    (message,) = replay(run, [torch.zeros(8)], "t", None, {"seq_lens": [1, 7]}, outcome="error")
+    assert "have the lengths [3, 5], the target's [1, 7]" in message
+
+
+def test_a_gradient_belongs_to_the_mesh_of_its_tap(run):
+    for rank in range(2):
+        with Recorder(run, rank=rank, world_size=2):
+            a = torch.ones(2, requires_grad=True)
+            declare_mesh(tp=(rank, 2))
+            x = tap("x", a * 1, dims="h[tp]", grad=True)
+            declare_mesh(tp=(1 - rank, 2))
+            tap("y", torch.full((2,), float(rank)), dims="h[tp]")
+            (x * (torch.tensor([1.0, 2.0]) + 2 * rank)).sum().backward()
+            tap("z", torch.full((2,), float(rank)), dims="h[tp]")
+    back = Recording.open(run)
+    assert back.load_logical("x", kind="grad").tolist() == [1, 2, 3, 4]
+    assert back.load_logical("y").tolist() == back.load_logical("z").tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.float8_e4m3fn])
+def test_a_fill_that_is_no_value_of_the_target_is_refused(run, dtype):
+    record(run, [torch.ones(2).to(dtype)], "v")
+    target = torch.ones(3).to(dtype)
+    fill = {torch.int64: "0.5", torch.bool: "0.5", torch.float16: "1e30"}.get(dtype, "-inf")
+    (message,) = replay(run, [target], f"v # v=2 v:fill={fill}", outcome="error")
+    assert f"the fill {float(fill)} is no value of {dtype}" in message
+    replay(run, [target], "v # v=2 v:fill=0")
+    assert target[2].float() == 0
+
+
 def test_data_parallel_ranks_get_their_own(run):
     data = [torch.randn(2, 8) for _ in range(2)]
     blocks = [d.chunk(2, 1)[k].contiguous() for d in data for k in range(2)]

@@ -10,8 +10,8 @@ import pytest
 
 from recorder.layouts.assemble import assemble
 from recorder.layouts.blocks import Block
-from recorder.layouts.dims import parse_dims
 from recorder.layouts.mesh import frozen
+from recorder.layouts.parse import parse_dims
 from recorder.layouts.plan import plan, whole
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,102 @@
+"""How long the sequences in flattened tokens are, as a tap's extras say."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..errors import LayoutError
+from . import runs as r
+from .dims import TOKENS, Dims
+
+_REAL = ("seq_lens", "cu_seqlens", "cu_seqlens_q")
+_ROOM = ("padded_seq_lens", "cu_seqlens_padded", "cu_seqlens_q_padded")
+
+
+class Lengths(NamedTuple):
+    """Of the sequences.
+
+    Attributes:
+        real: how many tokens each has.
+        room: how many it takes with padding of its own.
+        is_borrowed: whether the other side gave them, whose room need not be this side's.
+    """
+
+    real: tuple[int, ...]
+    room: tuple[int, ...]
+    is_borrowed: bool = False
+
+    def fitted(self, total: int) -> Lengths:
+        """Return these lengths for a side that has so many tokens in all.
+
+        Raises:
+            LayoutError: it cannot be told whether its sequences are padded as the other side's.
+        """
+        if not self.is_borrowed or self.real == self.room or total == sum(self.room):
+            return self
+        if total != sum(self.real):
+            raise LayoutError(
+                f"one side says that each sequence is padded, {sum(self.real)} tokens to "
+                f"{sum(self.room)}, and the other has {total} and says nothing; give the extras of "
+                "both taps their lengths"
+            )
+        return self._replace(room=self.real)
+
+    def segments(self, total: int) -> list[tuple[int, int, int]]:
+        """Return where tokens stand among all that are real, for `runs.located`."""
+        found, at, number = [], 0, 0
+        for real, room in zip(self.real, self.room, strict=True):
+            found += [(at, real, number), (at + real, room - real, r.PADDING)]
+            at, number = at + room, number + real
+        found.append((at, total - at, r.PADDING))
+        return [segment for segment in found if segment[1] > 0]
+
+
+def lengths_in(extras: str | None, dims: Dims) -> Lengths | None:
+    """Return the sequence lengths in a tap's extras, a JSON object; None where there are none.
+
+    They are `seq_lens`, or cumulated from 0 `cu_seqlens` or `cu_seqlens_q`; and where sequences are
+    padded each by itself, `padded_seq_lens`, `cu_seqlens_padded` or `cu_seqlens_q_padded`.
+
+    Args:
+        extras: the JSON.
+        dims: the tap's layout; of one that has nothing to do with tokens the extras are not read.
+
+    Raises:
+        LayoutError: they are there, and are no lengths.
+    """
+    if not extras or not (TOKENS in dims.names or {"b", "s"} <= set(dims.names)):
+        return None
+    try:
+        found = json.loads(extras)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise LayoutError(f"the extras are {extras!r:.80}, expected a JSON object")
+    real = _read(found, _REAL)
+    if real is None:
+        return None
+    room = _read(found, _ROOM) or real
+    if len(room) != len(real) or any(a > b for a, b in zip(real, room, strict=True)):
+        raise LayoutError(
+            f"the extras give {len(real)} sequences of {sum(real)} tokens, and room with padding "
+            f"for {len(room)} of {sum(room)}; give as many of each, none longer than its room"
+        )
+    return Lengths(real, room)
+
+
+def _read(extras: Mapping[str, Any], names: tuple[str, ...]) -> tuple[int, ...] | None:
+    for name in names:
+        value = extras.get(name)
+        if value is None:
+            continue
+        sizes = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        if sizes and name == names[0]:
+            return tuple(value)
+        if sizes and value and value[0] == 0 and value == sorted(value):
+            return tuple(b - a for a, b in itertools.pairwise(value))
+        how = "a list of lengths" if name == names[0] else "a list of ends, the first of them 0"
+        raise LayoutError(f"extras[{name!r}] is {value!r:.80}, expected {how}")
+    return None

@@ -1,0 +1,150 @@
+"""Read the text of a layout, once: `"b s[cp:zigzag,sp] h[tp] d # ep:replicated"`.
+
+    layout    = { dim } [ "#" { fact } ]
+    dim       = "1" | NAME [ cuts ] | "(" NAME { "*" NAME } ")" [ cuts ]
+    cuts      = "[" AXIS [ ":" qualifier { "+" qualifier } ] { "," ... } "]", the outermost first
+    qualifier = "natural" | "sharded" | "zigzag" | "partial" | "chunk" | "split"
+    fact      = AXIS ":replicated" | "dp:=" AXIS | NAME "=" SIZE | NAME ":padded"
+                | NAME ":fill=" NUMBER
+
+The grammar up to `partial` and `dp:=` is the one of sglang's dump comparator
+(`sglang/srt/debug_utils/comparator/dims_spec`). `chunk` and `split` say how a dim that an axis does
+not divide is cut: as `torch.chunk` does, or as `torch.tensor_split`. `NAME=SIZE` is the size
+without padding. What a DTensor says of itself stands behind all this, see `dtensor`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+from ..errors import LayoutError
+from .dims import Cut, Dim, Dims
+from .dtensor import DTENSOR, with_placements
+
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_DIM = re.compile(r"\s*(?:(1)|([A-Za-z_]\w*)|\(([^()]*)\))(?:\[([^\[\]]*)\])?(?=\s|$)")
+_QUALIFIERS = ("natural", "sharded", "zigzag", "partial", "chunk", "split")
+_MOST_DIMS = 64
+_LONGEST = 4_000  # characters
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_dims(text: str) -> Dims:
+    """Read a layout.
+
+    Raises:
+        LayoutError: it cannot be read; names the place.
+    """
+    if len(text) > _LONGEST:
+        raise _unreadable(text, f"it has {len(text)} characters, expected at most {_LONGEST}")
+    placed = DTENSOR.search(text)
+    declared = text if placed is None else text[: placed.start()].rstrip().removesuffix("#")
+    named, _, facts = declared.partition("#")
+    found = _with_facts(text, _named(text, named), facts)
+    for what, words in (("dim", found.names), ("axis", found.axes)):
+        twice = sorted({word for word in words if words.count(word) > 1})
+        if twice and what == "dim":
+            raise _unreadable(text, f"the dim {twice[0]!r} stands in it twice")
+        if twice:
+            raise _unreadable(text, f"the axis {twice[0]!r} cuts twice; an axis cuts one dim")
+    both = sorted(set(found.axes) & found.replicated)
+    if both:
+        raise _unreadable(text, f"the axis {both[0]!r} both cuts and is replicated")
+    return found if placed is None else with_placements(text, found, placed)
+
+
+def _unreadable(text: str, fact: str) -> LayoutError:
+    return LayoutError(
+        f"the dims {text!r:.200} cannot be read: {fact}; write them as in "
+        "'b s[cp:zigzag,sp] h[tp] d'"
+    )
+
+
+def _named(text: str, named: str) -> Dims:
+    """Read what stands before the `#`."""
+    dims: list[Dim] = []
+    partial: dict[str, str] = {}
+    at = 0
+    while named[at:].strip():
+        match = _DIM.match(named, at)
+        if match is None:
+            raise _unreadable(text, f"{named[at:].split()[0]!r:.60} is no dim")
+        if len(dims) == _MOST_DIMS:
+            raise _unreadable(text, f"it has more than {_MOST_DIMS} dims")
+        at = match.end()
+        one, name, fused, cuts = match.groups()
+        if one and cuts is not None:
+            raise _unreadable(text, "a dim of size 1 cannot be cut")
+        names: tuple[str, ...] = () if one else (name,)
+        if fused is not None:
+            names = tuple(part.strip() for part in fused.split("*"))
+            if len(names) < 2 or not all(_NAME.fullmatch(part) for part in names):
+                raise _unreadable(text, f"'({fused})' is no fused dim such as '(heads*head_dim)'")
+        held = []
+        for cut, is_partial in _cuts(text, cuts):
+            if is_partial:
+                partial[cut.axis] = "sum"  # on each dim of the tensor, it means the same
+            else:
+                held.append(cut)
+        dims.append(Dim(names, tuple(held)))
+    return Dims(text, tuple(dims), tuple(partial.items()))
+
+
+def _cuts(text: str, cuts: str | None) -> Iterator[tuple[Cut, bool]]:
+    """Yield each axis in brackets, and whether ranks along it hold partial results."""
+    for part in cuts.split(",") if cuts is not None else ():
+        axis, _, rest = (piece.strip() for piece in part.partition(":"))
+        qualifiers = [word.strip() for word in rest.split("+") if word.strip()]
+        if not _NAME.fullmatch(axis):
+            raise _unreadable(text, f"{part.strip()!r:.60} names no axis")
+        odd = [word for word in qualifiers if word not in _QUALIFIERS]
+        if odd:
+            raise _unreadable(text, f"{odd[0]!r:.60} is none of {', '.join(_QUALIFIERS)}")
+        said = {word for word in qualifiers if word not in ("natural", "sharded")}
+        if len(said) > 1 or (said and "natural" in qualifiers and said & {"zigzag"}):
+            raise _unreadable(text, f"{part.strip()!r:.60} contradicts itself")
+        rule = next(iter(said & {"chunk", "split"}), "")
+        yield Cut(axis, "zigzag" in said, rule), "partial" in said
+
+
+def _with_facts(text: str, found: Dims, facts: str) -> Dims:
+    replicated: set[str] = set()
+    padded: set[str] = set()
+    sizes: dict[str, int] = {}
+    fills: dict[str, float] = {}
+    data = set(found.data)
+    for fact in facts.split():
+        if match := re.fullmatch(r"dp:=(\w+)", fact):
+            data = (data - {"dp"}) | {match[1]}
+        elif match := re.fullmatch(r"(\w+):replicated", fact):
+            replicated.add(match[1])
+        elif match := re.fullmatch(r"(\w+)=([0-9]{1,15})", fact):
+            sizes[match[1]] = int(match[2])
+        elif match := re.fullmatch(r"(\w+):padded", fact):
+            padded.add(match[1])
+        elif match := re.fullmatch(r"(\w+):fill=(\S+)", fact):
+            try:
+                fills[match[1]] = float(match[2])
+            except ValueError:
+                raise _unreadable(text, f"{match[2]!r:.60} is no number to fill with") from None
+            padded.add(match[1])
+        else:
+            raise _unreadable(
+                text,
+                f"{fact!r:.60} behind the # is none of AXIS:replicated, dp:=AXIS, DIM=SIZE, "
+                "DIM:padded, DIM:fill=NUMBER",
+            )
+    unknown = sorted({*padded, *sizes} - set(found.names))
+    if unknown:
+        raise _unreadable(text, f"{unknown[0]!r} behind the # is none of its dims")
+    return replace(
+        found,
+        replicated=frozenset(replicated),
+        data=frozenset(data - replicated),
+        sizes=sizes,
+        padded=frozenset(padded),
+        fills=fills,
+    )
