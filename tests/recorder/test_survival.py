@@ -65,13 +65,15 @@ def kill_under_load(folder, seed):
         env["GRAFT_RECORD_KEEP_LAST"] = "1000000"  # a shard every quarter of a second
     process = subprocess.Popen([sys.executable, script, str(seed), folder], env=env)
     log = folder / "log"
-    while not log.exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(options.uniform(0, 2.5))
-    process.send_signal(signal.SIGKILL)
-    killed = time.time()
-    process.wait()
+    try:
+        while not log.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(options.uniform(0, 2.5))
+    finally:  # the job never ends by itself
+        process.send_signal(signal.SIGKILL)
+        killed = time.time()
+        process.wait()
     taps = [line.split() for line in log.read_text().split("\n")[:-1]]
     back = Recording.open(folder / "run") if (folder / "run/recording.json").exists() else None
     rows = [] if back is None else list(back.rows().iter_rows(named=True))
