@@ -120,19 +120,19 @@ class Replacements:
         match = self._match(selected, kind, facts)
         if isinstance(self.transform, TransformError):
             raise self.transform
-        dims = dims_text(call.dims, placements)
+        rows = {sender: self._row(match.rows[sender]) for sender in sorted(match.rows)}
+        declared = Declared(dims_text(call.dims, placements), call.extras, mesh, kind)
         with torch.no_grad():
-            declared = Declared(dims, call.extras, mesh, kind)
-            relayout = self._relayout(target, declared, match)
+            relayout = self._relayout(target, declared, list(rows.values()))
             made: Any = None
             if self.transform is not None:
-                received, rows = self._load(match, target.device)
-                g = self._input(selected, target, dims, received, rows, relayout)
+                received = self._load(rows, target.device)
+                g = self._input(selected, target, declared.dims, received, rows, relayout)
                 made = _apply(self.transform, g)
             elif relayout.decides:
                 made = relayout.block(facts)
             else:
-                received, _ = self._load(match, target.device)
+                received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
             new, note = graft.check_replacement(made, target)
             if note:
@@ -146,10 +146,12 @@ class Replacements:
         """Return where the receiver stands now."""
         return frozen(self._meshes.current(selected.key.step))
 
-    def _relayout(self, target: torch.Tensor, declared: Declared, match: Match) -> Relayout:
+    def _relayout(
+        self, target: torch.Tensor, declared: Declared, rows: list[dict[str, Any]]
+    ) -> Relayout:
         return Relayout(
             self.recording,
-            [self._row(match.rows[sender]) for sender in sorted(match.rows)],
+            rows,
             target,
             declared,
             self.rank,
@@ -190,20 +192,15 @@ class Replacements:
         return match
 
     def _load(
-        self, match: Match, device: torch.device
-    ) -> tuple[list[torch.Tensor | None], list[dict[str, Any] | None]]:
-        """Return the sender slice on the receiver's device, and the manifest rows behind it."""
-        received: list[torch.Tensor | None] = []
-        rows: list[dict[str, Any] | None] = []
-        for sender in range(self.recording.world_size):
-            if sender not in match.rows:
-                received.append(None)
-                rows.append(None)
-                continue
-            row = self._row(match.rows[sender])
-            received.append(self.recording.read(row, check=self.check).to(device))
-            rows.append(row)
-        return received, rows
+        self, rows: dict[int, dict[str, Any]], device: torch.device
+    ) -> list[torch.Tensor | None]:
+        """Return the sender slice on the receiver's device, from the manifest rows of senders."""
+        return [
+            self.recording.read(rows[sender], check=self.check).to(device)
+            if sender in rows
+            else None
+            for sender in range(self.recording.world_size)
+        ]
 
     def _input(
         self,
@@ -211,7 +208,7 @@ class Replacements:
         target: torch.Tensor,
         dims: str,
         received: list[torch.Tensor | None],
-        rows: list[dict[str, Any] | None],
+        rows: dict[int, dict[str, Any]],
         relayout: Relayout,
     ) -> GraftInput:
         return GraftInput.on(
@@ -220,14 +217,15 @@ class Replacements:
             tags={**selected.tags, "name": selected.key.name},
             received_list=received,
             received_extras_list=[
-                None if row is None else json.loads(row["extras"] or "{}") for row in rows
+                json.loads(rows[sender]["extras"] or "{}") if sender in rows else None
+                for sender in range(self.recording.world_size)
             ],
             key=selected.key,
             rank=self.rank.rank,
             world_size=self.rank.world_size,
             sender_world_size=self.recording.world_size,
             dims=dims,
-            sender_dims=next((row["dims"] for row in rows if row and row["dims"]), ""),
+            sender_dims=next((row["dims"] for row in rows.values() if row["dims"]), ""),
         )
 
 

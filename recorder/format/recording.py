@@ -329,9 +329,9 @@ class Recording:
         if self._files is None:
             self._files = Files()
         # The second is the shard that is open; sealed between the two, it has the first name.
-        for name in (path, path.with_suffix(".partial"), path):
+        for is_open in (False, True, False):
             try:
-                data = self._files.read(name, place)
+                data = self._files.read(path.with_suffix(".partial") if is_open else path, place)
                 break
             except FileNotFoundError:
                 continue
