@@ -216,7 +216,7 @@ class Recorder:
         kind = classify(value)
         if kind == "tensor":
             if selected.forward:
-                self._record(call, selected, value, "tensor", self._current_mesh())
+                self._record(call, selected, value, "tensor")
             if selected.grad:
                 self._watch_gradient(call, selected, value)
         elif kind == "value":
@@ -499,7 +499,7 @@ class Recorder:
             where = f"tap {call.shown} at {call.site}"
             what = f"{where} is recorded, but cannot be cut or put together: {wrong}"
             self._once((where, wrong), what)
-        self._note_mesh(row["seq"], mesh)
+        self._note_mesh(row["seq"], mesh if row["kind"] == "grad" else self._current_mesh())
 
     def _note_mesh(self, seq: int, mesh: Mesh | None) -> None:
         """Write down where this rank stands, from this tap on, if that was not known before."""
