@@ -201,7 +201,10 @@ def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
         if column not in dull or any(cell[column] != dull[column] for cell in cells)
     ]
     if width < _NARROW:
-        columns = [c for c in columns if c not in ("min", "max", "mean", "std", "layout")]
+        columns = [c for c in columns if c not in ("min", "max", "mean", "std")]
+    for least in ("std", "mean", "max", "min", "layout"):
+        if least in columns and "layout" in columns and _natural(columns, cells) > width:
+            columns.remove(least)
     table = _table(*columns)
     for cell in cells:
         table.add_row(*(printable(cell[column]) for column in columns))
@@ -210,6 +213,12 @@ def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
     console.print(table)
     if "bad" in columns:
         console.print("bad: elements that are NaN or infinite; the statistics are over the others")
+
+
+def _natural(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:
+    """Return how wide a table is that folds nothing."""
+    widths = (max(len(column), *(len(cell[column]) for cell in cells)) for column in columns)
+    return sum(widths) + len(columns) - 1
 
 
 def _cells(row: dict[str, Any], mesh: FrozenMesh | None) -> dict[str, str]:

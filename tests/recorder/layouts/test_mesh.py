@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from recorder import Recorder, Recording, declare_mesh, step, tap
+from recorder import Recorder, Recording, declare_mesh, report, step, tap
 from recorder.errors import GraftError, UsageError
 from recorder.layouts.mesh import current_mesh
 from recorder.verify import Checker, repair
@@ -221,3 +221,21 @@ def test_dims_that_cannot_be_read_are_said_at_the_tap_and_recorded(run, capsys):
     assert err.count("its dims 'b s h[tp]' name 3 dims, and it has 2") == 1
     assert "recorded, but cannot be cut or put together" in err and "'fine'" not in err
     assert Recording.open(run).rows()["dims"].to_list()[-1] == "b h[tp]"
+
+
+@pytest.mark.parametrize(("width", "shown"), [(60, ""), (80, "mean"), (120, "std")])
+def test_show_prints_where_each_block_lies_if_there_is_room(run, capsys, width, shown):
+    declare_mesh(cp=(1, 2), tp=(0, 4))
+    with Recorder(run):
+        tap("q", torch.randn(4, 8, 4), dims="s[cp:zigzag] heads[tp] d")
+        tap("p", torch.randn(4), dims="h[tp:partial]")
+        tap("odd", torch.randn(4), dims="h(")
+    back = Recording.open(run)
+    report.print_records(back, back.rows(), width)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width and " q " in out
+    assert ("s[cp 1/2 zigzag] heads[tp 0/4] d" in out) is (width > 60)
+    assert ("h (partial: tp 0/4 sum)" in out) is (width > 60)
+    assert not shown or shown in out.splitlines()[1]
+    (first, *_) = report.records(back, back.rows())
+    assert first["mesh"] == {"cp": [1, 2], "tp": [0, 4]}
