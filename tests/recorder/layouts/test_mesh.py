@@ -223,7 +223,7 @@ def test_dims_that_cannot_be_read_are_said_at_the_tap_and_recorded(run, capsys):
     assert Recording.open(run).rows()["dims"].to_list()[-1] == "b h[tp]"
 
 
-@pytest.mark.parametrize(("width", "shown"), [(60, ""), (80, "mean"), (120, "std")])
+@pytest.mark.parametrize(("width", "shown"), [(44, ""), (80, "mean"), (120, "std")])
 def test_show_prints_where_each_block_lies_if_there_is_room(run, capsys, width, shown):
     declare_mesh(cp=(1, 2), tp=(0, 4))
     with Recorder(run):
@@ -234,8 +234,8 @@ def test_show_prints_where_each_block_lies_if_there_is_room(run, capsys, width, 
     report.print_records(back, back.rows(), width)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= width and " q " in out
-    assert ("s[cp 1/2 zigzag] heads[tp 0/4] d" in out) is (width > 60)
-    assert ("h (partial: tp 0/4 sum)" in out) is (width > 60)
+    assert ("s[cp 1/2 zigzag] heads[tp 0/4] d" in out) is (width > 44)
+    assert ("h (partial: tp 0/4 sum)" in out) is (width > 44)
     assert not shown or shown in out.splitlines()[1]
     (first, *_) = report.records(back, back.rows())
     assert first["mesh"] == {"cp": [1, 2], "tp": [0, 4]}
