@@ -216,7 +216,7 @@ def conclude(
             f"{count(dropped, 'tap')} dropped, as --when-full drop asks for: nothing more could be "
             "staged; record less with --filter, or give more room with --staging"
         )
-    if not rows and not wrong and not any(c.get("state") == "running" for c in claims):
+    if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
         _say_why_nothing(reports, filter)
     return not wrong
 
@@ -274,6 +274,13 @@ def _claims_of(folder: Path, job: str) -> list[dict[str, Any]]:
         except RecordingError as err:
             note(str(err))
     return [c for c in found if c.get("job") == job]
+
+
+def _access_of_all(run: Path) -> disk.Access:
+    """Return the strictest access that a recording's folders were made with."""
+    found = [disk.access_of(run)]
+    found += [disk.access_of(path) for path in run.glob("rank-*") if path.is_dir()]
+    return min(found, key=lambda access: access.folder)
 
 
 def _say_why_nothing(reports: list[dict[str, Any]], filter: Filter | None) -> None:
@@ -378,7 +385,7 @@ def verify(run: str, out: str | None, as_json: bool) -> None:
             for one in checker.ranks():
                 tell(one)
         else:
-            where = disk.access_of(Path(run))
+            where = _access_of_all(Path(run))
             written = repair(checker, Path(out), tell, where)
     whole = not any(one.problems for one in found)
     if as_json:

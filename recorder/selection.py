@@ -105,7 +105,7 @@ class Selection:
         self.ignored: set[Any] = set()
         self._rank: int | None = None
         self._counts: Counter[tuple[str, str, bool]] = Counter()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
         self._late = filter is not None and bool(filter.names & {"step", "kind"})
 
     def next_step(self) -> None:
@@ -127,6 +127,10 @@ class Selection:
             BadTag: the call has a tag that cannot be part of a key.
             FilterError: the filter compares what cannot be compared.
         """
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise BadTag(
+                "it is tapped in the middle of another tap, by a signal's handler or a finalizer"
+            )
         site = self._site(call, rank)
         if site.wanted is False:
             return None

@@ -44,13 +44,14 @@ from .ranks import Rank, RankWatch
 from .reports import write_report
 from .selection import Selected, Selection, Warnings
 from .sizes import count, format_size, parse_size
-from .store import Limits
+from .store import Limits, stored_bytes
 from .tags import text
-from .tap import activate, deactivate
+from .tap import activate, end, ended
 from .writer import DEFAULT_BUDGET, FEW, Writer
 
 _MOST_STAGING = 1 << 50
-_MOST_MESHES = 1_000
+_MOST_MESHES = 256
+_MOST_AXES = 16_000  # of all meshes, so that the claim stays a small file
 
 
 class Recorder:
@@ -233,9 +234,12 @@ class Recorder:
         """Wait until everything is written, and write down how it ended; twice is fine."""
         if os.getpid() != self._pid:
             return  # a forked child's exit is not ours
-        deactivate(self)
-        with self._closing:  # a signal may close this too: whoever comes second waits
-            self._close()
+        end(self)
+        try:
+            with self._closing:  # a signal may close this too: whoever comes second waits
+                self._close()
+        finally:
+            ended(self)
 
     def _close(self) -> None:
         with self._lock:
@@ -341,19 +345,26 @@ class Recorder:
         if self._writer is not None:
             return True
         with self._lock:
-            if self._writer is None and self._ensure_claim() and self._claim is not None:
+            if (
+                self._writer is None
+                and self.state == "running"
+                and self._ensure_claim()
+                and self._claim is not None
+            ):
                 self._start_writer(self._claim)
             return self._writer is not None
 
     def _start_writer(self, claim: Claim) -> None:
         share = self._max_bytes
+        if share is not None:  # of which earlier attempts have had their part
+            share = max(0, share // self._rank.world_size - stored_bytes(claim.folder))
         try:
             self._writer = Writer(
                 claim.folder,
                 claim.attempt,
                 Limits(
                     keeps_payloads=self._level == "tensors",
-                    max_bytes=None if share is None else share // self._rank.world_size,
+                    max_bytes=share,
                     min_free=self._min_free,
                     keep_last=self._keep_last,
                     fsync=self._fsync,
@@ -510,10 +521,10 @@ class Recorder:
                 return
             known: list[dict[str, Any]] = self._claim.facts.get("meshes", [])
             axes = None if mesh is None else {axis: [*place] for axis, place in mesh.items()}
-            if len(known) >= _MOST_MESHES:
+            if len(known) >= _MOST_MESHES or sum(len(m["axes"] or ()) for m in known) > _MOST_AXES:
                 self._once(
                     ("meshes",),
-                    f"the mesh has changed {_MOST_MESHES} times, and what follows is recorded "
+                    f"the mesh has changed {len(known)} times, and what follows is recorded "
                     "without its place in it; declare all axes in one, under other names where "
                     "they cut other tensors",
                 )

@@ -490,6 +490,16 @@ class Store:
         payload.row["tensor"] = _tensor_name(tensor)
 
 
+def stored_bytes(folder: Path) -> int:
+    """Return the bytes of the shards in a rank's folder, headers left aside."""
+    found = 0
+    for path in folder.iterdir():
+        match = PART.fullmatch(path.name)
+        if match and match[3] in ("safetensors", "partial"):
+            found += max(0, path.stat().st_size - header_room(int(match[2])))
+    return found
+
+
 def _tensor_name(number: int) -> str:
     return f"t{number:08d}"
 

@@ -72,6 +72,7 @@ class _Helper(_Waiting):
 
 
 _active: tuple[Session, ...] = ()
+_ending: tuple[Session, ...] = ()
 _opening = False
 
 
@@ -312,17 +313,32 @@ def activate(session: Session) -> None:
 
 def deactivate(session: Session) -> None:
     """Let a session listen no more; nothing happens where it did not."""
-    global _active
+    end(session)
+    ended(session)
+
+
+def end(session: Session) -> None:
+    """Let a session listen no more, but be closed by a signal until it has `ended`."""
+    global _active, _ending
     with _guard:
+        if session in _active and session.order >= 0:
+            _ending = (*_ending, session)
         _active = tuple(s for s in _active if s is not session)
-        last = all(s.order < 0 for s in _active)
+
+
+def ended(session: Session) -> None:
+    """Note that a session has nothing left to do; the last lets go of the signals."""
+    global _ending
+    with _guard:
+        _ending = tuple(s for s in _ending if s is not session)
+        last = not _ending and all(s.order < 0 for s in _active)
     if last:
         signals.release()
 
 
 def _close_all() -> None:
     """Close every session, the one that sees a tap last first."""
-    for session in reversed(_active):
+    for session in (*reversed(_active), *_ending):
         session.close()
 
 
@@ -396,7 +412,8 @@ def close_at_exit(session: Session) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _active, _guard, _opening
+    global _active, _ending, _guard, _opening
+    _ending = ()
     _guard = threading.RLock()  # the parent's may be held by a thread that is not here
     if _opening or any(not isinstance(s, _Waiting) for s in _active):
         _opening = False

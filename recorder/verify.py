@@ -23,10 +23,16 @@ from typing import Any
 
 import xxhash
 
-from .errors import DamagedRecording, RecordingError, RecordingExists
+from .errors import (
+    DamagedRecording,
+    MixedRecordings,
+    RecordingError,
+    RecordingExists,
+    UnsupportedVersion,
+)
 from .format import disk
 from .format.disk import PRIVATE, Access
-from .format.members import check_claim, rank_folders
+from .format.members import check_claim, checked_meshes, rank_folders
 from .format.parts import Part, Places, parts_of, read_part, shard_path
 from .format.payload import parse_dtype
 from .format.rows import parse_tags
@@ -96,6 +102,7 @@ class RankReport:
         nbytes: bytes of payload that were checked.
         problems: what is wrong.
         claims: what its attempts say of themselves, those that could be read.
+        foreign: those of its attempts that are of another recording, rank or version.
         whole: the records that nothing is wrong with, where they were asked for.
     """
 
@@ -105,6 +112,7 @@ class RankReport:
     nbytes: int = 0
     problems: list[Problem] = field(default_factory=list)
     claims: dict[int, dict[str, Any]] = field(default_factory=dict)
+    foreign: set[int] = field(default_factory=set)
     whole: list[Stored] = field(default_factory=list)
 
 
@@ -193,7 +201,16 @@ class _RankCheck:
                 continue
             number = int(match[1])
             self._report.claims[number] = claim
-            self._try(path, partial(check_claim, path, claim, self._report.rank, self._meta))
+            if claim.get("rank") != self._report.rank:
+                self._report.foreign.add(number)
+            self._try(path, partial(self._check_claim, path, claim, number))
+
+    def _check_claim(self, path: Path, claim: dict[str, Any], number: int) -> None:
+        try:
+            check_claim(path, claim, self._report.rank, self._meta)
+        except (MixedRecordings, UnsupportedVersion):
+            self._report.foreign.add(number)
+            raise
 
     def _check_count(self) -> None:
         """Hold the rows that were found against what the attempts counted when they closed."""
@@ -416,7 +433,7 @@ def _write_rank(
     disk.make_folder(folder, access)
     written = 0
     attempts = {stored.row["attempt"] for stored in found.whole} | set(found.claims) or {0}
-    for attempt in sorted(attempts):
+    for attempt in sorted(attempts - found.foreign):
         store = Store(folder, attempt, Limits(access=access))
         mine = (stored for stored in found.whole if stored.row["attempt"] == attempt)
         for i, stored in enumerate(mine):
@@ -425,7 +442,9 @@ def _write_rank(
                 store.flush()
         store.close()
         written += store.rows
-        claim = found.claims.get(attempt, {})
+        claim = dict(found.claims.get(attempt, {}))
+        if checked_meshes(claim.get("meshes", [])) is None:
+            del claim["meshes"]
         lost = found.damaged or bool(found.problems)
         state = "repaired" if lost else "complete"
         if claim.get("state") not in ("complete", "stopped", None):

@@ -46,6 +46,7 @@ _RELEASED_BYTES = 4 << 20
 _RELEASED_PARTS = 512
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 _RATE_SECONDS = 1.0
+_HANDLER_SECONDS = 4.0
 _COMPLETED = "completed"  # the row of a part that is no record, but the end of a step
 
 
@@ -83,7 +84,8 @@ class Writer:
         self._on_progress = on_progress
         self._published = time.monotonic()
         self._hold = when_full == "hold"
-        self._wake_lock = threading.Lock()  # see `Staging` why each is held by itself
+        self._written = threading.Event()
+        self._wake_lock = threading.RLock()  # see `Staging` why each is held by itself
         self._wake = threading.Condition(self._wake_lock)
         self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES), on_short=self._hurry)
         self._store = Store(folder, attempt, limits)
@@ -186,7 +188,15 @@ class Writer:
                     self._put(part, Payload({_COMPLETED: completed}, None, (), 0))
 
     def close(self) -> None:
-        """Write what is queued, seal the shard and end the threads; twice is fine."""
+        """Write what is queued, seal the shard and end the threads; twice is fine.
+
+        From a signal's handler in the middle of a tap of this thread, the threads end later.
+        """
+        if self._submitting._is_owned():  # type: ignore[attr-defined]
+            self._closing = True
+            self._nudge()
+            self._written.wait(_HANDLER_SECONDS)
+            return
         with self._submitting:  # whoever is in there has queued all of his payload
             self._closing = True
         self._nudge()
@@ -233,6 +243,7 @@ class Writer:
         """
         if time.monotonic() - min(self._queued_since, self._taken_since) < _OLDEST_SECONDS:
             return True
+        self._nudge()  # an interrupt may have come between a tap's queueing and this
         if not self._hold:
             self._drop(nbytes)
             return self._ended
@@ -290,6 +301,7 @@ class Writer:
             self._staging.close()
             if self._summaries is not None:
                 self._summaries.close()
+            self._written.set()
             with self._submitting:
                 self._queue.clear()
                 self._staging.free()

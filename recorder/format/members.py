@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DamagedRecording, MixedRecordings, UnsupportedVersion
 from ..layouts.mesh import MOST_AXES, MOST_RANKS, FrozenMesh, frozen
-from .schema import ATTEMPT, FORMAT_VERSION, RANK_FOLDER, read_json
+from .schema import ATTEMPT, FORMAT_VERSION, RANK_FOLDER, rank_folder, read_json
 
 
 class Incomplete(NamedTuple):
@@ -41,6 +41,8 @@ def rank_folders(run: Path) -> list[tuple[int, Path]]:
     found = []
     for path in sorted(run.iterdir()):
         match = RANK_FOLDER.fullmatch(path.name)
+        if match and path.name != rank_folder(int(match[1])):
+            continue  # another name for a rank that has one
         if match and path.is_symlink():
             raise DamagedRecording(path, "it is a symbolic link, and may lead out of the recording")
         if match and path.is_dir():

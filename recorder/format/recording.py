@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .payload import Files
 
 _HEADERS_KEPT = 256
+_TRIES = 20
 
 
 class Recording:
@@ -106,7 +107,7 @@ class Recording:
             DamagedRecording: a part of the manifest does not hold what it should.
         """
         if self._rows is None:
-            self._rows = self._read_rows()
+            self._rows = self._read_all_rows()
         if attempt is None:
             return self._rows
         return self._rows.filter(self._rows["attempt"] == attempt)
@@ -357,6 +358,17 @@ class Recording:
             return f"{what} is a value, not a tensor; read it with Recording.value"
         level = self.meta.get("options", {}).get("level", "tensors")
         return f"{what} was recorded with --level {level}, without its elements; record it again"
+
+    def _read_all_rows(self) -> pl.DataFrame:
+        """Read the rows; again where a ring that is being written dropped a part meanwhile."""
+        for _ in range(_TRIES):
+            try:
+                return self._read_rows()
+            except DamagedRecording:
+                live = any(c.get("keep_last") and c["state"] == "running" for c in self._claims)
+                if not live:
+                    raise
+        return self._read_rows()
 
     def _read_rows(self) -> pl.DataFrame:
         import polars as pl

@@ -22,6 +22,7 @@ FrozenMesh = tuple[tuple[str, tuple[int, int]], ...]
 
 MOST_AXES = 64
 MOST_RANKS = 1 << 40
+_LONGEST = 64  # characters of a name
 _HOW = "give each axis as declare_mesh(tp=(rank, size)), or a DeviceMesh with mesh_dim_names"
 
 _declared: Mesh | None = None
@@ -50,8 +51,11 @@ def declare_mesh(mesh: Any = None, /, **axes: tuple[int, int]) -> None:
     found = {} if mesh is None else _of_device_mesh(mesh)
     for axis, place in axes.items():
         found[axis] = _checked(axis, place)
-    if len(found) > MOST_AXES:
-        raise UsageError(f"declare_mesh: got {len(found)} axes, expected at most {MOST_AXES}")
+    if len(found) > MOST_AXES or any(len(axis) > _LONGEST for axis in found):
+        raise UsageError(
+            f"declare_mesh: expected at most {MOST_AXES} axes, their names of at most {_LONGEST} "
+            "characters"
+        )
     _declared = found if mesh is not None or axes else None
 
 

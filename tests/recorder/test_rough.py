@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import os
 import random
 import signal
 import subprocess
+import threading
 import time
 
 import pytest
@@ -16,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from recorder import Recorder, Recording, tap
 from recorder import session as session_module
 from recorder.errors import UsageError
+from recorder.format import disk
 
 
 def freed():
@@ -210,3 +214,122 @@ def test_an_alarm_between_the_taps_of_a_job_is_none_of_ours(run):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
     assert Recording.open(run).rows().height == 300
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Each write takes a while."""
+    real = disk.write_at
+
+    def slowly(*args):
+        time.sleep(0.04)
+        return real(*args)
+
+    monkeypatch.setattr(disk, "write_at", slowly)
+
+
+def test_a_handler_that_closes_in_the_middle_of_a_tap(run, slow_disk):
+    class Out(Exception):
+        pass
+
+    recorder = Recorder(run, staging="8MiB")
+
+    def close(*_):
+        recorder.close()
+        raise Out
+
+    old = signal.signal(signal.SIGUSR1, close)
+    try:
+        with pytest.raises(Out), recorder:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            for i in itertools.count():
+                tap("x", torch.full((300_000,), float(i)), i=i)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    recorder.close()
+    rows = Recording.open(run).rows()
+    assert recorder.state == "complete" and rows.height > 2
+
+
+@pytest.mark.parametrize("when_full", ["hold", "drop"])
+def test_a_tap_that_was_interrupted_before_it_woke_the_writer_does_so_later(
+    run, monkeypatch, when_full
+):
+    class Late(Exception):
+        pass
+
+    def late(self):
+        raise Late
+
+    recorder = Recorder(run, when_full=when_full)
+    with recorder:
+        tap("w", torch.ones(4))
+        while recorder._writer.rows_written < 1 or not recorder._writer._asleep:
+            time.sleep(0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(recorder._writer), "_nudge", late)
+            with pytest.raises(Late):
+                tap("x", torch.ones(4))
+        time.sleep(0.7)
+        for i in range(3):
+            tap("y", torch.ones(4), i=i)
+            time.sleep(0.1)
+    names = Recording.open(run).rows()["name"].to_list()
+    assert names[:2] == ["w", "x"] and names.count("y") >= 2
+
+
+def test_a_handler_that_taps_in_the_middle_of_a_tap_never_hangs(run, capsys):
+    count = itertools.count()
+    old = signal.signal(signal.SIGPROF, lambda *_: tap("in_handler", torch.ones(4), n=next(count)))
+    try:
+        with Recorder(run):
+            signal.setitimer(signal.ITIMER_PROF, 0.001, 0.001)
+            for i in range(3_000):
+                tap("x", torch.ones(4), i=i)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
+    rows = Recording.open(run).rows()
+    assert rows.filter(rows["name"] == "x").height == 3_000
+    assert rows["seq"].is_unique().all()
+
+
+def test_sigterm_during_close_loses_nothing(shell):
+    job = shell.write(
+        "job.py",
+        """
+        import os, signal, threading, time, torch
+        import recorder.format.disk as disk
+        from recorder import Recorder, tap
+        real = disk.write_at
+        disk.write_at = lambda *a: (time.sleep(0.03), real(*a))[1]
+        with Recorder("run"):
+            for i in range(20):
+                tap("x", torch.full((500_000,), float(i)), i=i)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        """,
+    )
+    done = shell(shell.python, job)
+    assert done.returncode in (-signal.SIGTERM, 0), done.stderr
+    back = Recording.open(shell.folder / "run")
+    assert [claim["state"] for claim in back.claims()] == ["complete"] and back.rows().height == 20
+
+
+def test_a_tap_that_races_the_end_starts_no_writer(run, monkeypatch):
+    real = Recorder._ensure_writer
+    inside, go = threading.Event(), threading.Event()
+
+    def late(self):
+        inside.set()
+        go.wait(10)
+        return real(self)
+
+    monkeypatch.setattr(Recorder, "_ensure_writer", late)
+    with Recorder(run):
+        thread = threading.Thread(target=tap, args=("x", torch.ones(4)))
+        thread.start()
+        inside.wait(10)
+    go.set()
+    thread.join()
+    assert Recording.open(run).rows().height == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -188,3 +189,26 @@ def test_usage(made, shell, tmp_path):
     assert done.returncode == 2 and "is not empty" in done.stderr
     done = shell(shell.graft, "verify", tmp_path / "nowhere")
     assert done.returncode == 2 and "is not a recording" in done.stderr
+
+
+def test_a_rank_of_another_recording_is_not_made_part_of_the_repaired_one(tmp_path):
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        for rank in range(2):
+            with Recorder(tmp_path / name, rank=rank, world_size=2):
+                tap("x", torch.full((3,), value))
+    a, b, out = tmp_path / "a", tmp_path / "b", tmp_path / "out"
+    shutil.rmtree(a / "rank-00001")
+    shutil.copytree(b / "rank-00001", a / "rank-00001")
+    assert repair(Checker(a, keep=True), out, lambda report: None) == 1
+    back = Recording.open(out)
+    assert back.ranks == [0] and [one.rank for one in back.incomplete()] == [1]
+
+
+@pytest.mark.parametrize("meshes", ["x", None, [{"seq": True, "axes": {"a": [0, 2]}}]])
+def test_a_repaired_recording_opens_whatever_its_meshes_were(run, tmp_path, meshes):
+    with Recorder(run):
+        tap("x", torch.ones(3))
+    claim = run / "rank-00000" / "attempt-0.json"
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "meshes": meshes}))
+    assert repair(Checker(run, keep=True), tmp_path / "out", lambda report: None) == 1
+    assert Recording.open(tmp_path / "out").rows().height == 1
