@@ -143,6 +143,7 @@ class Recorder:
         self._meshes = MeshWatch()
         self._mesh: Mesh | None = None
         self._writer: Writer | None = None
+        self._claiming = self._starting = False
         self._closed = False
         self._lazy = False
         self._pid = os.getpid()
@@ -309,8 +310,8 @@ class Recorder:
     def _ensure_claim(self) -> bool:
         """Claim the rank's place unless that is done; return whether it is ours."""
         with self._lock:
-            if self._claim is not None or self.state != "running":
-                return self._claim is not None
+            if self._claim is not None or self.state != "running" or self._claiming:
+                return self._claim is not None  # also to a handler's tap while the first claims
             options = {
                 "filter": self._filter.text if self._filter else None,
                 "level": self._level,
@@ -324,6 +325,7 @@ class Recorder:
             }
             about = {"command": command_line(), "options": options}
             try:
+                self._claiming = True
                 self._claim = claim_rank(
                     self.path,
                     self._rank,
@@ -338,6 +340,8 @@ class Recorder:
                 self.state, self.reason = "refused", str(err)
                 self._say(f"this rank is not recorded: {err}")
                 self._settle()
+            finally:
+                self._claiming = False
             return self._claim is not None
 
     def _ensure_writer(self) -> bool:
@@ -348,10 +352,15 @@ class Recorder:
             if (
                 self._writer is None
                 and self.state == "running"
+                and not self._starting
                 and self._ensure_claim()
                 and self._claim is not None
             ):
-                self._start_writer(self._claim)
+                self._starting = True
+                try:
+                    self._start_writer(self._claim)
+                finally:
+                    self._starting = False
             return self._writer is not None
 
     def _start_writer(self, claim: Claim) -> None:
