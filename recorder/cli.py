@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from .options import (
 from .progress import Progress, Watcher, read_progress
 from .reports import read_reports
 from .sizes import count, format_size
+from .tables import bar, terminal_width
 
 
 @click.command(cls=WrappingCommand, short_help="Run COMMAND and keep every tensor it taps.")
@@ -316,7 +316,7 @@ def ls(run: str, filter: Filter | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(taps, indent=2))
     else:
-        report.print_taps(recording, rows, taps, _width())
+        report.print_taps(recording, rows, taps, terminal_width())
     if why:
         note(why)
 
@@ -342,7 +342,7 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
     if as_json:
         click.echo(json.dumps(report.records(recording, rows), indent=2))
     else:
-        report.print_records(recording, rows, _width())
+        report.print_records(recording, rows, terminal_width())
     if why:
         note(why)
 
@@ -380,7 +380,7 @@ def verify(run: str, out: str | None, as_json: bool) -> None:
             report.print_rank_check(one)
 
     written = None
-    with report.bar(checker.nbytes, "verifying") as checker.progress:
+    with bar(checker.nbytes, "verifying") as checker.progress:
         if out is None:
             for one in checker.ranks():
                 tell(one)
@@ -398,8 +398,3 @@ def verify(run: str, out: str | None, as_json: bool) -> None:
     elif out is None:
         note(f"keep what is whole with: graft verify {run} --repair OUT")
     sys.exit(0 if whole else 1)
-
-
-def _width() -> int:
-    """Return the terminal's columns; where there is none, enough not to cut anything."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200

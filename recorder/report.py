@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +14,18 @@ from .format.recording import Recording
 from .format.rows import matching, parse_tags
 from .layouts.mesh import FrozenMesh
 from .layouts.parse import parse_dims
-from .progress import is_terminal
 from .sizes import count, format_size
+from .tables import console_of, natural_width, number, shape_text, short, span, table_of
 from .tags import label
 
 if TYPE_CHECKING:
     import polars as pl
-    from rich.table import Table
 
     from .verify import Checker, RankReport
 
 
 _LINES = 16
+_TEXTS = ("tap", "ranks", "steps", "dtype and shape", "rank", "step", "occ", "layout")
 _NARROW = 72  # columns of a terminal in which names still fit beside statistics
 
 
@@ -131,7 +129,7 @@ def incomplete_lines(recording: Recording) -> list[str]:
     for one in recording.incomplete():
         groups.setdefault((one.step, one.reason), []).append(one.rank)
     lines = [
-        f"incomplete from step {step} on: rank {_span(ranks)} {reason}"
+        f"incomplete from step {step} on: rank {span(ranks)} {reason}"
         for (step, reason), ranks in groups.items()
     ]
     more = len(lines) - _LINES
@@ -142,7 +140,7 @@ def print_taps(
     recording: Recording, rows: pl.DataFrame, found: list[dict[str, Any]], width: int
 ) -> None:
     """Print a recording's head line and one line per tap."""
-    console = _console(width)
+    console = console_of(width)
     claims = recording.claims()
     open_ranks = [str(c["rank"]) for c in claims if c.get("state") in ("running", "killed")]
     state = f", not closed on rank {' '.join(open_ranks)}" if open_ranks else ""
@@ -170,16 +168,16 @@ def print_taps(
     columns = ["tap", "ranks", "steps", "records", "dtype and shape", "bytes"]
     if width < _NARROW:
         columns.remove("dtype and shape")
-    table = _table(*columns)
+    table = table_of(*columns, left=_TEXTS)
     for tap in found:
         kind = "" if tap["kind"] == "tensor" else f" ({tap['kind']})"
-        tags = "".join(f" {tag}={_span(values)}" for tag, values in sorted(tap["tags"].items()))
-        shapes = [_shape(shape) for shape in tap["shapes"][:2]]
+        tags = "".join(f" {tag}={span(values)}" for tag, values in sorted(tap["tags"].items()))
+        shapes = [shape_text(shape) for shape in tap["shapes"][:2]]
         more = ["..."] if len(tap["shapes"]) > 2 else []
         cells = {
             "tap": tap["name"] + tags + kind,
-            "ranks": _span(tap["ranks"]),
-            "steps": _span(tap["steps"]),
+            "ranks": span(tap["ranks"]),
+            "steps": span(tap["steps"]),
             "records": str(tap["records"]),
             "dtype and shape": " ".join([*tap["dtypes"], *shapes, *more]),
             "bytes": format_size(tap["nbytes"]),
@@ -192,7 +190,7 @@ def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
     """Print one line per record; columns that would say nothing are left out."""
     if not rows.height:
         return
-    console = _console(width)
+    console = console_of(width)
     cells = [_cells(row, recording.mesh_of(row)) for row in rows.iter_rows(named=True)]
     dull = {"occ": "0", "rank": cells[0]["rank"], "bad": "", "layout": ""}
     columns = [
@@ -203,9 +201,9 @@ def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
     if width < _NARROW:
         columns = [c for c in columns if c not in ("min", "max", "mean", "std")]
     for least in ("std", "mean", "max", "min", "layout"):
-        if least in columns and "layout" in columns and _natural(columns, cells) > width:
+        if least in columns and "layout" in columns and natural_width(columns, cells) > width:
             columns.remove(least)
-    table = _table(*columns)
+    table = table_of(*columns, left=_TEXTS)
     for cell in cells:
         table.add_row(*(printable(cell[column]) for column in columns))
     if "rank" not in columns:
@@ -215,19 +213,13 @@ def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
         console.print("bad: elements that are NaN or infinite; the statistics are over the others")
 
 
-def _natural(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:
-    """Return how wide a table is that folds nothing."""
-    widths = (max(len(column), *(len(cell[column]) for cell in cells)) for column in columns)
-    return sum(widths) + len(columns) - 1
-
-
 def _cells(row: dict[str, Any], mesh: FrozenMesh | None) -> dict[str, str]:
     kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
     bad = (row["nan_count"] or 0) + (row["inf_count"] or 0)
     if row["value"] is not None:
-        what = _short(row["value"])
+        what = short(row["value"])
     else:
-        what = f"{row['dtype'] or ''} {_shape(row['shape'] or [])}"
+        what = f"{row['dtype'] or ''} {shape_text(row['shape'] or [])}"
     return {
         "rank": str(row["rank"]),
         "step": str(row["step"]),
@@ -235,7 +227,7 @@ def _cells(row: dict[str, Any], mesh: FrozenMesh | None) -> dict[str, str]:
         "occ": str(row["occurrence"]),
         "dtype and shape": what,
         "layout": _layout(row["dims"], mesh) if row["dims"] else "",
-        **{c: _number(row[c]) for c in ("min", "max", "mean", "std")},
+        **{c: number(row[c]) for c in ("min", "max", "mean", "std")},
         "bad": str(bad) if bad else "",
     }
 
@@ -260,68 +252,9 @@ def _layout(text: str, mesh: FrozenMesh | None) -> str:
     return " ".join(words) + (f" (partial: {', '.join(partial)})" if partial else "")
 
 
-def _console(width: int) -> Any:
-    from rich.console import Console
-
-    return Console(width=width, markup=False, highlight=False, emoji=False)
-
-
-def _table(*columns: str) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in columns:
-        numeric = column in ("records", "bytes", "min", "max", "mean", "std", "bad")
-        table.add_column(
-            Text(column),
-            justify="right" if numeric else "left",
-            overflow="fold",
-            no_wrap=column != "tap",
-        )
-    return table
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _span(values: list[Any]) -> str:
-    """Return values in as few characters as say it: `0-3`, `q,k,v`, `0,2,..,14`."""
-    whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if whole and len(values) > 2 and sorted(values) == list(range(min(values), max(values) + 1)):
-        return f"{min(values)}-{max(values)}"
-    texts = [str(v) for v in values]
-    return ",".join(texts if len(texts) <= 4 else [*texts[:2], "..", texts[-1]])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 24 else text[:21] + "..."
-
-
-@contextmanager
-def bar(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes on stderr where it is a terminal; yields what to call with more."""
-    if not is_terminal():
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)
-
-
 def print_rank_check(one: RankReport) -> None:
     """Print what was found of one rank: a line for each problem, then one for all."""
-    console = _console(200)
+    console = console_of(200)
     for problem in one.problems:
         console.print(printable(str(problem)), soft_wrap=True)
     verdict = "whole"
@@ -338,7 +271,7 @@ def print_check(
     checker: Checker, found: list[RankReport], out: str | None, written: int | None
 ) -> None:
     """Print what a check of all ranks came to."""
-    console = _console(200)
+    console = console_of(200)
     records, damaged = sum(r.records for r in found), sum(r.damaged for r in found)
     nbytes = sum(r.nbytes for r in found)
     problems = sum(len(r.problems) for r in found)

@@ -9,6 +9,7 @@ import ctypes
 import math
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,10 +38,14 @@ class _File:
 
 
 class Files:
-    """Reads payloads, and keeps the files of the latest open: opening costs more than reading."""
+    """Reads payloads, and keeps the files of the latest open: opening costs more than reading.
+
+    Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._open: dict[Path, _File] = {}
+        self._lock = threading.Lock()
 
     def read(self, path: Path, place: Place) -> memoryview:
         """Return a payload's bytes, in memory of their own that may be written.
@@ -50,12 +55,13 @@ class Files:
             FileNotFoundError: there is no such file.
         """
         try:
-            file = self._open.get(path)
-            if file is None:
-                file = _File(path)
-                while len(self._open) >= _OPEN_FILES:
-                    self._open.pop(next(iter(self._open)), None)
-                self._open[path] = file
+            with self._lock:
+                file = self._open.get(path)
+                if file is None:
+                    file = _File(path)
+                    while len(self._open) >= _OPEN_FILES:
+                        self._open.pop(next(iter(self._open)), None)
+                    self._open[path] = file
             return _read(file.number, path, place)
         except FileNotFoundError:
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ class Recording:
     """A recording on disk, for reading.
 
     What is read is what had been completed when it was first asked for; open it again to see more.
+    Several threads may `read` at once.
 
     Attributes:
         path: its folder.
@@ -53,6 +55,7 @@ class Recording:
         self._headers: dict[str, dict[str, Place]] = {}
         self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
         self._files: Files | None = None
+        self._lock = threading.Lock()
         self._paths: dict[tuple[str, int], Path] = {}
         self._checked: set[tuple[str, str, str]] = set()
         self._meshes: dict[tuple[int, int], list[tuple[int, FrozenMesh | None]]] | None = None
@@ -202,14 +205,18 @@ class Recording:
             raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
         raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
 
-    def mesh_of(self, row: dict[str, Any]) -> FrozenMesh | None:
-        """Return where the rank of a manifest row stood, sorted by axis; None where nobody said."""
+    def meshes(self, rank: int, attempt: int) -> list[tuple[int, FrozenMesh | None]]:
+        """Return where a rank stood, each with the seq from which on, in order."""
         if self._meshes is None:
             self._meshes = {
                 (claim["rank"], claim["attempt"]): checked_meshes(claim.get("meshes", [])) or []
                 for claim in self._claims or self.claims()
             }
-        mine = self._meshes.get((row["rank"], row["attempt"]), [])
+        return self._meshes.get((rank, attempt), [])
+
+    def mesh_of(self, row: dict[str, Any]) -> FrozenMesh | None:
+        """Return where the rank of a manifest row stood, sorted by axis; None where nobody said."""
+        mine = self.meshes(row["rank"], row["attempt"])
         at = bisect_right(mine, row["seq"], key=lambda entry: entry[0])
         return mine[at - 1][1] if at else None
 
@@ -327,12 +334,14 @@ class Recording:
                 path,
                 f"tensor {tensor!r} has {place.nbytes} bytes, the manifest says {row['nbytes']}",
             )
-        if self._files is None:
-            self._files = Files()
+        with self._lock:
+            if self._files is None:
+                self._files = Files()
+            files = self._files
         # The second is the shard that is open; sealed between the two, it has the first name.
         for is_open in (False, True, False):
             try:
-                data = self._files.read(path.with_suffix(".partial") if is_open else path, place)
+                data = files.read(path.with_suffix(".partial") if is_open else path, place)
                 break
             except FileNotFoundError:
                 continue
@@ -417,11 +426,12 @@ class Recording:
         place = self._places.get((shard, tensor))
         if place is not None:
             return place
-        header = self._headers.get(shard)
-        if header is None:
-            if len(self._headers) >= _HEADERS_KEPT:
-                self._headers.pop(next(iter(self._headers)))
-            header = self._headers[shard] = read_header(path)
+        with self._lock:
+            header = self._headers.get(shard)
+            if header is None:
+                if len(self._headers) >= _HEADERS_KEPT:
+                    self._headers.pop(next(iter(self._headers)))
+                header = self._headers[shard] = read_header(path)
         if tensor not in header:
             raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
         return header[tensor]
