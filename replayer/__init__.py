@@ -1,4 +1,4 @@
-"""Replay a recording onto another job: match, transform, graft, and a log of what came of it."""
+"""Replay a recording onto another job, and hold two recordings against each other."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .diffing.diff import Diff, diff
     from .log import read_log
     from .session import Replayer
     from .transforms import GraftInput
 
 _LAZY = {
+    "Diff": "replayer.diffing.diff",
     "GraftInput": "replayer.transforms",
     "Replayer": "replayer.session",
+    "diff": "replayer.diffing.diff",
     "read_log": "replayer.log",
 }
 
-__all__ = ["GraftInput", "Replayer", "read_log"]
+__all__ = ["Diff", "GraftInput", "Replayer", "diff", "read_log"]
 
 
 def __getattr__(name: str) -> Any:

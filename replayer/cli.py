@@ -31,6 +31,7 @@ from recorder.progress import read_progress
 from recorder.report import incomplete_lines
 from recorder.reports import read_reports
 
+from .diffing.cli import diff
 from .match import MatchOn
 
 
@@ -284,6 +285,7 @@ def conclude(
     return not problems
 
 
+main.add_command(diff)
 main.add_command(recorder_cli.ls)
 main.add_command(recorder_cli.show)
 main.add_command(recorder_cli.verify)

@@ -11,6 +11,7 @@ import pytest
 from recorder.format import schema
 from replayer import log
 from replayer.cli import main
+from replayer.diffing import table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -26,7 +27,7 @@ def test_every_command_and_option_is_described(name):
                 assert f"`{option}" in README or f"[{option}" in README, option
 
 
-@pytest.mark.parametrize("name", ["record", "replay", "ls", "show", "doctor"])
+@pytest.mark.parametrize("name", ["record", "replay", "diff", "ls", "show", "doctor"])
 def test_every_command_s_help_ends_with_an_example(name):
     assert "Example:" in (main.commands[name].help or "")
 
@@ -40,7 +41,7 @@ def test_every_variable_is_described():
 
 
 def test_every_column_is_described():
-    for column in [*schema.COLUMNS, *log.COLUMNS]:
+    for column in [*schema.COLUMNS, *log.COLUMNS, *table.COLUMNS]:
         assert f"`{column}`" in README, column
 
 
@@ -54,3 +55,5 @@ def test_every_file_of_the_packages_is_in_the_picture():
     for package in ("recorder", "replayer"):
         for path in (ROOT / package).glob("*.py"):
             assert path.name == "__init__.py" or path.name in picture, path.name
+    for path in (ROOT / "replayer" / "diffing").glob("*.py"):
+        assert path.name == "__init__.py" or path.stem in picture, path.name

@@ -47,7 +47,7 @@ class Encoder:
         positions = self.weights["embeddings.position_embeddings.weight"][: input_ids.shape[1]]
         sentence_a = self.weights["embeddings.token_type_embeddings.weight"][0]
         hidden = self.norm(words + sentence_a + positions, "embeddings.LayerNorm")
-        hidden = tap("embeddings", hidden)
+        hidden = tap("embeddings", hidden, dims="b s e")
         for i in range(LAYERS):
             hidden = self.layer(i, hidden, attention_mask)
         return hidden
@@ -58,25 +58,29 @@ class Encoder:
         hidden = self.norm(hidden + out, f"{at}.attention.output.LayerNorm")
         out = self.mlp(i, hidden)
         hidden = self.norm(hidden + out, f"{at}.output.LayerNorm")
-        return tap("hidden", hidden, layer=i)
+        return tap("hidden", hidden, dims="b s e", layer=i)
 
     def attention(self, i: int, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         at = f"encoder.layer.{i}.attention"
-        q = tap("attn_q", self.linear(hidden, f"{at}.self.query"), layer=i)
+        q = self.linear(hidden, f"{at}.self.query")
+        q = tap("attn_q", q, dims="b s (h*d)[tp]", layer=i)
         k = self.linear(hidden, f"{at}.self.key")
         v = self.linear(hidden, f"{at}.self.value")
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         mask = attention_mask[:, None, None, :].bool()
         context = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        context = tap("attn_context", context.transpose(1, 2).flatten(2), layer=i)
-        return tap("attn_out", self.reduced_linear(context, f"{at}.output.dense"), layer=i)
+        context = context.transpose(1, 2).flatten(2)
+        context = tap("attn_context", context, dims="b s (h*d)[tp]", layer=i)
+        out = self.reduced_linear(context, f"{at}.output.dense")
+        return tap("attn_out", out, dims="b s e", layer=i)
 
     def mlp(self, i: int, hidden: Tensor) -> Tensor:
         at = f"encoder.layer.{i}"
-        act = tap("mlp_act", gelu(self.linear(hidden, f"{at}.intermediate.dense")), layer=i)
+        act = gelu(self.linear(hidden, f"{at}.intermediate.dense"))
+        act = tap("mlp_act", act, dims="b s f[tp]", layer=i)
         faulty = self.fault and i == FAULTY_LAYER
         out = self.reduced_linear(act, f"{at}.output.dense", bias_on_every_rank=faulty)
-        return tap("mlp_out", out, layer=i)
+        return tap("mlp_out", out, dims="b s e", layer=i)
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
@@ -112,7 +116,8 @@ def main() -> None:
     for sentences in BATCHES:
         batch = tokenizer(sentences, padding=True, return_tensors="pt")
         hidden = encoder(batch["input_ids"], batch["attention_mask"])
-        embeddings.append(tap("embedding", mean_pool(hidden, batch["attention_mask"])))
+        embedding = mean_pool(hidden, batch["attention_mask"])
+        embeddings.append(tap("embedding", embedding, dims="b e"))
         step()
 
     if options.out and dist.get_rank() == 0:

@@ -191,7 +191,13 @@ def test_all_of_a_recording_by_every_command(made, tmp_path, shell, extent):
         shutil.copytree(made, copy)
         path = rng.choice(sorted(p for p in copy.rglob("*") if p.is_file()))
         path.write_bytes(mutated(rng, path.read_bytes().rstrip() or b" "))
-        for command in (["ls"], ["show"], ["verify"], ["verify", "--repair", f"{copy}.out"]):
+        for command in (
+            ["ls"],
+            ["show"],
+            ["verify"],
+            ["verify", "--repair", f"{copy}.out"],
+            ["diff", made],
+        ):
             done = shell(shell.graft, command[0], copy, *command[1:])
             assert done.returncode in (0, 1, 2), (command, done.stderr)
             assert "Traceback" not in done.stderr and "panicked" not in done.stderr

@@ -11,6 +11,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from replayer import diff
+from replayer.diffing.report import lines
+
 JOBS = Path(__file__).parents[1] / "jobs"
 GRAFT = Path(sys.executable).with_name("graft")
 BASELINE = [sys.executable, JOBS / "minilm_baseline.py"]
@@ -79,18 +82,26 @@ def replay_faulty_target(baseline: Recorded, folder: Path, expr: str) -> Replaye
     return Replayed(load_file(out)["embedding"], log.filter(pl.col("outcome") == "grafted"))
 
 
-def test_without_the_fault_the_target_agrees_with_the_baseline(
+def test_without_the_fault_the_target_agrees_with_the_baseline_within_tolerance(
     baseline: Recorded, tmp_path: Path
 ) -> None:
     out = tmp_path / "embedding.safetensors"
-    run(*TARGET, "--out", out)
+    run(GRAFT, "record", "-o", tmp_path / "run", "--", *TARGET, "--out", out)
     assert max_abs(load_file(out)["embedding"], baseline.embedding) < 1e-5
+    found = diff(baseline.run, tmp_path / "run")
+    assert (found.status, found.compared) == (0, 76), lines(found)
 
 
-def test_the_fault_shows_in_the_embedding(baseline: Recorded, tmp_path: Path) -> None:
+def test_the_fault_shows_in_the_embedding_and_the_first_divergence_is_its_tap(
+    baseline: Recorded, tmp_path: Path
+) -> None:
     out = tmp_path / "embedding.safetensors"
-    run(*TARGET, "--fault", "--out", out)
+    run(GRAFT, "record", "-o", tmp_path / "run", "--", *TARGET, "--fault", "--out", out)
     assert max_abs(load_file(out)["embedding"], baseline.embedding) > 1e-3
+    found = diff(baseline.run, tmp_path / "run")
+    first = "first divergence beyond tolerance: mlp_out layer=3 step=0 rank=0: "
+    assert found.status == 1
+    assert any(line.startswith(first) for line in lines(found)), lines(found)
 
 
 def test_a_graft_after_the_fault_brings_the_embedding_back(

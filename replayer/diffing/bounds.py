@@ -1,0 +1,73 @@
+"""What statistics alone prove of two tensors that are not at hand.
+
+The greatest elements of two tensors are no further apart than some two elements are, and so are the
+smallest, the means, and the norms by the root of how many there are (the triangle inequality). Each
+is a lower bound of max_abs, and where that is beyond what tolerance gives the largest element, some
+element is beyond tolerance.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+import torch
+
+from .measures import tolerances
+from .rules import slack
+
+_SLACK = 1e-9  # of the figures compared: they were rounded themselves
+STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
+
+
+def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.DataFrame:
+    """Return what the statistics of records say.
+
+    Args:
+        pairs: for each pair of records `shape`, `dtype`, `dtype_b` and the manifest's statistics,
+            those of the target with `_b`.
+        rtol: relative tolerance; None for torch's for the pair of dtypes.
+        atol: absolute tolerance, likewise.
+
+    Returns:
+        `at_least`, a lower bound of max_abs, and `beyond`, whether an element is beyond tolerance
+        for certain; null and false where there are no statistics.
+    """
+    kinds = pairs.select("dtype", "dtype_b").unique(maintain_order=True)
+    usual = [tolerances(*map(_dtype, pair)) for pair in kinds.iter_rows()]
+    table = kinds.with_columns(
+        pl.Series("rtol", [r if rtol is None else rtol for r, _ in usual], pl.Float64),
+        pl.Series("atol", [a if atol is None else atol for _, a in usual], pl.Float64),
+        pl.Series("slack", [slack(r) for r, _ in usual], pl.Float64),
+    )
+    joined = pairs.join(
+        table, on=["dtype", "dtype_b"], how="left", nulls_equal=True, maintain_order="left"
+    )
+    n = pl.col("shape").list.eval(pl.element().product()).list.first().fill_null(1).cast(pl.Float64)
+    size = pl.max_horizontal(pl.col("min").abs(), pl.col("max").abs())
+    root = n.sqrt()
+    apart = [
+        (pl.col(name) - pl.col(f"{name}_b")).abs() / (root if name == "l2" else 1.0)
+        for name in ("min", "max", "mean", "l2")
+    ]
+    rms = pl.col("l2") / root
+    finite = (
+        (pl.col("nan_count") == 0)
+        & (pl.col("inf_count") == 0)
+        & (pl.col("nan_count_b") == 0)
+        & (pl.col("inf_count_b") == 0)
+    ).fill_null(False)
+    odd = (
+        (pl.col("nan_count") != pl.col("nan_count_b"))
+        | (pl.col("inf_count") != pl.col("inf_count_b"))
+    ).fill_null(False)
+    most = pl.max_horizontal(size, pl.col("min_b").abs(), pl.col("max_b").abs())
+    least = (pl.max_horizontal(*apart) - _SLACK * most).clip(lower_bound=0.0)
+    rounding = pl.col("slack") * rms if rtol is None and atol is None else pl.lit(0.0)
+    beyond = least > pl.col("atol") + pl.col("rtol") * size + rounding
+    return joined.select(
+        at_least=pl.when(finite).then(least), beyond=(beyond.fill_null(False) & finite) | odd
+    )
+
+
+def _dtype(name: str | None) -> torch.dtype:
+    found = getattr(torch, name or "", None)
+    return found if isinstance(found, torch.dtype) else torch.uint8

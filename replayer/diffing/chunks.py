@@ -1,0 +1,483 @@
+"""One chunk of two tensors after the other: what `measures` adds up.
+
+1. `scan` goes over both in float64, in memory that is reused, and gives the figures of each chunk
+   and a histogram of the absolute differences, for the percentiles.
+2. A chunk with a NaN or an infinity, and dtypes that float64 does not simply hold, are done by
+   `exact`, with memory of their own, scaled where squares would leave float64's range.
+
+Elements that are NaN or infinite on either side are counted, and left out of everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from recorder.capture import as_bits
+from recorder.scripting import scripted
+
+CHUNK = 1 << 16
+"""Elements worked on at once; as float64, the five buffers of them stay in a processor's cache."""
+BINS = 1 << 15
+_SCANNED = 14  # so many of `Figures`, the first, are from `_scan`
+MOST_ODD = 1 << 18
+"""Of a segment's differences that float32 rounds, so many are kept."""
+_SAFE = 400  # squares of numbers within 2 to the plus or minus this add up in float64
+
+_memory = threading.local()
+
+T = TypeVar("T")
+R = TypeVar("R")
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class Map(Protocol):
+    """A function like `map`."""
+
+    def __call__(self, function: Callable[[T], R], items: Iterable[T], /) -> Iterable[R]:
+        """Do as `map` does, perhaps on several threads."""
+
+
+class Figures(NamedTuple):
+    """Of one chunk, over elements finite on both sides; x is the baseline's, y the target's.
+
+    Sums are in units of 2 to the power that `scales` has: of x, of y, of y - x. Places are -1 where
+    nothing is above 0, or above what an earlier chunk has.
+    """
+
+    xx: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
+    dd: float = 0.0
+    signed: float = 0.0
+    total: float = 0.0
+    changed: float = 0.0
+    mismatched: float = 0.0
+    max_beyond: float = 0.0
+    max_abs: float = 0.0
+    max_abs_at: float = -1.0
+    max_rel: float = 0.0
+    max_rel_at: float = -1.0
+    max_ulp: float = 0.0
+    scales: tuple[int, int, int] = (0, 0, 0)
+    nan_a: int = 0
+    nan_b: int = 0
+    inf_a: int = 0
+    inf_b: int = 0
+
+
+def _scan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ia: torch.Tensor,
+    ib: torch.Tensor,
+    shift: int,
+    mask: int,
+    wide: torch.Tensor,
+    narrow: torch.Tensor,
+    narrow_bits: torch.Tensor,
+    size: int,
+    rtol: float,
+    atol: float,
+    collect: int,
+) -> tuple[list[float], torch.Tensor, list[torch.Tensor]]:
+    """Return the first 14 of `Figures` of each chunk, and the histogram of those that are finite.
+
+    Third come the differences that float32 rounds, up to about `collect` of them. `ia` and `ib` are
+    the elements' bits. `shift` is where the sign is among them and `mask` has the other bits set,
+    or `shift` is 0 for integers, -1 for dtypes whose bits are not to be compared.
+    """
+    found: list[float] = []
+    odd: list[torch.Tensor] = []
+    collected = 0
+    histogram = torch.zeros(32768, dtype=torch.int64)
+    best = 0.0
+    best_rel = 0.0
+    total = a.numel()
+    start = 0
+    while start < total:
+        n = min(size, total - start)
+        one = a.narrow(0, start, n)
+        other = b.narrow(0, start, n)
+        bits = ia.narrow(0, start, n)
+        other_bits = ib.narrow(0, start, n)
+        x = wide.narrow(0, 0, n)
+        x.copy_(one)
+        if shift >= 0 and torch.equal(bits, other_bits):
+            square = float(torch.dot(x, x))
+            found += [square, square, square, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+            found += [0.0, -1.0, 0.0, -1.0, 0.0]
+            if square - square == 0.0:
+                histogram[0] += n
+            start += n
+            continue
+        y = wide.narrow(0, size, n)
+        d = wide.narrow(0, 2 * size, n)
+        w = wide.narrow(0, 3 * size, n)
+        t = wide.narrow(0, 4 * size, n)
+        y.copy_(other)
+        torch.sub(y, x, out=d)
+        xx = float(torch.dot(x, x))
+        yy = float(torch.dot(y, y))
+        dd = float(torch.dot(d, d))
+        found += [xx, yy, float(torch.dot(x, y)), dd]
+        if not (xx - xx == 0.0 and yy - yy == 0.0 and dd - dd == 0.0):
+            found += [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, -1.0, 0.0]
+            start += n
+            continue
+        torch.abs(d, out=w)
+        found.append(float(d.sum()))
+        found.append(float(w.sum()))
+        torch.sign(w, out=d)
+        changed = float(d.sum())
+        found.append(changed)
+        x.abs_()
+        torch.mul(x, rtol, out=t)
+        t.add_(atol)
+        torch.gt(w, t, out=d)
+        mismatched = float(d.sum())
+        found += [mismatched, 0.0 if mismatched == 0.0 else float(d.mul_(w).amax())]
+        most = float(w.amax())
+        at = -1.0
+        if most > best:
+            best = most
+            at = float(w.eq(most).nonzero()[0].item() + start)
+        found += [most, at]
+        torch.div(w, x, out=d)
+        relative = float(d.amax())
+        if relative - relative != 0.0:  # an x of zero: its relative difference is undefined
+            d.masked_fill_(x.eq(0.0), 0.0)
+            relative = float(d.amax())
+        at = -1.0
+        if relative > best_rel:
+            best_rel = relative
+            at = float(d.eq(relative).nonzero()[0].item() + start)
+        found += [relative, at]
+        ulp = 0.0
+        if shift > 0:
+            sign = bits.bitwise_right_shift(shift)
+            p = (bits.bitwise_and(mask).bitwise_xor_(sign)).sub_(sign)
+            sign = other_bits.bitwise_right_shift(shift)
+            q = (other_bits.bitwise_and(mask).bitwise_xor_(sign)).sub_(sign)
+            x.copy_(p)
+            y.copy_(q)
+            ulp = float(x.sub_(y).abs_().amax())
+        found.append(ulp)
+        f = narrow.narrow(0, 0, n)
+        f.copy_(w)
+        if collected < collect:
+            x.copy_(f)
+            if float(x.sub_(w).abs_().amax()) > 0.0:
+                odd.append(w.masked_select(x.ne(0.0)))
+                collected += odd[-1].numel()
+        codes = narrow_bits.narrow(0, 0, n).bitwise_right_shift(16).to(torch.int64)
+        histogram += torch.bincount(codes, minlength=32768)
+        start += n
+    return found, histogram, odd
+
+
+_scan = scripted(_scan)
+
+
+def is_plain(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether float64 holds each element, and the squares of each, of both tensors."""
+    return all(not t.dtype.is_complex and t.dtype.itemsize < 8 for t in (a, b))
+
+
+class Scanned(NamedTuple):
+    """Of a segment.
+
+    Attributes:
+        figures: those of each chunk; places are indices into the segment.
+        histogram: how many differences have which `code` >> 16, of shape [2^15].
+        odd: the differences that float32 rounds, of shape [m]; None where there may be too many.
+    """
+
+    figures: list[Figures]
+    histogram: torch.Tensor
+    odd: torch.Tensor | None
+
+
+def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
+    """Return what a segment's measures are made of.
+
+    Args:
+        a: the baseline's elements, of shape [n], contiguous, on the CPU.
+        b: the target's, likewise.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+    """
+    size = min(CHUNK, a.numel())
+    starts = range(0, a.numel(), size)
+    if not is_plain(a, b):
+        parts = [exact(a[i : i + size], b[i : i + size], rtol, atol, i) for i in starts]
+        histogram = functools.reduce(torch.add, (counts for _, counts, _ in parts))
+        return Scanned([figures for figures, _, _ in parts], histogram, None)
+    wide, other_wide = as_numbers(a), as_numbers(b)
+    bits, other_bits, shift, mask = wide, other_wide, -1, 0
+    if a.dtype == b.dtype and not _is_unsigned(a.dtype):
+        bits, other_bits = signed_bits(a), signed_bits(b)
+        shift = bits.dtype.itemsize * 8 - 1 if a.dtype.is_floating_point else 0
+        mask = (1 << shift) - 1
+    # Of wider floats, nearly all differences are rounded.
+    collect = MOST_ODD if max(a.dtype.itemsize, b.dtype.itemsize) <= 2 else 0
+    flat, histogram, odd = _scan(
+        wide, other_wide, bits, other_bits, shift, mask, *buffers(size), size, rtol, atol, collect
+    )
+    found = []
+    for number, i in enumerate(starts):
+        row = flat[number * _SCANNED : (number + 1) * _SCANNED]
+        one, other = a[i : i + size], b[i : i + size]
+        if not all(map(math.isfinite, row[:4])):
+            figures, counts, rounded = exact(one, other, rtol, atol, i)
+            histogram += counts
+            odd.append(rounded)
+        else:
+            figures = Figures._make([*row, *Figures()[_SCANNED:]])
+            if shift <= 0:
+                steps = figures.max_abs if shift == 0 else _steps(one, other)
+                figures = figures._replace(max_ulp=steps)
+        found.append(figures)
+    all_of_them = sum(part.numel() for part in odd) < collect
+    nothing = torch.empty(0, dtype=torch.float64, device="cpu")
+    return Scanned(found, histogram, torch.cat([nothing, *odd]) if all_of_them else None)
+
+
+def as_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return elements that float64 can be made of: float8 and the halves of complex32 widened."""
+    if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
+        return tensor.to(torch.float32)
+    return tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor
+
+
+def signed_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements viewed as integers whose sign is the elements'."""
+    bits = as_bits(tensor)
+    return bits.view(torch.int8) if bits.dtype == torch.uint8 else bits
+
+
+class Apart(NamedTuple):
+    """Of a chunk, in float64, elements not finite on both sides set to zero.
+
+    Attributes:
+        x: the baseline's, of shape [n] (complex: [2 n], real and imaginary parts).
+        y: the target's.
+        d: y - x.
+        w: |y - x|, of shape [n].
+        size: |x|, of shape [n].
+        excluded: whether it is not finite on both sides, of shape [n].
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    d: torch.Tensor
+    w: torch.Tensor
+    size: torch.Tensor
+    excluded: torch.Tensor
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> Apart:
+    """Return what a chunk's figures are made of."""
+    (x, *x_rest), (y, *y_rest) = widened(one), widened(other)
+    d = y - x
+    if x_rest or y_rest:
+        d = d + (sum(y_rest) - sum(x_rest))
+    excluded = ~(x.isfinite() & y.isfinite())
+    if bool(excluded.any()):
+        x, y, d = (values.masked_fill(excluded, 0) for values in (x, y, d))
+    w, size = d.abs(), x.abs()
+    if d.is_complex():
+        x, y, d = (torch.view_as_real(v.to(torch.complex128)).reshape(-1) for v in (x, y, d))
+    return Apart(x, y, d, w, size, excluded)
+
+
+def widened(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return what adds up to the tensor: itself in double precision, and what that rounds off.
+
+    Only integers of 64 bits have the latter.
+    """
+    values = as_numbers(tensor)
+    if values.is_complex():
+        return [values.to(torch.complex128)]
+    if values.dtype.is_floating_point or values.dtype.itemsize < 8:
+        return [values.to(torch.float64)]
+    top = 2.0**63 - 2.0**10 if values.dtype.is_signed else 2.0**64 - 2.0**11
+    most = values.to(torch.float64).clamp(max=top)  # the nearest may be out of the dtype's range
+    rest = as_bits(values) - as_bits(most.to(values.dtype))
+    return [most, rest.to(torch.float64)]
+
+
+def exact(
+    one: torch.Tensor, other: torch.Tensor, rtol: float, atol: float, start: int
+) -> tuple[Figures, torch.Tensor, torch.Tensor]:
+    """Return the figures of a chunk, whatever it holds, its histogram, what float32 rounds of it.
+
+    Args:
+        one: the baseline's elements, of shape [n].
+        other: the target's.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        start: the index of its first element.
+    """
+    x, y, d, w, size, excluded = apart(one, other)
+    is_complex = d.numel() > w.numel()
+    relative = w / size
+    small = (size < 2.0**-500) & (size > 0)
+    unsafe = small | w.isinf() | size.isinf()
+    if bool(unsafe.any()):  # a difference or modulus may be out of range, or have lost digits
+        scale = torch.full_like(w, 0.25).masked_fill_(small, 2.0**500)
+        scale = scale.repeat_interleave(d.numel() // w.numel())
+        apart_by = _modulus(y * scale - x * scale, is_complex)
+        relative = torch.where(unsafe, apart_by / _modulus(x * scale, is_complex), relative)
+    relative.masked_fill_((size == 0) | excluded, 0.0)
+    counts, disagree = _not_finite(one, other, excluded) if bool(excluded.any()) else ({}, 0)
+    scales = [_exponent(x), _exponent(y), _exponent(d)]
+    if bool(d.isfinite().all()):
+        d = _times(d, -scales[2])
+    else:
+        scales[2] = max(scales) + 1
+        d = _times(y, -scales[2]) - _times(x, -scales[2])
+    x, y = _times(x, -scales[0]), _times(y, -scales[1])
+    beyond = (w > atol + rtol * size) | w.isinf()
+    figures = Figures(
+        float(torch.dot(x, x)),
+        float(torch.dot(y, y)),
+        float(torch.dot(x, y)),
+        float(torch.dot(d, d)),
+        float(d.sum()),
+        float(_modulus(d, is_complex).sum()),
+        float((w > 0).sum()) + disagree,
+        float(beyond.sum()) + disagree,
+        float(w.masked_fill(~beyond, 0.0).max()),
+        *_greatest(w, start),
+        *_greatest(relative, start),
+        _steps(one, other, excluded),
+        (scales[0], scales[1], scales[2]),
+        **counts,
+    )
+    kept = w[~excluded]
+    codes = code(kept, is_wide=not is_plain(one, other))
+    odd = kept[kept.to(torch.float32).to(torch.float64) != kept]
+    return figures, torch.bincount(codes >> 16, minlength=BINS), odd
+
+
+def _not_finite(
+    one: torch.Tensor, other: torch.Tensor, excluded: torch.Tensor
+) -> tuple[dict[str, int], int]:
+    """Count the elements that are NaN or infinite on one side and not so on the other."""
+    x, y = (as_numbers(values)[excluded].to(torch.complex128) for values in (one, other))
+    nan_a, nan_b, differ = x.isnan(), y.isnan(), x != y
+    counts = {
+        "nan_a": int((nan_a & ~nan_b).sum()),
+        "nan_b": int((nan_b & ~nan_a).sum()),
+        "inf_a": int((x.isinf() & differ).sum()),
+        "inf_b": int((y.isinf() & differ).sum()),
+    }
+    return counts, int((differ & ~(nan_a & nan_b)).sum())
+
+
+def _greatest(values: torch.Tensor, start: int) -> tuple[float, float]:
+    """Return the greatest of some values and its index; 0 and -1 where none is above 0."""
+    most = float(values.max())
+    return (most, float((values == most).nonzero()[0].item() + start)) if most > 0 else (0.0, -1.0)
+
+
+def _modulus(values: torch.Tensor, is_complex: bool) -> torch.Tensor:
+    """Return the modulus of numbers, of shape [n], or [2 n] where they are complex."""
+    return (torch.view_as_complex(values.view(-1, 2)) if is_complex else values).abs()
+
+
+def _exponent(values: torch.Tensor) -> int:
+    """Return e where values are to be scaled by 2^-e before they are squared, else 0."""
+    e = math.frexp(float(values.abs().max()))[1]
+    return e if abs(e) > _SAFE else 0
+
+
+def _times(values: torch.Tensor, e: int) -> torch.Tensor:
+    """Return values times 2^e; in two steps, since 2^e itself may be out of range."""
+    half = e // 2
+    return values * math.ldexp(1.0, half) * math.ldexp(1.0, e - half) if e else values
+
+
+def code(w: torch.Tensor, is_wide: bool = False) -> torch.Tensor:
+    """Return integers below 2^31 that are in the order of w, absolute differences in float64.
+
+    They are the bits of w as float32, or, where w may be beyond that, the upper half of its own.
+    """
+    if is_wide:
+        return w.view(torch.int64) >> 32
+    return w.to(torch.float32).view(torch.int32).to(torch.int64)
+
+
+def _steps(one: torch.Tensor, other: torch.Tensor, excluded: torch.Tensor | None = None) -> float:
+    """Return the greatest distance in units in the last place, of the coarser dtype."""
+    if one.dtype.is_complex or other.dtype.is_complex:
+        parts = zip(_real_and_imaginary(one), _real_and_imaginary(other), strict=True)
+        return max(_steps(x, y, excluded) for x, y in parts)
+    floats = [t.dtype for t in (one, other) if t.dtype.is_floating_point]
+    if floats:
+        coarse = min(floats, key=_precision)
+        one, other = _ordered(one, coarse), _ordered(other, coarse)
+    steps = apart(one, other).w
+    return float((steps if excluded is None else steps.masked_fill(excluded, 0.0)).max())
+
+
+def _real_and_imaginary(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if tensor.is_complex():
+        real, imaginary = torch.view_as_real(tensor).unbind(-1)
+        return real, imaginary
+    return tensor, torch.zeros_like(tensor)
+
+
+_FRACTION = {torch.float16: 10, torch.bfloat16: 7, torch.float32: 23, torch.float64: 52}
+
+
+def _precision(dtype: torch.dtype) -> tuple[int, str]:
+    """Return the bits of a fraction, for 8-bit floats as the name has it (finfo has it wrong)."""
+    name = str(dtype)
+    return _FRACTION.get(dtype) or int(name.split("m")[1][0]), name
+
+
+def _is_unsigned(dtype: torch.dtype) -> bool:
+    """Whether it is the one float dtype without a sign, which not every torch has."""
+    return str(dtype) == "torch.float8_e8m0fnu"
+
+
+def _ordered(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return floats of some dtype as integers in their order, one step apart where they are.
+
+    Both zeros are 0. Values of another dtype are rounded; beyond the range they are one step more
+    than its ends.
+    """
+    beyond = torch.zeros((), dtype=torch.int64)
+    if values.dtype != dtype:
+        ends = torch.finfo(dtype)
+        wide = as_numbers(values).to(torch.float64)
+        beyond = (wide > ends.max).to(torch.int64) - (wide < ends.min).to(torch.int64)
+        values = wide.clamp(ends.min, ends.max).to(dtype)
+    if _is_unsigned(dtype):
+        return as_bits(values).to(torch.int64) + beyond
+    bits = signed_bits(values)
+    sign = bits >> (bits.dtype.itemsize * 8 - 1)
+    magnitude = bits & torch.iinfo(bits.dtype).max
+    return ((magnitude ^ sign) - sign).to(torch.int64) + beyond
+
+
+def buffers(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return memory for five chunks as float64, and one as float32 and as its bits.
+
+    It is a thread's own, and kept: fresh pages cost most.
+    """
+    kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    kept = getattr(_memory, "buffers", None)
+    if kept is None or kept[1].numel() < size:
+        with torch.inference_mode(False):  # else it could be used under that mode alone
+            wide = torch.empty(5 * size, dtype=torch.float64, device="cpu")
+            narrow = torch.empty(size, dtype=torch.float32, device="cpu")
+            kept = _memory.buffers = wide, narrow, narrow.view(torch.int32)
+    return kept

@@ -1,0 +1,220 @@
+"""What the page of a diff shows: its rows, and of the worst tensors a closer look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+
+from recorder.format.recording import Recording
+from recorder.format.rows import parse_tags
+from recorder.statistics import has_statistics
+from recorder.tables import shape_text
+from recorder.tags import label
+
+from .chunks import as_numbers
+from .diff import Diff
+from .page import render
+from .report import lines, rows_by, worst
+from .rows import measure_rows
+from .tensors import Row, Two
+
+MOST_ROWS = 20_000
+DETAILS = 12
+CELLS = 512
+BINS = 48
+_SAMPLE = 1 << 22
+_PLAIN = (
+    "name", "step", "rank", "occurrence", "kind", "outcome", "numel", "changed", "mismatched",
+    "max_abs", "mean_abs", "rel_diff", "cosine", "p50", "p99", "p999", "max_ulp", "bias",
+    "times_floor", "ranks_differ", "message", "reordered",
+)  # fmt: skip
+
+
+def write_page(diff: Diff, path: Path) -> None:
+    """Write the page to a file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    spare = path.with_name(f".{path.name}.partial")
+    try:
+        spare.write_text(render(page_data(diff)), encoding="utf-8")
+        spare.replace(path)
+    finally:
+        spare.unlink(missing_ok=True)
+
+
+def page_data(diff: Diff) -> dict[str, Any]:
+    """Return all that the page shows, ready for JSON."""
+    table = diff.pairs.with_row_index("_at")
+    left_out = max(0, table.height - MOST_ROWS)
+    if left_out:  # equal ones go first
+        kept = table.sort(pl.col("outcome") == "equal", maintain_order=True).head(MOST_ROWS)
+        table = kept.sort("_at")
+    places = {at: i for i, at in enumerate(table["_at"].to_list())}
+    rows = [_row(row) for row in table.iter_rows(named=True)]
+    names = list(rows[0]) if rows else [*_PLAIN, "label", "layer", "dtype", "shape", "nan", "inf"]
+    firsts = dict(zip(table["first"].to_list(), range(table.height), strict=True))
+    return {
+        "version": metadata.version("tensorgraft"),
+        "a": _about(diff.a),
+        "b": _about(diff.b),
+        "floor": list(diff.floors),
+        "rules": diff.rules.words(),
+        "lines": [*lines(diff), *diff.notes, *filter(None, [diff.why_nothing])],
+        "counts": diff.counts(),
+        "first": {how: firsts.get(how, firsts.get("both")) for how in ("bitwise", "tolerance")},
+        "rows": {name: [row[name] for row in rows] for name in names},
+        "left_out": left_out,
+        "details": [
+            {"row": places[row["_at"]], **detail}
+            for row, detail in _details(diff)
+            if row["_at"] in places
+        ],
+    }
+
+
+def _about(run: Recording) -> dict[str, Any]:
+    return {
+        "path": str(run.path),
+        "ranks": run.world_size,
+        "records": run.latest().height,
+        "command": " ".join(map(str, run.meta.get("command") or [])),
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    tags = {} if row["tags"] is None else parse_tags(row["tags"])
+    layer = tags.get("layer")
+    shapes, dtypes = (
+        [row[f"{what}_{side}"] for side in "ab" if row[f"{what}_{side}"] is not None]
+        for what in ("shape", "dtype")
+    )
+    made = {name: _plain(row[name]) for name in _PLAIN}
+    return {
+        **made,
+        "label": label(row["name"], tags),
+        "layer": layer if isinstance(layer, int) and not isinstance(layer, bool) else None,
+        "dtype": " / ".join(dict.fromkeys(dtypes)),
+        "shape": " / ".join(dict.fromkeys(map(shape_text, shapes))),
+        "nan": (row["nan_a"] or 0) + (row["nan_b"] or 0),
+        "inf": (row["inf_a"] or 0) + (row["inf_b"] or 0),
+        "where": _where(row),
+        "message": row["message"] or "",
+        "ranks_differ": row["ranks_differ"] or [],
+    }
+
+
+def _where(row: Row) -> str:
+    if row["max_abs_a"] is None:
+        return ""
+    at = f"{row['max_abs_at']}: " if row["max_abs_at"] is not None else ""
+    return f"{at}{row['max_abs_a']:.6g} in A, {row['max_abs_b']:.6g} in B"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def _details(diff: Diff) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Yield the worst rows that were measured, each with a closer look at its tensors."""
+    if diff.crew is None:
+        return
+    tasks = {task.pair: task for task in diff.tasks}
+    detail = diff.table.filter(pl.col("by").is_not_null())
+    at = diff.pairs.with_row_index("_at").select("_at", "pair", "ranks_a", "ranks_b")
+    candidates = worst(diff).filter(pl.col("changed") > 0)
+    shown = 0
+    for row in candidates.iter_rows(named=True):
+        if row["pair"] not in tasks:
+            continue
+        two = next(
+            (
+                two
+                for two in diff.crew.twos(tasks[row["pair"]])
+                if isinstance(two, Two)
+                and [list(two.ranks_a), list(two.ranks_b)] == [row["ranks_a"], row["ranks_b"]]
+            ),
+            None,
+        )
+        if two is None:
+            continue
+        by = rows_by(detail, row)
+        yield (
+            {**row, "_at": rows_by(at, row)["_at"][0]},
+            {"strip": _strip(two, row), "histogram": _histogram(two), "by": _by(by)},
+        )
+        shown += 1
+        if shown == DETAILS:
+            return
+
+
+def _strip(two: Two, row: Row) -> dict[str, Any] | None:
+    """Return the difference position by position; several to a cell where there are many."""
+    dims = _positions(two)
+    if not dims:
+        return None
+    figures = measure_rows(two.a, two.b, dims, row["rtol"], row["atol"])
+    if not figures:
+        return None
+    size = len(figures["max_abs"])
+    each = max(1, -(-size // CELLS))
+    return {
+        "what": " ".join(two.labels[i] for i in dims),
+        "size": size,
+        "per_cell": each,
+        **{
+            name: [_most(figures[name][i : i + each]) for i in range(0, size, each)]
+            for name in ("max_abs", "rel_diff")
+        },
+    }
+
+
+def _positions(two: Two) -> tuple[int, ...]:
+    """Return the dims that tell tokens apart: `t`, or `b` and `s`; else all but the last."""
+    named = tuple(i for i, name in enumerate(two.labels) if name in ("t", "b", "s"))
+    if named:
+        return named
+    return tuple(range(max(1, two.a.dim() - 1))) if two.a.dim() else ()
+
+
+def _most(values: list[float | None]) -> float | None:
+    return max((v for v in values if v is not None), default=None)
+
+
+def _histogram(two: Two) -> dict[str, Any] | None:
+    """Return how the values of both sides are spread, over one scale."""
+    found = []
+    for tensor in (two.a, two.b):
+        if not has_statistics(tensor.dtype) or tensor.is_complex():
+            return None
+        flat = tensor.reshape(-1)
+        values = as_numbers(flat[:: -(-flat.numel() // _SAMPLE) or 1]).to(torch.float64)
+        found.append(values[values.isfinite()])
+    if not all(values.numel() for values in found):
+        return None
+    low = min(float(values.min()) for values in found)
+    high = max(float(values.max()) for values in found)
+    if not (math.isfinite(high - low) and high > low):
+        return None
+    counts = [torch.histc(values, BINS, low, high).to(torch.int64).tolist() for values in found]
+    return {"low": low, "high": high, "a": counts[0], "b": counts[1]}
+
+
+def _by(rows: pl.DataFrame) -> dict[str, Any] | None:
+    if not rows.height:
+        return None
+    most = rows.sort("rel_diff", descending=True, nulls_last=True).head(CELLS).sort("index")
+    names = ("index", "max_abs", "rel_diff", "outcome")
+    return {
+        "dim": rows["by"][0],
+        "rows": [{name: _plain(row[name]) for name in names} for row in most.iter_rows(named=True)],
+    }

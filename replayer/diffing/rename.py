@@ -1,0 +1,141 @@
+"""`--rename`: what the baseline calls one way, the target calls another."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from recorder.errors import UsageError
+from recorder.tags import RESERVED, TagValue
+
+_PLACE = re.compile(r"\{(\w*)\}")
+_FORM = "'h.{layer}.attn=layers.{layer}.self_attn'"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A name with places in braces.
+
+    Attributes:
+        text: as typed.
+        places: the names of its places, in order.
+    """
+
+    text: str
+    places: tuple[str, ...]
+    _pattern: re.Pattern[str]
+
+    @classmethod
+    def parse(cls, text: str, whole: str) -> Template:
+        """Read one side of a renaming.
+
+        Raises:
+            UsageError: it is empty, or has braces that are no places.
+        """
+        places = tuple(_PLACE.findall(text))
+        rest = _PLACE.sub("", text)
+        if not text or "{" in rest or "}" in rest or not all(p.isidentifier() for p in places):
+            raise UsageError(
+                f"--rename {whole!r} cannot be read at {text!r}: a side is a name, with places in "
+                f"braces where it varies, as in {_FORM}"
+            )
+        if len(set(places)) < len(places) or set(places) & (RESERVED | {"name"}):
+            raise UsageError(
+                f"--rename {whole!r}: a place in {text!r} stands twice, or has a reserved name"
+            )
+        parts = _PLACE.split(text)
+        pattern = "".join(
+            f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts)
+        )
+        return cls(text, places, re.compile(pattern, re.DOTALL))
+
+    def read(self, name: str) -> dict[str, str] | None:
+        """Return what stands at the places in a name, None where it does not fit."""
+        found = self._pattern.fullmatch(name)
+        return found.groupdict() if found else None
+
+    def fits(self, names: Iterable[str]) -> bool:
+        """Whether it fits any of some names."""
+        return any(self._pattern.fullmatch(name) for name in names)
+
+    def write(self, values: Mapping[str, object]) -> str:
+        """Return the name with values at its places."""
+        return _PLACE.sub(lambda place: str(values[place[1]]), self.text)
+
+
+@dataclass(frozen=True)
+class Rename:
+    """What the baseline calls `ours` and the target `theirs`.
+
+    A place that stands on one side only is a tag on the other.
+    """
+
+    text: str
+    ours: Template
+    theirs: Template
+
+    @classmethod
+    def parse(cls, text: str) -> Rename:
+        """Read `A=B`.
+
+        Raises:
+            UsageError: there is not one `=`, or a side cannot be read.
+        """
+        sides = text.split("=")
+        if len(sides) != 2:
+            raise UsageError(
+                f"--rename {text!r} should be A's name for it, =, and B's, as in {_FORM}"
+            )
+        return cls(text, *(Template.parse(side.strip(), text) for side in sides))
+
+    def reversed(self) -> Rename:
+        """Return it for sides the other way round."""
+        return Rename(self.text, self.theirs, self.ours)
+
+    def apply(self, name: str, tags: dict[str, TagValue]) -> tuple[str, dict[str, TagValue]] | None:
+        """Return a target's name and tags as the baseline has them, None where it does not fit."""
+        found = self.theirs.read(name)
+        if found is None:
+            return None
+        values: dict[str, TagValue] = {place: _value(text) for place, text in found.items()}
+        rest = dict(tags)
+        for place in self.ours.places:
+            if place not in values:
+                if place not in rest:
+                    return None
+                values[place] = rest.pop(place)
+        extra = {place: values[place] for place in values if place not in self.ours.places}
+        texts = {**values, **found}  # as it was written: 03 stays 03
+        return self.ours.write(texts), {**rest, **extra}
+
+
+def _value(text: str) -> TagValue:
+    return int(text) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", text) else text
+
+
+def oriented(
+    renames: Sequence[Rename], a_names: Iterable[str], b_names: Iterable[str]
+) -> tuple[list[Rename], list[str]]:
+    """Return the renamings with their sides the right way round, and what to say of them.
+
+    Args:
+        renames: as typed.
+        a_names: the names of the baseline's taps.
+        b_names: the target's.
+    """
+    ours, theirs = sorted(set(a_names)), sorted(set(b_names))
+    kept, notes = [], []
+    for rename in renames:
+        if not rename.theirs.fits(theirs) and rename.ours.fits(theirs):
+            rename = rename.reversed()
+            notes.append(f"--rename {rename.text!r} was taken the other way round: it is A=B")
+        kept.append(rename)
+        for side, template, names in (("B", rename.theirs, theirs), ("A", rename.ours, ours)):
+            if not template.fits(names):
+                some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+                notes.append(
+                    f"--rename {rename.text!r}: {template.text!r} fits no tap of {side}; "
+                    f"{side} has {some or 'none'}"
+                )
+    return kept, notes

@@ -1,0 +1,256 @@
+"""A diff for people and for scripts: lines, a table for the terminal, JSON, parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from recorder.diagnostics import printable
+from recorder.format.rows import parse_tags
+from recorder.sizes import count
+from recorder.tables import console_of, natural_width, span, table_of
+from recorder.tags import label
+
+from .diff import Diff
+from .table import OUTCOMES
+from .tensors import Row
+
+_WORDS = {
+    "equal": "equal bit for bit",
+    "close": "within tolerance",
+    "differs": "beyond tolerance",
+    "unmeasured": "other bytes, elements not read",
+    "shape": "of unequal shape",
+    "error": "not comparable",
+}
+_SIDES = {"only_a": "only in A", "only_b": "only in B"}
+_DROPPED = ("p99", "cosine", "floor x", "rank", "beyond", "max_abs", "step")
+"""Columns that a narrow terminal goes without, the first of them first."""
+_BY_ROWS = 5
+
+
+def title(row: Row) -> str:
+    """Return what a row is about: name, tags, step and rank, and what else tells it apart."""
+    kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    times = f" occurrence={row['occurrence']}" if row["occurrence"] else ""
+    rank = "" if row["rank"] is None else f" rank={row['rank']}"
+    return f"{label(row['name'], row['tags'])}{kind} step={row['step']}{times}{rank}"
+
+
+def figures(row: Row) -> str:
+    """Say in a few words how much a pair differs."""
+    if row["outcome"] == "shape":
+        shapes = f"shapes {row['shape_a']} in A and {row['shape_b']} in B"
+        return row["message"] or shapes
+    if row["outcome"] == "error":
+        return str(row["message"])
+    if row["value_a"] is not None and row["max_abs"] is None:
+        return f"{row['value_a']} in A, {row['value_b']} in B"
+    if row["mismatched"] is None:
+        least = row["at_least"]
+        return "the bytes differ" + (f", max_abs at least {least:.3g}" if least else "")
+    facts = [f"rel_diff {_text(row['rel_diff'])}", f"max_abs {_text(row['max_abs'])}"]
+    if row["max_abs_a"] is not None:
+        at = f"at {row['max_abs_at']} " if row["max_abs_at"] is not None else ""
+        facts[1] += f" {at}({row['max_abs_a']:.6g} in A, {row['max_abs_b']:.6g} in B)"
+    facts.append(f"{row['mismatched']} of {count(row['numel'], 'element')} beyond tolerance")
+    odd = [
+        f"{row[f'{what}_{side}']} {name} in {side.upper()} alone"
+        for what, name in (("nan", "NaN"), ("inf", "Inf"))
+        for side in ("a", "b")
+        if row[f"{what}_{side}"]
+    ]
+    facts += odd
+    if row["times_floor"] is not None:
+        facts.append(f"{_text(row['times_floor'])} times the noise floor")
+    if row["ranks_differ"] and len(row["ranks_b"] or ()) > 1:
+        facts.append(f"on rank {span(row['ranks_differ'])} of B")
+    if row["dtype_a"] != row["dtype_b"]:
+        facts.append(f"{row['dtype_a']} in A, {row['dtype_b']} in B")
+    if row["message"]:
+        facts.append(row["message"])
+    return ", ".join(facts)
+
+
+def _text(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3g}"
+
+
+def lines(diff: Diff) -> list[str]:
+    """Return what a diff came to, a line each; a first divergence's starts with these words."""
+    found = [
+        f"{name} {run.path}: {count(run.world_size, 'rank')}, "
+        f"{count(run.latest().height, 'record')}"
+        for name, run in (("A", diff.a), ("B", diff.b))
+    ]
+    counts = diff.counts()
+    outcomes = [f"{counts[o]} {words}" for o, words in _WORDS.items() if counts[o]]
+    sides = [f"{counts[o]} {words}" for o, words in _SIDES.items() if counts[o]]
+    moved = [f"{counts['reordered']} in another order"] if counts["reordered"] else []
+    found.append(f"{count(diff.compared, 'pair')}: {', '.join([*outcomes, *sides, *moved])}")
+    if not diff.compared:
+        return found[:2] if not sides else found
+    for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
+        row = diff.first(how)
+        if row is None:
+            found.append(f"no divergence {words}")
+        else:
+            same = how == "tolerance" and row["first"] == "both"
+            facts = "the same" if same else figures(row)
+            found.append(f"first divergence {words}: {title(row)}: {facts}")
+    for outcome, words in (
+        *_SIDES.items(),
+        ("shape", "of unequal shape"),
+        ("error", "not comparable"),
+    ):
+        rows = diff.pairs.filter(pl.col("outcome") == outcome)
+        if rows.height:
+            first = rows.row(0, named=True)
+            why = "" if outcome in _SIDES else f": {figures(first)}"
+            found.append(f"{words}: {rows.height}, the first {title(first)}{why}")
+    return found
+
+
+def worst(diff: Diff) -> pl.DataFrame:
+    """Return the pairs that are not equal: the first divergences, then from the worst on."""
+    rank = {name: i for i, name in enumerate(OUTCOMES)}
+    odd = pl.sum_horizontal("nan_a", "nan_b", "inf_a", "inf_b").fill_null(0) > 0
+    return (
+        diff.pairs.filter(pl.col("outcome") != "equal")
+        .with_columns(
+            _severity=pl.col("outcome").replace_strict(rank, return_dtype=pl.Int32),
+            _odd=odd,
+            _size=pl.coalesce("times_floor", "rel_diff", "at_least").fill_null(0.0),
+        )
+        .sort(
+            pl.col("first").is_null(), "_severity", ~pl.col("_odd"), -pl.col("_size"), "pair",
+            maintain_order=True,
+        )
+        .drop("_severity", "_odd", "_size")
+    )  # fmt: skip
+
+
+def print_diff(diff: Diff, width: int, limit: int) -> None:
+    """Print the lines, and the worst pairs as a table."""
+    console = console_of(width)
+    for line in lines(diff):
+        console.print(printable(line), soft_wrap=True)
+    rows = worst(diff)
+    if not rows.height:
+        return
+    console.print()
+    cells = [_cells(row) for row in rows.head(limit).iter_rows(named=True)]
+    _print_cells(console, cells, width)
+    if rows.height > limit:
+        console.print(f"... and {count(rows.height - limit, 'more pair')} that differ; see --limit")
+    _print_by(console, diff, rows.head(_BY_ROWS), width)
+
+
+def _print_cells(console: Any, cells: list[dict[str, str]], width: int) -> None:
+    columns = [c for c in cells[0] if any(cell[c] for cell in cells)]
+    for least in _DROPPED:
+        if least in columns and natural_width(columns, cells) > width:
+            columns.remove(least)
+    table = table_of(*columns, left=("", "tap", "outcome"))
+    for cell in cells:
+        table.add_row(*(printable(cell[column]) for column in columns))
+    console.print(table)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    marks = {"bitwise": "first", "tolerance": "first beyond", "both": "first"}
+    kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    mismatched, numel = row["mismatched"], row["numel"]
+    odd = sum(row[name] or 0 for name in ("nan_a", "nan_b", "inf_a", "inf_b"))
+    return {
+        "": marks.get(row["first"], ""),
+        "tap": label(row["name"], row["tags"]) + kind + ("*" if row["reordered"] else ""),
+        "step": str(row["step"]),
+        "rank": "" if row["rank"] is None else str(row["rank"]),
+        "outcome": row["outcome"],
+        "rel_diff": _cell(row["rel_diff"]),
+        "max_abs": _cell(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
+        "beyond": "" if not mismatched or not numel else f"{mismatched / numel:.2%}",
+        "cosine": "" if row["cosine"] is None else f"{row['cosine']:.6f}",
+        "p99": _cell(row["p99"]),
+        "NaN Inf": str(odd) if odd else "",
+        "floor x": _cell(row["times_floor"]),
+    }
+
+
+def _cell(value: float | None) -> str:
+    return (
+        "" if value is None else f"{value:.2e}" if value and math.isfinite(value) else f"{value:g}"
+    )
+
+
+def _print_by(console: Any, diff: Diff, rows: pl.DataFrame, width: int) -> None:
+    """Print, for the worst pairs, which indices of the dim of `--by` are the worst."""
+    detail = diff.table.filter(pl.col("by").is_not_null())
+    if not detail.height:
+        return
+    for row in rows.iter_rows(named=True):
+        mine = rows_by(detail, row)
+        if not mine.height:
+            continue
+        off = mine.filter(pl.col("changed") > 0)
+        worse = off.sort("rel_diff", descending=True, nulls_last=False).head(_BY_ROWS)
+        indices = ", ".join(
+            f"{one['by']}={one['index']} ({one['outcome']}, rel_diff {_text(one['rel_diff'])})"
+            for one in worse.iter_rows(named=True)
+        )
+        console.print(
+            printable(f"{title(row)}: {off.height} of {mine.height} differ, the worst {indices}"),
+            soft_wrap=True,
+        )
+
+
+def rows_by(detail: pl.DataFrame, row: Row) -> pl.DataFrame:
+    """Return the rows by index that belong to the row of a whole tensor."""
+    keys = ("pair", "ranks_a", "ranks_b")
+    return detail.filter(
+        pl.all_horizontal(
+            pl.col(key).eq_missing(pl.lit(row[key], dtype=detail.schema[key])) for key in keys
+        )
+    )
+
+
+def objects(diff: Diff) -> Iterator[str]:
+    """Yield each row of the table as JSON: tags and values decoded, what is not finite as text."""
+    for row in diff.table.iter_rows(named=True):
+        made = {name: _jsonable(value) for name, value in row.items()}
+        for name in ("tags", "tags_b"):
+            if row[name] is not None:
+                made[name] = parse_tags(row[name])
+        for name in ("value_a", "value_b"):
+            if row[name] is not None:
+                made[name] = _decoded(row[name])
+        yield json.dumps(made, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decoded(text: str) -> Any:
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return text  # NaN and infinities stay as text: JSON proper has neither
+    return value
+
+
+def write_parquet(diff: Diff, path: Path) -> None:
+    """Write the table to a file, whole or not at all."""
+    spare = path.with_name(f".{path.name}.partial")
+    try:
+        diff.table.write_parquet(spare)
+        spare.replace(path)
+    finally:
+        spare.unlink(missing_ok=True)

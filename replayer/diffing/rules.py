@@ -1,0 +1,192 @@
+"""When a difference is one: tolerances, thresholds by name, and the noise floor.
+
+Elements beyond torch's tolerances are no fault in themselves: where large numbers cancel, one in a
+thousand is off by more than its own size allows. They are taken for rounding where they are at most
+1 % of the elements, none off by more than 250 rtol (nor its root) times the baseline's root mean
+square, and all together by no more than 10 rtol of its norm. Tolerances that the user gives are
+taken at their word.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from recorder.errors import FilterError, UsageError
+from recorder.filters import Filter
+
+if TYPE_CHECKING:
+    import polars as pl
+
+MEASURES = (
+    "numel", "changed", "mismatched", "max_beyond", "max_abs", "max_rel", "mean_abs", "bias",
+    "rel_diff", "cosine", "p50", "p99", "p999", "max_ulp", "l2_a", "l2_b", "nan_a", "nan_b",
+    "inf_a", "inf_b", "times_floor",
+)  # fmt: skip
+"""What a threshold can speak of, beside the tags."""
+_FEW = 0.01
+_EACH = 250
+_TOGETHER = 10
+_NOT_FINITE = ("nan_a", "nan_b", "inf_a", "inf_b")
+_PATTERN = re.compile(r"\s*([^\s:\"'()<>=!,]+)\s*:(.*)", re.DOTALL)
+
+
+def slack(rtol: float) -> float:
+    """Return by how many root mean squares an element may be off that is taken for rounding."""
+    return min(_EACH * rtol, math.sqrt(rtol))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What is within tolerance, for taps whose name fits a pattern.
+
+    Attributes:
+        text: as typed.
+        pattern: for the name, as a shell has it; `*` for all.
+        holds: the expression that is true of what is within.
+    """
+
+    text: str
+    pattern: str
+    holds: Filter
+
+    @classmethod
+    def parse(cls, text: str) -> Threshold:
+        """Read `[PATTERN:] EXPR`.
+
+        Raises:
+            UsageError: the expression cannot be read, or speaks of no measure.
+        """
+        found = _PATTERN.fullmatch(text)
+        pattern, expression = found.groups() if found else ("*", text)
+        try:
+            holds = Filter.parse(expression)
+        except FilterError as err:
+            raise UsageError(f"threshold {str(err).removeprefix('filter ')}") from None
+        if not holds.names & set(MEASURES):
+            raise UsageError(
+                f"--threshold {text!r} speaks of no measure; write what is within tolerance, as in "
+                f"'attn_*: rel_diff < 1e-4 and mismatched == 0'; measures: {', '.join(MEASURES)}"
+            )
+        return cls(text, pattern, holds)
+
+    def fits(self, name: str) -> bool:
+        """Whether it is for taps of a name."""
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How pairs are judged.
+
+    Attributes:
+        rtol: relative tolerance; None for torch's for the pair of dtypes.
+        atol: absolute tolerance, likewise.
+        thresholds: the last one that fits a name decides on it, and tolerances do not.
+        floors: name and tags -> the greatest rel_diff and max_abs of noise.
+        factor: how many times the noise a difference may be.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    thresholds: tuple[Threshold, ...] = ()
+    floors: Mapping[tuple[str, str, str], tuple[float, float]] | None = field(
+        default=None, repr=False
+    )
+    factor: float = 3.0
+
+    def threshold_for(self, name: str) -> Threshold | None:
+        """Return the threshold that decides on taps of a name, None where tolerances do."""
+        return next((one for one in reversed(self.thresholds) if one.fits(name)), None)
+
+    def is_within(self, row: Mapping[str, Any], tags: Mapping[str, Any]) -> bool:
+        """Whether a difference is within tolerance.
+
+        An element that is NaN or infinite on one side alone never is, unless a threshold speaks of
+        such elements.
+
+        Args:
+            row: the measures of a pair, with `name` and `times_floor`.
+            tags: its tags.
+
+        Raises:
+            UsageError: a threshold compares what cannot be compared.
+        """
+        odd = any(row.get(name) for name in _NOT_FINITE)
+        threshold = self.threshold_for(row["name"])
+        if threshold is None:
+            times = row.get("times_floor")
+            noise = times is not None and times <= self.factor
+            return row["mismatched"] == 0 or (not odd and (noise or self._is_rounding(row)))
+        if odd and not threshold.holds.names & set(_NOT_FINITE):
+            return False
+        known = {**tags, **{name: row.get(name) for name in MEASURES}}
+        known |= {name: row.get(name) for name in ("name", "step", "rank", "kind")}
+        try:
+            return threshold.holds(known)
+        except FilterError as err:
+            raise UsageError(f"threshold {str(err).removeprefix('filter ')}") from None
+
+    def _is_rounding(self, row: Mapping[str, Any]) -> bool:
+        """Whether the elements beyond tolerance are so few and so little off; see the module."""
+        given = self.rtol is not None or self.atol is not None
+        if given or None in (row.get("rel_diff"), row.get("l2_a"), row.get("max_beyond")):
+            return False
+        rtol, numel = row["rtol"], row["numel"]
+        return bool(
+            row["mismatched"] <= _FEW * numel
+            and row["max_beyond"] <= slack(rtol) * row["l2_a"] / math.sqrt(numel)
+            and 2 * row["rel_diff"] <= (_TOGETHER * rtol) ** 2  # it is by both norms' squares
+        )
+
+    def against_floor(self, row: Mapping[str, Any], tags: str) -> dict[str, float | None]:
+        """Return the noise of a row's tags, and how many times that its difference is.
+
+        A difference's size is max_abs and the root of rel_diff, which goes by the square; of the
+        two, it is the one that is more times the noise's.
+        """
+        if self.floors is None:
+            return {}
+        floor = self.floors.get((row["name"], tags, row["kind"]))
+        if floor is None:
+            return {"floor_rel_diff": None, "floor_max_abs": None, "times_floor": None}
+        times = max(
+            math.sqrt(_times(row.get("rel_diff"), floor[0])), _times(row.get("max_abs"), floor[1])
+        )
+        return {"floor_rel_diff": floor[0], "floor_max_abs": floor[1], "times_floor": times}
+
+    def words(self) -> list[str]:
+        """Say how pairs are judged, a line each."""
+        tolerances = [
+            f"{name} {value:g}" if value is not None else f"{name} of the pair of dtypes"
+            for name, value in (("rtol", self.rtol), ("atol", self.atol))
+        ]
+        usual = f"within tolerance: no element beyond {' and '.join(tolerances)}"
+        if self.rtol is None and self.atol is None:
+            usual += ", but for rounding: few, and little off for the tensor's size"
+        if self.floors is not None:
+            usual += f", or at most {self.factor:g} times the noise floor"
+        return [usual, *(f"within tolerance: {one.text}" for one in self.thresholds)]
+
+
+def _times(value: float | None, floor: float) -> float:
+    if not value:
+        return 0.0
+    return value / floor if floor else math.inf
+
+
+def floors_of(tables: Sequence[pl.DataFrame]) -> dict[tuple[str, str, str], tuple[float, float]]:
+    """Return the greatest noise of each name, tags and kind, over all steps, ranks and tables."""
+    found: dict[tuple[str, str, str], tuple[float, float]] = {}
+    for table in tables:
+        columns = table.select("name", "tags", "kind", "rel_diff", "max_abs")
+        for name, tags, kind, rel_diff, max_abs in columns.iter_rows():
+            if rel_diff is None and max_abs is None:
+                continue
+            known = found.get((name, tags, kind), (0.0, 0.0))
+            found[name, tags, kind] = max(known[0], rel_diff or 0.0), max(known[1], max_abs or 0.0)
+    return found

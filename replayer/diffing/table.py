@@ -1,0 +1,310 @@
+"""The table of a diff: what the manifests say of each pair, its measures, its outcome.
+
+1. `base` joins the pairs with both sides' columns; `tasks` is what their tensors are to decide.
+2. `assembled` adds what was measured, and what `bounds` proves of what could not be, and judges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import polars as pl
+import torch
+import xxhash
+
+from recorder.format.rows import parse_tags
+
+from . import bounds
+from .measures import measure
+from .pairing import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, VALUE, Pairs
+from .rules import Rules
+from .tensors import Row
+from .work import Task
+
+OUTCOMES = ("differs", "shape", "error", "unmeasured", "only_a", "only_b", "close", "equal")
+"""From the worst on: `equal` is bit for bit, `close` within tolerance, `unmeasured` other bytes
+whose elements were not read."""
+GOOD = ("equal", "close")
+_MISSING = ("only_a", "only_b")
+
+COLUMNS: dict[str, Any] = {
+    "pair": pl.Int64, "name": pl.String, "tags": pl.String, "kind": pl.String, "step": pl.Int64,
+    "occurrence": pl.Int32, "rank": pl.Int32, "outcome": pl.String, "first": pl.String,
+    "by": pl.String, "index": pl.Int64, "reordered": pl.Boolean, "how": pl.String,
+    "name_b": pl.String, "tags_b": pl.String, "step_b": pl.Int64, "occurrence_b": pl.Int32,
+    "dtype_a": pl.String, "dtype_b": pl.String, "shape_a": pl.List(pl.Int64),
+    "shape_b": pl.List(pl.Int64), "labels": pl.List(pl.String), "ranks_a": pl.List(pl.Int32),
+    "ranks_b": pl.List(pl.Int32), "ranks_differ": pl.List(pl.Int32), "numel": pl.Int64,
+    "bitwise": pl.Boolean, "changed": pl.Int64, "mismatched": pl.Int64,
+    "max_beyond": pl.Float64, "rtol": pl.Float64, "atol": pl.Float64, "rel_diff": pl.Float64,
+    "cosine": pl.Float64, "max_abs": pl.Float64,
+    "max_abs_at": pl.List(pl.Int64), "max_abs_a": pl.Float64, "max_abs_b": pl.Float64,
+    "max_rel": pl.Float64, "max_rel_at": pl.List(pl.Int64), "max_rel_a": pl.Float64,
+    "max_rel_b": pl.Float64, "mean_abs": pl.Float64, "bias": pl.Float64, "p50": pl.Float64,
+    "p99": pl.Float64, "p999": pl.Float64, "max_ulp": pl.Int64,
+    "l2_a": pl.Float64, "l2_b": pl.Float64, "nan_a": pl.Int64,
+    "nan_b": pl.Int64, "inf_a": pl.Int64, "inf_b": pl.Int64, "at_least": pl.Float64,
+    "floor_rel_diff": pl.Float64, "floor_max_abs": pl.Float64, "times_floor": pl.Float64,
+    "value_a": pl.String, "value_b": pl.String, "message": pl.String,
+}  # fmt: skip
+"""The columns of a diff's table, in order."""
+
+
+_UNALIGNED = (
+    "the ranks' shapes differ, as do the numbers of ranks, and no layout says how it is cut; "
+    "declare the dims at the taps of both sides, as in tap(..., dims='b s h[tp]')"
+)
+_OF_BOTH = ("rank", "step", "name", "tags", "occurrence", "kind", "dtype", "shape", "value")
+_REPLACED = ("rank", "ranks_a", "ranks_b", "shape_a", "shape_b")
+"""Columns in which what was measured has the last word."""
+_SAME: dict[str, Any] = {
+    "changed": 0, "mismatched": 0, "rel_diff": 0.0, "max_abs": 0.0, "mean_abs": 0.0, "cosine": 1.0,
+}  # fmt: skip
+
+
+def base(pairs: Pairs) -> pl.DataFrame:
+    """Return the pairs, numbered, with what both manifests say of them."""
+    table = pairs.table.with_row_index("pair")
+    for which, side in (("a", pairs.a), ("b", pairs.b)):
+        columns = [pl.col(c).alias(f"{c}_{which}") for c in _OF_BOTH]
+        own = [pl.col(f"{c}_0").alias(f"{c}_own_{which}") for c in ("name", "tags")]
+        frame = side.frame.with_row_index(which).select(which, *columns, *own)
+        table = table.join(frame, on=which, how="left", maintain_order="left")
+    by_rank, has_a, has_b = (
+        pl.col("how") != LAYOUT, pl.col("a").is_not_null(), pl.col("b").is_not_null(),
+    )  # fmt: skip
+    own_b = {
+        "name": pl.col("name_own_b"),
+        "tags": pl.col("tags_own_b"),
+        "step": pl.col("step_b") - pairs.step_offset,
+        "occurrence": pl.col("occurrence_b"),
+    }
+    shared = ("name", "tags", "kind", "step", "occurrence")
+    table = table.with_columns(
+        *(pl.coalesce(f"{c}_a", f"{c}_b").alias(c) for c in shared),
+        rank=pl.when(by_rank).then(pl.coalesce("rank_b", "rank_a")),
+        ranks_a=pl.when(by_rank & has_a).then(pl.concat_list("rank_a")),
+        ranks_b=pl.when(by_rank & has_b).then(pl.concat_list("rank_b")),
+    )
+    return table.with_columns(
+        pl.when(has_b & value.ne_missing(pl.col(c))).then(value).alias(f"{c}_b")
+        for c, value in own_b.items()
+    )
+
+
+def fingerprint(pairs: Pairs) -> str:
+    """Return what tells two recordings, and how they were matched, from others."""
+    found = xxhash.xxh3_128()
+    for side in (pairs.a, pairs.b):
+        for name in ("digest", "value", "dims"):
+            found.update("\n".join(side.frame[name].fill_null("").to_list()).encode())
+    for name in ("key", "a", "b"):
+        found.update(str(pairs.table[name].to_list()).encode())
+    return found.hexdigest()
+
+
+def tasks(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
+    """Return the pairs to measure, and how many cannot be: recorded without their elements."""
+    todo = table.filter(pl.col("state") == TODO)
+    found = []
+    unread = 0
+    layouts = todo.filter(pl.col("how") == LAYOUT)["key"].unique()
+    of_key = [_rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
+    for number, how, key, a, b in todo.select("pair", "how", "key", "a", "b").iter_rows():
+        if how == LAYOUT:
+            rows = [known[key] for known in of_key]
+        else:
+            rows = [[pairs.a.frame.row(a, named=True)], [pairs.b.frame.row(b, named=True)]]
+        if any(row["shard"] is None for side in rows for row in side):
+            unread += 1
+        else:
+            found.append(Task(number, how, tuple(rows[0]), tuple(rows[1])))
+    return found, unread
+
+
+def _rows_of_keys(frame: pl.DataFrame, keys: pl.Series) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
+    wanted = frame.filter(pl.col("key").is_in(keys.implode())).sort("rank")
+    for row in wanted.iter_rows(named=True):
+        found.setdefault(row["key"], []).append(row)
+    return found
+
+
+def values(table: pl.DataFrame) -> list[Row]:
+    """Return the measures of recorded numbers, strings and lists."""
+    rows: list[Row] = []
+    known = table.filter(pl.col("state") == VALUE).select("pair", "value_a", "value_b")
+    for number, one, other in known.iter_rows():
+        figures = {**_SAME, "bitwise": True} if one == other else _of_values(one, other)
+        rows.append({"pair": number, **figures})
+    return rows
+
+
+def _of_values(one: str, other: str) -> Row:
+    different: Row = {"bitwise": False, "numel": 1, "changed": 1, "mismatched": 1}
+    try:
+        x, y = (json.loads(text) for text in (one, other))
+    except (TypeError, ValueError, RecursionError):  # a null, or no JSON
+        return different
+    x, y = (v if isinstance(v, list) else [v] for v in (x, y))
+    if not all(type(v) in (int, float) for v in (*x, *y)):
+        return different
+    if len(x) != len(y):
+        return {"failed": "shape", "message": f"a list of {len(x)} in A and of {len(y)} in B"}
+    try:
+        numbers = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y)]
+    except (OverflowError, RuntimeError):
+        return different
+    return {**asdict(measure(*numbers)), "max_abs_at": None, "max_rel_at": None}
+
+
+def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
+    """Return `outcome` and `at_least` of pairs that were not read, as statistics have it.
+
+    Args:
+        pairs: what belongs together.
+        table: those pairs, of `base`.
+        rules: how pairs are judged.
+    """
+    columns = ["rank", "dtype", "shape", "dims", *bounds.STATISTICS]
+    left, right = (
+        side.frame.with_row_index(which).select(which, "key", *columns)
+        for which, side in (("a", pairs.a), ("b", pairs.b))
+    )
+    by_rank = (
+        table.filter(pl.col("how") != LAYOUT)
+        .select("pair", "a", "b")
+        .join(left, on="a")
+        .join(right.drop("key"), on="b", suffix="_b")
+    )
+    blocks = (
+        table.filter(pl.col("how") == LAYOUT)
+        .select("pair", "key")
+        .join(left, on="key")
+        .join(right, on=["key", "rank"], suffix="_b")
+        .filter(pl.col("rank").is_in(pairs.alike) & (pl.col("dims") == pl.col("dims_b")))
+    )
+    wanted = ["pair", *columns, *(f"{c}_b" for c in columns[1:])]
+    both = pl.concat([by_rank.select(wanted), blocks.select(wanted)])
+    both = both.filter(pl.col("shape").eq_missing(pl.col("shape_b")))
+    found = both.select("pair").hstack(bounds.proven(both, rules.rtol, rules.atol))
+    each = found.group_by("pair").agg(pl.col("at_least").max(), pl.col("beyond").any())
+    # No statistics say whether a threshold of the user's holds.
+    ruled = [name for name in table["name"].unique() if rules.threshold_for(name)]
+    beyond = pl.col("beyond").fill_null(False) & ~pl.col("name").is_in(ruled)
+    return (
+        table.select("pair", "name")
+        .join(each, on="pair", how="left")
+        .select(
+            "pair",
+            "at_least",
+            outcome=pl.when(beyond).then(pl.lit("differs")).otherwise(pl.lit("unmeasured")),
+        )
+    )
+
+
+def assembled(
+    pairs: Pairs, table: pl.DataFrame, measured: Sequence[Row], rules: Rules
+) -> pl.DataFrame:
+    """Return the table of a diff, `COLUMNS`, in execution order.
+
+    Args:
+        pairs: what belongs together.
+        table: of `base`.
+        measured: rows as of `Crew.measure` and `values`.
+        rules: how to judge them.
+    """
+    done = _judged(table, measured, rules)
+    rest = table.join(done.select("pair"), on="pair", how="anti")
+    unread = bounded(pairs, rest.filter(pl.col("state") == TODO), rules)
+    rest = rest.join(unread, on="pair", how="left", maintain_order="left")
+    state = pl.col("state")
+    is_equal = state == EQUAL
+    numel = pl.col("shape_a").list.eval(pl.element().product()).list.first().fill_null(1)
+    rest = rest.with_columns(
+        outcome=pl.when(state == UNALIGNED)
+        .then(pl.lit("error"))
+        .when(state == TODO)
+        .then("outcome")
+        .otherwise(state),
+        message=pl.when(state == UNALIGNED).then(pl.lit(_UNALIGNED)),
+        bitwise=pl.when(is_equal).then(True).when(state.is_in([TODO, SHAPE])).then(False),
+        numel=pl.when(is_equal).then(numel),
+        **{name: pl.when(is_equal).then(value) for name, value in _SAME.items()},
+    )
+    found = done.join(table, on="pair", how="left", suffix="_0").with_columns(
+        pl.coalesce(c, f"{c}_0").alias(c) for c in _REPLACED
+    )
+    parts = [_with_columns(part) for part in (rest, found)]
+    made = pl.concat(parts)
+    made = made.with_columns(  # a tensor of all ranks: the first of them stands for it
+        rank=pl.when(pl.col("outcome") == "equal")
+        .then("rank")
+        .otherwise(
+            pl.coalesce("rank", pl.col("ranks_b").list.first(), pl.col("ranks_a").list.first())
+        )
+    ).sort("pair", maintain_order=True)
+    return _with_firsts(made)
+
+
+def _with_columns(part: pl.DataFrame) -> pl.DataFrame:
+    """Return exactly the table's columns, null those that are not there."""
+    return part.select(
+        (pl.col(name) if name in part.columns else pl.lit(None)).cast(dtype).alias(name)
+        for name, dtype in COLUMNS.items()
+    )
+
+
+def _judged(table: pl.DataFrame, measured: Sequence[Row], rules: Rules) -> pl.DataFrame:
+    """Return measured rows as a table, each with its outcome."""
+    numbers = pl.Series([row["pair"] for row in measured], dtype=pl.UInt32)
+    about = table.select("name", "tags", "kind", "step")[numbers]
+    parsed: dict[str, dict[str, Any]] = {}
+    rows = []
+    for row, known in zip(measured, about.iter_rows(named=True), strict=True):
+        tags = parsed.get(known["tags"])
+        if tags is None:
+            tags = parsed[known["tags"]] = parse_tags(known["tags"])
+        rows.append({**row, **_outcome({**row, **known}, tags, rules)})
+    own = {*table.columns} - {*_REPLACED}
+    schema = {**{c: t for c, t in COLUMNS.items() if c not in own}, "pair": pl.UInt32}
+    columns = {name: [row.get(name) for row in rows] for name in schema}
+    columns["shape_b"] = columns["shape_a"]
+    return pl.DataFrame(columns, schema=schema, strict=False)
+
+
+def _outcome(row: Row, tags: dict[str, Any], rules: Rules) -> Row:
+    failed = row.get("failed")
+    if failed is not None:
+        return {"outcome": "shape" if failed == "shape" else "error"}
+    floor = {} if row.get("by") else rules.against_floor(row, row["tags"])
+    if row.get("bitwise"):
+        return {"outcome": "equal", **floor}
+    if row.get("by") and not row["changed"]:
+        return {"outcome": "equal"}
+    within = rules.is_within({**row, **floor}, tags)
+    return {"outcome": "close" if within else "differs", **floor}
+
+
+def _with_firsts(table: pl.DataFrame) -> pl.DataFrame:
+    """Mark in `first` the first pair that is not equal, and the first beyond tolerance."""
+    whole = pl.col("by").is_null()
+    beyond = whole & pl.col("outcome").is_in(["differs", "shape"])
+    changed = whole & pl.col("outcome").is_in(["differs", "shape", "unmeasured", "close"])
+    places = [table.select(which.arg_max()).item() for which in (changed, beyond)]
+    there = [bool(table.select(which.any()).item()) for which in (changed, beyond)]
+    row = pl.int_range(pl.len())
+    bitwise, tolerance = (
+        (row == at) if exists else pl.lit(False) for at, exists in zip(places, there, strict=True)
+    )
+    return table.with_columns(
+        first=pl.when(bitwise & tolerance)
+        .then(pl.lit("both"))
+        .when(bitwise)
+        .then(pl.lit("bitwise"))
+        .when(tolerance)
+        .then(pl.lit("tolerance"))
+    )

@@ -1,0 +1,425 @@
+"""From a pair of manifest rows to two tensors of one shape, in memory.
+
+1. `by_rank` reads one record of each side.
+2. `by_layout` puts all ranks' blocks of a key together on both sides, in the dims of one of them,
+   padding left out; once for each part of the data that ranks had of their own (`dp`), and once for
+   each replica where ranks that should hold the same do not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from recorder.errors import LayoutError
+from recorder.format.recording import Recording
+from recorder.layouts.blocks import Block, Places, coordinates
+from recorder.layouts.dims import TOKENS, Dim, Dims
+from recorder.layouts.lengths import Lengths, lengths_in
+from recorder.layouts.plan import Plan, whole
+from recorder.layouts.recorded import Recorded
+
+Row = dict[str, Any]
+_BATCHED = {"b", "s"}
+_PIPELINE = "pp"
+_MOST_VARIANTS = 64
+
+
+class ShapesDiffer(LayoutError):
+    """The two logical tensors have unequal shapes."""
+
+
+@dataclass
+class Two:
+    """Two tensors to compare.
+
+    Attributes:
+        a: the baseline's, on the CPU.
+        b: the target's, of the same shape.
+        labels: what each dim is called; a number where nobody says.
+        ranks_a: the ranks that were read of the baseline.
+        ranks_b: of the target.
+        note: what to know of them, "" where there is nothing.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    labels: tuple[str, ...]
+    ranks_a: tuple[int, ...]
+    ranks_b: tuple[int, ...]
+    note: str = ""
+    plan: Plan | None = field(default=None, repr=False)
+
+    def rank_at(self, index: Sequence[int] | None) -> int:
+        """Return the target's rank that holds an element; its first where there is none."""
+        if index is None or self.plan is None:
+            return self.ranks_b[0]
+        places = []
+        for pair in self.plan.pairs:
+            at = 0
+            for j in pair.receivers:
+                at = at * self.a.shape[j] + index[j]
+            places.append(at)
+        for move in self.plan.moves:
+            if all(
+                any(piece.into <= at < piece.into + piece.length for piece in pieces)
+                for at, pieces in zip(places, move.pieces, strict=True)
+            ):
+                return move.ranks[0][0]
+        return self.ranks_b[0]
+
+    def parts(self) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Yield what each of the target's ranks holds: the ranks, and both sides' elements."""
+        if self.plan is None or len(self.plan.moves) < 2:
+            yield list(self.ranks_b), self.a, self.b
+            return
+        order = [j for pair in self.plan.pairs for j in pair.receivers]
+        rest = [j for j in range(self.a.dim()) if j not in order]
+        sizes = [math.prod(self.a.shape[j] for j in pair.receivers) for pair in self.plan.pairs]
+        grouped = [t.permute([*order, *rest]).reshape(sizes) for t in (self.a, self.b)]
+        for move in self.plan.moves:
+            one, other = grouped
+            for dim, pieces in enumerate(move.pieces):
+                if len(pieces) == 1 and pieces[0].length == sizes[dim]:
+                    continue
+                index = torch.cat(
+                    [torch.arange(p.into, p.into + p.length, device="cpu") for p in pieces]
+                )
+                one, other = one.index_select(dim, index), other.index_select(dim, index)
+            yield sorted(rank for ranks in move.ranks for rank in ranks), one, other
+
+
+def by_rank(a: Recording, row_a: Row, b: Recording, row_b: Row, *, check: bool = True) -> Two:
+    """Read one record of each side.
+
+    Raises:
+        DamagedRecording: the bytes are not there, or not those that were written.
+    """
+    one, other = a.read(row_a, check=check), b.read(row_b, check=check)
+    return Two(one, other, _numbers(one), (row_a["rank"],), (row_b["rank"],))
+
+
+def _numbers(tensor: torch.Tensor) -> tuple[str, ...]:
+    return tuple(map(str, range(tensor.dim())))
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One choice among replicas: the rows to read, and what is in them."""
+
+    rows: tuple[Row, ...]
+    digests: tuple[str, ...]
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(row["rank"] for row in self.rows)
+
+
+class _Blocks:
+    """One side's records of a key, at one part of the data."""
+
+    def __init__(
+        self,
+        name: str,
+        recording: Recording,
+        rows: Sequence[Row],
+        check: bool,
+        plans: dict[Any, Plan],
+    ) -> None:
+        self.name, self.recording, self.rows = name, recording, tuple(rows)
+        self.is_declared = all(row["dims"] for row in rows)
+        self._options: dict[str, Any] = {"check": check, "plans": plans}
+        self.recorded = self._recorded(self.rows) if self.is_declared else None
+
+    def _recorded(self, rows: Sequence[Row]) -> Recorded:
+        return Recorded(self.recording, rows, **self._options)
+
+    @property
+    def dims(self) -> Dims:
+        assert self.recorded is not None
+        return self.recorded.blocks[0].dims
+
+    def whole(self) -> Block:
+        """Return the tensor's block of a job of one rank."""
+        assert self.recorded is not None
+        return whole(self.recorded.blocks, self.recording.world_size)
+
+    def lengths(self) -> Lengths | None:
+        """Return the sequences' lengths, where its extras have them."""
+        assert self.recorded is not None
+        found = (lengths_in(block.extras, self.dims) for block in self.recorded.blocks)
+        return next((one for one in found if one is not None), None)
+
+    def plan(self, receiver: Block) -> Plan:
+        assert self.recorded is not None
+        return self.recorded.plan(receiver, 1)
+
+    def variants(self, receiver: Block) -> list[_Variant]:
+        """Return the choices among replicas that are not all the same, at least one."""
+        rows = {row["rank"]: row for row in self.rows}
+        held = [ranks for move in self.plan(receiver).moves for ranks in move.ranks]
+        if not held:
+            return [_Variant(self.rows, ())]
+        found = []
+        for k in range(min(_MOST_VARIANTS, max(map(len, held)))):
+            chosen = tuple(rows[ranks[min(k, len(ranks) - 1)]] for ranks in held)
+            one = tuple({row["rank"]: row for row in chosen}.values())
+            found.append(_Variant(one, tuple(f"{r['dtype']} {r['digest']}" for r in chosen)))
+        return found if len({one.digests for one in found}) > 1 else found[:1]
+
+    def tensor(self, variant: _Variant, receiver: Block) -> tuple[torch.Tensor, Plan]:
+        recorded = self._recorded(variant.rows)
+        plan = recorded.plan(receiver, 1)
+        return recorded.block(receiver, plan), plan
+
+
+def by_layout(
+    a: Recording,
+    rows_a: Sequence[Row],
+    b: Recording,
+    rows_b: Sequence[Row],
+    *,
+    check: bool = True,
+    plans: tuple[dict[Any, Plan], dict[Any, Plan]] | None = None,
+) -> Iterator[Two | LayoutError]:
+    """Put together what all ranks recorded of a key, on both sides.
+
+    Args:
+        a: the baseline.
+        rows_a: its rows of the key, by rank.
+        b: the target.
+        rows_b: its rows.
+        check: hold what is read against its digest.
+        plans: plans made before for either side, and to be added to.
+
+    Yields:
+        Two tensors, or why there are none of this part of the data.
+
+    Raises:
+        DamagedRecording: bytes are not there, or not those that were written.
+    """
+    plans = plans or ({}, {})
+    try:
+        parts = list(_of_same_data(a, rows_a, b, rows_b))
+    except LayoutError as err:
+        yield err
+        return
+    for ours, theirs, at in parts:
+        where = at if len(parts) > 1 else ""
+        if not ours or not theirs:
+            side = "A" if theirs else "B"
+            yield LayoutError(f"no rank of {side} at {at} recorded it")
+            continue
+        try:
+            yield from _twos(
+                _Blocks("A", a, ours, check, plans[0]),
+                _Blocks("B", b, theirs, check, plans[1]),
+                where,
+            )
+        except LayoutError as err:
+            err.args = (f"{where}: {err}",) if where else err.args
+            yield err
+
+
+def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
+    if not (a.is_declared and b.is_declared):
+        yield from _one_sided(a, b, where)
+        return
+    receiver, note = _receiver(a, b)
+    choices = a.variants(receiver), b.variants(receiver)
+    for one, other in _combined(*choices):
+        x, _ = a.tensor(one, receiver)
+        y, plan = b.tensor(other, receiver)
+        said = [where, note, *_replica_notes(choices, one, other)]
+        yield Two(
+            x, y, tuple(dim.label for dim in receiver.dims.dims), one.ranks, other.ranks,
+            "; ".join(filter(None, said)), plan,
+        )  # fmt: skip
+
+
+def _one_sided(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
+    """Compare a layout with the tensor of a job of one rank, which declares none."""
+    declared, plain = (a, b) if a.is_declared else (b, a)
+    receiver = declared.whole()
+    (row,) = plain.rows
+    tensor = plain.recording.read(row, check=declared._options["check"])
+    if tuple(tensor.shape) != receiver.shape:
+        raise ShapesDiffer(
+            f"{declared.name}'s blocks are parts of {list(receiver.shape)}, and {plain.name} has "
+            f"{list(tensor.shape)}; declare the dims on both sides"
+        )
+    choices = declared.variants(receiver)
+    for variant in choices:
+        made, plan = declared.tensor(variant, receiver)
+        two = (made, tensor) if declared is a else (tensor, made)
+        ranks = (variant.ranks, (row["rank"],))
+        said = [where]
+        if len(choices) > 1:
+            said.append(_replica_note(declared.name, variant))
+        labels = tuple(dim.label for dim in receiver.dims.dims)
+        ranks_a, ranks_b = ranks if declared is a else ranks[::-1]
+        yield Two(
+            *two, labels, ranks_a, ranks_b, "; ".join(filter(None, said)),
+            plan if declared is b else None,
+        )  # fmt: skip
+
+
+def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
+    """Return the block that both sides' are made into, and a note.
+
+    It has the baseline's dims. Where sequences are padded, it has flattened tokens instead of batch
+    and sequence, which leaves the padding out.
+    """
+    mine, its = a.whole(), b.whole()
+    ours, theirs = a.dims, b.dims
+    if TOKENS in ours.names:
+        return mine, ""
+    if TOKENS in theirs.names and set(ours.names) >= _BATCHED:
+        return its, ""
+    if set(ours.names) >= _BATCHED and set(theirs.names) >= _BATCHED:
+        found = [side.lengths() for side in (a, b)]
+        lengths = found[0] or found[1]
+        if found[0] and found[1] and found[0].real != found[1].real:
+            raise LayoutError(
+                f"the sequences have the lengths {list(found[0].real)!s:.120} in A and "
+                f"{list(found[1].real)!s:.120} in B; feed both the same input"
+            )
+        if lengths is not None:
+            sizes = [_longest(block) for block in (mine, its)]
+            padded = any(n > min(lengths.real, default=n) for n in sizes)
+            if padded or sizes[0] != sizes[1]:
+                left_out = " and ".join(
+                    f"{len(lengths.real) * n - sum(lengths.real)} of {len(lengths.real) * n} in {s}"
+                    for s, n in zip("AB", sizes, strict=True)
+                )
+                return _flattened(mine, lengths), f"tokens of padding left out: {left_out}"
+    if ours.names == theirs.names and len(mine.shape) == len(its.shape) and mine.shape != its.shape:
+        raise ShapesDiffer(
+            f"logical shapes {list(mine.shape)} in A and {list(its.shape)} in B are not equal"
+        )
+    return mine, ""
+
+
+def _longest(block: Block) -> int:
+    """Return the room of a sequence in a whole tensor with batch and sequence."""
+    for dim, size in zip(block.dims.dims, block.shape, strict=True):
+        if dim.names == ("s",):
+            return size
+    return 0
+
+
+def _flattened(block: Block, lengths: Lengths) -> Block:
+    """Return a whole block with flattened tokens in place of batch and sequence."""
+    dims: list[Dim] = []
+    shape: list[int] = []
+    for dim, size in zip(block.dims.dims, block.shape, strict=True):
+        if not set(dim.names) & _BATCHED:
+            dims.append(dim)
+            shape.append(size)
+        elif Dim((TOKENS,)) not in dims:
+            dims.append(Dim((TOKENS,)))
+            shape.append(sum(lengths.real))
+    sizes = {name: n for name, n in block.dims.sizes.items() if name not in _BATCHED}
+    made = replace(block.dims, text=f"tokens of {block.dims.text}", dims=tuple(dims), sizes=sizes)
+    extras = json.dumps({"seq_lens": list(lengths.real)})
+    return Block(0, made, tuple(shape), (), extras)
+
+
+def _combined(ours: list[_Variant], theirs: list[_Variant]) -> list[tuple[_Variant, _Variant]]:
+    """Pair the choices among replicas: k with k where there are as many, else each with the first.
+
+    Of those with the same contents one is kept.
+    """
+    if len(ours) == len(theirs):
+        pairs = list(zip(ours, theirs, strict=True))
+    else:
+        pairs = [(ours[0], other) for other in theirs] + [(one, theirs[0]) for one in ours[1:]]
+    return list(
+        {(one.digests, other.digests): (one, other) for one, other in reversed(pairs)}.values()
+    )[::-1]
+
+
+def _replica_notes(
+    choices: tuple[list[_Variant], list[_Variant]], one: _Variant, other: _Variant
+) -> list[str]:
+    return [
+        _replica_note(name, variant)
+        for name, all_of_it, variant in (("A", choices[0], one), ("B", choices[1], other))
+        if len(all_of_it) > 1
+    ]
+
+
+def _replica_note(name: str, variant: _Variant) -> str:
+    ranks = ", ".join(map(str, variant.ranks[:8])) + (", ..." * (len(variant.ranks) > 8))
+    return f"{name}'s replicas differ among themselves: this is rank {ranks}"
+
+
+def _of_same_data(
+    a: Recording, rows_a: Sequence[Row], b: Recording, rows_b: Sequence[Row]
+) -> Iterator[tuple[list[Row], list[Row], str]]:
+    """Split both sides by the ranks' places on the axes over which they had data of their own.
+
+    An axis of one size on both sides, but for a pipeline's, has the same data at the same place: a
+    part is empty where nobody stood there. Else, where one side's ranks are all at one place, that
+    side has what each of the other's parts is to be held against.
+    """
+    ours, theirs = _places(a, rows_a), _places(b, rows_b)
+    axes = sorted({axis for places in (*ours, *theirs) for axis in places})
+    sizes = {
+        axis: [{p[axis][1] if axis in p else 1 for p in places} for places in (ours, theirs)]
+        for axis in axes
+    }
+    fixed = [axis for axis in axes if axis != _PIPELINE and sizes[axis][0] == sizes[axis][1]]
+    free = [axis for axis in axes if axis not in fixed]
+    parts_a, parts_b = _grouped(rows_a, ours, fixed), _grouped(rows_b, theirs, fixed)
+    for at in sorted({*parts_a, *parts_b}):
+        inner_a = _grouped(*parts_a.get(at, ([], [])), free)
+        inner_b = _grouped(*parts_b.get(at, ([], [])), free)
+        if len(inner_a) > 1 and len(inner_b) > 1 and {*inner_a} != {*inner_b}:
+            raise LayoutError(
+                f"ranks had data of their own over {' and '.join(free)}, and stood at other places "
+                "in A than in B; compare the same places with --filter, or declare "
+                f"'# {free[0]}:replicated' at the taps"
+            )
+        one_each = len(inner_a) > 1 and len(inner_b) > 1
+        for here, mine in (inner_a or {(): ([], [])}).items():
+            for there, its in (inner_b or {(): ([], [])}).items():
+                if not one_each or here == there:
+                    place = here if len(inner_a) > 1 else there or here
+                    yield mine[0], its[0], _where([*fixed, *free], (*at, *place))
+
+
+def _where(axes: Sequence[str], at: tuple[int, ...]) -> str:
+    return " ".join(f"{axis}={k}" for axis, k in zip(axes, at, strict=True))
+
+
+Part = tuple[list[Row], list[Places]]
+
+
+def _grouped(
+    rows: Sequence[Row], places: Sequence[Places], axes: Sequence[str]
+) -> dict[tuple[int, ...], Part]:
+    """Return rows and their places by coordinates on some axes."""
+    found: dict[tuple[int, ...], Part] = {}
+    for row, place in zip(rows, places, strict=True):
+        mine = found.setdefault(tuple(place.get(axis, (0, 1))[0] for axis in axes), ([], []))
+        mine[0].append(row)
+        mine[1].append(place)
+    return found
+
+
+def _places(recording: Recording, rows: Sequence[Row]) -> list[Places]:
+    """Return where each row's rank stands on axes over which ranks have data of their own."""
+    if not all(row["dims"] for row in rows):
+        return [{} for _ in rows]
+    found: list[Places] = []
+    for block in Recorded(recording, rows).blocks:
+        axes = block.dims.data - set(block.dims.axes)
+        places = coordinates(block, recording.world_size)
+        found.append({axis: at for axis, at in places.items() if axis in axes and at[1] > 1})
+    return found

@@ -1,0 +1,798 @@
+"""The figures of a pair of tensors, against rational numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from fractions import Fraction
+
+import pytest
+import torch
+
+from recorder.errors import CaptureError
+from replayer.diffing import chunks, measures, quantiles
+from replayer.diffing.measures import exact_sum, measure, tolerances
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*Half support is experimental")
+
+INF, NAN, HUGE, TINY = math.inf, math.nan, 1.7e308, 5e-324
+
+FLOAT8 = [
+    getattr(torch, name)
+    for name in (
+        "float8_e4m3fn",
+        "float8_e4m3fnuz",
+        "float8_e5m2",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    )
+    if hasattr(torch, name)
+]
+FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64, *FLOAT8]
+COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+INTEGERS += [torch.uint16, torch.uint32, torch.uint64]
+DTYPES = [*FLOATS, *COMPLEX, *INTEGERS, torch.bool]
+
+
+def each(*values, repeat=1):
+    return list(itertools.product(*values, repeat=repeat))
+
+
+# The reference: what the figures mean, one element after the other.
+
+
+def elements(tensor):
+    """Every element as a pair of numbers, real and imaginary part, exactly."""
+    flat = tensor.detach().resolve_conj().flatten()
+    if flat.is_complex():
+        flat = flat.to(torch.complex128)
+        return [(one.real, one.imag) for one in flat.tolist()]
+    if flat.is_floating_point():
+        flat = flat.to(torch.float32 if flat.dtype.itemsize == 1 else torch.float64)
+    return [(one, 0) for one in flat.tolist()]
+
+
+def root(square):
+    """The square root of a fraction, to some 100 digits."""
+    if not square:
+        return Fraction(0)
+    power = 350 + (max(0, square.denominator.bit_length() - square.numerator.bit_length()) + 1) // 2
+    return Fraction(math.isqrt((square.numerator << 2 * power) // square.denominator), 1 << power)
+
+
+def rounded(fraction):
+    try:
+        return float(fraction)
+    except OverflowError:
+        return INF if fraction > 0 else -INF
+
+
+def is_nan(one):
+    return any(map(math.isnan, one))
+
+
+def is_inf(one):
+    return any(map(math.isinf, one))
+
+
+def expected(a, b, rtol, atol):
+    """All figures but `bitwise`, the places and the steps."""
+    pairs = list(zip(elements(a), elements(b), strict=True))
+    odd = [any(not math.isfinite(v) for v in (*x, *y)) for x, y in pairs]
+    disagree = sum(
+        bad and x != y and not (is_nan(x) and is_nan(y))
+        for bad, (x, y) in zip(odd, pairs, strict=True)
+    )
+    found = {
+        "numel": len(pairs),
+        "nan_a": sum(is_nan(x) and not is_nan(y) for x, y in pairs),
+        "nan_b": sum(is_nan(y) and not is_nan(x) for x, y in pairs),
+        "inf_a": sum(is_inf(x) and x != y for x, y in pairs),
+        "inf_b": sum(is_inf(y) and x != y for x, y in pairs),
+    }
+    kept = [
+        (tuple(map(Fraction, x)), tuple(map(Fraction, y)))
+        for bad, (x, y) in zip(odd, pairs, strict=True)
+        if not bad
+    ]
+    d = [(y[0] - x[0], y[1] - x[1]) for x, y in kept]
+    w = [root(dr * dr + di * di) if di else abs(dr) for dr, di in d]
+    size = [root(re * re + im * im) if im else abs(re) for (re, im), _ in kept]
+    found["changed"] = disagree + sum(one > 0 for one in w)
+    beyond = [
+        one for one, of in zip(w, size, strict=True) if one > Fraction(atol) + Fraction(rtol) * of
+    ]
+    found["mismatched"] = disagree + len(beyond)
+    if not kept:
+        return found
+    xx, yy, xy, dd = (
+        sum((p * q for u, v in pairs for p, q in zip(u, v, strict=True)), Fraction())
+        for pairs in (
+            [(x, x) for x, _ in kept],
+            [(y, y) for _, y in kept],
+            kept,
+            [(one, one) for one in d],
+        )
+    )
+    relative = [one / of for one, of in zip(w, size, strict=True) if of]
+    n, ordered = len(w), sorted(w)
+    complex_ = a.is_complex() or b.is_complex()
+    cosine = xy / root(xx * yy) if xx and yy else Fraction(xx == yy)
+    return found | {
+        "max_beyond": rounded(max(beyond, default=Fraction())),
+        "l2_a": rounded(root(xx)),
+        "l2_b": rounded(root(yy)),
+        "max_abs": rounded(max(w)),
+        "max_rel": rounded(max(relative)) if relative else None,
+        "mean_abs": rounded(sum(w) / n),
+        "bias": None if complex_ else rounded(sum(one for one, _ in d) / n),
+        "rel_diff": rounded(dd / (xx + yy)) if dd else 0.0,
+        "cosine": float(cosine),
+        "p50": rounded(ordered[-(-n * 500 // 1000) - 1]),
+        "p99": rounded(ordered[-(-n * 990 // 1000) - 1]),
+        "p999": rounded(ordered[-(-n * 999 // 1000) - 1]),
+    }
+
+
+def check_values(a, b, found, name):
+    """The greatest figure is that of the elements at its place, and the values are theirs."""
+    at = getattr(found, f"{name}_at")
+    if not getattr(found, name):
+        assert at is None
+        return
+    x, y = elements(a)[at], elements(b)[at]
+    if a.is_complex() or b.is_complex():
+        assert getattr(found, f"{name}_a") is None and getattr(found, f"{name}_b") is None
+    else:
+        assert getattr(found, f"{name}_a") == float(x[0])
+        assert getattr(found, f"{name}_b") == float(y[0])
+    one = expected(*(t.flatten()[at : at + 1] for t in (a, b)), 0, 0)[name]
+    assert one == pytest.approx(getattr(found, name), rel=1e-9, abs=0)
+
+
+def check(a, b, **options):
+    """Measure a pair, and hold all that comes out against the reference."""
+    found = measure(a, b, **options)
+    wanted = expected(a, b, found.rtol, found.atol)
+    for name, value in wanted.items():
+        got = getattr(found, name)
+        if value is None or isinstance(value, int):
+            assert got == value, name
+        else:
+            least = 1e-9 if name == "cosine" else 2 * TINY
+            assert got == pytest.approx(value, rel=1e-9, abs=least), name
+    if "max_abs" in wanted:
+        check_values(a, b, found, "max_abs")
+        check_values(a, b, found, "max_rel")
+    else:
+        assert found.max_abs is None and found.cosine is None and found.max_ulp is None
+    return found
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def filled(dtype, n, seed, scale=1.0):
+    """Numbers of a dtype, over its range where it is small."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:
+        return torch.randint(0, 2, (n,), generator=generator).to(dtype)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        ends = torch.iinfo(dtype)
+        values = torch.randint(0, 1 << 16, (n,), generator=generator).tolist()
+        span = ends.max - ends.min
+        return torch.tensor([ends.min + span * value // 65535 for value in values], dtype=dtype)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    values = torch.randn(n, dtype=wide, generator=generator) * scale
+    return (values.abs() if "e8m0" in str(dtype) else values).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Torch's own threads, which so small tensors have no use for, wait long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks, segments and limits such that a hundred elements go through all there is."""
+    monkeypatch.setattr(chunks, "CHUNK", 8)
+    monkeypatch.setattr(quantiles, "CHUNK", 8)
+    monkeypatch.setattr(measures, "SEGMENT", 24)
+    monkeypatch.setattr(measures, "_SUM_CHUNK", 10)
+    monkeypatch.setattr(quantiles, "_SORTED", 0)
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_figures_of_each_dtype(dtype, small):
+    a, b = filled(dtype, 77, 1), filled(dtype, 77, 2)
+    b[:30] = a[:30]
+    check(a, b)
+
+
+@pytest.mark.parametrize("one", DTYPES, ids=str)
+def test_figures_of_two_dtypes(one):
+    for other in DTYPES:
+        if other != one:
+            check(filled(one, 11, 1, 3.0), filled(other, 11, 2, 3.0))
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.int64, torch.complex64], ids=str)
+def test_bool_and_another_dtype(other, small):
+    check(filled(torch.bool, 50, 1), filled(other, 50, 2).abs().to(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64], ids=str)
+def test_long_integers_differ_by_what_float64_does_not_hold(dtype):
+    a = torch.tensor([2**62 + 1, 2**53, 7, 2**63 - 1], dtype=dtype)
+    b = torch.tensor([2**62 + 4, 2**53 + 1, 7, 2**63 - 2], dtype=dtype)
+    found = check(a, b)
+    assert (found.max_abs, found.max_ulp, found.changed, found.bias) == (3, 3, 3, 0.75)
+
+
+def test_bias_of_long_integers_that_cancel():
+    a = torch.tensor([2**62 + 1, -(2**61), 2**55 + 3])
+    b = torch.tensor([-(2**61) + 3, 2**62 - 4, 2**55 + 4])
+    assert check(a, b).bias == -1 / 3
+
+
+def test_long_integers_at_the_ends_of_their_range():
+    a = torch.tensor([-(2**63), 2**63 - 1, 0], dtype=torch.int64)
+    found = check(a, a.flip(0))
+    assert found.max_ulp == 2**63 - 1
+    b = torch.tensor([0, 2**64 - 1], dtype=torch.uint64)
+    assert check(b, b.flip(0)).max_ulp == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.tensor([2**24 + 1]), torch.tensor([2.0**24])),
+        (torch.tensor([2**53 + 1]), f64(2.0**53)),
+        (torch.tensor([2**63 - 1]), torch.tensor([2.0**63])),
+        (torch.tensor([2**60 + 1]), torch.tensor([2.0**60], dtype=torch.complex64)),
+        (torch.tensor([2**64 - 1], dtype=torch.uint64), torch.tensor([-1])),
+        (torch.tensor([2**63], dtype=torch.uint64), torch.tensor([-(2**63)])),
+    ],
+)
+def test_integers_and_what_they_would_be_rounded_to_are_different(a, b):
+    found = check(a, b)
+    assert (found.changed, found.bitwise) == (1, False)
+    assert check(b, a).max_abs == found.max_abs
+
+
+@pytest.mark.parametrize("one", DTYPES, ids=str)
+def test_tolerances_are_those_of_torch_testing(one):
+    for other in DTYPES:
+        wanted = torch.testing._comparison.default_tolerances(one, other)
+        assert tolerances(one, other) == wanted
+
+
+def test_tolerances_can_be_given():
+    a, b = f64(1.0, 10.0, 100.0), f64(1.2, 11.0, 120.0)
+    assert check(a, b).mismatched == 3
+    assert check(a, b, rtol=0.15).mismatched == 2
+    assert check(a, b, rtol=0.0, atol=1.5).mismatched == 1
+    assert check(a, b, rtol=0.0, atol=0.0).mismatched == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bits8, torch.bits16], ids=str)
+def test_a_dtype_without_arithmetic_is_compared_by_its_bits(dtype):
+    raw = torch.arange(8, dtype=torch.uint8)
+    other = raw.clone()
+    other[2:4] += 1  # one element of 16 bits, two of 8
+    wrong = 2 // dtype.itemsize
+    found = measure(raw.view(dtype), other.view(dtype))
+    assert (found.numel, found.changed, found.mismatched) == (8 // dtype.itemsize, wrong, wrong)
+    assert not found.bitwise and found.max_abs is None
+    assert measure(raw.view(dtype), raw.clone().view(dtype)).bitwise
+
+
+def test_a_dtype_without_arithmetic_and_another_have_nothing_equal():
+    raw = torch.arange(4, dtype=torch.uint8)
+    found = measure(raw.view(torch.bits8), raw)
+    assert (found.bitwise, found.changed, found.mismatched) == (False, 4, 4)
+
+
+def test_a_tensor_that_no_recording_holds_is_refused():
+    one = torch.ones(3, device="meta")
+    with pytest.raises(CaptureError, match="meta device"):
+        measure(one, one)
+
+
+# Values
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, INF, -INF, NAN, TINY, HUGE, -HUGE, 1.0 + 2**-52]
+
+
+@pytest.mark.parametrize("x", SPECIAL)
+def test_special_values_among_ordinary_ones(x):
+    for y in SPECIAL:
+        check(f64(1.0, x, 2.0), f64(1.5, y, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float16),
+        (torch.complex64, torch.complex64),
+        (torch.complex64, torch.complex128),
+        (torch.complex128, torch.float32),
+    ],
+    ids=str,
+)
+def test_nan_and_infinity(one, other, small):
+    for x, y in each([0.0, 1.0, INF, -INF, NAN], repeat=2):
+        a, b = filled(one, 20, 1), filled(other, 20, 2)
+        a[9], b[9] = x, y
+        check(a, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    each([complex(NAN, INF), complex(INF, 1), complex(INF, 2), 1 + 1j], repeat=2),
+)
+def test_a_complex_element_is_nan_or_infinite_by_either_part(x, y):
+    a = torch.tensor([1 + 1j, x], dtype=torch.complex128)
+    check(a, torch.tensor([2 - 1j, y], dtype=torch.complex128))
+
+
+def test_an_integer_against_nan():
+    found = check(torch.tensor([1, 2, 2**60 + 1]), torch.tensor([NAN, 2.0, INF]))
+    assert (found.nan_b, found.inf_b, found.changed, found.max_abs) == (1, 1, 2, 0.0)
+    check(torch.tensor([1, 2], dtype=torch.uint16), torch.tensor([NAN, 2.5]))
+
+
+@pytest.mark.parametrize("dtype", [d for d in FLOATS if d.itemsize > 1], ids=str)
+def test_no_element_that_is_finite_on_both_sides(dtype):
+    found = check(torch.tensor([NAN, 1.0, INF], dtype=dtype), torch.tensor([NAN, NAN, 2.0]))
+    assert (found.changed, found.mismatched) == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.complex64])
+@pytest.mark.parametrize(("x", "y"), each([0, 3], repeat=2))
+def test_all_zero(dtype, x, y, small):
+    found = check(torch.full((40,), x, dtype=dtype), torch.full((40,), y, dtype=dtype))
+    assert found.rel_diff == (0.0 if x == y else 1.0)
+    assert found.cosine == pytest.approx(1.0 if x == y else 0.0)
+
+
+def test_no_relative_difference_to_zeros():
+    zeros = torch.zeros(40)
+    assert measure(zeros, zeros + 1).max_rel is None
+    assert measure(zeros, zeros).max_rel is None
+    assert check(torch.tensor([0.0, 2.0]), torch.tensor([5.0, 3.0])).max_rel == 0.5
+
+
+@pytest.mark.parametrize("scale", [TINY, 1e-308, 1e-200, 1e-130, 1e130, 1e200, 1e307])
+@pytest.mark.parametrize("other", [TINY, 1e-308, 1.0, 1e307])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_magnitudes_far_apart_in_one_tensor_and_across_both(dtype, scale, other, small):
+    a = filled(dtype, 20, 1) * scale
+    b = filled(dtype, 20, 2) * scale
+    b[5:10] *= 0.5
+    mixed = a.clone()
+    mixed[7:18] = filled(dtype, 11, 3) * other
+    check(a, b)
+    check(mixed, b)
+    check(a, mixed)
+
+
+def test_sums_and_differences_beyond_the_range():
+    found = check(f64(HUGE, 1.0, 1.0), f64(-HUGE, 1.0, 1.0))
+    assert (found.max_abs, found.mean_abs) == (INF, pytest.approx(HUGE / 1.5))
+    found = check(f64(HUGE, HUGE), f64(-HUGE, -HUGE))
+    assert (found.max_abs, found.mean_abs, found.bias, found.p50) == (INF, INF, -INF, INF)
+    assert found.max_rel == 2.0
+    assert found.cosine == pytest.approx(-1.0)
+    check(f64(HUGE, -HUGE, 1.0), f64(-HUGE, HUGE, 4.0))
+
+
+def test_moduli_beyond_the_range():
+    a = torch.tensor([HUGE + HUGE * 1j, 1j], dtype=torch.complex128)
+    assert check(a, -a / 2).max_rel == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_differences_that_float32_does_not_hold(dtype, small):
+    most = torch.finfo(dtype).max
+    a = torch.linspace(0.5, 1, 60) * most
+    check(a.to(dtype), -a.flip(0).to(dtype))
+    check(a.to(dtype) * 1e-30, a.flip(0).to(dtype) * -1e-38)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_subnormal_values_of_narrow_dtypes(dtype, small):
+    a = torch.arange(40).to(torch.int16 if dtype.itemsize == 2 else torch.int32).view(dtype)
+    assert check(a, a.flip(0)).max_ulp == 39
+
+
+def test_one_wrong_element_in_many(small):
+    a = filled(torch.float32, 250, 1)
+    b = a.clone()
+    b[133] += 0.25
+    found = check(a, b)
+    assert (found.changed, found.max_abs_at, found.max_rel_at) == (1, 133, 133)
+    assert (found.p50, found.p99) == (0.0, 0.0)
+
+
+def test_the_first_of_equal_places(small):
+    a, b = torch.ones(100), torch.ones(100)
+    b[[31, 40, 90]] = 2.0
+    found = check(a, b)
+    assert (found.max_abs_at, found.max_rel_at) == (31, 31)
+    assert (found.max_abs_a, found.max_abs_b) == (1.0, 2.0)
+
+
+def test_zeros_of_either_sign_do_not_differ(small):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+        zeros = torch.zeros(20, dtype=dtype)
+        found = check(zeros, -zeros)
+        assert (found.changed, found.max_ulp, found.bitwise) == (0, 0, False)
+
+
+# Cancellation
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([1e16, 1.0, -1e16], [0.0, 0.0, 3.0]),
+        ([HUGE, -HUGE, 1e-310], [0.0, 0.0, 0.0]),
+        ([HUGE, HUGE, -HUGE, -HUGE, 0.0], [0.0, 0.0, 0.0, 0.0, TINY * 1000]),
+        ([1e300, 1.0, -1e300], [1e-300, 1e280, -1e280]),
+        ([1e16 / 3, 1e16 / 7, 0.1], [1e16 / 7, 1e16 / 3, 0.3]),
+        ([1e308] * 10, [1e308] * 9 + [1e308 - 1e292]),
+        ([1e308] * 10 + [-1e308] * 10, [2.0] * 20),
+        ([1.0, 1e-20], [1.0 + 2**-52, 1e-20 - 2**-52]),
+        ([0.0, -3e30, -1e28], [HUGE, -HUGE, 1.0]),
+    ],
+)
+def test_bias_where_it_cancels(x, y):
+    found, wanted = check(f64(*x), f64(*y)), expected(f64(*x), f64(*y), 0, 0)["bias"]
+    assert wanted and found.bias == pytest.approx(wanted, rel=1e-12, abs=TINY)
+
+
+@pytest.mark.parametrize("seed", range(0, 8, 2))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_bias_where_all_but_one_difference_cancel(dtype, seed, small):
+    d = filled(dtype, 30, seed).double() * 2.0 ** (15 * seed)
+    b = torch.cat([d, -d, f64(1e-3)]).to(dtype)
+    b = b[torch.randperm(61, generator=torch.Generator().manual_seed(seed))]
+    found = check(torch.zeros(61, dtype=dtype), b)
+    assert found.bias == pytest.approx(float(b.new_tensor(1e-3)) / 61, rel=1e-12)
+
+
+def test_bias_that_cancels_beside_nan(small):
+    a = torch.tensor([1e20, -1e20, 1.0, NAN, 1.0] * 9)
+    b = torch.tensor([2e20, -2e20, 1.5, 1.0, INF] * 9)
+    assert check(a, b).bias == pytest.approx(0.5 / 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000])
+def test_a_sum_is_exact(n):
+    values = filled(torch.float64, n, n) * torch.pow(2.0, torch.arange(n).double() % 1900 - 950)
+    assert exact_sum(values) == sum(map(Fraction, values.tolist()))
+    assert exact_sum(values.new_empty(0)) == 0
+
+
+def test_rel_diff_and_cosine_of_nearly_equal_tensors():
+    a = filled(torch.float64, 50, 1)
+    found = check(a, a * (1 + 2**-50))
+    assert 0 < found.rel_diff < 1e-29
+    assert found.cosine <= 1.0
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty(dtype):
+    found = measure(torch.empty(0, 3, dtype=dtype), torch.empty(0, 3, dtype=dtype))
+    assert (found.numel, found.bitwise, found.changed, found.max_abs) == (0, True, 0, None)
+    assert (found.rel_diff, found.cosine, found.max_ulp) == (0.0, 1.0, 0)
+
+
+def test_empty_of_two_dtypes_or_without_arithmetic():
+    empty = torch.empty(0)
+    assert measure(empty, empty.bfloat16()).bitwise
+    assert measure(empty.view(torch.bits8), empty.view(torch.bits8)).bitwise
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scalar(dtype):
+    a, b = filled(dtype, 1, 1).reshape(()), filled(dtype, 1, 2).reshape(())
+    check(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128, torch.uint16])
+def test_views_that_are_not_contiguous(dtype, small):
+    a, b = filled(dtype, 96, 1), filled(dtype, 96, 2)
+    check(a[::2], b[1::2])
+    check(a.view(8, 12).t(), b.view(12, 8))
+    check(a[:1].expand(20), b[:20])
+
+
+def test_conjugate_views(small):
+    a, b = filled(torch.complex64, 40, 1), filled(torch.complex64, 40, 2)
+    assert measure(a.conj(), a.conj().resolve_conj()).bitwise
+    check(a.conj(), b)
+    assert measure(a.conj().imag, -a.imag).bitwise
+    check(a.conj().imag, b.imag)
+
+
+def test_parameters():
+    assert check(torch.nn.Parameter(torch.ones(3)), torch.zeros(3)).max_abs == 1.0
+
+
+def test_shapes_have_to_be_equal():
+    with pytest.raises(ValueError, match=r"shapes \[2, 3\] and \[3, 2\] are not equal"):
+        measure(torch.ones(2, 3), torch.ones(3, 2))
+
+
+# Chunks, segments and percentiles
+
+KINDS = [torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.int64]
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 23, 24, 25, 31, 33, 47, 48, 49])
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_sizes_around_those_of_chunks_and_segments(dtype, n, small):
+    check(filled(dtype, n, 1), filled(dtype, n, 2))
+
+
+@pytest.mark.parametrize("dtype", KINDS[:4], ids=str)
+@pytest.mark.parametrize("at", [0, 8, 23, 24, 50, 99])
+def test_a_nan_in_some_chunk(dtype, at, small):
+    a, b = filled(dtype, 100, 1), filled(dtype, 100, 2)
+    b[at] = NAN
+    check(a, b)
+    check(b, a)
+
+
+@pytest.mark.parametrize("collected", [0, 1000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
+def test_percentiles_within_one_code(dtype, collected, small, monkeypatch):
+    """The differences agree in all digits that the histograms look at: they are bisected."""
+    monkeypatch.setattr(quantiles, "_COLLECTED", collected)
+    steps = torch.arange(100, dtype=torch.float64).flip(0)
+    a, b = steps * 2.0**-10, torch.full((100,), 2.0**30).double()
+    found = check(a.to(dtype), b.to(dtype))
+    assert (found.p50, found.p999) == (2.0**30 - 50 * 2.0**-10, 2.0**30)
+
+
+@pytest.mark.parametrize("collected", [0, 1000])
+def test_percentiles_that_share_codes_or_not(collected, small, monkeypatch):
+    monkeypatch.setattr(quantiles, "_COLLECTED", collected)
+    for dtype in (torch.float32, torch.float64):
+        for powers in ([0] * 90 + [1] * 10, [-40] * 49 + [0] * 49 + [40] * 2, [*range(100)]):
+            d = torch.pow(2.0, torch.tensor(powers, dtype=torch.float64)) * 1.0000001
+            check(torch.zeros(100, dtype=dtype), d.to(dtype))
+            check(torch.full((100,), 1e-3, dtype=dtype), -d.to(dtype))
+
+
+@pytest.mark.parametrize("collected", [0, 1000])
+def test_percentiles_of_tiny_and_huge_differences(collected, small, monkeypatch):
+    monkeypatch.setattr(quantiles, "_COLLECTED", collected)
+    a = torch.arange(100) * TINY
+    check(a, torch.zeros(100).double())
+    b = torch.linspace(0.2, 1, 100).double() * HUGE
+    check(b, -b)
+    check(b.float(), -b)
+    c = torch.linspace(0.6, 1, 100) * torch.finfo(torch.float32).max
+    check(c, -c.flip(0))
+
+
+def test_percentiles_beside_infinity(small):
+    a, b = filled(torch.float32, 100, 1), filled(torch.float32, 100, 2)
+    a[10:70], b[20:60] = INF, -INF
+    check(a, b)
+    check(a.double(), b.double())
+    most = torch.finfo(torch.float32).max
+    check(torch.where(a.isinf(), a, most), torch.full((100,), -most))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_chunks_of_the_usual_size(dtype):
+    n = 2 * chunks.CHUNK + 100
+    a, b = filled(dtype, n, 1), filled(dtype, n, 2)
+    found = measure(a, b)
+    w = (b.double() - a.double()).abs()
+    assert found.mean_abs == pytest.approx(float(w.mean()), rel=1e-12)
+    ordered = w.sort().values
+    ranks = [-(-n * q // 1000) for q in (500, 990, 999)]
+    assert [found.p50, found.p99, found.p999] == [float(ordered[r - 1]) for r in ranks]
+    assert (found.max_abs, found.max_abs_at) == (float(w.max()), int(w.argmax()))
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_threads_change_no_bit(dtype, small, monkeypatch):
+    monkeypatch.setattr(quantiles, "_COLLECTED", 10)
+    a, b = filled(dtype, 120, 1), filled(dtype, 120, 2)
+    with ThreadPoolExecutor(4) as pool:
+        assert measure(a, b, run=pool.map) == measure(a, b)
+
+
+def test_threads_change_no_bit_of_chunks_of_the_usual_size(monkeypatch):
+    monkeypatch.setattr(measures, "SEGMENT", chunks.CHUNK + 1000)
+    a, b = filled(torch.float32, 300_000, 1), filled(torch.float32, 300_000, 2)
+    with ThreadPoolExecutor(4) as pool:
+        assert measure(a, b, run=pool.map) == measure(a, b)
+
+
+# What torch says
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d not in COMPLEX], ids=str)
+def test_mismatched_is_what_isclose_counts(dtype):
+    a = filled(dtype, 400, 1)
+    noise = 1 + (filled(torch.float64, 400, 2) * 2 * tolerances(dtype, dtype)[0]).abs()
+    b = (a.double() * noise).to(dtype) if dtype.is_floating_point else a.clone()
+    b[::7] = filled(dtype, 58, 3)
+    if dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        a[3:7] = torch.tensor([INF, NAN, INF, NAN])
+        b[3:7] = torch.tensor([INF, NAN, -INF, 1.0])
+    found = measure(a, b)
+    wide = [t.float().double() if t.dtype.itemsize == 1 else t.double() for t in (b, a)]
+    close = torch.isclose(*wide, found.rtol, found.atol, equal_nan=True)
+    assert found.mismatched == int((~close).sum()) > 0
+
+
+def stepped(values, count):
+    for _ in range(count):
+        values = torch.nextafter(values, torch.full_like(values, INF))
+    return values
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("start", [1.0, -1.0, 0.0, -1e-45, 0.99999, -2.0000002])
+@pytest.mark.parametrize("count", [0, 1, 5, 300])
+def test_steps_are_those_of_nextafter(dtype, start, count):
+    a = torch.tensor([start], dtype=dtype)
+    assert measure(a, stepped(a, count)).max_ulp == count
+    assert measure(stepped(a, count), a).max_ulp == count
+
+
+def values_of(dtype):
+    """Every finite value of a dtype of 8 or 16 bits, ascending, zero once."""
+    bits = torch.arange(1 << 8 * dtype.itemsize)
+    every = bits.to(torch.uint8 if dtype.itemsize == 1 else torch.uint16).view(dtype)
+    numbers = every.to(torch.float32)
+    return sorted({value for value in numbers.tolist() if math.isfinite(value)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, *FLOAT8], ids=str)
+@pytest.mark.parametrize("beside", [0.0, NAN])
+def test_steps_are_places_among_all_values(dtype, beside, small):
+    values = values_of(dtype)
+    rank = {value: i for i, value in enumerate(values)}
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        i, j = torch.randint(0, len(values), (2,), generator=generator).tolist()
+        a = torch.tensor([values[i], beside], dtype=torch.float32).to(dtype)
+        b = torch.tensor([values[j], beside], dtype=torch.float32).to(dtype)
+        assert measure(a, b).max_ulp == abs(rank[values[i]] - rank[values[j]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_steps_of_values_far_apart(dtype):
+    def ordered(value):
+        packed = struct.pack(">f" if dtype == torch.float32 else ">d", abs(value))
+        magnitude = int.from_bytes(packed, "big")
+        return magnitude if value > 0 else -magnitude
+
+    for x, y in itertools.product([0.0, -0.0, 1.5, -3e38, 3e38, 1e-40, -1e-44], repeat=2):
+        a, b = (torch.tensor([value], dtype=dtype) for value in (x, y))
+        wanted = abs(ordered(a.item()) - ordered(b.item()))
+        assert measure(a, b).max_ulp == pytest.approx(min(wanted, 2**63 - 1), rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "coarse"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.float8_e4m3fn, torch.bfloat16, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e5m2),
+        (torch.float8_e5m2fnuz, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+        (torch.int32, torch.float16, torch.float16),
+    ],
+    ids=str,
+)
+def test_steps_between_two_dtypes_are_the_coarser_ones(one, other, coarse):
+    a, b = torch.tensor([1.0, 2.0]).to(one), torch.tensor([1.0, 3.0]).to(other)
+    wanted = measure(a.to(coarse), b.to(coarse)).max_ulp
+    assert measure(a, b).max_ulp == measure(b, a).max_ulp == wanted > 0
+
+
+def test_steps_beyond_the_range_of_the_coarser_dtype():
+    most = torch.finfo(torch.float16).max
+    a, b = torch.tensor([most], dtype=torch.float16), torch.tensor([1e30])
+    assert measure(a, b).max_ulp == measure(b, a).max_ulp == 1
+    assert measure(-a, -b).max_ulp == 1
+    assert measure(a, torch.tensor([most])).max_ulp == 0
+
+
+def test_steps_of_complex_elements_are_those_of_their_parts():
+    a = torch.tensor([1 + 2j, 3 - 1j])
+    b = torch.complex(a.real, stepped(a.imag, 7))
+    assert measure(a, b).max_ulp == 7
+    assert measure(a.to(torch.complex32), (a + 2**-8).to(torch.complex32)).max_ulp == 4
+    assert measure(a.real, b.real.to(torch.complex64)).max_ulp == 0
+    b[0] = complex(1, NAN)
+    assert measure(a, b).max_ulp == 7
+
+
+# Bits
+
+
+def test_bitwise_tells_zeros_apart():
+    assert not measure(torch.tensor([0.0]), torch.tensor([-0.0])).bitwise
+    assert not measure(torch.tensor([0.0]), torch.tensor([-0.0]).double()).bitwise
+    assert measure(torch.tensor([-0.0]), torch.tensor([-0.0]).double()).bitwise
+    a = torch.tensor([0.0], dtype=torch.complex64)
+    assert not measure(a, torch.complex(f64(0.0), f64(-0.0))).bitwise
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bitwise_tells_payloads_of_nan_apart(dtype):
+    a = torch.tensor([NAN], dtype=dtype)
+    b = a.clone()
+    b.view(torch.uint8)[0] += 1
+    found = measure(a, b)
+    assert b.isnan().all() and not found.bitwise and found.changed == 0
+    assert measure(a, a.clone()).bitwise
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), list(itertools.permutations([*FLOATS[:4], *COMPLEX], 2)), ids=str
+)
+def test_bitwise_of_two_dtypes_is_by_value(one, other):
+    a = torch.tensor([1.0, -0.0, 2.0, -3.5, NAN, INF])
+    a, b = a.to(one), a.to(other)
+    assert measure(a, b).bitwise
+    b[2] = 2.5
+    assert not measure(a, b).bitwise
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.float64, torch.int8, torch.uint64], ids=str)
+def test_bitwise_of_integers_and_another_dtype(other):
+    a = torch.tensor([0, 1, 100])
+    assert measure(a, a.to(other)).bitwise and measure(a.to(other), a).bitwise
+    assert not measure(a, (a + 1).to(other)).bitwise
+
+
+# Compiled
+
+
+def test_what_speed_depends_on_is_compiled():
+    for function in (chunks._scan, quantiles._refine):
+        assert isinstance(function, torch.jit.ScriptFunction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_or_not_gives_the_same(dtype, small, monkeypatch):
+    a, b = filled(dtype, 90, 1), filled(dtype, 90, 2)
+    b[:20] = a[:20]
+    if dtype in FLOATS[:4]:
+        b[50:52] = torch.tensor([NAN, INF])
+    found = measure(a, b)
+    monkeypatch.setattr(chunks, "_scan", chunks._scan.__wrapped__)
+    monkeypatch.setattr(quantiles, "_refine", quantiles._refine.__wrapped__)
+    assert asdict(measure(a, b)) == asdict(found)
