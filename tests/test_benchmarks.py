@@ -20,6 +20,9 @@ def test_the_benchmarks_run_and_say_what_they_found(tmp_path):
         "layouts",
         "metrics",
         "opening",
+        "diff-large",
+        "diff-many",
+        "diff-manifests",
     ]
     words = [sys.executable, RUN, "--quick", "--dir", tmp_path, "--json", tmp_path / "found.json"]
     done = subprocess.run(

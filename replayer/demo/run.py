@@ -210,13 +210,15 @@ def verdict(before: float, after: float) -> str:
 def next_steps(folder: Path) -> str:
     """Commands to look closer, as they can be pasted into a shell."""
     selected = f'name == "{GRAFTED_TAP}" and layer == {FAULTY_LAYER}'
-    baseline, log = str(folder / "baseline"), str(folder / "grafted" / "grafts" / "*.parquet")
+    baseline, target = str(folder / "baseline"), str(folder / "target")
+    log = str(folder / "grafted" / "grafts" / "*.parquet")
     scan = (
         f"import polars as pl; print(pl.read_parquet({json.dumps(log)},"
         ' columns=["rank", "step", "name", "outcome", "rel_diff"]))'
     )
     lines = [
         "\nLook closer (to repeat a command above, choose another -o folder):",
+        shlex.join(["graft", "diff", baseline, target, "--html", "diff.html"]),
         shlex.join(["graft", "ls", baseline]),
         shlex.join(["graft", "show", baseline, "--filter", selected]),
         shlex.join(["python", "-c", scan]),

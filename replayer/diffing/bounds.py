@@ -8,6 +8,8 @@ element is beyond tolerance.
 
 from __future__ import annotations
 
+import math
+
 import polars as pl
 import torch
 
@@ -36,12 +38,13 @@ def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.Da
     table = kinds.with_columns(
         pl.Series("rtol", [r if rtol is None else rtol for r, _ in usual], pl.Float64),
         pl.Series("atol", [a if atol is None else atol for _, a in usual], pl.Float64),
-        pl.Series("slack", [slack(r) for r, _ in usual], pl.Float64),
+        pl.Series("each", [slack(r).each for r, _ in usual], pl.Float64),
     )
     joined = pairs.join(
         table, on=["dtype", "dtype_b"], how="left", nulls_equal=True, maintain_order="left"
     )
-    n = pl.col("shape").list.eval(pl.element().product()).list.first().fill_null(1).cast(pl.Float64)
+    joined = joined.with_columns(n=numel_of(joined["shape"]).cast(pl.Float64))
+    n = pl.col("n")
     size = pl.max_horizontal(pl.col("min").abs(), pl.col("max").abs())
     root = n.sqrt()
     apart = [
@@ -61,11 +64,21 @@ def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.Da
     ).fill_null(False)
     most = pl.max_horizontal(size, pl.col("min_b").abs(), pl.col("max_b").abs())
     least = (pl.max_horizontal(*apart) - _SLACK * most).clip(lower_bound=0.0)
-    rounding = pl.col("slack") * rms if rtol is None and atol is None else pl.lit(0.0)
+    rounding = pl.col("each") * rms if rtol is None and atol is None else pl.lit(0.0)
     beyond = least > pl.col("atol") + pl.col("rtol") * size + rounding
     return joined.select(
         at_least=pl.when(finite).then(least), beyond=(beyond.fill_null(False) & finite) | odd
     )
+
+
+def numel_of(shapes: pl.Series) -> pl.Series:
+    """Return how many elements tensors of some shapes have; 1 where there is no shape."""
+    known = shapes.unique().alias("shape").to_frame()
+    sizes = [math.prod(shape or ()) for shape in known["shape"].to_list()]
+    capped = pl.Series("n", [min(size, (1 << 62)) for size in sizes], pl.Int64)
+    table = known.with_columns(capped)
+    frame = shapes.alias("shape").to_frame()
+    return frame.join(table, on="shape", how="left", nulls_equal=True, maintain_order="left")["n"]
 
 
 def _dtype(name: str | None) -> torch.dtype:

@@ -21,12 +21,12 @@ import torch
 from recorder.capture import as_bits
 from recorder.scripting import scripted
 
-CHUNK = 1 << 16
+CHUNK = 1 << 17
 """Elements worked on at once; as float64, the five buffers of them stay in a processor's cache."""
 BINS = 1 << 15
 _SCANNED = 14  # so many of `Figures`, the first, are from `_scan`
 MOST_ODD = 1 << 18
-"""Of a segment's differences that float32 rounds, so many are kept."""
+"""Of a segment's differences that float32, or its upper half, rounds, so many are kept."""
 _SAFE = 400  # squares of numbers within 2 to the plus or minus this add up in float64
 
 _memory = threading.local()
@@ -85,16 +85,19 @@ def _scan(
     rtol: float,
     atol: float,
     collect: int,
-) -> tuple[list[float], torch.Tensor, list[torch.Tensor]]:
+) -> tuple[list[float], torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Return the first 14 of `Figures` of each chunk, and the histogram of those that are finite.
 
-    Third come the differences that float32 rounds, up to about `collect` of them. `ia` and `ib` are
-    the elements' bits. `shift` is where the sign is among them and `mask` has the other bits set,
-    or `shift` is 0 for integers, -1 for dtypes whose bits are not to be compared.
+    Then come the differences that float32's upper half rounds, and those that float32 does, up to
+    about `collect` of them. `ia` and `ib` are the elements' bits. `shift` is where the sign is
+    among them and `mask` has the other bits set, or `shift` is 0 for integers, -1 for dtypes whose
+    bits are not to be compared.
     """
     found: list[float] = []
     odd: list[torch.Tensor] = []
+    rounded: list[torch.Tensor] = []
     collected = 0
+    all_rounded = 0
     histogram = torch.zeros(32768, dtype=torch.int64)
     best = 0.0
     best_rel = 0.0
@@ -133,33 +136,61 @@ def _scan(
         torch.abs(d, out=w)
         found.append(float(d.sum()))
         found.append(float(w.sum()))
-        torch.sign(w, out=d)
-        changed = float(d.sum())
+        f = narrow.narrow(0, 0, n)
+        f.copy_(w)
+        if collect > 0:
+            x.copy_(f)
+        codes = narrow_bits.narrow(0, 0, n).bitwise_right_shift_(16)
+        counts = torch.bincount(codes, minlength=32768)
+        histogram += counts
+        changed = -1.0
+        if collect > 0:
+            codes.bitwise_left_shift_(16)
+            t.copy_(f)
+            if float(t.sub_(w).abs_().amax()) == 0.0:
+                changed = float(n - int(counts[0].item()))
+            elif collected < collect:
+                odd.append(w.masked_select(t.ne(0.0)))
+                collected += odd[-1].numel()
+            if changed < 0.0 and all_rounded < collect and float(x.sub_(w).abs_().amax()) > 0.0:
+                rounded.append(w.masked_select(x.ne(0.0)))
+                all_rounded += rounded[-1].numel()
+            x.copy_(one)
+        if changed < 0.0:
+            torch.sign(w, out=d)
+            changed = float(d.sum())
         found.append(changed)
         x.abs_()
-        torch.mul(x, rtol, out=t)
-        t.add_(atol)
-        torch.gt(w, t, out=d)
-        mismatched = float(d.sum())
-        found += [mismatched, 0.0 if mismatched == 0.0 else float(d.mul_(w).amax())]
         most = float(w.amax())
+        torch.div(w, x, out=d)
+        relative = float(d.amax())
+        has_zero = relative - relative != 0.0
+        if has_zero:  # an x of zero: its relative difference is undefined
+            d.masked_fill_(x.eq(0.0), 0.0)
+            relative = float(d.amax())
+        if most <= atol or (not has_zero and relative <= rtol * (1.0 - 1e-9)):
+            found += [0.0, 0.0]
+        else:
+            torch.mul(x, rtol, out=t)
+            t.add_(atol)
+            torch.gt(w, t, out=t)
+            mismatched = float(t.sum())
+            found += [mismatched, 0.0 if mismatched == 0.0 else float(t.mul_(w).amax())]
         at = -1.0
         if most > best:
             best = most
             at = float(w.eq(most).nonzero()[0].item() + start)
         found += [most, at]
-        torch.div(w, x, out=d)
-        relative = float(d.amax())
-        if relative - relative != 0.0:  # an x of zero: its relative difference is undefined
-            d.masked_fill_(x.eq(0.0), 0.0)
-            relative = float(d.amax())
         at = -1.0
         if relative > best_rel:
             best_rel = relative
             at = float(d.eq(relative).nonzero()[0].item() + start)
         found += [relative, at]
         ulp = 0.0
-        if shift > 0:
+        if shift > 0 and float(bits.bitwise_xor(other_bits).amin()) >= 0.0:
+            steps = other_bits.sub(bits)  # of one sign each, floats are as far apart as their bits
+            ulp = max(float(steps.amax()), -float(steps.amin()))
+        elif shift > 0:
             sign = bits.bitwise_right_shift(shift)
             p = (bits.bitwise_and(mask).bitwise_xor_(sign)).sub_(sign)
             sign = other_bits.bitwise_right_shift(shift)
@@ -168,17 +199,8 @@ def _scan(
             y.copy_(q)
             ulp = float(x.sub_(y).abs_().amax())
         found.append(ulp)
-        f = narrow.narrow(0, 0, n)
-        f.copy_(w)
-        if collected < collect:
-            x.copy_(f)
-            if float(x.sub_(w).abs_().amax()) > 0.0:
-                odd.append(w.masked_select(x.ne(0.0)))
-                collected += odd[-1].numel()
-        codes = narrow_bits.narrow(0, 0, n).bitwise_right_shift(16).to(torch.int64)
-        histogram += torch.bincount(codes, minlength=32768)
         start += n
-    return found, histogram, odd
+    return found, histogram, odd, rounded
 
 
 _scan = scripted(_scan)
@@ -195,12 +217,15 @@ class Scanned(NamedTuple):
     Attributes:
         figures: those of each chunk; places are indices into the segment.
         histogram: how many differences have which `code` >> 16, of shape [2^15].
-        odd: the differences that float32 rounds, of shape [m]; None where there may be too many.
+        odd: the differences that float32's upper half rounds, of shape [m]; None where there may be
+            too many.
+        rounded: those that float32 rounds, likewise.
     """
 
     figures: list[Figures]
     histogram: torch.Tensor
     odd: torch.Tensor | None
+    rounded: torch.Tensor | None
 
 
 def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
@@ -217,7 +242,7 @@ def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
     if not is_plain(a, b):
         parts = [exact(a[i : i + size], b[i : i + size], rtol, atol, i) for i in starts]
         histogram = functools.reduce(torch.add, (counts for _, counts, _ in parts))
-        return Scanned([figures for figures, _, _ in parts], histogram, None)
+        return Scanned([figures for figures, _, _ in parts], histogram, None, None)
     wide, other_wide = as_numbers(a), as_numbers(b)
     bits, other_bits, shift, mask = wide, other_wide, -1, 0
     if a.dtype == b.dtype and not _is_unsigned(a.dtype):
@@ -226,7 +251,7 @@ def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
         mask = (1 << shift) - 1
     # Of wider floats, nearly all differences are rounded.
     collect = MOST_ODD if max(a.dtype.itemsize, b.dtype.itemsize) <= 2 else 0
-    flat, histogram, odd = _scan(
+    flat, histogram, *odd = _scan(
         wide, other_wide, bits, other_bits, shift, mask, *buffers(size), size, rtol, atol, collect
     )
     found = []
@@ -234,18 +259,28 @@ def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
         row = flat[number * _SCANNED : (number + 1) * _SCANNED]
         one, other = a[i : i + size], b[i : i + size]
         if not all(map(math.isfinite, row[:4])):
-            figures, counts, rounded = exact(one, other, rtol, atol, i)
+            figures, counts, differences = exact(one, other, rtol, atol, i)
             histogram += counts
-            odd.append(rounded)
+            for part, bits_lost in zip(odd, (16, 0), strict=True):
+                part.append(differences[_is_rounded(differences, bits_lost)])
         else:
             figures = Figures._make([*row, *Figures()[_SCANNED:]])
             if shift <= 0:
                 steps = figures.max_abs if shift == 0 else _steps(one, other)
                 figures = figures._replace(max_ulp=steps)
         found.append(figures)
-    all_of_them = sum(part.numel() for part in odd) < collect
     nothing = torch.empty(0, dtype=torch.float64, device="cpu")
-    return Scanned(found, histogram, torch.cat([nothing, *odd]) if all_of_them else None)
+    kept = (
+        torch.cat([nothing, *parts]) if sum(part.numel() for part in parts) < collect else None
+        for parts in odd
+    )
+    return Scanned(found, histogram, *kept)
+
+
+def _is_rounded(w: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whether float32, without its lowest bits, is not w, in float64, itself."""
+    codes = w.to(torch.float32).view(torch.int32) >> bits << bits
+    return codes.view(torch.float32).to(torch.float64) != w
 
 
 def as_numbers(tensor: torch.Tensor) -> torch.Tensor:
@@ -315,7 +350,7 @@ def widened(tensor: torch.Tensor) -> list[torch.Tensor]:
 def exact(
     one: torch.Tensor, other: torch.Tensor, rtol: float, atol: float, start: int
 ) -> tuple[Figures, torch.Tensor, torch.Tensor]:
-    """Return the figures of a chunk, whatever it holds, its histogram, what float32 rounds of it.
+    """Return the figures of a chunk, whatever it holds, its histogram, and its differences.
 
     Args:
         one: the baseline's elements, of shape [n].
@@ -362,8 +397,7 @@ def exact(
     )
     kept = w[~excluded]
     codes = code(kept, is_wide=not is_plain(one, other))
-    odd = kept[kept.to(torch.float32).to(torch.float64) != kept]
-    return figures, torch.bincount(codes >> 16, minlength=BINS), odd
+    return figures, torch.bincount(codes >> 16, minlength=BINS), kept
 
 
 def _not_finite(

@@ -53,7 +53,7 @@ _MEMORY = 2 << 30
     multiple=True,
     metavar="[PATTERN:]EXPR",
     help="What is within tolerance instead, for names that fit the pattern: "
-    "'attn_*: rel_diff < 1e-4 and max_ulp <= 2'. The last that fits decides.",
+    "'attn_*: rel_diff < 1e-4 and max_abs < 0.1'. The last that fits decides.",
 )
 @click.option(
     "--floor",

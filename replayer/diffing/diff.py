@@ -7,19 +7,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Union
 
 import polars as pl
 
 from recorder.errors import GraftError, UsageError
 from recorder.filters import Filter
 from recorder.format.recording import Recording
-from recorder.format.rows import parse_tags
+from recorder.format.rows import parse_tags, tag_columns
 from recorder.sizes import count
 from recorder.tags import label
 
@@ -33,6 +34,8 @@ from .work import MEMORY, Crew, Options, Task, distributed, gathered, group, sha
 
 GOOD = ("equal", "close")
 _MISSING = ("only_a", "only_b")
+_IS_COMPARED = pl.col("by").is_null() & ~pl.col("outcome").is_in(_MISSING)
+Run = Union[str, os.PathLike[str], Recording]
 Bar = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -50,6 +53,7 @@ class Diff:
         floors: the folders that gave the noise floor.
         is_missing_fine: whether a key on one side alone is no difference.
         why_nothing: why no pair has a record on both sides, "" where one has.
+        is_damaged: whether a tensor could not be read.
         crew: what reads the tensors of `tasks` again.
         tasks: the pairs whose tensors were read.
     """
@@ -62,6 +66,7 @@ class Diff:
     floors: tuple[str, ...] = ()
     is_missing_fine: bool = False
     why_nothing: str = ""
+    is_damaged: bool = False
     crew: Crew | None = field(default=None, repr=False)
     tasks: Sequence[Task] = field(default=(), repr=False)
 
@@ -71,15 +76,38 @@ class Diff:
         return self.table.filter(pl.col("by").is_null())
 
     def counts(self) -> dict[str, int]:
-        """Return how many pairs came to each outcome, and how many were `reordered`."""
+        """Return how many pairs came to each outcome, from the worst outcome on."""
         found = dict(self.pairs.group_by("outcome").len().iter_rows())
-        moved = int(self.pairs["reordered"].sum() or 0)
-        return {**{name: found.get(name, 0) for name in OUTCOMES}, "reordered": moved}
+        return {name: found.get(name, 0) for name in OUTCOMES}
+
+    def worst(self) -> pl.DataFrame:
+        """Return the pairs that are not equal: the first divergences, then from the worst on."""
+        severity = {name: i for i, name in enumerate(OUTCOMES)}
+        odd = pl.sum_horizontal("nan_a", "nan_b", "inf_a", "inf_b").fill_null(0) > 0
+        size = pl.coalesce("times_floor", "rel_diff", "at_least").fill_null(0.0)
+        return self.pairs.filter(pl.col("outcome") != "equal").sort(
+            pl.col("first").is_null(),
+            pl.col("outcome").replace_strict(severity, return_dtype=pl.Int32),
+            ~odd,
+            -size,
+            "pair",
+            maintain_order=True,
+        )
+
+    def with_tags(self) -> pl.DataFrame:
+        """Return the table with one more column per tag, beside the name.
+
+        A tag with the name of one of its columns gets `tag.` before it.
+        """
+        tags = tag_columns(self.table)
+        order = [*COLUMNS]
+        at = order.index("name") + 1
+        return self.table.hstack(tags).select(*order[:at], *tags.columns, *order[at:])
 
     @property
     def compared(self) -> int:
         """How many pairs have a record on both sides."""
-        return self.pairs.filter(~pl.col("outcome").is_in(_MISSING)).height
+        return self.table.filter(_IS_COMPARED).height
 
     def first(self, how: str) -> dict[str, Any] | None:
         """Return the row of the first divergence, None where there is none.
@@ -87,7 +115,12 @@ class Diff:
         Args:
             how: `bitwise` for the first that is not equal bit for bit, `tolerance` for the first
                 beyond tolerance.
+
+        Raises:
+            UsageError: it is neither.
         """
+        if how not in ("bitwise", "tolerance"):
+            raise UsageError(f"there is no first divergence {how!r}; ask for bitwise or tolerance")
         rows = self.pairs.filter(pl.col("first").is_in([how, "both"]))
         return rows.row(0, named=True) if rows.height else None
 
@@ -97,7 +130,7 @@ class Diff:
 
         It is 2 where a tensor could not be read.
         """
-        if self.pairs.filter(pl.col("message").str.contains(" is damaged: ")).height:
+        if self.is_damaged:
             return 2
         bad = [name for name in OUTCOMES if name not in GOOD]
         if self.is_missing_fine:
@@ -107,18 +140,18 @@ class Diff:
 
 
 def diff(
-    a: str | os.PathLike[str] | Recording,
-    b: str | os.PathLike[str] | Recording,
+    a: Run,
+    b: Run,
     *,
     filter: str | Filter | None = None,
     match_on: str | None = None,
     step_offset: int = 0,
-    rename: Sequence[str] = (),
+    rename: str | Sequence[str] = (),
     manifest: bool = False,
     rtol: float | None = None,
     atol: float | None = None,
-    threshold: Sequence[str] = (),
-    floor: Sequence[str | os.PathLike[str] | Recording] = (),
+    threshold: str | Sequence[str] = (),
+    floor: Run | Sequence[Run] = (),
     floor_factor: float = 3.0,
     by: str | None = None,
     ignore_missing: bool = False,
@@ -157,37 +190,46 @@ def diff(
         UsageError: an option cannot be used.
     """
     ours, theirs = _opened(a), _opened(b)
-    noise = [_opened(one) for one in floor]
+    noise = [_opened(one) for one in _listed(floor)]
     chosen = Filter.coerce(filter)
-    options = Options(rtol, atol, check=check, workers=workers, memory=memory)
+    options = Options(rtol, atol, by, check, workers, memory)
     _check_numbers(rtol, atol, floor_factor)
-    rules = Rules(rtol, atol, tuple(map(Threshold.parse, threshold)), None, floor_factor)
+    rules = Rules(rtol, atol, tuple(map(Threshold.parse, _listed(threshold))), None, floor_factor)
     bar = bar or (lambda total, what: nullcontext(lambda nbytes: None))
-    on, renames = MatchOn.parse(match_on), [Rename.parse(text) for text in rename]
+    on, renames = MatchOn.parse(match_on), [Rename.parse(text) for text in _listed(rename)]
     rank, world_size = distributed()
     with group(world_size):
-        tables = []
-        for one in noise:
-            pairs = pair(ours, one, filter=chosen, match_on=on)
-            found = _compared(pairs, options, Rules(rtol, atol), manifest, bar, rank, world_size)
-            tables.append(found[0])
+        compared = functools.partial(
+            _compared, options=options, manifest=manifest, bar=bar, rank=rank, world_size=world_size
+        )
         if noise:
-            rules = replace(rules, floors=floors_of(tables))
-        options = replace(options, by=by)
+            runs = [
+                compared(pair(ours, one, filter=chosen, match_on=on), Rules(rtol, atol))
+                for one in noise
+            ]
+            rules = replace(rules, floors=floors_of([run.table for run in runs]))
         pairs = pair(
             ours, theirs, filter=chosen, match_on=on, step_offset=step_offset, renames=renames
         )
-        table, tasks, notes = _compared(pairs, options, rules, manifest, bar, rank, world_size)
+        found = compared(pairs, rules)
+    notes = [*pairs.notes, *found.notes]
+    nothing = ""
     if rank == 0:
-        notes += _about_by(table, by)
-    nothing = "" if rank or _compared_of(table).height else _why_nothing(pairs, chosen)
+        notes += _about_by(found.table, by)
+        if not found.table.filter(_IS_COMPARED).height:
+            nothing = _why_nothing(pairs, chosen)
     return Diff(
-        ours, theirs, table, rules, (*pairs.notes, *notes), tuple(str(one.path) for one in noise),
-        ignore_missing, nothing, Crew(pairs, options), tasks,
+        ours, theirs, found.table, rules, tuple(notes), tuple(str(one.path) for one in noise),
+        ignore_missing, nothing, found.is_damaged, Crew(pairs, options), found.tasks,
     )  # fmt: skip
 
 
-def _opened(run: str | os.PathLike[str] | Recording) -> Recording:
+def _listed(given: Any) -> list[Any]:
+    """Return several things as a list, one thing as a list of it."""
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _opened(run: Run) -> Recording:
     return run if isinstance(run, Recording) else Recording.open(run)
 
 
@@ -197,20 +239,25 @@ def _check_numbers(rtol: float | None, atol: float | None, factor: float) -> Non
             raise UsageError(f"--{name} is {value}; give a finite number from 0 on")
 
 
-def _compared_of(table: pl.DataFrame) -> pl.DataFrame:
-    return table.filter(pl.col("by").is_null() & ~pl.col("outcome").is_in(_MISSING))
+class _Compared(NamedTuple):
+    """What comparing some pairs came to: the table, the pairs whose tensors were read, notes."""
+
+    table: pl.DataFrame
+    tasks: Sequence[Task] = ()
+    notes: tuple[str, ...] = ()
+    is_damaged: bool = False
 
 
 def _compared(
     pairs: Pairs,
-    options: Options,
     rules: Rules,
+    *,
+    options: Options,
     manifest: bool,
     bar: Bar,
     rank: int,
     world_size: int,
-) -> tuple[pl.DataFrame, list[Task], list[str]]:
-    """Return the table of some pairs, the pairs that were measured, and what to say of them."""
+) -> _Compared:
     base = table_of.base(pairs)
     tasks, unread = ([], 0) if manifest else table_of.tasks(pairs, base)
     rows: list[dict[str, Any]] = []
@@ -226,15 +273,18 @@ def _compared(
     seen = table_of.fingerprint(pairs) if world_size > 1 else ""
     everything = gathered(rows, problem, seen, rank, world_size)
     if everything is None:
-        return pl.DataFrame(schema=COLUMNS), [], []
+        return _Compared(pl.DataFrame(schema=COLUMNS))
     everything += table_of.values(base)
-    notes = []
-    if unread:
-        notes.append(
-            f"{count(unread, 'pair')} recorded without elements (--level): their statistics and "
-            "digests alone were compared"
-        )
-    return table_of.assembled(pairs, base, everything, rules), tasks, notes
+    notes = [
+        f"{count(unread, 'pair')} recorded without elements (--level): their statistics and "
+        "digests alone were compared"
+    ]
+    return _Compared(
+        table_of.assembled(pairs, base, everything, rules),
+        tasks,
+        tuple(notes if unread else ()),
+        any(row.get("failed") == "damaged" for row in everything),
+    )
 
 
 def _about_by(table: pl.DataFrame, by: str | None) -> list[str]:

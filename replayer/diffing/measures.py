@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -210,9 +211,9 @@ def _merged(
     ranks = [max(1, math.ceil(finite * q / 1000)) for q in (500, 990, 999)]
     found = [0.0] * 3
     if total[0]:
-        odd = [part.odd for part in parts if part.odd is not None]
-        known = torch.cat(odd) if len(odd) == len(parts) else None
-        found = percentiles(segments, histogram, ranks, known, run)
+        odd = _all_of([part.odd for part in parts])
+        rounded = _all_of([part.rounded for part in parts])
+        found = percentiles(segments, histogram, ranks, odd, rounded, run)
     return {
         **_place(segments, figures, "max_abs"),
         **(_place(segments, figures, "max_rel") if xx[0] else {}),
@@ -228,6 +229,11 @@ def _merged(
     }
 
 
+def _all_of(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
+
+
 Scaled = tuple[float, int]
 """A number and the power of two that it is in units of."""
 
@@ -240,6 +246,8 @@ def _total(figures: list[Figures], name: str, by: tuple[int, int, int]) -> Scale
         name: the figure.
         by: how often each of a chunk's scales goes into its unit.
     """
+    if not any(any(figure.scales) for figure in figures):
+        return math.fsum(getattr(figure, name) for figure in figures), 0
     parts = [
         (getattr(figure, name), sum(k * e for k, e in zip(by, figure.scales, strict=True)))
         for figure in figures

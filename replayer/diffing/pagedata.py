@@ -20,7 +20,7 @@ from recorder.tags import label
 from .chunks import as_numbers
 from .diff import Diff
 from .page import render
-from .report import lines, rows_by, worst
+from .report import lines, rows_by
 from .rows import measure_rows
 from .tensors import Row, Two
 
@@ -68,7 +68,7 @@ def page_data(diff: Diff) -> dict[str, Any]:
         "floor": list(diff.floors),
         "rules": diff.rules.words(),
         "lines": [*lines(diff), *diff.notes, *filter(None, [diff.why_nothing])],
-        "counts": diff.counts(),
+        "counts": {**diff.counts(), "reordered": int(diff.pairs["reordered"].sum() or 0)},
         "first": {how: firsts.get(how, firsts.get("both")) for how in ("bitwise", "tolerance")},
         "rows": {name: [row[name] for row in rows] for name in names},
         "left_out": left_out,
@@ -131,7 +131,7 @@ def _details(diff: Diff) -> Iterator[tuple[Row, dict[str, Any]]]:
     tasks = {task.pair: task for task in diff.tasks}
     detail = diff.table.filter(pl.col("by").is_not_null())
     at = diff.pairs.with_row_index("_at").select("_at", "pair", "ranks_a", "ranks_b")
-    candidates = worst(diff).filter(pl.col("changed") > 0)
+    candidates = diff.worst().filter(pl.col("changed") > 0)
     shown = 0
     for row in candidates.iter_rows(named=True):
         if row["pair"] not in tasks:

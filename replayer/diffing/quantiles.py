@@ -1,10 +1,11 @@
 """Exact percentiles of absolute differences that are too many to sort.
 
 1. A histogram by the upper half of each difference's `code` tells which 2^16 codes a percentile is
-   among; `_refine` counts these one by one, and so finds its code.
-2. Differences of one code are as good as equal. Where float32 rounds few differences, `odd` has
-   those, and all others of a code are one number. Else `Cell` has the smallest and the greatest of
-   a code, and where those are not equal, the few there are get sorted, or, if many, bisected.
+   among. Where nearly all of these are one number, as between floats of 16 bits, that is it.
+2. Else `_refine` counts the codes one by one, and so finds its code.
+3. Differences of one code are as good as equal. Where float32 rounds few, all others of a code are
+   one number. Else `Cell` has the smallest and the greatest of a code, and where those are not
+   equal, the few there are get sorted, or, if many, bisected.
 
 A percentile is the smallest value that at least so many per cent are not above: definition 1 of
 Hyndman and Fan, "Sample Quantiles in Statistical Packages" (1996), numpy's `inverted_cdf`.
@@ -77,6 +78,7 @@ def percentiles(
     histogram: torch.Tensor,
     ranks: Sequence[int],
     odd: torch.Tensor | None,
+    rounded: torch.Tensor | None,
     run: Map,
 ) -> list[float]:
     """Return the differences of some ranks, counted from 1 at the smallest.
@@ -85,16 +87,23 @@ def percentiles(
         segments: both sides' elements, of shape [n] each.
         histogram: how many differences have which upper half of their code, of shape [2^15].
         ranks: ascending, from 1 to how many there are.
-        odd: the differences that float32 rounds; all others of a code are one number. None where
-            they are not known.
+        odd: the differences that float32's upper half rounds; all others of one upper half are
+            one number. None where they are not known.
+        rounded: those that float32 rounds, likewise.
         run: like `map`, perhaps on several threads.
     """
     if sum(a.numel() for a, _ in segments) <= _SORTED:
-        found = torch.cat([w for pair in segments for w in _chunks(*pair)]).sort().values
-        return [float(found[rank - 1]) for rank in ranks]
+        found = torch.cat([w for pair in segments for w in _chunks(*pair)])
+        return [float(found.kthvalue(rank).values) for rank in ranks]
     wide = not is_plain(*segments[0])
     above = histogram.cumsum(0)
     places = [int(torch.searchsorted(above, rank)) for rank in ranks]
+    if odd is not None:
+        below = [int(above[place - 1]) if place else 0 for place in places]
+        return [
+            _among(odd, place, 16, rank - less, int(above[place]) - less)
+            for rank, place, less in zip(ranks, places, below, strict=True)
+        ]
     lows = sorted(set(places))
     first_codes = [low * _HALF for low in lows]
     counts = functools.reduce(
@@ -110,8 +119,9 @@ def percentiles(
         before = int(inner[last - 1] if last else 0)
         within.append(rest - before)
         sizes.append(int(inner[last]) - before)
-    if odd is not None:
-        return [_among(odd, *one) for one in zip(found_codes, within, sizes, strict=True)]
+    if rounded is not None:
+        cells_of = zip(found_codes, within, sizes, strict=True)
+        return [_among(rounded, one, 0, rank, size) for one, rank, size in cells_of]
     wanted = sorted(set(found_codes))
     ends = zip(*run(lambda pair: _ends(pair, wanted, wide), segments), strict=True)
     cells = {
@@ -121,13 +131,13 @@ def percentiles(
     return [cells[one].ranked(rank) for one, rank in zip(found_codes, within, strict=True)]
 
 
-def _among(odd: torch.Tensor, one: int, rank: int, size: int) -> float:
-    """Return the difference of a rank among the `size` of one code.
+def _among(odd: torch.Tensor, one: int, shift: int, rank: int, size: int) -> float:
+    """Return the difference of a rank among the `size` whose code without `shift` bits is `one`.
 
-    All of them are float32's number of that code, but for those that it rounds.
+    All of them are float32's number of that code, but for those that are odd.
     """
-    number = float(struct.unpack("f", struct.pack("i", one))[0])
-    mine = odd[code(odd) == one].sort().values
+    number = float(struct.unpack("f", struct.pack("i", one << shift))[0])
+    mine = odd[code(odd) >> shift == one].sort().values
     below = int((mine < number).sum())
     same = size - mine.numel()
     if below < rank <= below + same:

@@ -17,7 +17,6 @@ from recorder.tables import console_of, natural_width, span, table_of
 from recorder.tags import label
 
 from .diff import Diff
-from .table import OUTCOMES
 from .tensors import Row
 
 _WORDS = {
@@ -69,7 +68,8 @@ def figures(row: Row) -> str:
     if row["times_floor"] is not None:
         facts.append(f"{_text(row['times_floor'])} times the noise floor")
     if row["ranks_differ"] and len(row["ranks_b"] or ()) > 1:
-        facts.append(f"on rank {span(row['ranks_differ'])} of B")
+        which = "rank" if len(row["ranks_differ"]) == 1 else "ranks"
+        facts.append(f"on {which} {span(row['ranks_differ'])} of B")
     if row["dtype_a"] != row["dtype_b"]:
         facts.append(f"{row['dtype_a']} in A, {row['dtype_b']} in B")
     if row["message"]:
@@ -91,8 +91,7 @@ def lines(diff: Diff) -> list[str]:
     counts = diff.counts()
     outcomes = [f"{counts[o]} {words}" for o, words in _WORDS.items() if counts[o]]
     sides = [f"{counts[o]} {words}" for o, words in _SIDES.items() if counts[o]]
-    moved = [f"{counts['reordered']} in another order"] if counts["reordered"] else []
-    found.append(f"{count(diff.compared, 'pair')}: {', '.join([*outcomes, *sides, *moved])}")
+    found.append(f"{count(diff.compared, 'pair')}: {', '.join([*outcomes, *sides])}")
     if not diff.compared:
         return found[:2] if not sides else found
     for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
@@ -103,36 +102,26 @@ def lines(diff: Diff) -> list[str]:
             same = how == "tolerance" and row["first"] == "both"
             facts = "the same" if same else figures(row)
             found.append(f"first divergence {words}: {title(row)}: {facts}")
-    for outcome, words in (
-        *_SIDES.items(),
-        ("shape", "of unequal shape"),
-        ("error", "not comparable"),
+    apart = pl.col("dtype_a") != pl.col("dtype_b")
+    for words, which in (
+        ("only in A", pl.col("outcome") == "only_a"),
+        ("only in B", pl.col("outcome") == "only_b"),
+        ("of unequal shape", pl.col("outcome") == "shape"),
+        ("of unequal dtype", apart),
+        ("in another order", pl.col("reordered")),
+        ("not comparable", pl.col("outcome") == "error"),
     ):
-        rows = diff.pairs.filter(pl.col("outcome") == outcome)
+        rows = diff.pairs.filter(which)
         if rows.height:
             first = rows.row(0, named=True)
-            why = "" if outcome in _SIDES else f": {figures(first)}"
-            found.append(f"{words}: {rows.height}, the first {title(first)}{why}")
+            found.append(f"{words}: {rows.height}, the first {title(first)}{_why(words, first)}")
     return found
 
 
-def worst(diff: Diff) -> pl.DataFrame:
-    """Return the pairs that are not equal: the first divergences, then from the worst on."""
-    rank = {name: i for i, name in enumerate(OUTCOMES)}
-    odd = pl.sum_horizontal("nan_a", "nan_b", "inf_a", "inf_b").fill_null(0) > 0
-    return (
-        diff.pairs.filter(pl.col("outcome") != "equal")
-        .with_columns(
-            _severity=pl.col("outcome").replace_strict(rank, return_dtype=pl.Int32),
-            _odd=odd,
-            _size=pl.coalesce("times_floor", "rel_diff", "at_least").fill_null(0.0),
-        )
-        .sort(
-            pl.col("first").is_null(), "_severity", ~pl.col("_odd"), -pl.col("_size"), "pair",
-            maintain_order=True,
-        )
-        .drop("_severity", "_odd", "_size")
-    )  # fmt: skip
+def _why(words: str, row: Row) -> str:
+    if words == "of unequal dtype":
+        return f": {row['dtype_a']} in A, {row['dtype_b']} in B"
+    return f": {figures(row)}" if row["outcome"] in ("shape", "error") else ""
 
 
 def print_diff(diff: Diff, width: int, limit: int) -> None:
@@ -140,14 +129,16 @@ def print_diff(diff: Diff, width: int, limit: int) -> None:
     console = console_of(width)
     for line in lines(diff):
         console.print(printable(line), soft_wrap=True)
-    rows = worst(diff)
+    rows = diff.worst()
     if not rows.height:
         return
     console.print()
     cells = [_cells(row) for row in rows.head(limit).iter_rows(named=True)]
     _print_cells(console, cells, width)
     if rows.height > limit:
-        console.print(f"... and {count(rows.height - limit, 'more pair')} that differ; see --limit")
+        console.print(
+            f"... and {count(rows.height - limit, 'more pair')} that are not equal; see --limit"
+        )
     _print_by(console, diff, rows.head(_BY_ROWS), width)
 
 

@@ -1,10 +1,10 @@
 """When a difference is one: tolerances, thresholds by name, and the noise floor.
 
 Elements beyond torch's tolerances are no fault in themselves: where large numbers cancel, one in a
-thousand is off by more than its own size allows. They are taken for rounding where they are at most
-1 % of the elements, none off by more than 250 rtol (nor its root) times the baseline's root mean
-square, and all together by no more than 10 rtol of its norm. Tolerances that the user gives are
-taken at their word.
+thousand is off by more than its own size allows, and of 16-bit floats many are. They are taken for
+rounding where none is off by more than `Slack.each` times the baseline's root mean square, all of
+them together by no more than `Slack.together` times its norm, and they are no more than
+`Slack.share` of the elements. Tolerances that the user gives are taken at their word.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recorder.errors import FilterError, UsageError
 from recorder.filters import Filter
@@ -28,16 +28,26 @@ MEASURES = (
     "inf_a", "inf_b", "times_floor",
 )  # fmt: skip
 """What a threshold can speak of, beside the tags."""
-_FEW = 0.01
-_EACH = 250
-_TOGETHER = 10
+_COARSE = 1e-3  # torch's rtol of float16; bfloat16's is larger, that of all others smaller
+FloorKey = tuple[Any, ...]
+Floors = Mapping[FloorKey, tuple[float, float]]
 _NOT_FINITE = ("nan_a", "nan_b", "inf_a", "inf_b")
 _PATTERN = re.compile(r"\s*([^\s:\"'()<>=!,]+)\s*:(.*)", re.DOTALL)
 
 
-def slack(rtol: float) -> float:
-    """Return by how many root mean squares an element may be off that is taken for rounding."""
-    return min(_EACH * rtol, math.sqrt(rtol))
+class Slack(NamedTuple):
+    """How much is taken for rounding; see the module."""
+
+    each: float
+    together: float
+    share: float
+
+
+def slack(rtol: float) -> Slack:
+    """Return how much is taken for rounding of dtypes with a relative tolerance."""
+    if rtol >= _COARSE:  # 16 bits
+        return Slack(2 * math.sqrt(rtol), 2 * rtol, 1.0)
+    return Slack(250 * rtol, 10 * rtol, 0.01)
 
 
 @dataclass(frozen=True)
@@ -87,16 +97,14 @@ class Rules:
         rtol: relative tolerance; None for torch's for the pair of dtypes.
         atol: absolute tolerance, likewise.
         thresholds: the last one that fits a name decides on it, and tolerances do not.
-        floors: name and tags -> the greatest rel_diff and max_abs of noise.
+        floors: name, tags, kind and index -> the greatest rel_diff and max_abs of noise.
         factor: how many times the noise a difference may be.
     """
 
     rtol: float | None = None
     atol: float | None = None
     thresholds: tuple[Threshold, ...] = ()
-    floors: Mapping[tuple[str, str, str], tuple[float, float]] | None = field(
-        default=None, repr=False
-    )
+    floors: Floors | None = field(default=None, repr=False)
     factor: float = 3.0
 
     def threshold_for(self, name: str) -> Threshold | None:
@@ -136,22 +144,22 @@ class Rules:
         given = self.rtol is not None or self.atol is not None
         if given or None in (row.get("rel_diff"), row.get("l2_a"), row.get("max_beyond")):
             return False
-        rtol, numel = row["rtol"], row["numel"]
+        few, numel = slack(row["rtol"]), row["numel"]
         return bool(
-            row["mismatched"] <= _FEW * numel
-            and row["max_beyond"] <= slack(rtol) * row["l2_a"] / math.sqrt(numel)
-            and 2 * row["rel_diff"] <= (_TOGETHER * rtol) ** 2  # it is by both norms' squares
+            row["mismatched"] <= few.share * numel
+            and row["max_beyond"] <= few.each * row["l2_a"] / math.sqrt(numel)
+            and 2 * row["rel_diff"] <= few.together**2  # it is by both norms' squares
         )
 
     def against_floor(self, row: Mapping[str, Any], tags: str) -> dict[str, float | None]:
         """Return the noise of a row's tags, and how many times that its difference is.
 
         A difference's size is max_abs and the root of rel_diff, which goes by the square; of the
-        two, it is the one that is more times the noise's.
+        two, it is the one that is more times the noise's. A row by index has that index's noise.
         """
         if self.floors is None:
             return {}
-        floor = self.floors.get((row["name"], tags, row["kind"]))
+        floor = self.floors.get((row["name"], tags, row["kind"], row.get("index")))
         if floor is None:
             return {"floor_rel_diff": None, "floor_max_abs": None, "times_floor": None}
         times = max(
@@ -179,14 +187,14 @@ def _times(value: float | None, floor: float) -> float:
     return value / floor if floor else math.inf
 
 
-def floors_of(tables: Sequence[pl.DataFrame]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """Return the greatest noise of each name, tags and kind, over all steps, ranks and tables."""
-    found: dict[tuple[str, str, str], tuple[float, float]] = {}
+def floors_of(tables: Sequence[pl.DataFrame]) -> Floors:
+    """Return the greatest noise of each name, tags, kind and index, over all steps and ranks."""
+    found: dict[FloorKey, tuple[float, float]] = {}
     for table in tables:
-        columns = table.select("name", "tags", "kind", "rel_diff", "max_abs")
-        for name, tags, kind, rel_diff, max_abs in columns.iter_rows():
+        columns = table.select("name", "tags", "kind", "index", "rel_diff", "max_abs")
+        for *key, rel_diff, max_abs in columns.iter_rows():
             if rel_diff is None and max_abs is None:
                 continue
-            known = found.get((name, tags, kind), (0.0, 0.0))
-            found[name, tags, kind] = max(known[0], rel_diff or 0.0), max(known[1], max_abs or 0.0)
+            known = found.get(tuple(key), (0.0, 0.0))
+            found[tuple(key)] = max(known[0], rel_diff or 0.0), max(known[1], max_abs or 0.0)
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import polars as pl
@@ -158,7 +157,7 @@ def _of_values(one: str, other: str) -> Row:
         numbers = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y)]
     except (OverflowError, RuntimeError):
         return different
-    return {**asdict(measure(*numbers)), "max_abs_at": None, "max_rel_at": None}
+    return {**vars(measure(*numbers)), "max_abs_at": None, "max_rel_at": None}
 
 
 def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
@@ -223,7 +222,6 @@ def assembled(
     rest = rest.join(unread, on="pair", how="left", maintain_order="left")
     state = pl.col("state")
     is_equal = state == EQUAL
-    numel = pl.col("shape_a").list.eval(pl.element().product()).list.first().fill_null(1)
     rest = rest.with_columns(
         outcome=pl.when(state == UNALIGNED)
         .then(pl.lit("error"))
@@ -232,7 +230,7 @@ def assembled(
         .otherwise(state),
         message=pl.when(state == UNALIGNED).then(pl.lit(_UNALIGNED)),
         bitwise=pl.when(is_equal).then(True).when(state.is_in([TODO, SHAPE])).then(False),
-        numel=pl.when(is_equal).then(numel),
+        numel=pl.when(is_equal).then(bounds.numel_of(rest["shape_a"])),
         **{name: pl.when(is_equal).then(value) for name, value in _SAME.items()},
     )
     found = done.join(table, on="pair", how="left", suffix="_0").with_columns(
@@ -241,7 +239,7 @@ def assembled(
     parts = [_with_columns(part) for part in (rest, found)]
     made = pl.concat(parts)
     made = made.with_columns(  # a tensor of all ranks: the first of them stands for it
-        rank=pl.when(pl.col("outcome") == "equal")
+        rank=pl.when((pl.col("outcome") == "equal") | pl.col("by").is_not_null())
         .then("rank")
         .otherwise(
             pl.coalesce("rank", pl.col("ranks_b").list.first(), pl.col("ranks_a").list.first())
@@ -268,7 +266,10 @@ def _judged(table: pl.DataFrame, measured: Sequence[Row], rules: Rules) -> pl.Da
         tags = parsed.get(known["tags"])
         if tags is None:
             tags = parsed[known["tags"]] = parse_tags(known["tags"])
-        rows.append({**row, **_outcome({**row, **known}, tags, rules)})
+        judged = {**row, **_outcome({**row, **known}, tags, rules)}
+        if row.get("parts"):
+            judged["ranks_differ"] = _ranks_that_differ(judged, {**row, **known}, tags, rules)
+        rows.append(judged)
     own = {*table.columns} - {*_REPLACED}
     schema = {**{c: t for c, t in COLUMNS.items() if c not in own}, "pair": pl.UInt32}
     columns = {name: [row.get(name) for row in rows] for name in schema}
@@ -280,13 +281,31 @@ def _outcome(row: Row, tags: dict[str, Any], rules: Rules) -> Row:
     failed = row.get("failed")
     if failed is not None:
         return {"outcome": "shape" if failed == "shape" else "error"}
-    floor = {} if row.get("by") else rules.against_floor(row, row["tags"])
+    floor = rules.against_floor(row, row["tags"])
     if row.get("bitwise"):
         return {"outcome": "equal", **floor}
-    if row.get("by") and not row["changed"]:
-        return {"outcome": "equal"}
     within = rules.is_within({**row, **floor}, tags)
     return {"outcome": "close" if within else "differs", **floor}
+
+
+def _ranks_that_differ(judged: Row, row: Row, tags: dict[str, Any], rules: Rules) -> list[int]:
+    """Return the target's ranks whose part is judged as the whole is, else those that changed."""
+    parts = [
+        (ranks, {**row, **figures, "bitwise": not figures["changed"]})
+        for ranks, figures in row["parts"]
+    ]
+    for same in (
+        lambda part: _outcome(part, tags, rules)["outcome"] == judged["outcome"],
+        _changed,
+    ):
+        found = {rank for ranks, part in parts if same(part) for rank in ranks}
+        if found:
+            return sorted(found)
+    return []
+
+
+def _changed(part: Row) -> bool:
+    return bool(part["changed"])
 
 
 def _with_firsts(table: pl.DataFrame) -> pl.DataFrame:

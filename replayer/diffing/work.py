@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -115,8 +115,9 @@ class Crew:
     def measure(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
         """Yield the rows of each pair, in order.
 
-        A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `ranks_differ`, `shape_a`, `labels`,
-        `message`, and the measures; or `failed`, why there are none: `shape`, `layout`, `damaged`.
+        A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `shape_a`, `labels`, `message`, the
+        measures, and `parts`, those of each rank's part; or `failed`, why there are none: `shape`,
+        `layout` or `damaged`.
         """
         workers = self._options.workers or _cores()
         before = torch.get_num_threads()
@@ -171,16 +172,16 @@ class Crew:
             _unravelled(index, two.a.shape) for index in (found.max_abs_at, found.max_rel_at)
         )
         row: Row = {
-            **asdict(found),
+            **vars(found),
             "max_abs_at": at,
             "max_rel_at": relative_at,
             "rank": two.rank_at(at),
             "ranks_a": list(two.ranks_a),
             "ranks_b": list(two.ranks_b),
-            "ranks_differ": [] if found.bitwise else _ranks_that_differ(two, found),
             "shape_a": list(two.a.shape),
             "labels": list(two.labels),
             "message": two.note,
+            "parts": [] if found.bitwise else list(_parts(two, found)),
         }
         rows = [row]
         if self._options.by is not None and not found.bitwise:
@@ -219,18 +220,16 @@ def _unravelled(index: int | None, shape: Sequence[int]) -> list[int] | None:
     return found[::-1]
 
 
-def _ranks_that_differ(two: Two, found: Measures) -> list[int]:
-    """Return the target's ranks that hold an element beyond tolerance, else one that changed."""
-    which = "mismatched" if found.mismatched else "changed"
-    ranks: set[int] = set()
+def _parts(two: Two, found: Measures) -> Iterator[tuple[list[int], Row]]:
+    """Yield what each of the target's ranks holds: the ranks, and the figures of that part."""
     parts = list(two.parts())
-    for held, one, other in parts:
+    for ranks, one, other in parts:
         if len(parts) == 1:
-            return held
-        part = measure_rows(one, other, (), found.rtol, found.atol)
-        if not part or part[which][0]:
-            ranks.update(held)
-    return sorted(ranks)
+            yield ranks, {"changed": found.changed}
+            return
+        figures = measure_rows(one, other, (), found.rtol, found.atol)
+        own = {"numel": one.numel(), "changed": int(not torch.equal(one, other))}
+        yield ranks, {**own, **{name: values[0] for name, values in figures.items()}}
 
 
 def dims_called(name: str, labels: Sequence[str]) -> int | None:
@@ -253,8 +252,8 @@ def _by(two: Two, name: str, found: Measures, whole: Row) -> list[Row]:
     for i in range(size if figures else 0):
         row = {key: values[i] for key, values in figures.items()}
         row |= {"by": two.labels[dim] if name in two.labels else name, "index": i, "numel": numel}
-        row |= {"rtol": found.rtol, "atol": found.atol, "bitwise": None}
-        row |= {key: whole[key] for key in ("rank", "ranks_a", "ranks_b", "labels")}
+        row |= {"rtol": found.rtol, "atol": found.atol, "bitwise": not row["changed"]}
+        row |= {key: whole[key] for key in ("ranks_a", "ranks_b", "labels", "shape_a")}
         rows.append(row)
     return rows
 

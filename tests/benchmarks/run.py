@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import cuda
+import diffing
 import recording
 import replaying
 import taps
@@ -43,6 +44,9 @@ BENCHMARKS = {
     "metrics": replaying.metrics,
     "opening": replaying.opening,
     "replay-memory": replaying.replay_memory,
+    "diff-large": diffing.large,
+    "diff-many": diffing.many,
+    "diff-manifests": diffing.manifests,
     "cuda": cuda.cuda,
 }
 

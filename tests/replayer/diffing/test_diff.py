@@ -12,7 +12,7 @@ import torch
 from recorder import Recorder, Recording, declare_mesh, step, tap
 from recorder.errors import UsageError
 from replayer import Diff, diff
-from replayer.diffing.report import lines, objects, worst
+from replayer.diffing.report import lines, objects
 
 
 def recorded(folder: Path, job, world_size=1, mesh=None, **options) -> Recording:
@@ -534,7 +534,7 @@ def test_the_worst_come_first_after_the_first(held):
         return run
 
     found = held(job([0, 0, 0, 0]), job([1e-7, 0.1, 0.9, 0.5]))
-    order = [json.loads(tags)["i"] for tags in worst(found)["tags"]]
+    order = [json.loads(tags)["i"] for tags in found.worst()["tags"]]
     assert order == [1, 0, 2, 3]
 
 
