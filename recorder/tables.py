@@ -18,7 +18,14 @@ def console_of(width: int) -> Any:
     """Return a console on stdout of some columns that takes no text for markup."""
     from rich.console import Console
 
-    return Console(width=width, markup=False, highlight=False, emoji=False)
+    # Some environments ask rich to style what goes into a pipe; whoever reads that wants the text.
+    return Console(
+        width=width,
+        markup=False,
+        highlight=False,
+        emoji=False,
+        force_terminal=sys.stdout.isatty(),
+    )
 
 
 def table_of(*columns: str, left: Sequence[str] = (), folded: Sequence[str] = ("tap",)) -> Table:

@@ -189,14 +189,21 @@ def _print_by(console: Any, diff: Diff, rows: pl.DataFrame, width: int) -> None:
         mine = rows_by(detail, row)
         if not mine.height:
             continue
-        off = mine.filter(pl.col("changed") > 0)
-        worse = off.sort("rel_diff", descending=True, nulls_last=False).head(_BY_ROWS)
+        worse = mine.filter(pl.col("outcome") == "differs")
+        words = "beyond tolerance"
+        if not worse.height:
+            worse, words = mine.filter(pl.col("changed") > 0), "not equal"
+        shown = worse.sort("rel_diff", descending=True, nulls_last=False).head(_BY_ROWS)
         indices = ", ".join(
-            f"{one['by']}={one['index']} ({one['outcome']}, rel_diff {_text(one['rel_diff'])})"
-            for one in worse.iter_rows(named=True)
+            f"{one['index']} (rel_diff {_text(one['rel_diff'])})"
+            for one in shown.iter_rows(named=True)
         )
+        more = ", ..." if worse.height > _BY_ROWS else ""
         console.print(
-            printable(f"{title(row)}: {off.height} of {mine.height} differ, the worst {indices}"),
+            printable(
+                f"{title(row)}: along {mine['by'][0]}, {worse.height} of {mine.height} {words}: "
+                f"{indices}{more}"
+            ),
             soft_wrap=True,
         )
 

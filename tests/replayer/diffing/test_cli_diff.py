@@ -112,7 +112,7 @@ def test_the_page_is_written_whole(graft, runs, tmp_path):
 
 def test_by_a_dim_says_which_indices_are_the_worst(graft, runs):
     done = graft("diff", runs["A"], runs["fault"], "--by", "h", "--filter", 'name == "attn_q"')
-    assert "8 of 8 differ, the worst h=" in done.stdout
+    assert "along h, 8 of 8 beyond tolerance: " in done.stdout
 
 
 def test_a_limit_says_how_many_more_there_are(graft, runs):
