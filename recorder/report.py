@@ -105,12 +105,13 @@ def records(recording: Recording, rows: pl.DataFrame) -> list[dict[str, Any]]:
             row["mesh"] = {axis: list(place) for axis, place in mesh}
         for column in ("tags", "extras", "value"):
             if row[column] is not None:
-                row[column] = _decoded(row[column])
+                row[column] = decoded(row[column])
         found.append({k: _jsonable(v) for k, v in row.items()})
     return found
 
 
-def _decoded(text: str) -> Any:
+def decoded(text: str) -> Any:
+    """Return the value of some JSON; the text itself where JSON proper does not have it."""
     try:
         value = json.loads(text)
         json.dumps(value, allow_nan=False)

@@ -56,4 +56,4 @@ def test_every_file_of_the_packages_is_in_the_picture():
         for path in (ROOT / package).glob("*.py"):
             assert path.name == "__init__.py" or path.name in picture, path.name
     for path in (ROOT / "replayer" / "diffing").glob("*.py"):
-        assert path.name == "__init__.py" or path.stem in picture, path.name
+        assert path.name == "__init__.py" or path.name in picture, path.name

@@ -56,6 +56,7 @@ class Recorded:
         at: axis -> coordinate: leave out ranks that stand elsewhere.
         replicas: what to do with ranks that should hold the same and do not, see `assemble`.
         check: whether to hold what is read whole against its digest.
+        in_part: whether to leave out of that a large tensor of which little is needed.
         plans: plans made before, and to be added to.
 
     Raises:
@@ -72,8 +73,10 @@ class Recorded:
         at: Mapping[str, int] | None = None,
         replicas: str = "error",
         check: bool = True,
+        in_part: bool = True,
         plans: dict[Any, Plan] | None = None,
     ) -> None:
+        self._is_in_part = in_part
         self._recording = recording
         self._rows = {row["rank"]: row for row in rows}
         self._replicas = check_replicas(replicas)
@@ -170,7 +173,7 @@ class Recorded:
     def _read(self, rank: int, share: float) -> torch.Tensor:
         """Return a rank's tensor; where little of a large one is needed, the rest is not read."""
         row = self._rows[rank]
-        in_part = share < 0.5 and row["nbytes"] >= _READ_WHOLE
+        in_part = self._is_in_part and share < 0.5 and row["nbytes"] >= _READ_WHOLE
         if in_part and self._check:
             self._in_part.append(rank)
         return self._recording.read(row, check=self._check and not in_part)

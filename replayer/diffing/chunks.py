@@ -24,7 +24,7 @@ from recorder.scripting import scripted
 CHUNK = 1 << 17
 """Elements worked on at once; as float64, the five buffers of them stay in a processor's cache."""
 BINS = 1 << 15
-_SCANNED = 14  # so many of `Figures`, the first, are from `_scan`
+_SCANNED = 15  # so many of `Figures`, the first, are from `_scan`
 MOST_ODD = 1 << 18
 """Of a segment's differences that float32, or its upper half, rounds, so many are kept."""
 _SAFE = 400  # squares of numbers within 2 to the plus or minus this add up in float64
@@ -59,11 +59,13 @@ class Figures(NamedTuple):
     changed: float = 0.0
     mismatched: float = 0.0
     max_beyond: float = 0.0
+    max_beyond_at: float = -1.0
     max_abs: float = 0.0
     max_abs_at: float = -1.0
     max_rel: float = 0.0
     max_rel_at: float = -1.0
     max_ulp: float = 0.0
+    odd_at: float = -1.0
     scales: tuple[int, int, int] = (0, 0, 0)
     nan_a: int = 0
     nan_b: int = 0
@@ -86,7 +88,7 @@ def _scan(
     atol: float,
     collect: int,
 ) -> tuple[list[float], torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """Return the first 14 of `Figures` of each chunk, and the histogram of those that are finite.
+    """Return the first 15 of `Figures` of each chunk, and the histogram of those that are finite.
 
     Then come the differences that float32's upper half rounds, and those that float32 does, up to
     about `collect` of them. `ia` and `ib` are the elements' bits. `shift` is where the sign is
@@ -101,6 +103,7 @@ def _scan(
     histogram = torch.zeros(32768, dtype=torch.int64)
     best = 0.0
     best_rel = 0.0
+    best_beyond = 0.0
     total = a.numel()
     start = 0
     while start < total:
@@ -113,7 +116,7 @@ def _scan(
         x.copy_(one)
         if shift >= 0 and torch.equal(bits, other_bits):
             square = float(torch.dot(x, x))
-            found += [square, square, square, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+            found += [square, square, square, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0]
             found += [0.0, -1.0, 0.0, -1.0, 0.0]
             if square - square == 0.0:
                 histogram[0] += n
@@ -130,7 +133,7 @@ def _scan(
         dd = float(torch.dot(d, d))
         found += [xx, yy, float(torch.dot(x, y)), dd]
         if not (xx - xx == 0.0 and yy - yy == 0.0 and dd - dd == 0.0):
-            found += [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, -1.0, 0.0]
+            found += [0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, -1.0, 0.0, -1.0, 0.0]
             start += n
             continue
         torch.abs(d, out=w)
@@ -169,13 +172,20 @@ def _scan(
             d.masked_fill_(x.eq(0.0), 0.0)
             relative = float(d.amax())
         if most <= atol or (not has_zero and relative <= rtol * (1.0 - 1e-9)):
-            found += [0.0, 0.0]
+            found += [0.0, 0.0, -1.0]
         else:
             torch.mul(x, rtol, out=t)
             t.add_(atol)
             torch.gt(w, t, out=t)
             mismatched = float(t.sum())
-            found += [mismatched, 0.0 if mismatched == 0.0 else float(t.mul_(w).amax())]
+            beyond = 0.0
+            at = -1.0
+            if mismatched > 0.0:
+                beyond = float(t.mul_(w).amax())
+                if beyond > best_beyond:
+                    best_beyond = beyond
+                    at = float(t.eq(beyond).nonzero()[0].item() + start)
+            found += [mismatched, beyond, at]
         at = -1.0
         if most > best:
             best = most
@@ -370,7 +380,10 @@ def exact(
         apart_by = _modulus(y * scale - x * scale, is_complex)
         relative = torch.where(unsafe, apart_by / _modulus(x * scale, is_complex), relative)
     relative.masked_fill_((size == 0) | excluded, 0.0)
-    counts, disagree = _not_finite(one, other, excluded) if bool(excluded.any()) else ({}, 0)
+    counts: dict[str, int] = {}
+    disagree, odd_at = 0, -1
+    if bool(excluded.any()):
+        counts, disagree, odd_at = _not_finite(one, other, excluded)
     scales = [_exponent(x), _exponent(y), _exponent(d)]
     if bool(d.isfinite().all()):
         d = _times(d, -scales[2])
@@ -388,10 +401,11 @@ def exact(
         float(_modulus(d, is_complex).sum()),
         float((w > 0).sum()) + disagree,
         float(beyond.sum()) + disagree,
-        float(w.masked_fill(~beyond, 0.0).max()),
+        *_greatest(w.masked_fill(~beyond, 0.0), start),
         *_greatest(w, start),
         *_greatest(relative, start),
         _steps(one, other, excluded),
+        float(odd_at + start) if odd_at >= 0 else -1.0,
         (scales[0], scales[1], scales[2]),
         **counts,
     )
@@ -402,8 +416,8 @@ def exact(
 
 def _not_finite(
     one: torch.Tensor, other: torch.Tensor, excluded: torch.Tensor
-) -> tuple[dict[str, int], int]:
-    """Count the elements that are NaN or infinite on one side and not so on the other."""
+) -> tuple[dict[str, int], int, int]:
+    """Count elements NaN or infinite on one side and not so on the other, and find the first."""
     x, y = (as_numbers(values)[excluded].to(torch.complex128) for values in (one, other))
     nan_a, nan_b, differ = x.isnan(), y.isnan(), x != y
     counts = {
@@ -412,7 +426,9 @@ def _not_finite(
         "inf_a": int((x.isinf() & differ).sum()),
         "inf_b": int((y.isinf() & differ).sum()),
     }
-    return counts, int((differ & ~(nan_a & nan_b)).sum())
+    disagree = differ & ~(nan_a & nan_b)
+    places = excluded.nonzero().flatten()[disagree]
+    return counts, places.numel(), int(places[0]) if places.numel() else -1
 
 
 def _greatest(values: torch.Tensor, start: int) -> tuple[float, float]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -11,10 +14,10 @@ import click
 from recorder.errors import UsageError
 from recorder.filters import Filter
 from recorder.options import FilterType, SizeType, expected_errors, note
-from recorder.sizes import format_size
+from recorder.ranks import Rank
 from recorder.tables import bar, terminal_width
 
-_MEMORY = 2 << 30
+_PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is told
 
 
 @click.command(short_help="Hold two recordings against each other: what differs, and where first.")
@@ -42,7 +45,7 @@ _MEMORY = 2 << 30
     "'h.{layer}.attn=layers.{layer}.self_attn'. A place on one side only is a tag on the other.",
 )
 @click.option(
-    "--manifest",
+    "--manifest-only",
     is_flag=True,
     help="Read no tensor: digests say which differ, statistics what they prove.",
 )
@@ -64,9 +67,7 @@ _MEMORY = 2 << 30
 @click.option(
     "--floor-factor",
     type=float,
-    default=3.0,
-    show_default=True,
-    help="How many times the noise is still noise.",
+    help="How many times the noise is still noise; 3 without.",
 )
 @click.option(
     "--by",
@@ -98,7 +99,7 @@ _MEMORY = 2 << 30
 @click.option(
     "--memory",
     type=SizeType(),
-    help=f"Bytes of tensors in memory at once; {format_size(_MEMORY)} without.",
+    help="Bytes of tensors in memory at once, 2GiB without; a pair of more goes alone.",
 )
 @expected_errors
 def diff(
@@ -108,12 +109,12 @@ def diff(
     match_on: str | None,
     step_offset: int,
     rename: tuple[str, ...],
-    manifest: bool,
+    manifest_only: bool,
     rtol: float | None,
     atol: float | None,
     threshold: tuple[str, ...],
     floor: tuple[str, ...],
-    floor_factor: float,
+    floor_factor: float | None,
     by: str | None,
     ignore_missing: bool,
     limit: int,
@@ -136,22 +137,28 @@ def diff(
       graft diff runs/base runs/target --filter 'layer < 4' --html diff.html
     """
     outputs = [Path(name) for name in (parquet, html) if name is not None]
-    for path in outputs:
-        _check_output(path)
-    from . import report
-    from .diff import diff as compare
-    from .work import distributed
+    if floor_factor is not None and not floor:
+        raise UsageError("--floor-factor needs a noise floor; give --floor A2 too")
+    from .output import check_outputs
 
-    found = compare(
-        a, b, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
-        manifest=manifest, rtol=rtol, atol=atol, threshold=threshold, floor=floor,
-        floor_factor=floor_factor, by=by, ignore_missing=ignore_missing, check=check,
-        workers=workers, memory=memory or _MEMORY, bar=bar,
-    )  # fmt: skip
-    if distributed()[0] != 0:
-        return  # rank 0 has all of it, and says so
+    check_outputs(outputs)
     from recorder.report import incomplete_lines
 
+    from . import report
+    from .diff import diff as compare
+    from .spread import launched
+
+    rank = launched(os.environ)
+    with _told_of_waiting(rank):
+        found = compare(
+            a, b, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
+            manifest_only=manifest_only, rtol=rtol, atol=atol, threshold=threshold, floor=floor,
+            floor_factor=3.0 if floor_factor is None else floor_factor, by=by,
+            ignore_missing=ignore_missing, check=check, workers=workers, memory=memory,
+            spread=True, bar=bar,
+        )  # fmt: skip
+    if rank.rank != 0:
+        return  # rank 0 has all of it, and says so
     for name, run in ((a, found.a), (b, found.b)):
         for line in incomplete_lines(run):
             note(f"{name}: {line}")
@@ -164,24 +171,41 @@ def diff(
             from .pagedata import write_page
 
             write_page(found, Path(html))
+        if as_json:
+            for line in report.objects(found):
+                click.echo(line)
+        else:
+            report.print_diff(found, terminal_width(), limit)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # click ends quietly where nobody reads on
     except OSError as err:
-        raise UsageError(f"{err.filename or parquet or html} cannot be written: {err}") from None
-    if as_json:
-        for line in report.objects(found):
-            click.echo(line)
-    else:
-        report.print_diff(found, terminal_width(), limit)
+        raise UsageError(
+            f"{err.filename or 'the output'} cannot be written: {err.strerror or err}; make room, "
+            "or choose another place"
+        ) from None
     if found.why_nothing:
         note(found.why_nothing)
     sys.exit(found.status)
 
 
-def _check_output(path: Path) -> None:
-    """Refuse a file that cannot be written, before the work."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder, so {path.name} cannot be written there; make it")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} cannot be written; choose a folder you may write to")
+@contextmanager
+def _told_of_waiting(rank: Rank) -> Iterator[None]:
+    """Say so when other ranks do not come, which may not exist."""
+    from .spread import joined
+
+    def tell() -> None:
+        if not joined():
+            note(
+                f"rank {rank.rank} of {rank.world_size}, as RANK and WORLD_SIZE say, waits for the "
+                "others; to run alone, unset RANK"
+            )
+
+    timer = threading.Timer(_PATIENCE, tell)
+    timer.daemon = True
+    if rank.world_size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

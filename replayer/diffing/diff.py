@@ -1,16 +1,16 @@
 """`graft diff`: which tensors of two recordings differ, where it starts, and whether it matters.
 
 1. `pairing.pair` matches the manifests and decides what digests can decide.
-2. `work` measures the rest, or `bounds` says what statistics prove where elements are not read.
+2. `work` measures the rest, `spread` over ranks where there are some; or `bounds` says what
+   statistics prove where elements are not read.
 3. `rules` judge each pair; `Diff` has the table, the first divergences and the verdict.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union
@@ -21,20 +21,24 @@ from recorder.errors import GraftError, UsageError
 from recorder.filters import Filter
 from recorder.format.recording import Recording
 from recorder.format.rows import parse_tags, tag_columns
+from recorder.ranks import Rank
 from recorder.sizes import count
-from recorder.tags import label
 
 from ..match import MatchOn
-from . import table as table_of
+from .by import MOST_INDICES
+from .nothing import why_nothing
 from .pairing import Pairs, pair
 from .rename import Rename
 from .rules import Rules, Threshold, floors_of
-from .table import COLUMNS, OUTCOMES
-from .work import MEMORY, Crew, Options, Task, distributed, gathered, group, share
+from .spread import ALONE, gathered, group, launched, share
+from .table import COLUMNS, OUTCOMES, assembled, base_of, fingerprint, tasks_of, values_of
+from .tensors import Row, Two
+from .work import MEMORY, Crew, Options, Task
 
 GOOD = ("equal", "close")
 _MISSING = ("only_a", "only_b")
 _IS_COMPARED = pl.col("by").is_null() & ~pl.col("outcome").is_in(_MISSING)
+_FARTHEST = 1 << 40  # steps
 Run = Union[str, os.PathLike[str], Recording]
 Bar = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -52,23 +56,23 @@ class Diff:
         notes: what to know of how they were matched and compared.
         floors: the folders that gave the noise floor.
         is_missing_fine: whether a key on one side alone is no difference.
-        why_nothing: why no pair has a record on both sides, "" where one has.
         is_damaged: whether a tensor could not be read.
-        crew: what reads the tensors of `tasks` again.
-        tasks: the pairs whose tensors were read.
+        is_incomplete: whether ranks ended early whose records nothing else would miss.
+        why_nothing: why no pair has a record on both sides, "" where one has.
     """
 
     a: Recording
     b: Recording
     table: pl.DataFrame = field(repr=False)
     rules: Rules
-    notes: tuple[str, ...] = ()
-    floors: tuple[str, ...] = ()
-    is_missing_fine: bool = False
-    why_nothing: str = ""
-    is_damaged: bool = False
-    crew: Crew | None = field(default=None, repr=False)
-    tasks: Sequence[Task] = field(default=(), repr=False)
+    notes: tuple[str, ...]
+    floors: tuple[str, ...]
+    is_missing_fine: bool
+    is_damaged: bool
+    is_incomplete: bool
+    why_nothing: str
+    _crew: Crew = field(repr=False)
+    _tasks: Mapping[int, Task] = field(repr=False)
 
     @property
     def pairs(self) -> pl.DataFrame:
@@ -136,7 +140,23 @@ class Diff:
         if self.is_missing_fine:
             bad = [name for name in bad if name not in _MISSING]
         wrong = self.pairs.filter(pl.col("outcome").is_in(bad)).height
+        wrong += self.is_incomplete and not self.is_missing_fine
         return 0 if self.compared and not wrong else 1
+
+    def tensors(self, row: Mapping[str, Any]) -> Two | None:
+        """Return both sides' tensors of a pair's row, put together as they were compared.
+
+        None where they were equal by digest, or never read.
+
+        Raises:
+            DamagedRecording: they cannot be read any more.
+        """
+        task = self._tasks.get(row["pair"])
+        ranks = row["ranks_a"], row["ranks_b"]
+        for two in self._crew.twos(task) if task else ():
+            if isinstance(two, Two) and (list(two.ranks_a), list(two.ranks_b)) == ranks:
+                return two
+        return None
 
 
 def diff(
@@ -147,7 +167,7 @@ def diff(
     match_on: str | None = None,
     step_offset: int = 0,
     rename: str | Sequence[str] = (),
-    manifest: bool = False,
+    manifest_only: bool = False,
     rtol: float | None = None,
     atol: float | None = None,
     threshold: str | Sequence[str] = (),
@@ -157,7 +177,8 @@ def diff(
     ignore_missing: bool = False,
     check: bool = True,
     workers: int | None = None,
-    memory: int = MEMORY,
+    memory: int | None = None,
+    spread: bool = False,
     bar: Bar | None = None,
 ) -> Diff:
     """Compare two recordings.
@@ -169,7 +190,7 @@ def diff(
         match_on: tags that count for a match, or `order`; by default the whole key.
         step_offset: the target's step s belongs to the baseline's s + step_offset.
         rename: `A=B`: what the baseline calls A, the target calls B; places in braces.
-        manifest: read no tensor: digests and statistics alone.
+        manifest_only: read no tensor: digests and statistics alone.
         rtol: relative tolerance; by default torch's for the pair of dtypes.
         atol: absolute tolerance, likewise.
         threshold: `[PATTERN:] EXPR` over measures and tags that holds of what is within tolerance.
@@ -179,11 +200,13 @@ def diff(
         ignore_missing: keys on one side alone are no difference.
         check: hold what is read against its digest.
         workers: threads; by default one a core.
-        memory: bytes of tensors in memory at once.
+        memory: bytes of tensors in memory at once, by default 2 GiB; a pair of more goes alone.
+        spread: share the work with the other ranks of a torchrun; all of them must call this.
         bar: (total, what) -> a context that yields what to call with bytes that are done.
 
     Returns:
-        The table and the verdict. Under torchrun, that of rank 0 is of all, the others' has no row.
+        The table and the verdict. Where ranks share the work, rank 0 has all of it, the others have
+        no rows.
 
     Raises:
         RecordingError: a recording cannot be read.
@@ -191,37 +214,54 @@ def diff(
     """
     ours, theirs = _opened(a), _opened(b)
     noise = [_opened(one) for one in _listed(floor)]
-    chosen = Filter.coerce(filter)
-    options = Options(rtol, atol, by, check, workers, memory)
-    _check_numbers(rtol, atol, floor_factor)
-    rules = Rules(rtol, atol, tuple(map(Threshold.parse, _listed(threshold))), None, floor_factor)
-    bar = bar or (lambda total, what: nullcontext(lambda nbytes: None))
-    on, renames = MatchOn.parse(match_on), [Rename.parse(text) for text in _listed(rename)]
-    rank, world_size = distributed()
-    with group(world_size):
-        compared = functools.partial(
-            _compared, options=options, manifest=manifest, bar=bar, rank=rank, world_size=world_size
-        )
+    _check(rtol, atol, floor_factor, step_offset, workers, memory)
+    if manifest_only and (noise or by is not None):
+        what = "--floor" if noise else "--by"
+        raise UsageError(f"{what} needs the tensors; leave --manifest-only out")
+    chosen, on = Filter.coerce(filter), MatchOn.parse(match_on)
+    renames = [Rename.parse(text) for text in _listed(rename)]
+    thresholds = tuple(map(Threshold.parse, _listed(threshold)))
+    rules = Rules(rtol, atol, thresholds, None, floor_factor)
+    options = Options(rtol, atol, by, check, workers, MEMORY if memory is None else memory)
+    rank = launched(os.environ) if spread else ALONE
+    comparison = _Comparison(options, manifest_only, bar or _no_bar, rank)
+    with group(rank):
+        floors = [
+            comparison.of(pair(ours, one, filter=chosen, match_on=on), Rules(rtol, atol))
+            for one in noise
+        ]
         if noise:
-            runs = [
-                compared(pair(ours, one, filter=chosen, match_on=on), Rules(rtol, atol))
-                for one in noise
-            ]
-            rules = replace(rules, floors=floors_of([run.table for run in runs]))
+            rules = replace(rules, floors=floors_of([one.table for one in floors]))
         pairs = pair(
             ours, theirs, filter=chosen, match_on=on, step_offset=step_offset, renames=renames
         )
-        found = compared(pairs, rules)
-    notes = [*pairs.notes, *found.notes]
-    nothing = ""
-    if rank == 0:
-        notes += _about_by(found.table, by)
-        if not found.table.filter(_IS_COMPARED).height:
-            nothing = _why_nothing(pairs, chosen)
-    return Diff(
-        ours, theirs, found.table, rules, tuple(notes), tuple(str(one.path) for one in noise),
-        ignore_missing, nothing, found.is_damaged, Crew(pairs, options), found.tasks,
-    )  # fmt: skip
+        notes = [*pairs.notes, *_about_thresholds(thresholds, pairs)]
+        found = comparison.of(pairs, rules)
+    notes += found.notes
+    if rank.rank == 0:
+        notes += [*_about_by(found.table, by), *_about_floor(found, rules)]
+    made = Diff(
+        ours,
+        theirs,
+        found.table,
+        rules,
+        tuple(notes),
+        tuple(str(one.path) for one in noise),
+        ignore_missing,
+        any(one.is_damaged for one in (found, *floors)),
+        # With as many ranks on both sides, each record that is not there is missed by itself.
+        ours.world_size != theirs.world_size and bool(ours.incomplete() or theirs.incomplete()),
+        "",
+        Crew(pairs, options),
+        {task.pair: task for task in found.tasks},
+    )
+    if rank.rank == 0 and not made.compared:
+        return replace(made, why_nothing=why_nothing(pairs, chosen))
+    return made
+
+
+def _no_bar(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda nbytes: None)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -233,10 +273,22 @@ def _opened(run: Run) -> Recording:
     return run if isinstance(run, Recording) else Recording.open(run)
 
 
-def _check_numbers(rtol: float | None, atol: float | None, factor: float) -> None:
+def _check(
+    rtol: float | None,
+    atol: float | None,
+    factor: float,
+    offset: int,
+    workers: int | None,
+    memory: int | None,
+) -> None:
     for name, value in (("rtol", rtol), ("atol", atol), ("floor-factor", factor)):
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UsageError(f"--{name} is {value}; give a finite number from 0 on")
+    for name, least in (("workers", workers), ("memory", memory)):
+        if least is not None and least < 1:
+            raise UsageError(f"--{name} is {least}; give a number from 1 on")
+    if abs(offset) > _FARTHEST:
+        raise UsageError(f"--step-offset is {offset}; no job has as many steps")
 
 
 class _Compared(NamedTuple):
@@ -248,86 +300,83 @@ class _Compared(NamedTuple):
     is_damaged: bool = False
 
 
-def _compared(
-    pairs: Pairs,
-    rules: Rules,
-    *,
-    options: Options,
-    manifest: bool,
-    bar: Bar,
-    rank: int,
-    world_size: int,
-) -> _Compared:
-    base = table_of.base(pairs)
-    tasks, unread = ([], 0) if manifest else table_of.tasks(pairs, base)
-    rows: list[dict[str, Any]] = []
-    problem: GraftError | None = None
-    mine = share(tasks, rank, world_size)
-    if mine:
-        with bar(sum(task.nbytes for task in mine), "comparing") as progress:
-            try:
-                for found in Crew(pairs, replace(options, progress=progress)).measure(mine):
-                    rows += found
-            except GraftError as err:
-                problem = err
-    seen = table_of.fingerprint(pairs) if world_size > 1 else ""
-    everything = gathered(rows, problem, seen, rank, world_size)
-    if everything is None:
-        return _Compared(pl.DataFrame(schema=COLUMNS))
-    everything += table_of.values(base)
-    notes = [
-        f"{count(unread, 'pair')} recorded without elements (--level): their statistics and "
-        "digests alone were compared"
-    ]
-    return _Compared(
-        table_of.assembled(pairs, base, everything, rules),
-        tasks,
-        tuple(notes if unread else ()),
-        any(row.get("failed") == "damaged" for row in everything),
-    )
+class _Comparison(NamedTuple):
+    """How pairs are compared, whatever they are."""
+
+    options: Options
+    manifest_only: bool
+    bar: Bar
+    rank: Rank
+
+    def of(self, pairs: Pairs, rules: Rules) -> _Compared:
+        base = base_of(pairs)
+        tasks, unread = ([], 0) if self.manifest_only else tasks_of(pairs, base)
+        rows: list[Row] = []
+        problem: GraftError | None = None
+        mine = share(tasks, self.rank)
+        if mine:
+            with self.bar(sum(task.nbytes for task in mine), "comparing") as progress:
+                try:
+                    crew = Crew(pairs, replace(self.options, progress=progress))
+                    for found in crew.measure(mine):
+                        rows += found
+                except GraftError as err:
+                    problem = err
+        seen = fingerprint(pairs) if self.rank.world_size > 1 else ""
+        everything = gathered(rows, problem, seen, self.rank)
+        if everything is None:
+            return _Compared(pl.DataFrame(schema=COLUMNS))
+        everything += values_of(base)
+        notes = [
+            f"{count(unread, 'pair')} recorded without elements (--level): their statistics and "
+            "digests alone were compared"
+        ]
+        return _Compared(
+            assembled(pairs, base, everything, rules),
+            tasks,
+            tuple(notes if unread else ()),
+            any(row.get("failed") == "damaged" for row in everything),
+        )
+
+
+def _about_thresholds(thresholds: Sequence[Threshold], pairs: Pairs) -> list[str]:
+    """Hold thresholds against what was tapped; return what to say of them."""
+    if not thresholds:
+        return []
+    frames = pairs.a.frame, pairs.b.frame
+    names = {name for frame in frames for name in frame["name"].unique()}
+    tags = {tag for frame in frames for text in frame["tags"].unique() for tag in parse_tags(text)}
+    return [said for one in thresholds if names and (said := one.check(names, tags))]
 
 
 def _about_by(table: pl.DataFrame, by: str | None) -> list[str]:
     """Say why a dim got no rows, where it got none and something differs."""
-    whole = table.filter(pl.col("by").is_null() & pl.col("bitwise").eq(False))
+    whole = table.filter(
+        pl.col("by").is_null() & pl.col("bitwise").eq(False) & pl.col("dim_names").is_not_null()
+    )
     if by is None or whole.height == 0 or table["by"].is_not_null().any():
         return []
-    known = sorted({name for labels in whole["labels"].drop_nulls() for name in labels})
-    return [f"--by {by}: no tensor that differs has such a dim; dims: {', '.join(known) or 'none'}"]
+    known = sorted({name for names in whole["dim_names"] for name in names})
+    if by in known or by.lstrip("-").isdecimal():
+        return [
+            f"--by {by}: no tensor that differs has such a dim, of at most {MOST_INDICES} indices"
+        ]
+    fused = [name for name in known if by in name.strip("()").split("*")]
+    hint = f"; {fused[0]} has it fused: the dims are A's" if fused else ""
+    return [f"--by {by}: no tensor that differs has such a dim; dims: {', '.join(known)}{hint}"]
 
 
-def _why_nothing(pairs: Pairs, filter: Filter | None) -> str:
-    """Say why no pair has a record on both sides."""
-    for side, seen in zip((pairs.a, pairs.b), pairs.seen, strict=True):
-        if not seen:
-            return f"nothing matched: {side.recording.path} is empty, no tap was recorded in it"
-    frames = pairs.a.frame, pairs.b.frame
-    if filter is not None and not all(frame.height for frame in frames):
-        rows = [side.recording.latest() for side in (pairs.a, pairs.b)]
-        tags = {t for frame in rows for text in frame["tags"].unique() for t in parse_tags(text)}
-        names = {name for frame in rows for name in frame["name"].unique()}
-        which = " and ".join(s for s, frame in zip("AB", frames, strict=True) if not frame.height)
-        return f"nothing matched: in {which}, {filter.why_nothing(tags, names)}"
-    ours, theirs = (sorted(frame["name"].unique()) for frame in frames)
-    facts = [f"A has taps {_some(ours)}", f"B has {_some(theirs)}"]
-    if set(ours) & set(theirs):
-        a, b = (sorted(frame["step"].unique()) for frame in frames)
-        facts = [f"A has steps {_span(a)}, B has {_span(b)}"] if not set(a) & set(b) else []
-        name = next(name for name in ours if name in theirs)
-        one, other = (
-            label(*frame.filter(pl.col("name") == name).select("name", "tags").row(0))
-            for frame in frames
-        )
-        facts.append(f"{one!r} in A, {other!r} in B")
-    return (
-        f"nothing matched: {'; '.join(facts)}; see --rename, --match-on and --step-offset, and "
-        "graft ls"
+def _about_floor(found: _Compared, rules: Rules) -> list[str]:
+    """Say of how many pairs there is no noise to hold them against."""
+    if rules.floors is None:
+        return []
+    off = found.table.filter(
+        pl.col("by").is_null() & (pl.col("changed") > 0) & pl.col("floor_max_abs").is_null()
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-
-
-def _span(steps: Sequence[int]) -> str:
-    return f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0])
+    if not off.height:
+        return []
+    first = off.row(0, named=True)
+    return [
+        f"--floor has no noise for {count(off.height, 'pair')}, which tolerances alone judge, such "
+        f"as {first['name']} {first['tags']}"
+    ]

@@ -7,7 +7,7 @@ values at a place.
 changed       elements that are not equal; NaN equals NaN, and 0.0 equals -0.0
 mismatched    elements with |y - x| > atol + rtol |x|, or NaN or infinite on one side alone: what
               `torch.testing.assert_close(y, x, equal_nan=True)` counts, with its tolerances
-max_beyond    greatest |y - x| of those
+max_beyond    greatest |y - x| of those that are finite on both sides; where
 l2_a l2_b     |x| and |y|, the roots of the sums of squares
 max_abs       greatest |y - x|; where, and both values
 max_rel       greatest |y - x| / |x| over x other than 0; where, and both values; None without any
@@ -22,7 +22,7 @@ max_ulp       greatest number of steps between representable values, of the coar
               the one with fewer bits of fraction; 0.0 and -0.0 are none apart; what is beyond its
               range is one step further; of integers, the greatest difference; at most 2^63 - 1
 nan_a nan_b   elements NaN on that side alone; inf_a and inf_b: infinite on that side and not the
-              same infinity on the other
+              same infinity on the other; odd_at is the first such element
 
 1. Both tensors are cut into segments of the same size on any machine; `chunks.scan` does each, on
    several threads where there are some.
@@ -75,6 +75,8 @@ class Measures:
     changed: int
     mismatched: int
     max_beyond: float | None = None
+    max_beyond_at: int | None = None
+    odd_at: int | None = None
     max_abs: float | None = None
     max_abs_at: int | None = None
     max_abs_a: float | None = None
@@ -157,6 +159,7 @@ def measure(
         nan_b=sum(figure.nan_b for figure in figures),
         inf_a=sum(figure.inf_a for figure in figures),
         inf_b=sum(figure.inf_b for figure in figures),
+        odd_at=next((int(figure.odd_at) for figure in figures if figure.odd_at >= 0), None),
         **_merged(segments, figures, parts, run),
     )
 
@@ -187,6 +190,8 @@ def _same_signs(pair: Pair) -> bool:
 def _shifted(figure: Figures, start: int) -> Figures:
     """Return figures of a segment's chunk with places in the whole tensor."""
     return figure._replace(
+        max_beyond_at=figure.max_beyond_at + start if figure.max_beyond_at >= 0 else -1.0,
+        odd_at=figure.odd_at + start if figure.odd_at >= 0 else -1.0,
         max_abs_at=figure.max_abs_at + start if figure.max_abs_at >= 0 else -1.0,
         max_rel_at=figure.max_rel_at + start if figure.max_rel_at >= 0 else -1.0,
     )
@@ -222,7 +227,7 @@ def _merged(
         "rel_diff": _ratio(dd, _plus(xx, yy)),
         "cosine": _cosine(xx, yy, xy),
         **dict(zip(("p50", "p99", "p999"), found, strict=True)),
-        "max_beyond": max(figure.max_beyond for figure in figures),
+        **_place(segments, figures, "max_beyond"),
         "l2_a": _root(xx),
         "l2_b": _root(yy),
         "max_ulp": min(int(max(figure.max_ulp for figure in figures)), (1 << 63) - 1),
@@ -301,7 +306,7 @@ def _place(segments: list[Pair], figures: list[Figures], name: str) -> dict[str,
     if at >= 0:
         found[f"{name}_at"] = at
         one, other = (as_numbers(t)[at % SEGMENT] for t in segments[at // SEGMENT])
-        if not (one.is_complex() or other.is_complex()):
+        if name != "max_beyond" and not (one.is_complex() or other.is_complex()):
             found |= {f"{name}_a": float(one), f"{name}_b": float(other)}
     return found
 

@@ -17,17 +17,18 @@ from recorder.statistics import has_statistics
 from recorder.tables import shape_text
 from recorder.tags import label
 
+from .by import measure_rows
 from .chunks import as_numbers
 from .diff import Diff
+from .output import written
 from .page import render
 from .report import lines, rows_by
-from .rows import measure_rows
 from .tensors import Row, Two
 
 MOST_ROWS = 20_000
 DETAILS = 12
 CELLS = 512
-BINS = 48
+BARS = 48
 _SAMPLE = 1 << 22
 _PLAIN = (
     "name", "step", "rank", "occurrence", "kind", "outcome", "numel", "changed", "mismatched",
@@ -36,18 +37,13 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def write_page(diff: Diff, path: Path) -> None:
-    """Write the page to a file, whole or not at all.
+_MADE = ("label", "layer", "dtype", "shape", "nan", "inf", "where")
 
-    Raises:
-        OSError: it cannot be written.
-    """
-    spare = path.with_name(f".{path.name}.partial")
-    try:
-        spare.write_text(render(page_data(diff)), encoding="utf-8")
-        spare.replace(path)
-    finally:
-        spare.unlink(missing_ok=True)
+
+def write_page(diff: Diff, path: Path) -> None:
+    """Write the page to a file; see `output.written`."""
+    text = render(page_data(diff))
+    written(path, lambda spare: spare.write_text(text, encoding="utf-8"))
 
 
 def page_data(diff: Diff) -> dict[str, Any]:
@@ -59,7 +55,7 @@ def page_data(diff: Diff) -> dict[str, Any]:
         table = kept.sort("_at")
     places = {at: i for i, at in enumerate(table["_at"].to_list())}
     rows = [_row(row) for row in table.iter_rows(named=True)]
-    names = list(rows[0]) if rows else [*_PLAIN, "label", "layer", "dtype", "shape", "nan", "inf"]
+    names = list(rows[0]) if rows else [*_PLAIN, *_MADE]
     firsts = dict(zip(table["first"].to_list(), range(table.height), strict=True))
     return {
         "version": metadata.version("tensorgraft"),
@@ -126,31 +122,20 @@ def _plain(value: Any) -> Any:
 
 def _details(diff: Diff) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Yield the worst rows that were measured, each with a closer look at its tensors."""
-    if diff.crew is None:
-        return
-    tasks = {task.pair: task for task in diff.tasks}
     detail = diff.table.filter(pl.col("by").is_not_null())
     at = diff.pairs.with_row_index("_at").select("_at", "pair", "ranks_a", "ranks_b")
-    candidates = diff.worst().filter(pl.col("changed") > 0)
     shown = 0
-    for row in candidates.iter_rows(named=True):
-        if row["pair"] not in tasks:
-            continue
-        two = next(
-            (
-                two
-                for two in diff.crew.twos(tasks[row["pair"]])
-                if isinstance(two, Two)
-                and [list(two.ranks_a), list(two.ranks_b)] == [row["ranks_a"], row["ranks_b"]]
-            ),
-            None,
-        )
+    for row in diff.worst().filter(pl.col("changed") > 0).iter_rows(named=True):
+        two = diff.tensors(row)
         if two is None:
             continue
-        by = rows_by(detail, row)
         yield (
             {**row, "_at": rows_by(at, row)["_at"][0]},
-            {"strip": _strip(two, row), "histogram": _histogram(two), "by": _by(by)},
+            {
+                "strip": _strip(two, row),
+                "histogram": _histogram(two),
+                "by": _by(rows_by(detail, row)),
+            },
         )
         shown += 1
         if shown == DETAILS:
@@ -160,34 +145,30 @@ def _details(diff: Diff) -> Iterator[tuple[Row, dict[str, Any]]]:
 def _strip(two: Two, row: Row) -> dict[str, Any] | None:
     """Return the difference position by position; several to a cell where there are many."""
     dims = _positions(two)
-    if not dims:
+    if not (dims and two.a.numel() and has_statistics(two.a.dtype) and has_statistics(two.b.dtype)):
         return None
-    figures = measure_rows(two.a, two.b, dims, row["rtol"], row["atol"])
-    if not figures:
-        return None
-    size = len(figures["max_abs"])
-    each = max(1, -(-size // CELLS))
+    rest = [i for i in range(two.a.dim()) if i not in dims]
+    size = math.prod(two.a.shape[i] for i in dims)
+    one, other = (t.permute([*dims, *rest]).reshape(size, -1) for t in (two.a, two.b))
+    each = -(-size // CELLS)
+    cells = [
+        measure_rows(one[i : i + each], other[i : i + each], (), row["rtol"], row["atol"])
+        for i in range(0, size, each)
+    ]
     return {
-        "what": " ".join(two.labels[i] for i in dims),
+        "what": " ".join(two.dim_names[i] for i in dims),
         "size": size,
         "per_cell": each,
-        **{
-            name: [_most(figures[name][i : i + each]) for i in range(0, size, each)]
-            for name in ("max_abs", "rel_diff")
-        },
+        **{name: [cell[name][0] for cell in cells] for name in ("max_abs", "rel_diff")},
     }
 
 
 def _positions(two: Two) -> tuple[int, ...]:
     """Return the dims that tell tokens apart: `t`, or `b` and `s`; else all but the last."""
-    named = tuple(i for i, name in enumerate(two.labels) if name in ("t", "b", "s"))
+    named = tuple(i for i, name in enumerate(two.dim_names) if name in ("t", "b", "s"))
     if named:
         return named
     return tuple(range(max(1, two.a.dim() - 1))) if two.a.dim() else ()
-
-
-def _most(values: list[float | None]) -> float | None:
-    return max((v for v in values if v is not None), default=None)
 
 
 def _histogram(two: Two) -> dict[str, Any] | None:
@@ -205,7 +186,7 @@ def _histogram(two: Two) -> dict[str, Any] | None:
     high = max(float(values.max()) for values in found)
     if not (math.isfinite(high - low) and high > low):
         return None
-    counts = [torch.histc(values, BINS, low, high).to(torch.int64).tolist() for values in found]
+    counts = [torch.histc(values, BARS, low, high).to(torch.int64).tolist() for values in found]
     return {"low": low, "high": high, "a": counts[0], "b": counts[1]}
 
 

@@ -12,7 +12,7 @@ import itertools
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -143,19 +143,23 @@ def _numbered(
 ) -> pl.DataFrame:
     """Return a side's rows that the filter selects, with what counts of their key as numbers."""
     names = frame.select("name", "tags").unique(maintain_order=True)
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, text in names.iter_rows():
         tags = parse_tags(text)
         new = name, tags
-        for rename in renames:
-            new = rename.apply(*new) or new
+        for rename in renames:  # the first that fits; a renamed tap is not renamed again
+            applied = rename.apply(name, tags)
+            if applied is not None:
+                new = applied
+                break
         group = groups.setdefault(match_on.group(*new), len(groups))
-        rows.append((name, text, new[0], canonical(new[1]), group, int(is_recompute(tags))))
+        second = int(is_recompute(tags))
+        rows.append((name, text, new[0], canonical(new[1]), group, second, len(rows)))
     table = pl.DataFrame(
         rows,
         schema={
             "name_0": pl.String, "tags_0": pl.String, "name": pl.String, "tags": pl.String,
-            "group": pl.Int64, "firing": pl.Int64,
+            "group": pl.Int64, "firing": pl.Int64, "own": pl.Int64,
         },
         orient="row",
     )  # fmt: skip
@@ -234,7 +238,7 @@ def _with_firings(left: pl.DataFrame, right: pl.DataFrame) -> list[pl.DataFrame]
     return done
 
 
-_HELD = ("key", "rank", "kind", "digest", "value", "dtype", "shape", "dims")
+_HELD = ("key", "rank", "kind", "digest", "value", "dtype", "shape", "dims", "extras", "own")
 
 
 def _paired(a: Side, b: Side, alike: list[int]) -> pl.DataFrame:
@@ -252,7 +256,7 @@ def _paired(a: Side, b: Side, alike: list[int]) -> pl.DataFrame:
         _by_rank(left, right).with_columns(
             state=_state(pl.lit(SHAPE if same else UNALIGNED, pl.String))
         ),
-        _by_layout(keys, left, right, alike),
+        _by_layout(keys, left, right, alike, same),
     ]
     return pl.concat(part.select("key", "a", "b", "how", "state") for part in parts)
 
@@ -261,13 +265,18 @@ def _keys(left: pl.DataFrame, right: pl.DataFrame, a_world: int, b_world: int) -
     """Return each key with `how` it is compared, and `one`, the side that has one tensor for all.
 
     Where nobody declares a layout and the worlds differ, ranks of one side that all recorded the
-    same stand for one another.
+    same stand for one another. Taps that only matching brings together are no blocks of one tensor.
     """
+    same = (
+        pl.struct("digest", "value", "dtype", "shape") if a_world != b_world else pl.col("digest")
+    )
     each = [
         frame.group_by("key").agg(
             pl.col(name).min(),
-            pl.col("dims").fill_null("").ne("").all().alias(f"{name}_dims"),
-            (pl.coalesce("digest", "value").n_unique() == 1).alias(f"{name}_one"),
+            (pl.col("dims").fill_null("").ne("").all() & (pl.col("own").n_unique() == 1)).alias(
+                f"{name}_dims"
+            ),
+            (same.n_unique() == 1).alias(f"{name}_one"),
             pl.col("kind").first().alias(f"{name}_kind"),
         )
         for name, frame in (("a", left), ("b", right))
@@ -308,7 +317,7 @@ def _by_rank(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
     a_first, b_first = first
     one_a = a_first.filter(pl.col("one") == "a").join(right, on="key", suffix="_b")
     one_b = left.filter(pl.col("one") == "b").join(b_first, on="key", suffix="_b")
-    columns = ["key", "a", "b", *(c + s for c in _HELD[2:] for s in ("", "_b"))]
+    columns = ["key", "a", "b", *(c + s for c in _HELD[2:8] for s in ("", "_b"))]
     return pl.concat(part.select(columns) for part in (plain, one_a, one_b)).with_columns(
         how=pl.lit(RANK)
     )
@@ -339,26 +348,38 @@ def _state(unequal: pl.Expr) -> pl.Expr:
     )
 
 
-_PLAIN = r"^[\w\s()*]+$"  # dims that nothing cuts: every rank has the whole
+UNDIVIDED = r"^[\w\s()*]+$"  # dims that nothing cuts: every rank has the whole
 
 
 def _by_layout(
-    keys: pl.DataFrame, left: pl.DataFrame, right: pl.DataFrame, alike: list[int]
+    keys: pl.DataFrame,
+    left: pl.DataFrame,
+    right: pl.DataFrame,
+    alike: list[int],
+    same_world: bool,
 ) -> pl.DataFrame:
-    """Return a pair a key, equal where all ranks hold the same, or one thing all of them."""
+    """Return a pair a key, equal where all ranks hold the same, or one thing all of them.
+
+    And one for each rank that recorded the key on one side alone, where both have as many ranks.
+    """
     keys = keys.filter(pl.col("how") == LAYOUT)
     left, right = (frame.filter(pl.col("how") == LAYOUT) for frame in (left, right))
     met = left.join(right, on=["key", "rank"], how="full", coalesce=True, suffix="_b")
     standing = pl.col("rank").is_in(alike) & pl.col("dims").eq_missing(pl.col("dims_b"))
-    by_rank = met.group_by("key").agg(same=(_alike() & standing).all())
+    same = _alike() & standing & pl.col("extras").eq_missing(pl.col("extras_b"))
+    by_rank = met.group_by("key").agg(same=same.all())
     first = left.unique("key", keep="first").join(
         right.unique("key", keep="first"), on="key", suffix="_b"
     )
-    plain = pl.col("dims").str.contains(_PLAIN) & (pl.col("dims") == pl.col("dims_b"))
+    plain = (
+        pl.col("dims").str.contains(UNDIVIDED)
+        & (pl.col("dims") == pl.col("dims_b"))
+        & pl.col("extras").eq_missing(pl.col("extras_b"))
+    )
     replicas = first.select("key", replicas=(_alike() & plain).fill_null(False))
     found = keys.join(by_rank, on="key", how="left").join(replicas, on="key", how="left")
     one_each = pl.col("a_one") & pl.col("b_one") & pl.col("replicas")
-    return found.with_columns(
+    whole = found.with_columns(
         state=pl.when(pl.col("b").is_null())
         .then(pl.lit(ONLY_A))
         .when(pl.col("a").is_null())
@@ -367,6 +388,17 @@ def _by_layout(
         .then(pl.lit(EQUAL))
         .otherwise(pl.lit(TODO))
     )
+    columns = ["key", "a", "b", "how", "state"]
+    alone = pl.col("a").is_null() | pl.col("b").is_null()
+    both = whole.filter(~alone)["key"]
+    missing = met.filter(alone & pl.col("key").is_in(both.implode()) & pl.lit(same_world)).select(
+        "key",
+        "a",
+        "b",
+        how=pl.lit(RANK),
+        state=pl.when(pl.col("b").is_null()).then(pl.lit(ONLY_A)).otherwise(pl.lit(ONLY_B)),
+    )
+    return pl.concat([whole.select(columns), missing.select(columns)])
 
 
 def _standing_alike(a: Side, b: Side) -> list[int]:
@@ -395,9 +427,11 @@ def _in_order(table: pl.DataFrame, a: Side, b: Side) -> pl.DataFrame:
         .sort("at", "late", "there", nulls_last=True)
         .with_row_index("order")
     )
-    both = keys.filter((pl.col("late") == 0) & pl.col("there").is_not_null())
     moved: list[int] = []
-    if by_seq and also_by_seq:
+    if a.world_size == b.world_size:
+        moved = _moved_on_ranks(a.frame, b.frame)
+    elif by_seq and also_by_seq:
+        both = keys.filter((pl.col("late") == 0) & pl.col("there").is_not_null())
         moved = _moved(both["key"].to_list(), both["there"].to_list())
     keys = keys.with_columns(reordered=pl.col("key").is_in(moved))
     return (
@@ -428,6 +462,24 @@ def _positions(frame: pl.DataFrame) -> tuple[pl.DataFrame, bool]:
     return first.select("key", position=pl.int_range(pl.len(), dtype=pl.Int64)), bool(whole.height)
 
 
+def _moved_on_ranks(left: pl.DataFrame, right: pl.DataFrame) -> list[int]:
+    """Return the keys that any rank ran in another order than the same rank of the other side."""
+    left, right = (frame.select("rank", "key", "seq") for frame in (left, right))
+    both = left.join(right, on=["rank", "key"], suffix="_b", maintain_order="left")
+    later = (pl.col("seq") < pl.col("seq").shift(1)) & (pl.col("rank") == pl.col("rank").shift(1))
+    if both.select(later.any()).item():
+        both = both.sort("rank", "seq")
+    back = (pl.col("seq_b") < pl.col("seq_b").shift(1)) & (
+        pl.col("rank") == pl.col("rank").shift(1)
+    )
+    ranks = both.filter(back)["rank"].unique().to_list()
+    found: set[int] = set()
+    for rank in ranks:
+        rows = both.filter(pl.col("rank") == rank)
+        found.update(_moved(rows["key"].to_list(), rows["seq_b"].to_list()))
+    return sorted(found)
+
+
 def _moved(keys: Sequence[int], places: Sequence[int]) -> list[int]:
     """Return the fewest keys that, taken out, leave the places ascending."""
     if all(x < y for x, y in itertools.pairwise(places)):
@@ -455,13 +507,20 @@ def _contradictions(table: pl.DataFrame, a: Side, b: Side) -> list[str]:
     """Say where pairs by order are of taps whose names or tags differ."""
     rows = table.drop_nulls(["a", "b"])
     names = [side.frame.select("name", "tags")[rows[which]] for which, side in (("a", a), ("b", b))]
-    wrong = (names[0]["name"] != names[1]["name"]) | (names[0]["tags"] != names[1]["tags"])
-    if not wrong.any():
+    pairs = names[0].hstack(names[1].rename({"name": "name_b", "tags": "tags_b"}))
+    counted = pairs.group_by(pl.all(), maintain_order=True).len()
+    wrong = [row for row in counted.iter_rows() if _contradict(*row[:4])]
+    if not wrong:
         return []
-    at = wrong.arg_max() or 0
-    ours, theirs = (label(*frame.row(at)) for frame in names)
+    name, tags, name_b, tags_b, _ = wrong[0]
     return [
-        f"paired by order, {count(int(wrong.sum()), 'pair')} of {rows.height} have names or tags "
-        f"that differ, the first: {ours} with {theirs}; check that both sides tap the same places, "
-        "or match on tags"
+        f"paired by order, {count(sum(row[4] for row in wrong), 'pair')} of {rows.height} have "
+        f"names or tags that contradict each other, the first: {label(name, tags)} with "
+        f"{label(name_b, tags_b)}; check that both sides tap the same places, or match on tags"
     ]
+
+
+def _contradict(name: str, tags: str, name_b: str, tags_b: str) -> bool:
+    """Whether two taps have other names, or another value of a tag that both carry."""
+    ours, theirs = parse_tags(tags), parse_tags(tags_b)
+    return name != name_b or any(ours[tag] != theirs[tag] for tag in ours.keys() & theirs.keys())

@@ -99,6 +99,8 @@ class Rename:
         if found is None:
             return None
         values: dict[str, TagValue] = {place: _value(text) for place, text in found.items()}
+        if any(place in tags and tags[place] != value for place, value in values.items()):
+            return None  # the name says one thing and a tag another
         rest = dict(tags)
         for place in self.ours.places:
             if place not in values:
@@ -111,7 +113,7 @@ class Rename:
 
 
 def _value(text: str) -> TagValue:
-    return int(text) if re.fullmatch(r"-?(0|[1-9]\d{0,17})", text) else text
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
 
 
 def oriented(

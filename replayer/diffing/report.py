@@ -12,11 +12,13 @@ import polars as pl
 
 from recorder.diagnostics import printable
 from recorder.format.rows import parse_tags
+from recorder.report import decoded
 from recorder.sizes import count
 from recorder.tables import console_of, natural_width, span, table_of
 from recorder.tags import label
 
 from .diff import Diff
+from .output import written
 from .tensors import Row
 
 _WORDS = {
@@ -28,9 +30,10 @@ _WORDS = {
     "error": "not comparable",
 }
 _SIDES = {"only_a": "only in A", "only_b": "only in B"}
-_DROPPED = ("p99", "cosine", "floor x", "rank", "beyond", "max_abs", "step")
+_DROPPED = ("p99", "cosine", "mismatched", "max_abs", "times_floor")
 """Columns that a narrow terminal goes without, the first of them first."""
 _BY_ROWS = 5
+_LONG = 60  # characters of a value
 
 
 def title(row: Row) -> str:
@@ -48,15 +51,15 @@ def figures(row: Row) -> str:
         return row["message"] or shapes
     if row["outcome"] == "error":
         return str(row["message"])
-    if row["value_a"] is not None and row["max_abs"] is None:
-        return f"{row['value_a']} in A, {row['value_b']} in B"
+    if row["value_a"] is not None:
+        return f"{_short(row['value_a'])} in A, {_short(row['value_b'])} in B"
     if row["mismatched"] is None:
         least = row["at_least"]
         return "the bytes differ" + (f", max_abs at least {least:.3g}" if least else "")
     facts = [f"rel_diff {_text(row['rel_diff'])}", f"max_abs {_text(row['max_abs'])}"]
     if row["max_abs_a"] is not None:
         at = f"at {row['max_abs_at']} " if row["max_abs_at"] is not None else ""
-        facts[1] += f" {at}({row['max_abs_a']:.6g} in A, {row['max_abs_b']:.6g} in B)"
+        facts[1] += f" {at}({row['max_abs_a']:.7g} in A, {row['max_abs_b']:.7g} in B)"
     facts.append(f"{row['mismatched']} of {count(row['numel'], 'element')} beyond tolerance")
     odd = [
         f"{row[f'{what}_{side}']} {name} in {side.upper()} alone"
@@ -64,6 +67,8 @@ def figures(row: Row) -> str:
         for side in ("a", "b")
         if row[f"{what}_{side}"]
     ]
+    if odd and row["odd_at"] is not None:
+        odd[-1] += f", the first at {row['odd_at']}"
     facts += odd
     if row["times_floor"] is not None:
         facts.append(f"{_text(row['times_floor'])} times the noise floor")
@@ -75,6 +80,11 @@ def figures(row: Row) -> str:
     if row["message"]:
         facts.append(row["message"])
     return ", ".join(facts)
+
+
+def _short(text: str | None) -> str:
+    text = str(text)
+    return text if len(text) <= _LONG else text[: _LONG - 3] + "..."
 
 
 def _text(value: float | None) -> str:
@@ -97,7 +107,11 @@ def lines(diff: Diff) -> list[str]:
     for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
         row = diff.first(how)
         if row is None:
-            found.append(f"no divergence {words}")
+            unread = counts["error"] + (counts["unmeasured"] if how == "tolerance" else 0)
+            known = (
+                f" in what could be compared; {count(unread, 'pair')} could not" if unread else ""
+            )
+            found.append(f"no divergence {words}{known}")
         else:
             same = how == "tolerance" and row["first"] == "both"
             facts = "the same" if same else figures(row)
@@ -166,11 +180,11 @@ def _cells(row: Row) -> dict[str, str]:
         "outcome": row["outcome"],
         "rel_diff": _cell(row["rel_diff"]),
         "max_abs": _cell(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
-        "beyond": "" if not mismatched or not numel else f"{mismatched / numel:.2%}",
+        "mismatched": "" if not mismatched or not numel else f"{mismatched / numel:.2%}",
         "cosine": "" if row["cosine"] is None else f"{row['cosine']:.6f}",
         "p99": _cell(row["p99"]),
         "NaN Inf": str(odd) if odd else "",
-        "floor x": _cell(row["times_floor"]),
+        "times_floor": _cell(row["times_floor"]),
     }
 
 
@@ -227,7 +241,7 @@ def objects(diff: Diff) -> Iterator[str]:
                 made[name] = parse_tags(row[name])
         for name in ("value_a", "value_b"):
             if row[name] is not None:
-                made[name] = _decoded(row[name])
+                made[name] = decoded(row[name])
         yield json.dumps(made, allow_nan=False)
 
 
@@ -235,20 +249,6 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decoded(text: str) -> Any:
-    try:
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        return text  # NaN and infinities stay as text: JSON proper has neither
-    return value
-
-
 def write_parquet(diff: Diff, path: Path) -> None:
-    """Write the table to a file, whole or not at all."""
-    spare = path.with_name(f".{path.name}.partial")
-    try:
-        diff.table.write_parquet(spare)
-        spare.replace(path)
-    finally:
-        spare.unlink(missing_ok=True)
+    """Write the table to a file; see `output.written`."""
+    written(path, lambda spare: diff.table.write_parquet(spare))

@@ -9,10 +9,11 @@ them together by no more than `Slack.together` times its norm, and they are no m
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,6 +85,30 @@ class Threshold:
             )
         return cls(text, pattern, holds)
 
+    @property
+    def measures(self) -> frozenset[str]:
+        """The measures it speaks of."""
+        return self.holds.names & set(MEASURES)
+
+    def check(self, names: Collection[str], tags: Collection[str]) -> str:
+        """Hold it against what was tapped; return what to say of it.
+
+        Raises:
+            UsageError: it speaks of what is no tag, but for its spelling a measure.
+        """
+        unknown = self.holds.names - {*MEASURES, *tags, "name", "step", "rank", "kind"}
+        for name in sorted(unknown):
+            close = difflib.get_close_matches(name, MEASURES, 3)
+            if close:
+                raise UsageError(
+                    f"--threshold {self.text!r} speaks of {name!r}, neither a measure nor a tag, "
+                    f"closest: {', '.join(close)}"
+                )
+            return f"--threshold {self.text!r}: no tap carries the tag {name!r}"
+        if not any(map(self.fits, names)):
+            return f"--threshold {self.text!r} fits no tap; taps: {', '.join(sorted(names)[:6])}"
+        return ""
+
     def fits(self, name: str) -> bool:
         """Whether it is for taps of a name."""
         return fnmatch.fnmatchcase(name, self.pattern)
@@ -126,12 +151,16 @@ class Rules:
         """
         odd = any(row.get(name) for name in _NOT_FINITE)
         threshold = self.threshold_for(row["name"])
+        if row.get("by") and threshold and any(row.get(m) is None for m in threshold.measures):
+            threshold = None  # of an index not all measures are taken
         if threshold is None:
             times = row.get("times_floor")
             noise = times is not None and times <= self.factor
             return row["mismatched"] == 0 or (not odd and (noise or self._is_rounding(row)))
         if odd and not threshold.holds.names & set(_NOT_FINITE):
             return False
+        if any(row.get(name) is None for name in threshold.measures):
+            return False  # not defined for this pair, so nothing holds of it
         known = {**tags, **{name: row.get(name) for name in MEASURES}}
         known |= {name: row.get(name) for name in ("name", "step", "rank", "kind")}
         try:
@@ -160,7 +189,7 @@ class Rules:
         if self.floors is None:
             return {}
         floor = self.floors.get((row["name"], tags, row["kind"], row.get("index")))
-        if floor is None:
+        if floor is None or (row.get("rel_diff") is None and row.get("max_abs") is None):
             return {"floor_rel_diff": None, "floor_max_abs": None, "times_floor": None}
         times = max(
             math.sqrt(_times(row.get("rel_diff"), floor[0])), _times(row.get("max_abs"), floor[1])

@@ -1,6 +1,6 @@
 """The table of a diff: what the manifests say of each pair, its measures, its outcome.
 
-1. `base` joins the pairs with both sides' columns; `tasks` is what their tensors are to decide.
+1. `base_of` joins the pairs with both sides' columns; `tasks_of` is what tensors are to decide.
 2. `assembled` adds what was measured, and what `bounds` proves of what could not be, and judges.
 """
 
@@ -18,7 +18,7 @@ from recorder.format.rows import parse_tags
 
 from . import bounds
 from .measures import measure
-from .pairing import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, VALUE, Pairs
+from .pairing import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
 from .rules import Rules
 from .tensors import Row
 from .work import Task
@@ -26,8 +26,6 @@ from .work import Task
 OUTCOMES = ("differs", "shape", "error", "unmeasured", "only_a", "only_b", "close", "equal")
 """From the worst on: `equal` is bit for bit, `close` within tolerance, `unmeasured` other bytes
 whose elements were not read."""
-GOOD = ("equal", "close")
-_MISSING = ("only_a", "only_b")
 
 COLUMNS: dict[str, Any] = {
     "pair": pl.Int64, "name": pl.String, "tags": pl.String, "kind": pl.String, "step": pl.Int64,
@@ -35,17 +33,18 @@ COLUMNS: dict[str, Any] = {
     "by": pl.String, "index": pl.Int64, "reordered": pl.Boolean, "how": pl.String,
     "name_b": pl.String, "tags_b": pl.String, "step_b": pl.Int64, "occurrence_b": pl.Int32,
     "dtype_a": pl.String, "dtype_b": pl.String, "shape_a": pl.List(pl.Int64),
-    "shape_b": pl.List(pl.Int64), "labels": pl.List(pl.String), "ranks_a": pl.List(pl.Int32),
+    "shape_b": pl.List(pl.Int64), "dim_names": pl.List(pl.String), "ranks_a": pl.List(pl.Int32),
     "ranks_b": pl.List(pl.Int32), "ranks_differ": pl.List(pl.Int32), "numel": pl.Int64,
     "bitwise": pl.Boolean, "changed": pl.Int64, "mismatched": pl.Int64,
-    "max_beyond": pl.Float64, "rtol": pl.Float64, "atol": pl.Float64, "rel_diff": pl.Float64,
-    "cosine": pl.Float64, "max_abs": pl.Float64,
+    "max_beyond": pl.Float64, "max_beyond_at": pl.List(pl.Int64), "rtol": pl.Float64,
+    "atol": pl.Float64, "rel_diff": pl.Float64, "cosine": pl.Float64, "max_abs": pl.Float64,
     "max_abs_at": pl.List(pl.Int64), "max_abs_a": pl.Float64, "max_abs_b": pl.Float64,
     "max_rel": pl.Float64, "max_rel_at": pl.List(pl.Int64), "max_rel_a": pl.Float64,
     "max_rel_b": pl.Float64, "mean_abs": pl.Float64, "bias": pl.Float64, "p50": pl.Float64,
     "p99": pl.Float64, "p999": pl.Float64, "max_ulp": pl.Int64,
     "l2_a": pl.Float64, "l2_b": pl.Float64, "nan_a": pl.Int64,
-    "nan_b": pl.Int64, "inf_a": pl.Int64, "inf_b": pl.Int64, "at_least": pl.Float64,
+    "nan_b": pl.Int64, "inf_a": pl.Int64, "inf_b": pl.Int64,
+    "odd_at": pl.List(pl.Int64), "at_least": pl.Float64,
     "floor_rel_diff": pl.Float64, "floor_max_abs": pl.Float64, "times_floor": pl.Float64,
     "value_a": pl.String, "value_b": pl.String, "message": pl.String,
 }  # fmt: skip
@@ -56,6 +55,10 @@ _UNALIGNED = (
     "the ranks' shapes differ, as do the numbers of ranks, and no layout says how it is cut; "
     "declare the dims at the taps of both sides, as in tap(..., dims='b s h[tp]')"
 )
+_UNKNOWN = (
+    "the layouts differ, and only the tensors can tell; compare them without --manifest-only, of "
+    "recordings made with --level tensors"
+)
 _OF_BOTH = ("rank", "step", "name", "tags", "occurrence", "kind", "dtype", "shape", "value")
 _REPLACED = ("rank", "ranks_a", "ranks_b", "shape_a", "shape_b")
 """Columns in which what was measured has the last word."""
@@ -64,7 +67,7 @@ _SAME: dict[str, Any] = {
 }  # fmt: skip
 
 
-def base(pairs: Pairs) -> pl.DataFrame:
+def base_of(pairs: Pairs) -> pl.DataFrame:
     """Return the pairs, numbered, with what both manifests say of them."""
     table = pairs.table.with_row_index("pair")
     for which, side in (("a", pairs.a), ("b", pairs.b)):
@@ -105,7 +108,7 @@ def fingerprint(pairs: Pairs) -> str:
     return found.hexdigest()
 
 
-def tasks(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
+def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
     """Return the pairs to measure, and how many cannot be: recorded without their elements."""
     todo = table.filter(pl.col("state") == TODO)
     found = []
@@ -132,7 +135,7 @@ def _rows_of_keys(frame: pl.DataFrame, keys: pl.Series) -> dict[int, list[Row]]:
     return found
 
 
-def values(table: pl.DataFrame) -> list[Row]:
+def values_of(table: pl.DataFrame) -> list[Row]:
     """Return the measures of recorded numbers, strings and lists."""
     rows: list[Row] = []
     known = table.filter(pl.col("state") == VALUE).select("pair", "value_a", "value_b")
@@ -142,33 +145,41 @@ def values(table: pl.DataFrame) -> list[Row]:
     return rows
 
 
-def _of_values(one: str, other: str) -> Row:
+def _of_values(one: str | None, other: str | None) -> Row:
+    """Compare two values: whole numbers exactly, other numbers as float64, all else as it is."""
     different: Row = {"bitwise": False, "numel": 1, "changed": 1, "mismatched": 1}
     try:
-        x, y = (json.loads(text) for text in (one, other))
-    except (TypeError, ValueError, RecursionError):  # a null, or no JSON
+        x, y = (json.loads(text) for text in (one or "", other or ""))
+    except (ValueError, RecursionError):  # a null, or no JSON
         return different
+    if isinstance(x, list) != isinstance(y, list):
+        return {"failed": "shape", "message": "a list on one side, one value on the other"}
     x, y = (v if isinstance(v, list) else [v] for v in (x, y))
-    if not all(type(v) in (int, float) for v in (*x, *y)):
-        return different
     if len(x) != len(y):
         return {"failed": "shape", "message": f"a list of {len(x)} in A and of {len(y)} in B"}
-    try:
-        numbers = [torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y)]
-    except (OverflowError, RuntimeError):
-        return different
-    return {**vars(measure(*numbers)), "max_abs_at": None, "max_rel_at": None}
+    kinds = {type(v) for v in (*x, *y)}
+    if not kinds <= {int, float} or any(type(v) is int and abs(v) > 1 << 53 for v in (*x, *y)):
+        wrong = sum(p != q for p, q in zip(x, y, strict=True))
+        return {**different, "numel": len(x), "changed": wrong, "mismatched": wrong}
+    numbers = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y))
+    tolerance = 0.0 if kinds == {int} else None
+    found = vars(measure(*numbers, rtol=tolerance, atol=tolerance))
+    nowhere = dict.fromkeys(("max_abs_at", "max_rel_at", "max_beyond_at", "odd_at"))
+    return {**found, "bitwise": False, **nowhere}
 
 
 def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
-    """Return `outcome` and `at_least` of pairs that were not read, as statistics have it.
+    """Return `outcome`, `at_least` and `rank` of pairs that were not read, as statistics have it.
+
+    Of layouts they say something where all ranks hold the same, undivided; and digests, where the
+    ranks of both sides stand alike. Where there may be padding, or summands, nothing is known.
 
     Args:
         pairs: what belongs together.
-        table: those pairs, of `base`.
+        table: those pairs, of `base_of`.
         rules: how pairs are judged.
     """
-    columns = ["rank", "dtype", "shape", "dims", *bounds.STATISTICS]
+    columns = ["rank", "dtype", "shape", "dims", "extras", "digest", *bounds.STATISTICS]
     left, right = (
         side.frame.with_row_index(which).select(which, "key", *columns)
         for which, side in (("a", pairs.a), ("b", pairs.b))
@@ -178,19 +189,38 @@ def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
         .select("pair", "a", "b")
         .join(left, on="a")
         .join(right.drop("key"), on="b", suffix="_b")
+        .with_columns(pl.lit("").alias("dims"))
     )
     blocks = (
         table.filter(pl.col("how") == LAYOUT)
         .select("pair", "key")
         .join(left, on="key")
         .join(right, on=["key", "rank"], suffix="_b")
-        .filter(pl.col("rank").is_in(pairs.alike) & (pl.col("dims") == pl.col("dims_b")))
+        .filter(
+            pl.col("rank").is_in(pairs.alike)
+            & (pl.col("dims") == pl.col("dims_b"))
+            & pl.col("extras").is_null()
+            & pl.col("extras_b").is_null()
+            & ~pl.col("dims").str.contains("partial|Partial|#")
+        )
     )
     wanted = ["pair", *columns, *(f"{c}_b" for c in columns[1:])]
     both = pl.concat([by_rank.select(wanted), blocks.select(wanted)])
-    both = both.filter(pl.col("shape").eq_missing(pl.col("shape_b")))
-    found = both.select("pair").hstack(bounds.proven(both, rules.rtol, rules.atol))
-    each = found.group_by("pair").agg(pl.col("at_least").max(), pl.col("beyond").any())
+    both = both.filter(
+        pl.col("shape").eq_missing(pl.col("shape_b")) & (pl.col("digest") != pl.col("digest_b"))
+    )
+    proven = bounds.proven(both, rules.rtol, rules.atol)
+    undivided = both["dims"].str.contains(UNDIVIDED) | (both["dims"] == "")
+    found = (
+        both.select("pair", "rank")
+        .hstack(proven)
+        .with_columns(
+            at_least=pl.when(undivided).then("at_least"), beyond=pl.col("beyond") & undivided
+        )
+    )
+    each = found.group_by("pair").agg(
+        pl.col("at_least").max(), pl.col("beyond").any(), pl.col("rank").min(), known=pl.lit(True)
+    )
     # No statistics say whether a threshold of the user's holds.
     ruled = [name for name in table["name"].unique() if rules.threshold_for(name)]
     beyond = pl.col("beyond").fill_null(False) & ~pl.col("name").is_in(ruled)
@@ -200,7 +230,12 @@ def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
         .select(
             "pair",
             "at_least",
-            outcome=pl.when(beyond).then(pl.lit("differs")).otherwise(pl.lit("unmeasured")),
+            "rank",
+            outcome=pl.when(beyond)
+            .then(pl.lit("differs"))
+            .when("known")
+            .then(pl.lit("unmeasured"))
+            .otherwise(pl.lit("error")),
         )
     )
 
@@ -212,14 +247,14 @@ def assembled(
 
     Args:
         pairs: what belongs together.
-        table: of `base`.
-        measured: rows as of `Crew.measure` and `values`.
+        table: of `base_of`.
+        measured: rows as of `Crew.measure` and `values_of`.
         rules: how to judge them.
     """
     done = _judged(table, measured, rules)
     rest = table.join(done.select("pair"), on="pair", how="anti")
     unread = bounded(pairs, rest.filter(pl.col("state") == TODO), rules)
-    rest = rest.join(unread, on="pair", how="left", maintain_order="left")
+    rest = rest.join(unread, on="pair", how="left", maintain_order="left", suffix="_least")
     state = pl.col("state")
     is_equal = state == EQUAL
     rest = rest.with_columns(
@@ -228,24 +263,32 @@ def assembled(
         .when(state == TODO)
         .then("outcome")
         .otherwise(state),
-        message=pl.when(state == UNALIGNED).then(pl.lit(_UNALIGNED)),
-        bitwise=pl.when(is_equal).then(True).when(state.is_in([TODO, SHAPE])).then(False),
+        message=pl.when(state == UNALIGNED)
+        .then(pl.lit(_UNALIGNED))
+        .when((state == TODO) & (pl.col("outcome") == "error"))
+        .then(pl.lit(_UNKNOWN)),
+        bitwise=pl.when(is_equal)
+        .then(True)
+        .when((state == SHAPE) | ((state == TODO) & (pl.col("outcome") != "error")))
+        .then(False),
+        rank=pl.coalesce("rank", "rank_least"),
         numel=pl.when(is_equal).then(bounds.numel_of(rest["shape_a"])),
         **{name: pl.when(is_equal).then(value) for name, value in _SAME.items()},
     )
     found = done.join(table, on="pair", how="left", suffix="_0").with_columns(
         pl.coalesce(c, f"{c}_0").alias(c) for c in _REPLACED
     )
-    parts = [_with_columns(part) for part in (rest, found)]
-    made = pl.concat(parts)
-    made = made.with_columns(  # a tensor of all ranks: the first of them stands for it
-        rank=pl.when((pl.col("outcome") == "equal") | pl.col("by").is_not_null())
-        .then("rank")
-        .otherwise(
-            pl.coalesce("rank", pl.col("ranks_b").list.first(), pl.col("ranks_a").list.first())
-        )
-    ).sort("pair", maintain_order=True)
-    return _with_firsts(made)
+    made = pl.concat(_with_columns(_ranked(part)) for part in (rest, found))
+    return _with_firsts(made.sort("pair", maintain_order=True))
+
+
+def _ranked(part: pl.DataFrame) -> pl.DataFrame:
+    """Give tensors of all ranks that are not equal one rank that stands for them."""
+    first = pl.coalesce("rank", pl.col("ranks_b").list.first(), "rank_b", "rank_a")
+    whole = pl.col("by").is_null() if "by" in part.columns else pl.lit(True)
+    return part.with_columns(
+        rank=pl.when(whole & (pl.col("outcome") != "equal")).then(first).otherwise("rank")
+    )
 
 
 def _with_columns(part: pl.DataFrame) -> pl.DataFrame:
@@ -259,16 +302,17 @@ def _with_columns(part: pl.DataFrame) -> pl.DataFrame:
 def _judged(table: pl.DataFrame, measured: Sequence[Row], rules: Rules) -> pl.DataFrame:
     """Return measured rows as a table, each with its outcome."""
     numbers = pl.Series([row["pair"] for row in measured], dtype=pl.UInt32)
-    about = table.select("name", "tags", "kind", "step")[numbers]
+    about = table.select("name", "tags", "kind", "step", "rank")[numbers]
     parsed: dict[str, dict[str, Any]] = {}
     rows = []
     for row, known in zip(measured, about.iter_rows(named=True), strict=True):
         tags = parsed.get(known["tags"])
         if tags is None:
             tags = parsed[known["tags"]] = parse_tags(known["tags"])
-        judged = {**row, **_outcome({**row, **known}, tags, rules)}
+        row = {**known, **row}
+        judged = {**row, **_outcome(row, tags, rules)}
         if row.get("parts"):
-            judged["ranks_differ"] = _ranks_that_differ(judged, {**row, **known}, tags, rules)
+            judged["ranks_differ"] = _ranks_that_differ(judged, tags, rules)
         rows.append(judged)
     own = {*table.columns} - {*_REPLACED}
     schema = {**{c: t for c, t in COLUMNS.items() if c not in own}, "pair": pl.UInt32}
@@ -288,24 +332,18 @@ def _outcome(row: Row, tags: dict[str, Any], rules: Rules) -> Row:
     return {"outcome": "close" if within else "differs", **floor}
 
 
-def _ranks_that_differ(judged: Row, row: Row, tags: dict[str, Any], rules: Rules) -> list[int]:
+def _ranks_that_differ(row: Row, tags: dict[str, Any], rules: Rules) -> list[int]:
     """Return the target's ranks whose part is judged as the whole is, else those that changed."""
-    parts = [
-        (ranks, {**row, **figures, "bitwise": not figures["changed"]})
-        for ranks, figures in row["parts"]
-    ]
-    for same in (
-        lambda part: _outcome(part, tags, rules)["outcome"] == judged["outcome"],
-        _changed,
-    ):
-        found = {rank for ranks, part in parts if same(part) for rank in ranks}
+    parts = [(ranks, {**row, **figures, "bitwise": False}) for ranks, figures in row["parts"]]
+
+    def alike(part: Row) -> bool:
+        return not part["is_same"] and _outcome(part, tags, rules)["outcome"] == row["outcome"]
+
+    for wanted in (alike, lambda part: not part["is_same"]):
+        found = {rank for ranks, part in parts if wanted(part) for rank in ranks}
         if found:
             return sorted(found)
     return []
-
-
-def _changed(part: Row) -> bool:
-    return bool(part["changed"])
 
 
 def _with_firsts(table: pl.DataFrame) -> pl.DataFrame:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,19 @@ Row = dict[str, Any]
 _BATCHED = {"b", "s"}
 _PIPELINE = "pp"
 _MOST_VARIANTS = 64
+_WORDS = (
+    ("; name a transform with --transform", ""),
+    (", or name a transform with --transform", ""),
+    ("; name a transform", ""),
+    ("sender ranks", "ranks"),
+    ("sender rank", "rank"),
+    ("the senders'", "the ranks'"),
+    ("the senders", "the ranks"),
+    ("the target's tap", "the tap of the other side"),
+    ("the target's", "the other side's"),
+    ("record all ranks", "record all ranks, and leave none out with --filter"),
+)
+"""What layouts say of a graft, and what that is in a diff."""
 
 
 class ShapesDiffer(LayoutError):
@@ -41,7 +55,7 @@ class Two:
     Attributes:
         a: the baseline's, on the CPU.
         b: the target's, of the same shape.
-        labels: what each dim is called; a number where nobody says.
+        dim_names: what each dim is called; a number where nobody says.
         ranks_a: the ranks that were read of the baseline.
         ranks_b: of the target.
         note: what to know of them, "" where there is nothing.
@@ -49,7 +63,7 @@ class Two:
 
     a: torch.Tensor
     b: torch.Tensor
-    labels: tuple[str, ...]
+    dim_names: tuple[str, ...]
     ranks_a: tuple[int, ...]
     ranks_b: tuple[int, ...]
     note: str = ""
@@ -121,7 +135,10 @@ class _Variant:
 
 
 class _Blocks:
-    """One side's records of a key, at one part of the data."""
+    """One side's records of a key, at one part of the data.
+
+    Its `LayoutError`s begin with the side's name.
+    """
 
     def __init__(
         self,
@@ -133,49 +150,75 @@ class _Blocks:
     ) -> None:
         self.name, self.recording, self.rows = name, recording, tuple(rows)
         self.is_declared = all(row["dims"] for row in rows)
-        self._options: dict[str, Any] = {"check": check, "plans": plans}
-        self.recorded = self._recorded(self.rows) if self.is_declared else None
+        self._options: dict[str, Any] = {"check": check, "in_part": False, "plans": plans}
+        self._recorded = self._of(self.rows) if self.is_declared else None
 
-    def _recorded(self, rows: Sequence[Row]) -> Recorded:
-        return Recorded(self.recording, rows, **self._options)
+    def _of(self, rows: Sequence[Row]) -> Recorded:
+        with self._worded():
+            return Recorded(self.recording, rows, **self._options)
+
+    @contextmanager
+    def _worded(self) -> Iterator[None]:
+        """Have layouts' errors speak of this side, and not of senders, targets and transforms."""
+        try:
+            yield
+        except LayoutError as err:
+            text = str(err)
+            for theirs, ours in _WORDS:
+                text = text.replace(theirs, ours)
+            raise LayoutError(f"{self.name}: {text}") from None
+
+    @property
+    def recorded(self) -> Recorded:
+        """All of them as blocks of one tensor."""
+        assert self._recorded is not None
+        return self._recorded
 
     @property
     def dims(self) -> Dims:
-        assert self.recorded is not None
+        """Their layout."""
         return self.recorded.blocks[0].dims
 
     def whole(self) -> Block:
         """Return the tensor's block of a job of one rank."""
-        assert self.recorded is not None
-        return whole(self.recorded.blocks, self.recording.world_size)
+        with self._worded():
+            return whole(self.recorded.blocks, self.recording.world_size)
 
     def lengths(self) -> Lengths | None:
         """Return the sequences' lengths, where its extras have them."""
-        assert self.recorded is not None
-        found = (lengths_in(block.extras, self.dims) for block in self.recorded.blocks)
-        return next((one for one in found if one is not None), None)
+        with self._worded():
+            found = (lengths_in(block.extras, self.dims) for block in self.recorded.blocks)
+            return next((one for one in found if one is not None), None)
 
     def plan(self, receiver: Block) -> Plan:
-        assert self.recorded is not None
-        return self.recorded.plan(receiver, 1)
+        """Return how they are put together."""
+        with self._worded():
+            return self.recorded.plan(receiver, 1)
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor of the one record there is."""
+        (row,) = self.rows
+        return self.recording.read(row, check=self._options["check"])
 
     def variants(self, receiver: Block) -> list[_Variant]:
-        """Return the choices among replicas that are not all the same, at least one."""
+        """Return a choice among replicas for each of them, just one where all are the same."""
         rows = {row["rank"]: row for row in self.rows}
         held = [ranks for move in self.plan(receiver).moves for ranks in move.ranks]
         if not held:
             return [_Variant(self.rows, ())]
         found = []
-        for k in range(min(_MOST_VARIANTS, max(map(len, held)))):
+        for k in range(max(map(len, held))):
             chosen = tuple(rows[ranks[min(k, len(ranks) - 1)]] for ranks in held)
             one = tuple({row["rank"]: row for row in chosen}.values())
             found.append(_Variant(one, tuple(f"{r['dtype']} {r['digest']}" for r in chosen)))
         return found if len({one.digests for one in found}) > 1 else found[:1]
 
     def tensor(self, variant: _Variant, receiver: Block) -> tuple[torch.Tensor, Plan]:
-        recorded = self._recorded(variant.rows)
-        plan = recorded.plan(receiver, 1)
-        return recorded.block(receiver, plan), plan
+        """Return what a choice among replicas is put together to, and how."""
+        with self._worded():
+            recorded = self._of(variant.rows)
+            plan = recorded.plan(receiver, 1)
+            return recorded.block(receiver, plan), plan
 
 
 def by_layout(
@@ -232,14 +275,26 @@ def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
         return
     receiver, note = _receiver(a, b)
     choices = a.variants(receiver), b.variants(receiver)
-    for one, other in _combined(*choices):
-        x, _ = a.tensor(one, receiver)
+    combined = _combined(*choices)
+    for one, other in combined[:_MOST_VARIANTS]:
+        x, how = a.tensor(one, receiver)
         y, plan = b.tensor(other, receiver)
-        said = [where, note, *_replica_notes(choices, one, other)]
+        taken = [f"{side}: {p.note}" for side, p in (("A", how), ("B", plan)) if p.note]
+        said = [where, note, *taken, *_replica_notes(choices, one, other)]
+        dim_names = tuple(dim.label for dim in receiver.dims.dims)
         yield Two(
-            x, y, tuple(dim.label for dim in receiver.dims.dims), one.ranks, other.ranks,
-            "; ".join(filter(None, said)), plan,
+            x, y, dim_names, one.ranks, other.ranks, "; ".join(filter(None, said)), plan
         )  # fmt: skip
+    _check_all(combined)
+
+
+def _check_all(combined: Sequence[Any]) -> None:
+    if len(combined) > _MOST_VARIANTS:
+        raise LayoutError(
+            f"ranks that should hold the same hold {len(combined)} different tensors, of which "
+            f"{_MOST_VARIANTS} were compared; if they hold other data, name the axis that tells "
+            "them apart in recorder.declare_mesh, and in the dims"
+        )
 
 
 def _one_sided(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
@@ -247,26 +302,28 @@ def _one_sided(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
     declared, plain = (a, b) if a.is_declared else (b, a)
     receiver = declared.whole()
     (row,) = plain.rows
-    tensor = plain.recording.read(row, check=declared._options["check"])
+    tensor = plain.read()
     if tuple(tensor.shape) != receiver.shape:
         raise ShapesDiffer(
             f"{declared.name}'s blocks are parts of {list(receiver.shape)}, and {plain.name} has "
             f"{list(tensor.shape)}; declare the dims on both sides"
         )
     choices = declared.variants(receiver)
-    for variant in choices:
+    distinct = list({variant.digests: variant for variant in reversed(choices)}.values())[::-1]
+    for variant in distinct[:_MOST_VARIANTS]:
         made, plan = declared.tensor(variant, receiver)
         two = (made, tensor) if declared is a else (tensor, made)
         ranks = (variant.ranks, (row["rank"],))
         said = [where]
         if len(choices) > 1:
             said.append(_replica_note(declared.name, variant))
-        labels = tuple(dim.label for dim in receiver.dims.dims)
+        dim_names = tuple(dim.label for dim in receiver.dims.dims)
         ranks_a, ranks_b = ranks if declared is a else ranks[::-1]
         yield Two(
-            *two, labels, ranks_a, ranks_b, "; ".join(filter(None, said)),
+            *two, dim_names, ranks_a, ranks_b, "; ".join(filter(None, said)),
             plan if declared is b else None,
         )  # fmt: skip
+    _check_all(distinct)
 
 
 def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
@@ -290,7 +347,7 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
                 f"{list(found[1].real)!s:.120} in B; feed both the same input"
             )
         if lengths is not None:
-            sizes = [_longest(block) for block in (mine, its)]
+            sizes = [_longest(block, len(lengths.real)) for block in (mine, its)]
             padded = any(n > min(lengths.real, default=n) for n in sizes)
             if padded or sizes[0] != sizes[1]:
                 left_out = " and ".join(
@@ -298,18 +355,34 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
                     for s, n in zip("AB", sizes, strict=True)
                 )
                 return _flattened(mine, lengths), f"tokens of padding left out: {left_out}"
-    if ours.names == theirs.names and len(mine.shape) == len(its.shape) and mine.shape != its.shape:
+    return _fitting(a, b, mine, its), ""
+
+
+def _fitting(a: _Blocks, b: _Blocks, mine: Block, its: Block) -> Block:
+    """Return the whole of A, or of B where only that fits both: declared sizes cut padding off."""
+    problem: LayoutError | None = None
+    for block in (mine, its):
+        try:
+            for side in (a, b):
+                side.plan(block)
+            return block
+        except LayoutError as err:
+            problem = problem or err
+    assert problem is not None
+    if mine.dims.names == its.dims.names and mine.shape != its.shape:
         raise ShapesDiffer(
             f"logical shapes {list(mine.shape)} in A and {list(its.shape)} in B are not equal"
-        )
-    return mine, ""
+        ) from None
+    raise problem
 
 
-def _longest(block: Block) -> int:
+def _longest(block: Block, sequences: int) -> int:
     """Return the room of a sequence in a whole tensor with batch and sequence."""
     for dim, size in zip(block.dims.dims, block.shape, strict=True):
         if dim.names == ("s",):
             return size
+        if set(dim.names) == _BATCHED:
+            return size // max(1, sequences)
     return 0
 
 

@@ -1,9 +1,8 @@
-"""Measure the pairs that only their tensors can decide, on all cores and any number of machines.
+"""Measure the pairs that only their tensors can decide, on all cores.
 
-1. `Crew.measure` takes its part of the pairs, several at once, within a bound of memory.
+1. `Crew.measure` takes pairs, several at once, within a bound of memory.
 2. A pair's tensors are read (`tensors`), measured in segments that the crew's threads share
    (`measures`), and become one or more rows.
-3. `gathered` brings the rows of all ranks of a torchrun together on rank 0.
 
 What a pair's rows hold depends on nothing but its tensors: not on threads, ranks or order.
 """
@@ -20,18 +19,17 @@ from typing import Any
 
 import torch
 
-from recorder.errors import DamagedRecording, GraftError, LayoutError, UsageError
+from recorder.capture import as_bits
+from recorder.errors import DamagedRecording, LayoutError
 from recorder.layouts.plan import Plan
 
+from .by import measure_rows, rows_of_index
 from .measures import SEGMENT, Measures, measure
 from .pairing import LAYOUT, Pairs
-from .rows import measure_rows
 from .tensors import Row, ShapesDiffer, Two, by_layout, by_rank
 
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
-MOST_BY = 1 << 20
-"""Indices of a dim that get rows of their own."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Task:
         return sum(row["nbytes"] or 0 for row in (*self.a, *self.b))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
     """How to measure.
 
@@ -115,7 +113,7 @@ class Crew:
     def measure(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
         """Yield the rows of each pair, in order.
 
-        A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `shape_a`, `labels`, `message`, the
+        A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `shape_a`, `dim_names`, `message`, the
         measures, and `parts`, those of each rank's part; or `failed`, why there are none: `shape`,
         `layout` or `damaged`.
         """
@@ -123,6 +121,7 @@ class Crew:
         before = torch.get_num_threads()
         torch.set_num_threads(1)  # the pairs are what is done side by side
         try:
+            # Two pools: a pair that waits for its segments must not hold the thread they need.
             with (
                 ThreadPoolExecutor(workers, initializer=_alone) as pool,
                 ThreadPoolExecutor(workers, initializer=_alone) as segments,
@@ -168,24 +167,27 @@ class Crew:
         # Threads are for what is large; small pairs are done side by side as they are.
         how = run if two.a.numel() > SEGMENT else map
         found = measure(two.a, two.b, rtol=rtol, atol=atol, run=how)
-        at, relative_at = (
-            _unravelled(index, two.a.shape) for index in (found.max_abs_at, found.max_rel_at)
-        )
+        places = {
+            name: _unravelled(getattr(found, name), two.a.shape)
+            for name in ("max_beyond_at", "odd_at", "max_abs_at", "max_rel_at")
+        }
+        worst = places["odd_at"] or places["max_beyond_at"] or places["max_abs_at"]
+        if worst is None and not found.bitwise:
+            worst = _first_other_bits(two)
         row: Row = {
             **vars(found),
-            "max_abs_at": at,
-            "max_rel_at": relative_at,
-            "rank": two.rank_at(at),
+            **places,
+            "rank": two.rank_at(worst),
             "ranks_a": list(two.ranks_a),
             "ranks_b": list(two.ranks_b),
             "shape_a": list(two.a.shape),
-            "labels": list(two.labels),
+            "dim_names": list(two.dim_names),
             "message": two.note,
             "parts": [] if found.bitwise else list(_parts(two, found)),
         }
         rows = [row]
         if self._options.by is not None and not found.bitwise:
-            rows += _by(two, self._options.by, found, row)
+            rows += rows_of_index(two, self._options.by, found, row)
         return rows
 
 
@@ -225,121 +227,18 @@ def _parts(two: Two, found: Measures) -> Iterator[tuple[list[int], Row]]:
     parts = list(two.parts())
     for ranks, one, other in parts:
         if len(parts) == 1:
-            yield ranks, {"changed": found.changed}
+            yield ranks, {"is_same": False}
             return
         figures = measure_rows(one, other, (), found.rtol, found.atol)
-        own = {"numel": one.numel(), "changed": int(not torch.equal(one, other))}
+        same = one.dtype == other.dtype and torch.equal(as_bits(one), as_bits(other))
+        own = {"numel": one.numel(), "changed": int(not same), "is_same": same}
         yield ranks, {**own, **{name: values[0] for name, values in figures.items()}}
 
 
-def dims_called(name: str, labels: Sequence[str]) -> int | None:
-    """Return which dim a name means: its label, or its number, from the end where below 0."""
-    if name in labels:
-        return list(labels).index(name)
-    if name.lstrip("-").isdigit() and -len(labels) <= int(name) < len(labels):
-        return int(name) % len(labels)
-    return None
-
-
-def _by(two: Two, name: str, found: Measures, whole: Row) -> list[Row]:
-    dim = dims_called(name, two.labels)
-    if dim is None or two.a.shape[dim] > MOST_BY:
-        return []
-    figures = measure_rows(two.a, two.b, (dim,), found.rtol, found.atol)
-    size = two.a.shape[dim]
-    numel = two.a.numel() // max(1, size)
-    rows = []
-    for i in range(size if figures else 0):
-        row = {key: values[i] for key, values in figures.items()}
-        row |= {"by": two.labels[dim] if name in two.labels else name, "index": i, "numel": numel}
-        row |= {"rtol": found.rtol, "atol": found.atol, "bitwise": not row["changed"]}
-        row |= {key: whole[key] for key in ("ranks_a", "ranks_b", "labels", "shape_a")}
-        rows.append(row)
-    return rows
-
-
-def distributed() -> tuple[int, int]:
-    """Return this process's rank and the number of them under torchrun, else 0 and 1.
-
-    Raises:
-        UsageError: the variables of a launcher are there and do not fit together.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
-    if not all(name in os.environ for name in names):
-        return 0, 1
-    try:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except ValueError:
-        rank, world_size = -1, 0
-    if not 0 <= rank < world_size:
-        raise UsageError(
-            f"RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} do not fit "
-            "together; start with torchrun, or unset them"
-        )
-    return rank, world_size
-
-
-@contextmanager
-def group(world_size: int) -> Iterator[None]:
-    """Join the other processes, where there are any, for as long as this lasts."""
-    import torch.distributed as dist
-
-    mine = world_size > 1 and not dist.is_initialized()
-    if mine:
-        dist.init_process_group("gloo")
-    try:
-        yield
-    finally:
-        if mine:
-            dist.destroy_process_group()
-
-
-def share(tasks: Sequence[Task], rank: int, world_size: int) -> list[Task]:
-    """Return one rank's part of the pairs: the largest go one by one to who has least."""
-    if world_size == 1:
-        return list(tasks)
-    loads = [0] * world_size
-    mine = []
-    for i in sorted(range(len(tasks)), key=lambda i: (-tasks[i].nbytes, i)):
-        least = loads.index(min(loads))
-        loads[least] += tasks[i].nbytes + (64 << 10)  # of a small pair, most is overhead
-        if least == rank:
-            mine.append(i)
-    return [tasks[i] for i in sorted(mine)]
-
-
-def gathered(
-    rows: list[Row], problem: GraftError | None, fingerprint: str, rank: int, world_size: int
-) -> list[Row] | None:
-    """Return the rows of all ranks on rank 0, None on the others.
-
-    Args:
-        rows: this rank's.
-        problem: why it has none.
-        fingerprint: of the pairs as this rank sees them.
-        rank: this rank.
-        world_size: how many there are.
-
-    Raises:
-        GraftError: a rank had a problem, or does not see the same recordings.
-    """
-    if world_size == 1:
-        if problem is not None:
-            raise problem
-        return rows
-    import torch.distributed as dist
-
-    everyone: list[Any] | None = [None] * world_size if rank == 0 else None
-    said = None if problem is None else str(problem)
-    dist.gather_object((rows, said, fingerprint), everyone)
-    if everyone is None:
+def _first_other_bits(two: Two) -> list[int] | None:
+    """Return where two tensors whose elements are all equal have other bits, as zeros may."""
+    if two.a.dtype != two.b.dtype:
         return None
-    for i, (_, said, _) in enumerate(everyone):
-        if said is not None:
-            raise GraftError(said if i == 0 else f"on rank {i}: {said}")
-    if len({seen for _, _, seen in everyone}) > 1:
-        raise UsageError(
-            "the ranks do not see the same recordings; give each the same folders, and wait until "
-            "nothing writes into them"
-        )
-    return [row for part, _, _ in everyone for row in part]
+    other = as_bits(two.a.contiguous()) != as_bits(two.b.contiguous())
+    places = other.reshape(*two.a.shape, -1).any(-1).nonzero()
+    return [int(i) for i in places[0]] if len(places) else None

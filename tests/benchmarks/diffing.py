@@ -78,16 +78,16 @@ def manifests(base: Path, quick: bool) -> list[Result]:
             for file in b.glob("rank-*/*.parquet"):
                 _with_other_digests(file)
             kept = rows // 64 * 64
-            counts = diff(a, b, manifest=True).counts()
+            counts = diff(a, b, manifest_only=True).counts()
             assert counts["equal"] + counts["unmeasured"] == kept and counts["unmeasured"]
             taken = interleaved(
                 {
-                    "diff": lambda a=a, b=b: seconds(lambda: diff(a, b, manifest=True)),
+                    "diff": lambda a=a, b=b: seconds(lambda: diff(a, b, manifest_only=True)),
                     "peer": lambda files=files: seconds(lambda: pl.read_parquet(files)),
                 },
                 3,
             )
-        what, limit = f"diff --manifest, 2 x {rows:,} rows of 64 ranks", 2 * rows / 500_000
+        what, limit = f"diff --manifest-only, 2 x {rows:,} rows of 64 ranks", 2 * rows / 500_000
         found.append(_within(what, taken["diff"], "read_parquet of both", taken["peer"], limit))
     return found
 

@@ -127,7 +127,7 @@ def test_equal_statistics_do_not_hide_swapped_heads(held):
         assert rows[0][name] == rows[1][name]
     for name in ("mean", "std", "l2"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-12)
-    alone = held(a, b, manifest=True)
+    alone = held(a, b, manifest_only=True)
     assert only(alone)["outcome"] == "unmeasured" and alone.status == 1
 
 
@@ -203,7 +203,11 @@ def test_logical_tensors_are_compared_whatever_the_layouts(held):
         worlds=(4, 2), meshes=(lambda r: {"tp": (r, 4)}, lambda r: {"tp": (r, 2)}),
     )  # fmt: skip
     row = only(found)
-    assert (row["outcome"], row["shape_a"], row["labels"]) == ("equal", [5, 8, 4], ["s", "h", "d"])
+    assert (row["outcome"], row["shape_a"], row["dim_names"]) == (
+        "equal",
+        [5, 8, 4],
+        ["s", "h", "d"],
+    )
     assert (row["ranks_a"], row["ranks_b"]) == ([0, 1, 2, 3], [0, 1])
     assert found.status == 0
 
@@ -305,7 +309,7 @@ def test_a_place_that_nobody_recorded_is_an_error_and_no_match(held):
     full = lambda rank: tap("x", torch.ones(4) * rank, dims="h")  # noqa: E731
     half = lambda rank: full(rank) if rank else None  # noqa: E731
     found = held(full, half, worlds=(2, 2), meshes=(mesh, mesh))
-    assert found.pairs["outcome"].to_list() == ["error", "equal"]
+    assert found.pairs["outcome"].to_list() == ["error", "equal", "only_a"]
     assert "no rank of B at dp=0 recorded it" in found.pairs["message"][0]
 
 
@@ -468,7 +472,7 @@ def test_dtypes_that_differ_are_compared_by_value_and_said(held):
 
 
 def test_the_manifest_alone_proves_what_statistics_can(held):
-    found = held(X, X * 3, manifest=True)
+    found = held(X, X * 3, manifest_only=True)
     row = only(found)
     assert row["outcome"] == "differs" and row["at_least"] <= float((X * 2).abs().max())
     assert row["at_least"] > 1 and row["rel_diff"] is None
@@ -486,7 +490,7 @@ def test_what_is_proven_is_never_less_than_so(held):
     for seed in range(20):
         noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
         b = X + noise * 10.0 ** -(seed % 7)
-        found = only(held(X, b, manifest=True))
+        found = only(held(X, b, manifest_only=True))
         assert found["at_least"] <= float((b.double() - X.double()).abs().max())
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from recorder.layouts.dims import TOKENS
 from recorder.statistics import has_statistics
 
 from .chunks import as_numbers
+from .measures import Measures
+from .tensors import Row, Two
 
+MOST_INDICES = 1 << 20
+"""Of a dim, that get rows of their own."""
 _ELEMENTS = 1 << 21
 
 
@@ -48,15 +56,12 @@ def _of_rows(
     one: torch.Tensor, other: torch.Tensor, rtol: float, atol: float
 ) -> dict[str, list[Any]]:
     """Return the figures of rows, of shape [n, m]; long ones are added up part by part."""
-    total: torch.Tensor | None = None
-    most: torch.Tensor | None = None
-    for start in range(0, max(1, one.shape[1]), _ELEMENTS):
-        sums, greatest = _sums(
-            one[:, start : start + _ELEMENTS], other[:, start : start + _ELEMENTS], rtol, atol
-        )
-        total = sums if total is None else total + sums
-        most = greatest if most is None else torch.maximum(most, greatest)
-    assert total is not None and most is not None
+    parts = [
+        _sums(one[:, i : i + _ELEMENTS], other[:, i : i + _ELEMENTS], rtol, atol)
+        for i in range(0, max(1, one.shape[1]), _ELEMENTS)
+    ]
+    total = functools.reduce(torch.add, (sums for sums, _ in parts))
+    most = functools.reduce(torch.maximum, (greatest for _, greatest in parts))
     xx, yy, xy, dd, signed, summed, changed, mismatched, finite, *counts = total
     norm = xx + yy
     rel_diff = torch.where(changed == 0, 0.0, dd / norm)
@@ -115,3 +120,36 @@ def _sums(
     if not w.shape[1]:
         return found, torch.full((2, w.shape[0]), math.nan, dtype=torch.float64)
     return found, torch.stack([w.amax(1), w.masked_fill(~mismatched, 0).amax(1)])
+
+
+def dims_called(name: str, dim_names: Sequence[str]) -> int | None:
+    """Return which dim a name means: its label, or its number, from the end where below 0."""
+    if name in dim_names:
+        return list(dim_names).index(name)
+    if name in ("b", "s") and TOKENS in dim_names:  # what they became without their padding
+        return list(dim_names).index(TOKENS)
+    if re.fullmatch("-?[0-9]{1,3}", name) and -len(dim_names) <= int(name) < len(dim_names):
+        return int(name) % len(dim_names)
+    return None
+
+
+def rows_of_index(two: Two, name: str, found: Measures, whole: Row) -> list[Row]:
+    """Return a row for each index of the dim that a name means, none where it means none."""
+    dim = dims_called(name, two.dim_names)
+    if dim is None or two.a.shape[dim] > MOST_INDICES:
+        return []
+    figures = measure_rows(two.a, two.b, (dim,), found.rtol, found.atol)
+    size = two.a.shape[dim]
+    numel = two.a.numel() // max(1, size)
+    rows = []
+    for i in range(size if figures else 0):
+        row = {key: values[i] for key, values in figures.items()}
+        row |= {
+            "by": name if name.lstrip("-").isdecimal() else two.dim_names[dim],
+            "index": i,
+            "numel": numel,
+        }
+        row |= {"rtol": found.rtol, "atol": found.atol, "bitwise": not row["changed"]}
+        row |= {key: whole[key] for key in ("ranks_a", "ranks_b", "dim_names", "shape_a")}
+        rows.append(row)
+    return rows

@@ -1,0 +1,50 @@
+"""Why nothing matched, and what to try."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from recorder.filters import Filter
+from recorder.format.rows import parse_tags
+from recorder.tags import label
+
+from .pairing import Pairs
+
+
+def why_nothing(pairs: Pairs, filter: Filter | None) -> str:
+    """Say why no pair has a record on both sides."""
+    for side, seen in zip((pairs.a, pairs.b), pairs.seen, strict=True):
+        if not seen:
+            return f"nothing matched: {side.recording.path} is empty, no tap was recorded in it"
+    frames = pairs.a.frame, pairs.b.frame
+    if filter is not None and not all(frame.height for frame in frames):
+        rows = [side.recording.latest() for side in (pairs.a, pairs.b)]
+        tags = {t for frame in rows for text in frame["tags"].unique() for t in parse_tags(text)}
+        names = {name for frame in rows for name in frame["name"].unique()}
+        which = " and ".join(s for s, frame in zip("AB", frames, strict=True) if not frame.height)
+        return f"nothing matched: in {which}, {filter.why_nothing(tags, names)}"
+    ours, theirs = (sorted(frame["name"].unique()) for frame in frames)
+    facts = [f"A has taps {_some(ours)}", f"B has {_some(theirs)}"]
+    if set(ours) & set(theirs):
+        a, b = (sorted(frame["step"].unique()) for frame in frames)
+        facts = [f"A has steps {_span(a)}, B has {_span(b)}"] if not set(a) & set(b) else []
+        name = next(name for name in ours if name in theirs)
+        one, other = (
+            label(*frame.filter(pl.col("name") == name).select("name", "tags").row(0))
+            for frame in frames
+        )
+        facts.append(f"{one!r} in A, {other!r} in B")
+    return (
+        f"nothing matched: {'; '.join(facts)}; see --rename, --match-on and --step-offset, and "
+        "graft ls"
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def _span(steps: Sequence[int]) -> str:
+    return f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0])
