@@ -14,13 +14,16 @@ max_rel       greatest |y - x| / |x| over x other than 0; where, and both values
 mean_abs      mean |y - x|
 bias          mean y - x; exact where it cancels, by the extraction of Rump, Ogita and Oishi,
               "Accurate Floating-Point Summation" (2008)
-rel_diff      1 - 2 <x, y> / (|x|^2 + |y|^2), computed as |y - x|^2 / (|x|^2 + |y|^2), the same
-              without the cancellation; 0 for equal tensors, 1 where one of two is all zero
+rel_diff      1 - 2 <x, y> / (|x|^2 + |y|^2), DeepGEMM's `calc_diff`, computed as
+              |y - x|^2 / (|x|^2 + |y|^2), the same without the cancellation; 0 for equal tensors, 1
+              where one of two is all zero
 cosine        <x, y> / (|x| |y|); 1 for two of zeros, 0 where one of two is all zero
 p50 p99 p999  percentiles of |y - x|, see `quantiles`
-max_ulp       greatest number of steps between representable values, of the coarser dtype, that is
-              the one with fewer bits of fraction; 0.0 and -0.0 are none apart; what is beyond its
-              range is one step further; of integers, the greatest difference; at most 2^63 - 1
+max_ulp       greatest distance in units in the last place (Goldberg, "What Every Computer Scientist
+              Should Know About Floating-Point Arithmetic", 1991): steps between representable
+              values, of the coarser dtype, that is the one with fewer bits of fraction; 0.0 and
+              -0.0 are none apart; what is beyond its range is one step further; of integers, the
+              greatest difference; at most 2^63 - 1
 nan_a nan_b   elements NaN on that side alone; inf_a and inf_b: infinite on that side and not the
               same infinity on the other; odd_at is the first such element
 

@@ -150,9 +150,7 @@ def print_diff(diff: Diff, width: int, limit: int) -> None:
     cells = [_cells(row) for row in rows.head(limit).iter_rows(named=True)]
     _print_cells(console, cells, width)
     if rows.height > limit:
-        console.print(
-            f"... and {count(rows.height - limit, 'more pair')} that are not equal; see --limit"
-        )
+        console.print(f"... and {count(rows.height - limit, 'more pair')}, not equal; see --limit")
     _print_by(console, diff, rows.head(_BY_ROWS), width)
 
 
@@ -180,12 +178,16 @@ def _cells(row: Row) -> dict[str, str]:
         "outcome": row["outcome"],
         "rel_diff": _cell(row["rel_diff"]),
         "max_abs": _cell(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
-        "mismatched": "" if not mismatched or not numel else f"{mismatched / numel:.2%}",
+        "mismatched": "" if not mismatched or not numel else _share(mismatched / numel),
         "cosine": "" if row["cosine"] is None else f"{row['cosine']:.6f}",
         "p99": _cell(row["p99"]),
         "NaN Inf": str(odd) if odd else "",
         "times_floor": _cell(row["times_floor"]),
     }
+
+
+def _share(part: float) -> str:
+    return f"{part:.2%}" if part >= 1e-4 else "<0.01%"
 
 
 def _cell(value: float | None) -> str:

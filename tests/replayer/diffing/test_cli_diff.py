@@ -117,7 +117,7 @@ def test_by_a_dim_says_which_indices_are_the_worst(graft, runs):
 
 def test_a_limit_says_how_many_more_there_are(graft, runs):
     done = graft("diff", runs["A"], runs["fault"], "--limit", 1)
-    assert "... and 3 more pairs that are not equal; see --limit" in done.stdout
+    assert "... and 3 more pairs, not equal; see --limit" in done.stdout
 
 
 def test_thresholds_decide_on_the_status(graft, runs):
