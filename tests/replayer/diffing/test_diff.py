@@ -15,32 +15,6 @@ from replayer import Diff, diff
 from replayer.diffing.report import lines, objects
 
 
-def recorded(folder: Path, job, world_size=1, mesh=None, **options) -> Recording:
-    """Record `job(rank)` on each rank, all in this process; `mesh(rank)` is declared before."""
-    for rank in range(world_size):
-        declare_mesh(**(mesh(rank) if mesh else {}))
-        with Recorder(folder, rank=rank, world_size=world_size, **options):
-            job(rank)
-    declare_mesh()
-    return Recording.open(folder)
-
-
-@pytest.fixture
-def held(tmp_path):
-    """Record one tensor, or a job, on each side, and diff them."""
-
-    def held(a, b, worlds=(1, 1), meshes=(None, None), level="tensors", **options) -> Diff:
-        sides = []
-        for i, what in enumerate((a, b)):
-            job = what if callable(what) else (lambda rank, t=what: tap("x", t, dims=dims))
-            folder = tmp_path / f"{'AB'[i]}{len(list(tmp_path.iterdir()))}"
-            sides.append(recorded(folder, job, worlds[i], meshes[i], level=level))
-        return diff(*sides, **options)
-
-    dims = None
-    return held
-
-
 def only(found: Diff) -> dict:
     (row,) = found.pairs.iter_rows(named=True)
     return row
@@ -181,7 +155,7 @@ def test_a_dead_rank_is_a_difference(held):
 
 
 @pytest.mark.slow
-def test_one_wrong_element_in_a_billion(tmp_path):
+def test_one_wrong_element_in_a_billion(tmp_path, recorded):
     a = torch.ones(10**9, dtype=torch.bfloat16)
     recorded(tmp_path / "A", lambda rank: tap("x", a))
     a[123_456_789] = 1.5
@@ -384,7 +358,7 @@ def test_a_threshold_that_cannot_be_used_says_why(held, threshold, words):
     assert words in str(caught.value)
 
 
-def test_the_floor_tells_noise_from_a_fault_tag_by_tag(held, tmp_path):
+def test_the_floor_tells_noise_from_a_fault_tag_by_tag(held, tmp_path, recorded):
     def job(seed, fault=0.0):
         def run(rank):
             noise = torch.Generator().manual_seed(seed)
@@ -405,7 +379,7 @@ def test_the_floor_tells_noise_from_a_fault_tag_by_tag(held, tmp_path):
     assert held(job(1), job(2, 0.05), floor=floor, floor_factor=100.0).status == 0
 
 
-def test_noise_of_zero_makes_any_difference_infinitely_many_times_it(held, tmp_path):
+def test_noise_of_zero_makes_any_difference_infinitely_many_times_it(held, tmp_path, recorded):
     again = recorded(tmp_path / "again", lambda rank: tap("x", X))
     assert only(held(X, X + 1, floor=[again]))["times_floor"] == float("inf")
     assert only(held(X, X, floor=[again]))["outcome"] == "equal"
@@ -494,7 +468,7 @@ def test_what_is_proven_is_never_less_than_so(held):
         assert found["at_least"] <= float((b.double() - X.double()).abs().max())
 
 
-def test_a_damaged_tensor_fails_its_pair_alone_and_is_status_2(held, tmp_path):
+def test_a_damaged_tensor_fails_its_pair_alone_and_is_status_2(held, tmp_path, recorded):
     a = recorded(tmp_path / "a", lambda rank: (tap("x", X), tap("y", X + 1)))
     b = recorded(tmp_path / "b", lambda rank: (tap("x", X + 2), tap("y", X + 1 + 1e-7)))
     (shard,) = b.path.rglob("*.safetensors")
@@ -513,7 +487,7 @@ def test_a_damaged_tensor_fails_its_pair_alone_and_is_status_2(held, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("memory", [1, 1 << 30])
-def test_threads_and_memory_change_nothing_of_the_table(held, tmp_path, workers, memory):
+def test_threads_and_memory_change_nothing_of_the_table(held, tmp_path, workers, memory, recorded):
     def job(seed):
         def run(rank):
             noise = torch.Generator().manual_seed(seed)
@@ -542,7 +516,7 @@ def test_the_worst_come_first_after_the_first(held):
     assert order == [1, 0, 2, 3]
 
 
-def test_each_row_is_an_object_of_json_without_nan(held, tmp_path):
+def test_each_row_is_an_object_of_json_without_nan(held, tmp_path, recorded):
     again = recorded(tmp_path / "again", lambda rank: tap("x", X))
     found = held(X, nan(X), floor=[again])
     (line,) = objects(found)

@@ -15,18 +15,8 @@ from replayer.diffing.rename import Rename
 from replayer.match import MatchOn
 
 
-def recorded(folder: Path, job, world_size=1, mesh=None, **options) -> Recording:
-    """Record `job(rank)` on each rank, all in this process; `mesh(rank)` is declared before."""
-    for rank in range(world_size):
-        declare_mesh(**(mesh(rank) if mesh else {}))
-        with Recorder(folder, rank=rank, world_size=world_size, **options):
-            job(rank)
-    declare_mesh()
-    return Recording.open(folder)
-
-
 @pytest.fixture
-def two(tmp_path):
+def two(tmp_path, recorded):
     """Record two jobs, the second as B."""
 
     def two(a, b, worlds=(1, 1), **options):
@@ -116,20 +106,20 @@ def test_steps_can_lie_apart(two):
         ("h.3.attn=self_attention", "self_attention", {}),
     ],
 )
-def test_a_renaming_makes_names_meet(tmp_path, rename, name_b, tags_b):
+def test_a_renaming_makes_names_meet(tmp_path, rename, name_b, tags_b, recorded):
     a = recorded(tmp_path / "A", lambda rank: tap("h.3.attn", torch.ones(2)))
     b = recorded(tmp_path / "B", lambda rank: tap(name_b, torch.ones(2), **tags_b))
     assert states(pair(a, b)) == {"only_a": 1, "only_b": 1}
     assert states(pair(a, b, renames=[Rename.parse(rename)])) == {"equal": 1}
 
 
-def test_a_place_in_b_s_name_alone_is_a_tag_in_a(tmp_path):
+def test_a_place_in_b_s_name_alone_is_a_tag_in_a(tmp_path, recorded):
     a = recorded(tmp_path / "A", lambda rank: tap("attn", torch.ones(2), layer=3))
     b = recorded(tmp_path / "B", lambda rank: tap("layers.3.attn", torch.ones(2)))
     assert states(pair(a, b, renames=[Rename.parse("attn=layers.{layer}.attn")])) == {"equal": 1}
 
 
-def test_a_filter_speaks_in_the_baseline_s_names(tmp_path):
+def test_a_filter_speaks_in_the_baseline_s_names(tmp_path, recorded):
     a = recorded(tmp_path / "A", taps("attn", "mlp"))
     b = recorded(tmp_path / "B", taps("self_attn", "mlp"))
     chosen = Filter.parse('name == "attn"')
@@ -186,7 +176,7 @@ def test_matching_by_order_pairs_the_kth_with_the_kth_and_warns(two):
 
 
 @pytest.mark.parametrize("seconds", [(True, True), (True, False), (False, True)])
-def test_a_second_forward_meets_the_second_or_else_the_first(tmp_path, seconds):
+def test_a_second_forward_meets_the_second_or_else_the_first(tmp_path, seconds, recorded):
     def job(has_second):
         def run(rank):
             tap("x", torch.ones(2))
@@ -249,7 +239,7 @@ def test_the_pairs_are_in_the_baseline_s_execution_order(two):
     assert list(names.iter_rows()) == expected
 
 
-def test_stages_of_a_pipeline_are_ordered_by_the_clock(tmp_path):
+def test_stages_of_a_pipeline_are_ordered_by_the_clock(tmp_path, recorded):
     def job(rank):
         for layer in (2 * rank, 2 * rank + 1):
             tap("hidden", torch.ones(1), layer=layer)
@@ -260,7 +250,7 @@ def test_stages_of_a_pipeline_are_ordered_by_the_clock(tmp_path):
     assert order == [f'{{"layer":{i}}}' for i in range(4)]
 
 
-def test_layouts_are_equal_where_all_ranks_hold_the_same_at_the_same_place(tmp_path):
+def test_layouts_are_equal_where_all_ranks_hold_the_same_at_the_same_place(tmp_path, recorded):
     def job(rank):
         tap("x", torch.full((2,), float(rank)), dims="h[tp]")
 
@@ -273,7 +263,7 @@ def test_layouts_are_equal_where_all_ranks_hold_the_same_at_the_same_place(tmp_p
     assert states(pair(a, swapped)) == {"todo": 1}
 
 
-def test_replicas_of_any_number_are_equal_without_reading(tmp_path):
+def test_replicas_of_any_number_are_equal_without_reading(tmp_path, recorded):
     def job(rank):
         tap("x", torch.ones(2), dims="h")
 
