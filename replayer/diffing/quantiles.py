@@ -73,6 +73,46 @@ def _refine(
 _refine = scripted(_refine)
 
 
+def _scan_cells(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    wanted: list[int],
+    wide: torch.Tensor,
+    narrow: torch.Tensor,
+    narrow_bits: torch.Tensor,
+    size: int,
+) -> list[list[float]]:
+    """Return the smallest, the greatest and the number of the differences of each wanted code."""
+    found = [[float("inf"), float("-inf"), 0.0] for _ in wanted]
+    total = a.numel()
+    start = 0
+    while start < total:
+        n = min(size, total - start)
+        x = wide.narrow(0, 0, n)
+        y = wide.narrow(0, size, n)
+        x.copy_(a.narrow(0, start, n))
+        y.copy_(b.narrow(0, start, n))
+        y.sub_(x).abs_()
+        f = narrow.narrow(0, 0, n)
+        f.copy_(y)
+        added = float(y.sum())
+        if added - added != 0.0:
+            f.masked_fill_(y.isfinite().logical_not_(), float("nan"))
+        codes = narrow_bits.narrow(0, 0, n)
+        for i, one in enumerate(wanted):
+            inside = codes.eq(one)
+            if bool(inside.any()):
+                values = y.masked_select(inside)
+                found[i][0] = min(found[i][0], float(values.amin()))
+                found[i][1] = max(found[i][1], float(values.amax()))
+                found[i][2] += float(values.numel())
+        start += n
+    return found
+
+
+_scan_cells = scripted(_scan_cells)
+
+
 def percentiles(
     segments: Segments,
     histogram: torch.Tensor,
@@ -174,6 +214,11 @@ Ends = tuple[float, float, int]
 
 def _ends(pair: Pair, wanted: list[int], wide: bool) -> list[Ends]:
     """Return the ends of those of a segment's differences that have each of some codes."""
+    if not wide:
+        a, b = map(as_numbers, pair)
+        size = min(CHUNK, a.numel())
+        cells = _scan_cells(a, b, wanted, *buffers(size), size)
+        return [(low, high, int(n)) for low, high, n in cells]
     ends = [(math.inf, -math.inf, 0)] * len(wanted)
     for w in _chunks(*pair):
         codes = code(w, wide)

@@ -186,7 +186,7 @@ def test_journals_and_tags(run, extent):
 def test_all_of_a_recording_by_every_command(made, tmp_path, shell, extent):
     """Mutate any file; each command answers with 0, 1 or 2 and no traceback."""
     rng = random.Random(5)
-    for number in range(30 if extent == "long" else 3):
+    for number in range(30 if extent == "long" else 2):
         copy = tmp_path / f"copy{number}"
         shutil.copytree(made, copy)
         path = rng.choice(sorted(p for p in copy.rglob("*") if p.is_file()))

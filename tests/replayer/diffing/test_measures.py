@@ -782,7 +782,7 @@ def test_bitwise_of_integers_and_another_dtype(other):
 
 
 def test_what_speed_depends_on_is_compiled():
-    for function in (chunks._scan, quantiles._refine):
+    for function in (chunks._scan, quantiles._refine, quantiles._scan_cells):
         assert isinstance(function, torch.jit.ScriptFunction)
 
 
@@ -794,5 +794,6 @@ def test_compiled_or_not_gives_the_same(dtype, small, monkeypatch):
         b[50:52] = torch.tensor([NAN, INF])
     found = measure(a, b)
     monkeypatch.setattr(chunks, "_scan", chunks._scan.__wrapped__)
-    monkeypatch.setattr(quantiles, "_refine", quantiles._refine.__wrapped__)
+    for name in ("_refine", "_scan_cells"):
+        monkeypatch.setattr(quantiles, name, getattr(quantiles, name).__wrapped__)
     assert asdict(measure(a, b)) == asdict(found)
