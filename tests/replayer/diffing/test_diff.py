@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
 
-from recorder import Recorder, Recording, declare_mesh, step, tap
+from recorder import step, tap
 from recorder.errors import UsageError
 from replayer import Diff, diff
 from replayer.diffing.report import lines, objects

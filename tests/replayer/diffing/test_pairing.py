@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from recorder import Recorder, Recording, context, declare_mesh, step, tap
+from recorder import context, step, tap
 from recorder.errors import UsageError
 from recorder.filters import Filter
 from replayer.diffing.pairing import pair

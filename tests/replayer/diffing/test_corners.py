@@ -1,0 +1,676 @@
+"""Corners in which a diff was, or would be, silently wrong: each is found, or said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import polars as pl
+import pytest
+import torch
+
+from recorder import step, tap
+from recorder.errors import UsageError
+from recorder.format.shard import read_header
+from replayer import Diff, diff
+from replayer.diffing.report import lines, objects
+
+X = torch.randn(6, 8, 16, generator=torch.Generator().manual_seed(0))  # tokens, heads, head dim
+
+
+def only(found: Diff) -> dict:
+    (row,) = found.pairs.iter_rows(named=True)
+    return row
+
+
+def by_index(found: Diff) -> list[tuple[str, int, str]]:
+    rows = found.table.filter(pl.col("by").is_not_null())
+    return list(rows.select("by", "index", "outcome").iter_rows())
+
+
+def over(axis, size):
+    """A mesh of one axis."""
+    return lambda rank: {axis: (rank, size)}
+
+
+def heads(tensor, world):
+    """A job whose ranks have some heads each."""
+    return lambda rank: tap("q", tensor.chunk(world, 1)[rank], dims="t h[tp] d")
+
+
+@pytest.fixture(scope="module")
+def apart(recorded, tmp_path_factory):
+    """Two recordings that differ in all of `x`."""
+    folder = tmp_path_factory.mktemp("apart")
+    return tuple(
+        recorded(folder / name, lambda rank, t=t: tap("x", t))
+        for name, t in (("A", X), ("B", X + 1))
+    )
+
+
+def each(values):
+    """A job that taps some values, numbered."""
+
+    def job(rank):
+        for i, value in enumerate(values):
+            tap("v", value, i=i)
+
+    return job
+
+
+def damage(run, name, at):
+    """Flip a bit of a recorded tensor, `at` bytes from its start."""
+    row = run.find(0, name)
+    (shard,) = run.path.rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[read_header(shard)[row["tensor"]].offset + at] ^= 1
+    shard.write_bytes(data)
+
+
+# Values
+
+
+EXACT = [  # of what is no float: in A, in B, and in a second run of A
+    (True, False, False),
+    ("a", "b", "c"),
+    ([1, "a"], [1, "b"], [1, "c"]),
+    (2**53, 2**53 + 1, 2**53),
+    (20_000_000, 20_000_001, 20_000_000),
+    ([1, 2**53], [1, 2**53 + 1], [1, 2**53]),
+    ([1.5, 2**60], [1.5, 2**60 + 1], [1.5, 2**60]),
+    ([1, 2, 3], [1, 2, 4], [1, 2, 3]),
+]
+
+
+def test_values_that_are_no_floats_are_compared_exactly(held):
+    ours, theirs, _ = zip(*EXACT, strict=True)
+    rows = held(each(ours), each(theirs)).pairs.select("outcome", "bitwise", "mismatched").rows()
+    assert rows == [("differs", False, 1)] * len(EXACT)
+
+
+def test_the_floor_gives_no_room_to_values_that_are_compared_exactly(held, recorded, tmp_path):
+    ours, theirs, again = zip(*EXACT, strict=True)
+    found = held(each(ours), each(theirs), floor=recorded(tmp_path / "again", each(again)))
+    assert found.pairs["outcome"].to_list() == ["differs"] * len(EXACT)
+    assert found.pairs["times_floor"][:3].to_list() == [None] * 3
+    assert "--floor has no noise for 6 pairs" in found.notes[-1]
+
+
+def test_a_float_and_an_integer_of_one_value_are_close_and_not_bitwise(held):
+    found = held(lambda rank: tap("v", 5), lambda rank: tap("v", 5.0))
+    assert (only(found)["outcome"], only(found)["bitwise"], found.status) == ("close", False, 0)
+
+
+def test_a_list_and_one_value_are_of_unequal_shape(held):
+    found = held(lambda rank: tap("v", 5), lambda rank: tap("v", [5]))
+    assert only(found)["outcome"] == "shape" and found.status == 1
+    assert only(found)["message"] == "a list on one side, one value on the other"
+
+
+def test_lists_of_unequal_length_say_both(held):
+    found = held(lambda rank: tap("v", [1, 2]), lambda rank: tap("v", [1]))
+    assert only(found)["message"] == "a list of 2 in A and of 1 in B"
+
+
+def test_long_values_are_shortened_in_lines_and_whole_in_json(held):
+    found = held(lambda rank: tap("v", "a" * 500), lambda rank: tap("v", "a" * 499 + "b"))
+    (said,) = [line for line in lines(found) if line.startswith("first divergence bitwise")]
+    assert len(said) < 200 and said.count("...") == 2
+    (row,) = map(json.loads, objects(found))
+    assert row["value_a"] == "a" * 500
+
+
+def test_the_floor_gives_no_room_to_dtypes_without_arithmetic(held, recorded, tmp_path):
+    raw = torch.arange(8, dtype=torch.uint8)
+    bits = [(raw + i).view(torch.bits8) for i in range(3)]
+    again = recorded(tmp_path / "again", lambda rank: tap("x", bits[2]))
+    row = only(held(bits[0], bits[1], floor=again))
+    assert (row["outcome"], row["times_floor"]) == ("differs", None)
+
+
+# Replicas, and ranks that are not there
+
+
+def test_a_wrong_replica_is_found_whatever_its_number(held):
+    found = held(
+        lambda rank: tap("x", torch.ones(4), dims="h"),
+        lambda rank: tap("x", torch.ones(4) + (rank == 66), dims="h"),
+        worlds=(1, 70),
+    )
+    assert [(r["outcome"], r["ranks_b"]) for r in found.pairs.iter_rows(named=True)] == [
+        ("differs", [66]),
+        ("equal", [0]),
+    ]
+    assert found.status == 1 and found.first("tolerance")["rank"] == 66
+
+
+def test_more_replicas_than_are_compared_are_an_error_that_says_so(held, monkeypatch):
+    monkeypatch.setattr("replayer.diffing.tensors._MOST_VARIANTS", 3)
+    found = held(
+        lambda rank: tap("x", torch.ones(4), dims="h"),
+        lambda rank: tap("x", torch.full((4,), rank + 1.0), dims="h"),
+        worlds=(1, 5),
+        threshold="max_abs < 100",
+    )
+    assert found.pairs["outcome"].to_list() == ["equal", "close", "close", "error"]
+    assert found.status == 1
+    assert "hold 5 different tensors, of which 3 were compared" in found.pairs["message"][-1]
+
+
+def test_a_rank_that_did_not_record_a_replicated_tap_is_missed(held):
+    def job(missing):
+        return lambda rank: tap("x", X, dims="t h d") if rank != missing else None
+
+    found = held(job(None), job(1), worlds=(3, 3))
+    rows = [(r["outcome"], r["rank"]) for r in found.pairs.iter_rows(named=True)]
+    assert rows == [("equal", None), ("only_a", 1)] and found.status == 1
+    assert "only in A: 1, the first x step=0 rank=1" in lines(found)
+    back = held(job(1), job(None), worlds=(3, 3))
+    assert back.counts()["only_b"] == 1 and back.status == 1
+
+
+@pytest.mark.parametrize(("ignore_missing", "status"), [(False, 1), (True, 0)])
+def test_worlds_that_differ_miss_a_rank_that_never_recorded(
+    recorded, tmp_path, ignore_missing, status
+):
+    a, b = (
+        recorded(tmp_path / name, lambda rank: tap("x", X, dims="t h d"), world)
+        for name, world in (("A", 2), ("B", 3))
+    )
+    assert diff(a, b).status == 0
+    shutil.rmtree(b.path / "rank-00001")
+    found = diff(a.path, b.path, ignore_missing=ignore_missing)
+    assert found.counts()["equal"] == 1 and found.status == status
+
+
+# Sequence lengths and padding
+
+
+@pytest.mark.parametrize(
+    ("dims", "worlds", "shape", "said"),
+    [
+        ("t[cp:zigzag]", (2, 2), (4,), "have the lengths [4, 4], the other side's [8]"),
+        ("b s", (1, 1), (2, 8), "have the lengths [8] in A and [4, 4] in B"),
+    ],
+)
+def test_equal_bytes_of_other_sequences_are_not_equal(held, dims, worlds, shape, said):
+    def job(lengths):
+        def run(rank):
+            x = torch.arange(16.0).reshape(2, 8) if len(shape) > 1 else torch.arange(4.0) + 4 * rank
+            tap("x", x, dims=dims, extras={"seq_lens": lengths})
+
+        return run
+
+    meshes = (over("cp", 2),) * 2 if worlds == (2, 2) else (None, None)
+    found = held(job([8]), job([4, 4]), worlds, meshes)
+    assert only(found)["outcome"] == "error" and found.status == 1
+    assert said in only(found)["message"]
+    assert only(found)["bitwise"] is None
+    assert held(job([8]), job([8]), worlds, meshes).status == 0
+
+
+TOKENS = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+
+
+def padded(room, dims, fill, wrong=0.0):
+    """A job of two sequences of 3 and 5 tokens, of which the first may be wrong."""
+
+    def job(rank):
+        x = torch.full((2, room, 4), fill)
+        x[0, :3], x[1, :5] = TOKENS[:3] + wrong, TOKENS[3:]
+        shape = (-1, 4) if "(" in dims else x.shape
+        tap("x", x.reshape(shape), dims=dims, extras={"seq_lens": [3, 5]})
+
+    return job
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("b s d", "(b*s) d"), ("(b*s) d", "b s d"), ("(b*s) d", "(b*s) d")],
+)
+def test_padding_is_left_out_of_fused_dims_too(held, one, other):
+    found = held(padded(7, one, -1.0), padded(5, other, 3.0))
+    assert (only(found)["outcome"], only(found)["numel"]) == ("equal", 32)
+    assert "padding left out: 6 of 14 in A" in only(found)["message"]
+
+
+@pytest.mark.parametrize("at", [4 * 10, 4 * 100_000], ids=["in a token", "in padding"])
+def test_damaged_bytes_of_a_large_padded_tensor_are_found(recorded, tmp_path, at):
+    def job(fill):
+        x = torch.full((2, 140_000), fill)
+        x[:, :100] = torch.arange(200.0).view(2, 100)
+        return lambda rank: tap("x", x, dims="b s", extras={"seq_lens": [100, 100]})
+
+    a, b = recorded(tmp_path / "A", job(0.0)), recorded(tmp_path / "B", job(1.0))
+    assert diff(a, b).status == 0
+    damage(b, "x", at)
+    found = diff(a.path, b.path)
+    assert (only(found)["outcome"], found.status) == ("error", 2)
+    assert "do not have the digest that was recorded" in only(found)["message"]
+
+
+VOCABULARY = torch.arange(21.0).view(7, 3)
+PADDED = torch.cat([VOCABULARY, torch.full((1, 3), 99.0)])
+
+
+@pytest.mark.parametrize("facts", ["# v:padded", "# v=7"])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_padding_that_one_side_declares_is_compared_with_the_others_plain_rows(
+    held, facts, swapped
+):
+    declared = lambda rank: tap("l", PADDED.chunk(2)[rank], dims=f"v[tp] d {facts}")  # noqa: E731
+    sides = [(declared, 2, over("tp", 2)), (lambda rank: tap("l", VOCABULARY, dims="v d"), 1, None)]
+    (a, *one), (b, *other) = sides[::-1] if swapped else sides
+    worlds, meshes = zip(one, other, strict=True)
+    row = only(held(a, b, worlds, meshes))
+    assert (row["outcome"], row["shape_a"]) == ("equal", [7, 3])
+
+
+@pytest.mark.parametrize(("facts", "rows"), [("# v:padded", 8), ("# v=7", 7)])
+def test_padding_that_a_declares_is_compared_with_as_many_plain_rows(held, facts, rows):
+    plain = lambda rank: tap("l", PADDED, dims="v d")  # noqa: E731
+    row = only(held(lambda rank: tap("l", PADDED, dims=f"v d {facts}"), plain))
+    assert (row["outcome"], row["shape_a"]) == ("equal", [rows, 3])
+
+
+# Data parallel
+
+
+def parted(wrong=None):
+    return lambda rank: tap("x", torch.full((4,), 1.0 + (rank == wrong)), dims="h")
+
+
+@pytest.mark.parametrize("mesh_a", [None, over("dp", 1)], ids=["no mesh", "dp=1"])
+def test_each_part_of_the_data_is_held_against_a_baseline_of_one(held, mesh_a):
+    found = held(parted(), parted(1), (1, 2), (mesh_a, over("dp", 2)))
+    rows = [(r["outcome"], r["ranks_b"], r["message"]) for r in found.pairs.iter_rows(named=True)]
+    assert rows == [("equal", [0], "dp=0"), ("differs", [1], "dp=1")]
+
+
+def test_parts_of_the_data_in_a_alone_are_held_against_b(held):
+    found = held(parted(1), parted(), (2, 1), (over("dp", 2), None))
+    rows = [(r["outcome"], r["ranks_a"], r["rank"]) for r in found.pairs.iter_rows(named=True)]
+    assert rows == [("equal", [0], 0), ("differs", [1], 0)]
+
+
+def test_parts_of_the_data_of_other_numbers_are_not_comparable(held):
+    found = held(parted(1), parted(2), (2, 3), (over("dp", 2), over("dp", 3)))
+    assert only(found)["outcome"] == "error" and found.status == 1
+    assert "had data of their own over dp, and stood at other places" in only(found)["message"]
+
+
+# Thresholds
+
+
+def test_not_over_a_measure_that_there_is_none_of_does_not_pass(held):
+    ours, theirs = each(["a", torch.full((4,), float("nan"))]), each(["b", torch.ones(4)])
+    for threshold in ("not rel_diff > 0.1", "not (rel_diff > 0.1) and nan_a < 9"):
+        found = held(ours, theirs, threshold=threshold)
+        assert found.pairs["outcome"].to_list() == ["differs"] * 2
+
+
+def test_a_misspelt_measure_is_refused_with_the_closest(apart):
+    with pytest.raises(UsageError, match="speaks of 'mismatchd', neither a measure nor a tag") as e:
+        diff(*apart, threshold="rel_diff < 1 or mismatchd == 0")
+    assert "closest: mismatched" in str(e.value)
+
+
+def test_a_threshold_on_a_tag_of_the_taps_is_not_taken_for_a_misspelling(held):
+    job = lambda rank: tap("x", X, mismatchd=0)  # noqa: E731
+    assert held(job, job, threshold="rel_diff < 1 and mismatchd == 0").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "said"),
+    [
+        ("attn*: max_abs < 1", "fits no tap; taps: x"),
+        ("max_abs < 1 and expert < 2", "no tap carries the tag 'expert'"),
+    ],
+)
+def test_a_threshold_that_fits_nothing_is_said(apart, threshold, said):
+    assert diff(*apart, threshold=threshold).notes == (
+        f"--threshold {threshold!r}{':' * ('carries' in said)} {said}",
+    )
+
+
+@pytest.mark.parametrize("threshold", ["p99 < 1e-12", "max_ulp < 1"])
+def test_indices_are_judged_by_tolerance_where_a_threshold_speaks_of_what_they_lack(
+    held, threshold
+):
+    y = X.clone()
+    y[2] += 1e-6
+    y[4] += 1.0
+    found = held(X, y, by="0", threshold=threshold)
+    assert only(found)["outcome"] == "differs"
+    outcomes = [outcome for _, _, outcome in by_index(found)]
+    assert outcomes == ["equal", "equal", "close", "equal", "differs", "equal"]
+
+
+def test_indices_are_judged_by_a_threshold_on_what_they_have(held):
+    y = X.clone()
+    y[2] += 1e-6
+    y[4] += 1.0
+    outcomes = [o for _, _, o in by_index(held(X, y, by="0", threshold="max_abs < 1e-9"))]
+    assert outcomes == ["equal", "equal", "differs", "equal", "differs", "equal"]
+
+
+# The manifest alone
+
+
+def test_the_manifest_alone_cannot_compare_other_layouts(held):
+    found = held(
+        heads(X, 4), heads(X, 2), (4, 2), (over("tp", 4), over("tp", 2)), manifest_only=True
+    )
+    row = only(found)
+    assert (row["outcome"], row["bitwise"], found.status) == ("error", None, 1)
+    assert "the layouts differ, and only the tensors can tell" in row["message"]
+    assert found.first("bitwise") is None and found.first("tolerance") is None
+    said = lines(found)
+    for how in ("bitwise", "beyond tolerance"):
+        assert f"no divergence {how} in what could be compared; 1 pair could not" in said
+
+
+def partial(parts):
+    return lambda rank: tap("x", parts[rank], dims="t h[tp:partial] d")
+
+
+def with_padding(fill):
+    x = torch.cat([torch.ones(10), torch.full((2,), fill)])
+    return lambda rank: tap("x", x, dims="v # v=10")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "world"),
+    [
+        (partial([X, X]), partial([3 * X, -X]), 2),
+        (with_padding(0.0), with_padding(900.0), 1),
+        (padded(7, "b s d", 0.0), padded(7, "b s d", 900.0), 1),
+    ],
+    ids=["summands", "declared padding", "padding by lengths"],
+)
+def test_statistics_prove_nothing_of_summands_and_padding(held, a, b, world):
+    meshes = (over("tp", 2),) * 2 if world == 2 else (None, None)
+    row = only(held(a, b, (world, world), meshes, manifest_only=True))
+    assert (row["outcome"], row["at_least"]) == ("error", None)
+    assert held(a, b, (world, world), meshes).status == 0
+
+
+def test_digests_of_one_layout_say_that_it_differs_and_statistics_of_parts_nothing(held):
+    meshes = (over("tp", 2),) * 2
+    found = held(heads(X, 2), heads(3 * X, 2), (2, 2), meshes, manifest_only=True)
+    row = only(found)
+    assert (row["outcome"], row["bitwise"], row["at_least"]) == ("unmeasured", False, None)
+    said = lines(found)
+    assert "first divergence bitwise: q step=0 rank=0: the bytes differ" in said
+    assert "no divergence beyond tolerance in what could be compared; 1 pair could not" in said
+
+
+def test_the_manifest_alone_goes_with_no_option_that_reads(apart):
+    with pytest.raises(UsageError, match="--floor needs the tensors; leave --manifest-only out"):
+        diff(*apart, manifest_only=True, floor=apart[0])
+    with pytest.raises(UsageError, match="--by needs the tensors; leave --manifest-only out"):
+        diff(*apart, manifest_only=True, by="0")
+
+
+# The rank that is named
+
+LARGE = torch.ones(6, 8, 16)
+LARGE[:, 0] = 1e6  # a head of the first rank
+
+
+def wrong_at_the_second_rank(value):
+    y = LARGE.clone()
+    y[0, 0, 0] += 0.5  # within tolerance, and the greatest difference
+    y[3, 6, 2] = value
+    return y
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.1])
+def test_the_rank_named_holds_what_is_not_finite_or_beyond_tolerance(held, value):
+    meshes = (over("tp", 2),) * 2
+    wrong = wrong_at_the_second_rank(value)
+    found = held(heads(LARGE, 2), heads(wrong, 2), (2, 2), meshes, atol=1e-5)
+    row = found.first("tolerance")
+    assert (row["rank"], row["ranks_differ"], row["max_abs_at"]) == (1, [1], [0, 0, 0])
+    assert row["max_beyond_at" if value == 1.1 else "odd_at"] == [3, 6, 2]
+    assert "first divergence bitwise: q step=0 rank=1: " in lines(found)[3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_place_of_what_is_not_finite_is_said(held, value):
+    said = lines(held(LARGE, wrong_at_the_second_rank(value)))[3]
+    assert "1 NaN in B alone" in said or "1 Inf in B alone" in said
+    assert "the first at [3, 6, 2]" in said
+
+
+def test_the_rank_named_holds_the_zero_of_the_other_sign(held):
+    zeros, signed = torch.zeros(6, 8, 16), torch.zeros(6, 8, 16)
+    signed[0, 7, 0] = -0.0
+    found = held(heads(zeros, 2), heads(signed, 2), (2, 2), (over("tp", 2),) * 2)
+    row = only(found)
+    assert (row["outcome"], row["bitwise"], row["changed"]) == ("close", False, 0)
+    assert (row["rank"], row["ranks_differ"]) == (1, [1])
+
+
+# Matching
+
+
+def stages(values, **mesh_dims):
+    """A job of two stages with two layers each."""
+
+    def job(rank):
+        for layer in (2 * rank, 2 * rank + 1):
+            tap("h", torch.full((2, 3), float(values[layer])), layer=layer, **mesh_dims)
+
+    return job
+
+
+@pytest.mark.parametrize("match_on", ["order", "name"])
+@pytest.mark.parametrize("dims", ["s d", None])
+def test_taps_that_only_matching_brings_together_are_no_blocks_of_one_tensor(held, match_on, dims):
+    found = held(
+        stages([0, 1, 2, 3], dims=dims), stages([0, 1, 9, 3], dims=dims), (2, 2),
+        (over("pp", 2),) * 2, match_on=match_on,
+    )  # fmt: skip
+    rows = {r["tags"]: r for r in found.pairs.iter_rows(named=True)}
+    assert {tags: row["outcome"] for tags, row in rows.items()} == {
+        '{"layer":0}': "equal",
+        '{"layer":1}': "equal",
+        '{"layer":2}': "differs",
+        '{"layer":3}': "equal",
+    }
+    wrong = rows['{"layer":2}']
+    assert (wrong["ranks_a"], wrong["ranks_b"], wrong["tags_b"]) == ([1], [1], None)
+    assert (wrong["max_abs_a"], wrong["max_abs_b"]) == (2.0, 9.0)
+    assert found.notes == ()
+
+
+def test_by_order_a_tag_on_one_side_alone_contradicts_nothing(held):
+    one = lambda rank: tap("x", X, layer=1)  # noqa: E731
+    assert held(one, X, match_on="order").notes == ()
+    assert held(X, one, match_on="order").notes == ()
+
+
+def test_by_order_another_value_of_a_tag_is_said(held):
+    jobs = [lambda rank, n=n: tap("x", X, layer=n) for n in (1, 2)]
+    (said,) = held(*jobs, match_on="order").notes
+    assert "1 pair of 1 have names or tags that contradict each other" in said
+    assert "the first: x layer=1 with x layer=2" in said
+
+
+def test_two_renamings_can_swap_names(held):
+    def job(one, other):
+        return lambda rank: (tap(one, X), tap(other, 2 * X))
+
+    found = held(job("a", "b"), job("b", "a"), rename=["a=b", "b=a"])
+    assert found.pairs.select("name", "name_b", "outcome").rows() == [
+        ("a", "b", "equal"),
+        ("b", "a", "equal"),
+    ]
+
+
+def test_a_renamed_tap_is_not_renamed_again(held):
+    def job(one, other):
+        return lambda rank: (tap(one, X), tap(other, 2 * X))
+
+    found = held(job("a", "b"), job("b", "c"), rename=["a=b", "b=c"])
+    assert found.pairs.select("name", "name_b", "outcome").rows() == [
+        ("a", "b", "equal"),
+        ("b", "c", "equal"),
+    ]
+
+
+def test_a_place_that_contradicts_a_tag_is_no_fit(held):
+    def theirs(layer):
+        return lambda rank: tap("h.3.attn", X, layer=layer)
+
+    ours = lambda rank: tap("attn", X, layer=3)  # noqa: E731
+    rename = "attn=h.{layer}.attn"
+    assert held(ours, theirs(3), rename=rename).counts()["equal"] == 1
+    apart = held(ours, theirs(4), rename=rename).counts()
+    assert (apart["only_a"], apart["only_b"]) == (1, 1)
+
+
+@pytest.mark.parametrize("tags", [{}, {"layer": 3}])
+def test_a_place_with_zeros_before_it_is_the_whole_number(held, tags):
+    found = held(
+        lambda rank: tap("attn", X, layer=3),
+        lambda rank: tap("h.03.attn", X, **tags),
+        rename="attn=h.{layer}.attn",
+    )
+    assert (only(found)["outcome"], only(found)["name_b"]) == ("equal", "h.03.attn")
+
+
+def test_a_place_with_zeros_before_it_stays_as_it_was_written(held):
+    jobs = [lambda rank, n=n: tap(n, X) for n in ("layers.03.attn", "h.03.attn")]
+    found = held(*jobs, rename="layers.{layer}.attn=h.{layer}.attn")
+    assert only(found)["outcome"] == "equal"
+
+
+def test_what_moved_is_found_on_each_rank_where_ranks_tap_differently(held):
+    def job(names):
+        def run(rank):
+            for name in names[rank]:
+                tap(name, torch.ones(2))
+
+        return run
+
+    found = held(job(["xyz", "uvw"]), job(["xyz", "vwu"]), worlds=(2, 2))
+    moved = found.pairs.filter("reordered")
+    assert moved.select("name", "rank").rows() == [("u", 1)]
+    assert "in another order: 1, the first u step=0 rank=1" in lines(found)
+
+
+# By
+
+
+@pytest.mark.parametrize("by", ["--1", "²", "-", "", "9", "-4", "1.0", "٣"])
+def test_by_what_is_no_dim_is_said(apart, by):
+    found = diff(*apart, by=by)
+    assert f"--by {by}: no tensor that differs has such a dim" in found.notes[-1]
+    assert found.table.height == 1
+
+
+@pytest.mark.parametrize("by", ["s", "b", "t"])
+def test_by_batch_or_sequence_is_token_by_token_where_padding_is_left_out(held, by):
+    found = held(padded(7, "b s d", 1.0), padded(5, "b s d", 1.0, wrong=1.0), by=by)
+    wanted = [("t", i, "differs" if i < 3 else "equal") for i in range(8)]
+    assert by_index(found) == wanted and found.notes == ()
+
+
+def test_by_a_dim_that_a_has_fused_says_so(held):
+    fused = lambda rank: tap("x", torch.ones(2, 6), dims="t (h*d)")  # noqa: E731
+    apart = lambda rank: tap("x", 2 * torch.ones(2, 3, 2), dims="t h d")  # noqa: E731
+    assert "(h*d) has it fused: the dims are A's" in held(fused, apart, by="h").notes[-1]
+    assert len(by_index(held(apart, fused, by="h"))) == 3
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"step_offset": 1 << 70}, "--step-offset is 1180591620717411303424; no job has as many"),
+        ({"step_offset": -(1 << 63)}, "--step-offset is -9223372036854775808; no job has as many"),
+        ({"workers": 0}, "--workers is 0; give a number from 1 on"),
+        ({"memory": 0}, "--memory is 0; give a number from 1 on"),
+        ({"floor_factor": -1.0}, "--floor-factor is -1.0; give a finite number from 0 on"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(apart, options, said):
+    with pytest.raises(UsageError) as caught:
+        diff(*apart, **options)
+    assert said in str(caught.value)
+
+
+# What a diff gives
+
+
+def test_both_tensors_of_a_row_can_be_had(held):
+    meshes = (over("tp", 4), over("tp", 2))
+    found = held(heads(X, 4), heads(X + 1, 2), (4, 2), meshes)
+    two = found.tensors(only(found))
+    assert torch.equal(two.a, X) and torch.equal(two.b, X + 1)
+    assert two.dim_names == ("t", "h", "d")
+
+
+def test_the_tensors_of_a_replica_are_those_of_its_row(held):
+    found = held(
+        lambda rank: tap("x", torch.zeros(4), dims="h"),
+        lambda rank: tap("x", torch.full((4,), float(rank)), dims="h"),
+        worlds=(1, 3),
+    )
+    seen = {r["rank"]: float(found.tensors(r).b[0]) for r in found.pairs.iter_rows(named=True)}
+    assert seen == {0: 0.0, 1: 1.0, 2: 2.0}
+
+
+def test_there_are_no_tensors_of_what_was_equal_by_digest(held):
+    found = held(X, X)
+    assert found.tensors(only(found)) is None
+
+
+def test_tags_are_columns_beside_the_name_and_never_take_a_columns_place(held):
+    job = lambda rank: tap("x", X, layer=2, outcome="good")  # noqa: E731
+    table = held(job, job).with_tags()
+    assert table.columns[1:4] == ["name", "layer", "tag.outcome"]
+    assert table.select("layer", "tag.outcome", "outcome").rows() == [(2, "good", "equal")]
+
+
+def test_there_is_no_first_divergence_of_another_kind(apart):
+    with pytest.raises(UsageError, match="no first divergence 'x'; ask for bitwise or tolerance"):
+        diff(*apart).first("x")
+
+
+def test_one_string_or_folder_is_taken_for_a_list_of_it(held, recorded, tmp_path):
+    again = recorded(tmp_path / "again", lambda rank: tap("x", X + 1e-3))
+    a, b = (
+        recorded(tmp_path / n, lambda r, n=n, t=t: tap(n, t))
+        for n, t in (("x", X), ("y", X + 1e-3))
+    )
+    assert diff(a, b, rename="x=y").status == 1
+    for floor in (again, again.path, str(again.path)):
+        assert diff(a, b, rename="x=y", floor=floor).status == 0
+    assert diff(a, b, rename="x=y", threshold="x: max_abs < 1").status == 0
+
+
+def test_the_counts_of_all_outcomes_are_the_pairs(held):
+    def job(*values):
+        def run(rank):
+            for i, value in enumerate(values):
+                tap("x", value, i=i)
+            step()
+
+        return run
+
+    zeros = torch.zeros(3)
+    found = held(
+        job(zeros, zeros, zeros, zeros),
+        job(zeros, zeros + 1e-9, zeros + 1, torch.zeros(4), zeros),
+        by="0",
+    )
+    counts = found.counts()
+    assert {name: n for name, n in counts.items() if n} == {
+        "equal": 1, "close": 1, "differs": 1, "shape": 1, "only_b": 1,
+    }  # fmt: skip
+    assert sum(counts.values()) == found.pairs.height == 5 and found.compared == 4
