@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -221,6 +222,8 @@ def diff(
     chosen, on = Filter.coerce(filter), MatchOn.parse(match_on)
     renames = [Rename.parse(text) for text in _listed(rename)]
     thresholds = tuple(map(Threshold.parse, _listed(threshold)))
+    if not noise and any("times_floor" in one.measures for one in thresholds):
+        raise UsageError("--threshold speaks of times_floor, and there is no --floor; give one")
     rules = Rules(rtol, atol, thresholds, None, floor_factor)
     options = Options(rtol, atol, by, check, workers, MEMORY if memory is None else memory)
     rank = launched(os.environ) if spread else ALONE
@@ -235,7 +238,8 @@ def diff(
         pairs = pair(
             ours, theirs, filter=chosen, match_on=on, step_offset=step_offset, renames=renames
         )
-        notes = [*pairs.notes, *_about_thresholds(thresholds, pairs)]
+        _check_match_on(on, pairs)
+        notes = [*pairs.notes, *pairs.skipped, *_about_thresholds(thresholds, pairs)]
         found = comparison.of(pairs, rules)
     notes += found.notes
     if rank.rank == 0:
@@ -250,7 +254,8 @@ def diff(
         ignore_missing,
         any(one.is_damaged for one in (found, *floors)),
         # With as many ranks on both sides, each record that is not there is missed by itself.
-        ours.world_size != theirs.world_size and bool(ours.incomplete() or theirs.incomplete()),
+        ours.world_size != theirs.world_size
+        and bool(pairs.skipped or ours.incomplete() or theirs.incomplete()),
         "",
         Crew(pairs, options),
         {task.pair: task for task in found.tasks},
@@ -336,6 +341,19 @@ class _Comparison(NamedTuple):
             tasks,
             tuple(notes if unread else ()),
             any(row.get("failed") == "damaged" for row in everything),
+        )
+
+
+def _check_match_on(on: MatchOn, pairs: Pairs) -> None:
+    """Refuse a tag to match on that no tap carries."""
+    frames = pairs.a.frame, pairs.b.frame
+    texts = {text for frame in frames for text in frame["tags"].unique()}
+    known = {"name", "step", *(tag for text in texts for tag in parse_tags(text))}
+    unknown = [tag for tag in on.tags or () if tag not in known]
+    if unknown and texts:
+        close = difflib.get_close_matches(unknown[0], sorted(known), 3) or sorted(known)[:8]
+        raise UsageError(
+            f"--match-on names {unknown[0]!r}, which no tap carries; there are {', '.join(close)}"
         )
 
 

@@ -43,10 +43,10 @@ def written(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = path.resolve()
     if path.exists() and not path.is_file():
         write(path)
         return
+    path = path.resolve()
     handle, name = tempfile.mkstemp(prefix=".graft-", dir=path.parent)
     os.close(handle)
     spare = Path(name)

@@ -80,6 +80,7 @@ class Pairs:
         step_offset: the target's step s belongs to the baseline's s + step_offset.
         alike: the ranks that stand at the same place in both jobs.
         seen: how many rows each side had before the filter.
+        skipped: what most ranks of a side recorded and not all, where the other side cannot tell.
     """
 
     a: Side
@@ -89,6 +90,7 @@ class Pairs:
     step_offset: int
     alike: list[int]
     seen: tuple[int, int]
+    skipped: tuple[str, ...]
 
 
 def pair(
@@ -127,10 +129,11 @@ def pair(
     left, right = Side(a, keyed[0]), Side(b, keyed[1])
     alike = _standing_alike(left, right)
     table = _in_order(_paired(left, right, alike), left, right)
-    if match_on.order:
+    if match_on.order or (match_on.tags is not None and "name" not in match_on.tags):
         notes += _contradictions(table, left, right)
+    skipped = [] if a.world_size == b.world_size else [*_skipped("A", left), *_skipped("B", right)]
     seen = frames[0].height, frames[1].height
-    return Pairs(left, right, table, tuple(notes), step_offset, alike, seen)
+    return Pairs(left, right, table, tuple(notes), step_offset, alike, seen, tuple(skipped))
 
 
 def _numbered(
@@ -338,6 +341,8 @@ def _state(unequal: pl.Expr) -> pl.Expr:
         .then(pl.lit(ONLY_A))
         .when(pl.col("a").is_null())
         .then(pl.lit(ONLY_B))
+        .when((pl.col("kind") == "value") & (pl.col("value") == pl.col("value_b")))
+        .then(pl.lit(EQUAL))
         .when(pl.col("kind") == "value")
         .then(pl.lit(VALUE))
         .when(_alike())
@@ -412,6 +417,24 @@ def _standing_alike(a: Side, b: Side) -> list[int]:
 def _places(side: Side) -> dict[int, list[tuple[int, FrozenMesh | None]]]:
     pairs = side.frame.select("rank", "attempt").unique().sort("rank").iter_rows()
     return {rank: side.recording.meshes(rank, attempt) for rank, attempt in pairs}
+
+
+def _skipped(name: str, side: Side) -> list[str]:
+    """Say what most ranks of a side recorded and not all: of a pipeline's stages, none are most."""
+    ranks = side.frame["rank"].unique()
+    by_key = side.frame.group_by("key").agg(
+        pl.col("rank").unique(), pl.col("name").first(), pl.col("tags").first(), pl.col("seq").min()
+    )
+    n = pl.col("rank").list.len()
+    some = by_key.filter((n < len(ranks)) & (n * 2 > len(ranks))).sort("seq")
+    if not some.height:
+        return []
+    first = some.row(0, named=True)
+    missing = sorted({*ranks} - {*first["rank"]})
+    return [
+        f"{count(some.height, 'key')} recorded by most ranks of {name} and not by all, such as "
+        f"{label(first['name'], first['tags'])}, not by rank {', '.join(map(str, missing[:8]))}"
+    ]
 
 
 def _in_order(table: pl.DataFrame, a: Side, b: Side) -> pl.DataFrame:
@@ -513,8 +536,9 @@ def _contradictions(table: pl.DataFrame, a: Side, b: Side) -> list[str]:
     if not wrong:
         return []
     name, tags, name_b, tags_b, _ = wrong[0]
+    many = count(sum(row[4] for row in wrong), "pair")
     return [
-        f"paired by order, {count(sum(row[4] for row in wrong), 'pair')} of {rows.height} have "
+        f"of the pairs by --match-on, {many} of {rows.height} have "
         f"names or tags that contradict each other, the first: {label(name, tags)} with "
         f"{label(name_b, tags_b)}; check that both sides tap the same places, or match on tags"
     ]

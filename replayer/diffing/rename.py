@@ -129,7 +129,8 @@ def oriented(
     ours, theirs = sorted(set(a_names)), sorted(set(b_names))
     kept, notes = [], []
     for rename in renames:
-        if not rename.theirs.fits(theirs) and rename.ours.fits(theirs):
+        swapped = rename.ours.fits(theirs) and rename.theirs.fits(ours)
+        if not rename.theirs.fits(theirs) and swapped:
             rename = rename.reversed()
             notes.append(f"--rename {rename.text!r} was taken the other way round: it is A=B")
         kept.append(rename)

@@ -61,6 +61,8 @@ def figures(row: Row) -> str:
         at = f"at {row['max_abs_at']} " if row["max_abs_at"] is not None else ""
         facts[1] += f" {at}({row['max_abs_a']:.7g} in A, {row['max_abs_b']:.7g} in B)"
     facts.append(f"{row['mismatched']} of {count(row['numel'], 'element')} beyond tolerance")
+    if row["max_beyond_at"] not in (None, row["max_abs_at"]):
+        facts[-1] += f", the farthest by {_text(row['max_beyond'])} at {row['max_beyond_at']}"
     odd = [
         f"{row[f'{what}_{side}']} {name} in {side.upper()} alone"
         for what, name in (("nan", "NaN"), ("inf", "Inf"))
@@ -253,4 +255,11 @@ def _jsonable(value: Any) -> Any:
 
 def write_parquet(diff: Diff, path: Path) -> None:
     """Write the table to a file; see `output.written`."""
-    written(path, lambda spare: diff.table.write_parquet(spare))
+
+    def write(spare: Path) -> None:
+        try:
+            diff.table.write_parquet(spare)
+        except pl.exceptions.PolarsError as err:  # what it makes of the system's errors
+            raise OSError(None, str(err), str(path)) from None
+
+    written(path, write)

@@ -9,6 +9,7 @@ them together by no more than `Slack.together` times its norm, and they are no m
 
 from __future__ import annotations
 
+import ast
 import difflib
 import fnmatch
 import math
@@ -78,6 +79,10 @@ class Threshold:
             holds = Filter.parse(expression)
         except FilterError as err:
             raise UsageError(f"threshold {str(err).removeprefix('filter ')}") from None
+        if not _is_boolean(ast.parse(holds.text, mode="eval").body):
+            raise UsageError(
+                f"--threshold {text!r} is neither true nor false; compare, as in rel_diff < 1e-4"
+            )
         if not holds.names & set(MEASURES):
             raise UsageError(
                 f"--threshold {text!r} speaks of no measure; write what is within tolerance, as in "
@@ -114,6 +119,21 @@ class Threshold:
         return fnmatch.fnmatchcase(name, self.pattern)
 
 
+def _is_boolean(node: ast.expr) -> bool:
+    """Whether an expression is true or false by itself, and not a number taken for that."""
+    if isinstance(node, ast.BoolOp):
+        return all(map(_is_boolean, node.values))
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, ast.Not) and _is_boolean(node.operand)
+    if isinstance(node, ast.IfExp):
+        return _is_boolean(node.body) and _is_boolean(node.orelse)
+    if isinstance(node, ast.Call):
+        return not (isinstance(node.func, ast.Name) and node.func.id == "len")
+    return isinstance(node, ast.Compare) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, bool)
+    )
+
+
 @dataclass(frozen=True)
 class Rules:
     """How pairs are judged.
@@ -140,7 +160,7 @@ class Rules:
         """Whether a difference is within tolerance.
 
         An element that is NaN or infinite on one side alone never is, unless a threshold speaks of
-        such elements.
+        just such elements.
 
         Args:
             row: the measures of a pair, with `name` and `times_floor`.
@@ -157,7 +177,7 @@ class Rules:
             times = row.get("times_floor")
             noise = times is not None and times <= self.factor
             return row["mismatched"] == 0 or (not odd and (noise or self._is_rounding(row)))
-        if odd and not threshold.holds.names & set(_NOT_FINITE):
+        if any(row.get(name) for name in _NOT_FINITE if name not in threshold.holds.names):
             return False
         if any(row.get(name) is None for name in threshold.measures):
             return False  # not defined for this pair, so nothing holds of it

@@ -159,7 +159,9 @@ def _of_values(one: str | None, other: str | None) -> Row:
         return {"failed": "shape", "message": f"a list of {len(x)} in A and of {len(y)} in B"}
     kinds = {type(v) for v in (*x, *y)}
     if not kinds <= {int, float} or any(type(v) is int and abs(v) > 1 << 53 for v in (*x, *y)):
-        wrong = sum(p != q for p, q in zip(x, y, strict=True))
+        wrong = sum(
+            p != q or isinstance(p, bool) != isinstance(q, bool) for p, q in zip(x, y, strict=True)
+        )
         return {**different, "numel": len(x), "changed": wrong, "mismatched": wrong}
     numbers = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y))
     tolerance = 0.0 if kinds == {int} else None
@@ -333,17 +335,17 @@ def _outcome(row: Row, tags: dict[str, Any], rules: Rules) -> Row:
 
 
 def _ranks_that_differ(row: Row, tags: dict[str, Any], rules: Rules) -> list[int]:
-    """Return the target's ranks whose part is judged as the whole is, else those that changed."""
+    """Return the target's ranks whose part is not equal, and, where the whole is beyond, beyond."""
     parts = [(ranks, {**row, **figures, "bitwise": False}) for ranks, figures in row["parts"]]
 
-    def alike(part: Row) -> bool:
-        return not part["is_same"] and _outcome(part, tags, rules)["outcome"] == row["outcome"]
-
-    for wanted in (alike, lambda part: not part["is_same"]):
-        found = {rank for ranks, part in parts if wanted(part) for rank in ranks}
-        if found:
-            return sorted(found)
-    return []
+    changed = {rank for ranks, part in parts if not part["is_same"] for rank in ranks}
+    beyond = {
+        rank
+        for ranks, part in parts
+        if not part["is_same"] and _outcome(part, tags, rules)["outcome"] == "differs"
+        for rank in ranks
+    }
+    return sorted(beyond if row["outcome"] == "differs" and beyond else changed)
 
 
 def _with_firsts(table: pl.DataFrame) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,6 +59,8 @@ class Two:
         ranks_a: the ranks that were read of the baseline.
         ranks_b: of the target.
         note: what to know of them, "" where there is nothing.
+        plan: how the target's were put together, None where they were not.
+        alike: each of the target's ranks that were read -> the ranks that hold the same.
     """
 
     a: torch.Tensor
@@ -68,6 +70,7 @@ class Two:
     ranks_b: tuple[int, ...]
     note: str = ""
     plan: Plan | None = field(default=None, repr=False)
+    alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     def rank_at(self, index: Sequence[int] | None) -> int:
         """Return the target's rank that holds an element; its first where there is none."""
@@ -90,7 +93,8 @@ class Two:
     def parts(self) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
         """Yield what each of the target's ranks holds: the ranks, and both sides' elements."""
         if self.plan is None or len(self.plan.moves) < 2:
-            yield list(self.ranks_b), self.a, self.b
+            held = {r for rank in self.ranks_b for r in self.alike.get(rank, (rank,))}
+            yield sorted(held), self.a, self.b
             return
         order = [j for pair in self.plan.pairs for j in pair.receivers]
         rest = [j for j in range(self.a.dim()) if j not in order]
@@ -105,7 +109,10 @@ class Two:
                     [torch.arange(p.into, p.into + p.length, device="cpu") for p in pieces]
                 )
                 one, other = one.index_select(dim, index), other.index_select(dim, index)
-            yield sorted(rank for ranks in move.ranks for rank in ranks), one, other
+            held = {
+                r for ranks in move.ranks for rank in ranks for r in self.alike.get(rank, (rank,))
+            }
+            yield sorted(held), one, other
 
 
 def by_rank(a: Recording, row_a: Row, b: Recording, row_b: Row, *, check: bool = True) -> Two:
@@ -128,6 +135,8 @@ class _Variant:
 
     rows: tuple[Row, ...]
     digests: tuple[str, ...]
+    alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Each rank that is read -> the ranks that hold the same in its place."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -210,7 +219,11 @@ class _Blocks:
         for k in range(max(map(len, held))):
             chosen = tuple(rows[ranks[min(k, len(ranks) - 1)]] for ranks in held)
             one = tuple({row["rank"]: row for row in chosen}.values())
-            found.append(_Variant(one, tuple(f"{r['dtype']} {r['digest']}" for r in chosen)))
+            alike = {
+                row["rank"]: tuple(r for r in ranks if rows[r]["digest"] == row["digest"])
+                for row, ranks in zip(chosen, held, strict=True)
+            }
+            found.append(_Variant(one, tuple(f"{r['dtype']} {r['digest']}" for r in chosen), alike))
         return found if len({one.digests for one in found}) > 1 else found[:1]
 
     def tensor(self, variant: _Variant, receiver: Block) -> tuple[torch.Tensor, Plan]:
@@ -283,7 +296,8 @@ def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
         said = [where, note, *taken, *_replica_notes(choices, one, other)]
         dim_names = tuple(dim.label for dim in receiver.dims.dims)
         yield Two(
-            x, y, dim_names, one.ranks, other.ranks, "; ".join(filter(None, said)), plan
+            x, y, dim_names, one.ranks, other.ranks, "; ".join(filter(None, said)), plan,
+            other.alike,
         )  # fmt: skip
     _check_all(combined)
 
@@ -321,7 +335,7 @@ def _one_sided(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
         ranks_a, ranks_b = ranks if declared is a else ranks[::-1]
         yield Two(
             *two, dim_names, ranks_a, ranks_b, "; ".join(filter(None, said)),
-            plan if declared is b else None,
+            plan if declared is b else None, variant.alike if declared is b else {},
         )  # fmt: skip
     _check_all(distinct)
 
@@ -355,7 +369,8 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
                     for s, n in zip("AB", sizes, strict=True)
                 )
                 return _flattened(mine, lengths), f"tokens of padding left out: {left_out}"
-    return _fitting(a, b, mine, its), ""
+    fitting = _fitting(a, b, mine, its)
+    return fitting, "" if fitting is mine else f"indices are in B's dims, {its.dims.text!r:.80}"
 
 
 def _fitting(a: _Blocks, b: _Blocks, mine: Block, its: Block) -> Block:
@@ -363,9 +378,9 @@ def _fitting(a: _Blocks, b: _Blocks, mine: Block, its: Block) -> Block:
     problem: LayoutError | None = None
     for block in (mine, its):
         try:
-            for side in (a, b):
-                side.plan(block)
-            return block
+            if not any(side.plan(block).has_padding for side in (a, b)):
+                return block
+            problem = problem or ShapesDiffer("a side has padding that the other side has not")
         except LayoutError as err:
             problem = problem or err
     assert problem is not None

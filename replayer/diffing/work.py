@@ -23,7 +23,8 @@ from recorder.capture import as_bits
 from recorder.errors import DamagedRecording, LayoutError
 from recorder.layouts.plan import Plan
 
-from .by import measure_rows, rows_of_index
+from .by import rows_of_index
+from .chunks import Map
 from .measures import SEGMENT, Measures, measure
 from .pairing import LAYOUT, Pairs
 from .tensors import Row, ShapesDiffer, Two, by_layout, by_rank
@@ -183,7 +184,7 @@ class Crew:
             "shape_a": list(two.a.shape),
             "dim_names": list(two.dim_names),
             "message": two.note,
-            "parts": [] if found.bitwise else list(_parts(two, found)),
+            "parts": [] if found.bitwise else list(_parts(two, found, how)),
         }
         rows = [row]
         if self._options.by is not None and not found.bitwise:
@@ -222,23 +223,27 @@ def _unravelled(index: int | None, shape: Sequence[int]) -> list[int] | None:
     return found[::-1]
 
 
-def _parts(two: Two, found: Measures) -> Iterator[tuple[list[int], Row]]:
+def _parts(two: Two, found: Measures, run: Map) -> Iterator[tuple[list[int], Row]]:
     """Yield what each of the target's ranks holds: the ranks, and the figures of that part."""
     parts = list(two.parts())
     for ranks, one, other in parts:
         if len(parts) == 1:
             yield ranks, {"is_same": False}
             return
-        figures = measure_rows(one, other, (), found.rtol, found.atol)
-        same = one.dtype == other.dtype and torch.equal(as_bits(one), as_bits(other))
-        own = {"numel": one.numel(), "changed": int(not same), "is_same": same}
-        yield ranks, {**own, **{name: values[0] for name, values in figures.items()}}
+        part = measure(one, other, rtol=found.rtol, atol=found.atol, run=run)
+        yield ranks, {**vars(part), "is_same": part.bitwise}
 
 
 def _first_other_bits(two: Two) -> list[int] | None:
     """Return where two tensors whose elements are all equal have other bits, as zeros may."""
-    if two.a.dtype != two.b.dtype:
-        return None
-    other = as_bits(two.a.contiguous()) != as_bits(two.b.contiguous())
-    places = other.reshape(*two.a.shape, -1).any(-1).nonzero()
-    return [int(i) for i in places[0]] if len(places) else None
+    start = 0
+    flat = (tensor.reshape(-1).split(SEGMENT) for tensor in (two.a, two.b))
+    for a, b in zip(*flat, strict=True):
+        if a.dtype != b.dtype:
+            wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+            a, b = a.to(wide), b.to(wide)
+        other = (as_bits(a.contiguous()) != as_bits(b.contiguous())).reshape(len(a), -1).any(-1)
+        if bool(other.any()):
+            return _unravelled(start + int(other.to(torch.uint8).argmax()), two.a.shape)
+        start += len(a)
+    return None

@@ -158,3 +158,10 @@ def test_by_what_is_no_number_is_said(graft, by):
     done = graft(f"--by={by}")
     assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
     assert f"--by {by}: no tensor that differs has such a dim" in done.stderr
+
+
+@full
+def test_a_table_for_a_full_device_is_one_sentence_and_status_2(graft):
+    done = graft("--parquet", "/dev/full")
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
+    assert "/dev/full cannot be written" in done.stderr
