@@ -58,7 +58,10 @@ def jobs(shell):
     return shell
 
 
-@pytest.mark.parametrize(("senders", "receivers", "how"), [(4, 2, "one"), (2, 4, "two")])
+@pytest.mark.parametrize(
+    ("senders", "receivers", "how"),
+    [(4, 2, "one"), pytest.param(2, 4, "two", marks=pytest.mark.slow)],
+)
 def test_many_senders_many_receivers_and_back(jobs, run, senders, receivers, how):
     done = jobs(
         jobs.graft, "record", "-o", run, "--", jobs.torchrun(senders), "job.py", "1", "base"
@@ -130,12 +133,20 @@ def test_a_replay_that_grafts_ends_with_the_command_s_status(single, run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--transform", "no_such_module.fn"], "'no_such_module.fn' cannot be imported"),
+        pytest.param(
+            ["--transform", "no_such_module.fn"],
+            "'no_such_module.fn' cannot be imported",
+            marks=pytest.mark.slow,
+        ),
         (["--transform", "transforms.bad"], "raised ValueError: no"),
         (["--filter", "layer == 7"], "nothing was grafted: no tap was selected"),
-        (["--step-offset", "5"], "nothing was grafted: no selected tap has a record"),
+        pytest.param(
+            ["--step-offset", "5"],
+            "nothing was grafted: no selected tap has a record",
+            marks=pytest.mark.slow,
+        ),
         (["--strict", "--step-offset", "1"], "2 selected taps had no record, the first: x layer=0"),
-        (["--strict", "--match-on", "name"], "--strict"),
+        pytest.param(["--strict", "--match-on", "name"], "--strict", marks=pytest.mark.slow),
     ],
 )
 def test_a_replay_that_is_not_to_be_trusted_ends_with_3_and_the_job_goes_on(
