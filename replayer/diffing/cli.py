@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,8 @@ def diff(
     from .output import check_outputs
 
     check_outputs(outputs)
+    # Without numpy, which nothing here uses, torch says so at every start.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     from recorder.report import incomplete_lines
 
     from . import report

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from recorder.errors import GraftError, UsageError
+from recorder.format.payload import bytes_of
 from recorder.ranks import Rank, from_variables
 
 from .tensors import Row
@@ -85,11 +87,8 @@ def gathered(
         if problem is not None:
             raise problem
         return rows
-    import torch.distributed as dist
-
-    everyone: list[Any] | None = [None] * rank.world_size if rank.rank == 0 else None
     said = None if problem is None else str(problem)
-    dist.gather_object((rows, said, fingerprint), everyone)
+    everyone = _to_rank_0([rows, said, fingerprint], rank)
     if everyone is None:
         return None
     for i, (_, said, _) in enumerate(everyone):
@@ -101,3 +100,25 @@ def gathered(
             "nothing writes into them"
         )
     return [row for part, _, _ in everyone for row in part]
+
+
+def _to_rank_0(mine: Any, rank: Rank) -> list[Any] | None:
+    """Return what each rank has, on rank 0, None on the others.
+
+    It travels as JSON, which keeps every digit; torch's own way to gather objects needs numpy.
+    """
+    import torch
+    import torch.distributed as dist
+
+    data = json.dumps(mine).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(rank.world_size)]
+    dist.all_gather(sizes, torch.tensor([len(data)]))
+    room = max(int(size) for size in sizes)
+    sent = torch.zeros(room, dtype=torch.uint8)
+    sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    parts = [torch.empty_like(sent) for _ in sizes] if rank.rank == 0 else None
+    dist.gather(sent, parts)
+    if parts is None:
+        return None
+    texts = (bytes(bytes_of(part)[: int(size)]) for part, size in zip(parts, sizes, strict=True))
+    return [json.loads(text) for text in texts]

@@ -166,6 +166,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(graft, runs, words, said):
 
 
 def test_ranks_of_a_torchrun_share_the_work_and_give_the_same_table(shell, runs, tmp_path):
+    shell.write("numpy.py", "raise ModuleNotFoundError('numpy')")  # which is no dependency
     words = ("diff", runs["A"], runs["fault"], "--by", "h", "--parquet")
     alone = shell(shell.graft, words, "alone.parquet")
     many = shell(shell.torchrun(2, "-m", "replayer.cli"), words, "many.parquet")

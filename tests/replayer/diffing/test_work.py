@@ -168,10 +168,7 @@ def everyone(monkeypatch):
     """Have rank 0 gather what it is told that the ranks sent."""
 
     def everyone(*sent):
-        def gather_object(mine, into):
-            into[:] = [mine, *sent]
-
-        monkeypatch.setattr("torch.distributed.gather_object", gather_object)
+        monkeypatch.setattr("replayer.diffing.spread._to_rank_0", lambda mine, rank: [mine, *sent])
         return Rank(0, 1 + len(sent), "")
 
     return everyone
@@ -197,9 +194,9 @@ def test_a_problem_names_its_rank(everyone):
 
 def test_other_ranks_have_no_rows(monkeypatch):
     sent = []
-    monkeypatch.setattr("torch.distributed.gather_object", lambda mine, into: sent.append(mine))
+    monkeypatch.setattr("replayer.diffing.spread._to_rank_0", lambda mine, rank: sent.append(mine))
     assert gathered([{"pair": 1}], None, "same", Rank(1, 2, "")) is None
-    assert sent == [([{"pair": 1}], None, "same")]
+    assert sent == [[[{"pair": 1}], None, "same"]]
 
 
 def test_a_rank_alone_gathers_nothing():
