@@ -3,13 +3,11 @@
 1. `Side.prepare` renames, selects and numbers each side's rows: equal numbers are equal keys.
 2. `pair` puts rows of one key together: rank by rank, or all ranks' blocks of a key at once where
    both sides declare a layout, and says of each pair what the manifests alone decide.
-3. `_in_order` puts the pairs in the baseline's execution order and finds what was reordered.
+3. `order.in_order` puts the pairs in the baseline's execution order and finds what was reordered.
 """
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ from recorder.sizes import count
 from recorder.tags import canonical, is_recompute, label
 
 from ..match import MatchOn
+from .order import in_order
 from .rename import Rename, oriented
 
 if TYPE_CHECKING:
@@ -128,7 +127,9 @@ def pair(
     keyed = _keyed(*sides)
     left, right = Side(a, keyed[0]), Side(b, keyed[1])
     alike = _standing_alike(left, right)
-    table = _in_order(_paired(left, right, alike), left, right)
+    table = in_order(
+        _paired(left, right, alike), left.frame, right.frame, a.world_size == b.world_size
+    )
     if match_on.order or (match_on.tags is not None and "name" not in match_on.tags):
         notes += _contradictions(table, left, right)
     skipped = [] if a.world_size == b.world_size else [*_skipped("A", left), *_skipped("B", right)]
@@ -435,95 +436,6 @@ def _skipped(name: str, side: Side) -> list[str]:
         f"{count(some.height, 'key')} recorded by most ranks of {name} and not by all, such as "
         f"{label(first['name'], first['tags'])}, not by rank {', '.join(map(str, missing[:8]))}"
     ]
-
-
-def _in_order(table: pl.DataFrame, a: Side, b: Side) -> pl.DataFrame:
-    """Sort pairs into the baseline's execution order; what it lacks follows what came before it."""
-    ours, by_seq = _positions(a.frame)
-    theirs, also_by_seq = _positions(b.frame)
-    keys = (
-        ours.rename({"position": "at"})
-        .join(theirs.rename({"position": "there"}), on="key", how="full", coalesce=True)
-        .sort("there", nulls_last=True)
-        .with_columns(before=pl.col("at").fill_null(strategy="forward").fill_null(-1))
-        .with_columns(at=pl.coalesce("at", "before"), late=pl.col("at").is_null().cast(pl.Int8))
-        .sort("at", "late", "there", nulls_last=True)
-        .with_row_index("order")
-    )
-    moved: list[int] = []
-    if a.world_size == b.world_size:
-        moved = _moved_on_ranks(a.frame, b.frame)
-    elif by_seq and also_by_seq:
-        both = keys.filter((pl.col("late") == 0) & pl.col("there").is_not_null())
-        moved = _moved(both["key"].to_list(), both["there"].to_list())
-    keys = keys.with_columns(reordered=pl.col("key").is_in(moved))
-    return (
-        table.join(keys.select("key", "order", "reordered"), on="key", how="left")
-        .sort("order", "a", "b", nulls_last=True)
-        .with_columns(pl.col("order").cast(pl.Int64))
-    )
-
-
-def _positions(frame: pl.DataFrame) -> tuple[pl.DataFrame, bool]:
-    """Return the place of each key in execution order, and whether one rank has seen it all.
-
-    Then that rank's order is the order. Else, as with a pipeline's stages, it is that of the clock
-    within each step, each rank's own order kept.
-    """
-    keys = frame["key"].n_unique()
-    seen = frame.group_by("rank").agg(pl.col("key").n_unique()).sort("rank")
-    whole = seen.filter(pl.col("key") == keys)
-    if whole.height:
-        frame = frame.filter(pl.col("rank") == whole["rank"][0])
-        order = ["seq"]
-    else:
-        frame = frame.with_columns(
-            clock=pl.col("time_ns").fill_null(0).cum_max().over("rank", "step")
-        )
-        order = ["step", "clock", "rank", "seq"]
-    first = frame.sort(order).unique("key", keep="first", maintain_order=True)
-    return first.select("key", position=pl.int_range(pl.len(), dtype=pl.Int64)), bool(whole.height)
-
-
-def _moved_on_ranks(left: pl.DataFrame, right: pl.DataFrame) -> list[int]:
-    """Return the keys that any rank ran in another order than the same rank of the other side."""
-    left, right = (frame.select("rank", "key", "seq") for frame in (left, right))
-    both = left.join(right, on=["rank", "key"], suffix="_b", maintain_order="left")
-    later = (pl.col("seq") < pl.col("seq").shift(1)) & (pl.col("rank") == pl.col("rank").shift(1))
-    if both.select(later.any()).item():
-        both = both.sort("rank", "seq")
-    back = (pl.col("seq_b") < pl.col("seq_b").shift(1)) & (
-        pl.col("rank") == pl.col("rank").shift(1)
-    )
-    ranks = both.filter(back)["rank"].unique().to_list()
-    found: set[int] = set()
-    for rank in ranks:
-        rows = both.filter(pl.col("rank") == rank)
-        found.update(_moved(rows["key"].to_list(), rows["seq_b"].to_list()))
-    return sorted(found)
-
-
-def _moved(keys: Sequence[int], places: Sequence[int]) -> list[int]:
-    """Return the fewest keys that, taken out, leave the places ascending."""
-    if all(x < y for x, y in itertools.pairwise(places)):
-        return []
-    tails: list[int] = []  # place of the last of the best ascending run of each length
-    ends: list[int] = []
-    before = [-1] * len(places)
-    for i, place in enumerate(places):
-        at = bisect_right(tails, place)
-        before[i] = ends[at - 1] if at else -1
-        if at == len(tails):
-            tails.append(place)
-            ends.append(i)
-        else:
-            tails[at], ends[at] = place, i
-    kept = set()
-    i = ends[-1]
-    while i >= 0:
-        kept.add(i)
-        i = before[i]
-    return [key for i, key in enumerate(keys) if i not in kept]
 
 
 def _contradictions(table: pl.DataFrame, a: Side, b: Side) -> list[str]:

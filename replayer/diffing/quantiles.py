@@ -31,6 +31,32 @@ _HALF = 1 << 16
 Segments = Sequence[Pair]
 
 
+def _differ(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    start: int,
+    n: int,
+    wide: torch.Tensor,
+    narrow: torch.Tensor,
+    size: int,
+) -> torch.Tensor:
+    """Return the absolute differences of a chunk in float64; `narrow` gets them as float32."""
+    x = wide.narrow(0, 0, n)
+    y = wide.narrow(0, size, n)
+    x.copy_(a.narrow(0, start, n))
+    y.copy_(b.narrow(0, start, n))
+    y.sub_(x).abs_()
+    f = narrow.narrow(0, 0, n)
+    f.copy_(y)
+    added = float(y.sum())
+    if added - added != 0.0:  # some are NaN or infinite
+        f.masked_fill_(y.isfinite().logical_not_(), float("nan"))  # behind all that count
+    return y
+
+
+_differ = scripted(_differ)
+
+
 def _refine(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -51,16 +77,7 @@ def _refine(
     start = 0
     while start < total:
         n = min(size, total - start)
-        x = wide.narrow(0, 0, n)
-        y = wide.narrow(0, size, n)
-        x.copy_(a.narrow(0, start, n))
-        y.copy_(b.narrow(0, start, n))
-        y.sub_(x).abs_()
-        f = narrow.narrow(0, 0, n)
-        f.copy_(y)
-        added = float(y.sum())
-        if added - added != 0.0:  # some are NaN or infinite
-            f.masked_fill_(y.isfinite().logical_not_(), float("nan"))  # behind all that count
+        _differ(a, b, start, n, wide, narrow, size)
         codes = narrow_bits.narrow(0, 0, n)
         place = codes.sub(lows[0] - 1).clamp_(0, 65537)
         for low in lows[1:]:
@@ -88,16 +105,7 @@ def _scan_cells(
     start = 0
     while start < total:
         n = min(size, total - start)
-        x = wide.narrow(0, 0, n)
-        y = wide.narrow(0, size, n)
-        x.copy_(a.narrow(0, start, n))
-        y.copy_(b.narrow(0, start, n))
-        y.sub_(x).abs_()
-        f = narrow.narrow(0, 0, n)
-        f.copy_(y)
-        added = float(y.sum())
-        if added - added != 0.0:
-            f.masked_fill_(y.isfinite().logical_not_(), float("nan"))
+        y = _differ(a, b, start, n, wide, narrow, size)
         codes = narrow_bits.narrow(0, 0, n)
         for i, one in enumerate(wanted):
             inside = codes.eq(one)
