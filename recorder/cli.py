@@ -1,4 +1,4 @@
-"""The commands that make and show recordings: `record`, `ls`, `show`."""
+"""The commands that make recordings and look into them: `record`, `ls`, `show`, `verify`."""
 
 from __future__ import annotations
 

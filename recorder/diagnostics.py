@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import sys
 
+_OWN = ("recorder.", "replayer.")
+_EXAMPLES = "replayer.demo."  # a job as users write them
+
 
 def call_site() -> str:
-    """Return `file:line` of the innermost caller outside this package."""
+    """Return `file:line` of the innermost caller outside these packages."""
     frame = sys._getframe(1)
     while frame.f_back is not None and (
-        frame.f_globals.get("__package__") in ("recorder", "recorder.format", "replayer")
-        or "_dynamo" in frame.f_code.co_filename
+        _is_own(frame.f_globals.get("__package__")) or "_dynamo" in frame.f_code.co_filename
     ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_own(package: object) -> bool:
+    name = f"{package}."
+    return name.startswith(_OWN) and not name.startswith(_EXAMPLES)
 
 
 def say(message: str, where: str = "") -> None:

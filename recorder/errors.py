@@ -10,10 +10,12 @@ GraftError                     every expected failure; the command line prints i
 |   +-- DamagedRecording       a file does not hold what it should
 |   +-- MixedRecordings        a folder of another recording has got in
 |   +-- NoSuchRecord           no record under that key; carries the nearest ones
+|   +-- LimitReached           a payload would exceed what may be written; ends a recording well
 +-- CaptureError               a value that cannot be recorded faithfully
 |   +-- BadTag                 a name or tag that cannot be part of a key
 +-- LayoutError                a layout that cannot be read, or two that contradict each other
 |   +-- ReplicasDiffer         ranks that should hold the same block do not
+|   +-- ShapesDiffer           two whole tensors that are to be compared have unequal shapes
 +-- ReplayError                a tap that could not be grafted
     +-- MissingRecord          nothing recorded matches the tap
     +-- TransformError         the transform failed or cannot be loaded
@@ -130,6 +132,10 @@ class NoSuchRecord(RecordingError):
         super().__init__(f"nothing recorded under {asked}{tail}")
 
 
+class LimitReached(RecordingError):
+    """A payload would exceed what may be written; the text says what."""
+
+
 class CaptureError(GraftError):
     """A value that cannot be recorded faithfully."""
 
@@ -144,6 +150,10 @@ class LayoutError(GraftError):
 
 class ReplicasDiffer(LayoutError):
     """Ranks that should hold the same block do not."""
+
+
+class ShapesDiffer(LayoutError):
+    """Two whole tensors that are to be compared have unequal shapes."""
 
 
 class ReplayError(GraftError):

@@ -1,8 +1,8 @@
 """The memory that snapshots wait in until they are written: allocated once, touched once, reused.
 
 1. `Staging.put` finds room in a ring of bytes and copies a payload into it, or a part of one.
-2. Whoever needs the bytes reads `Part.view` or `Part.tensor`, once `Part.wait` has returned: what
-   comes from a device may still be on its way.
+2. Whoever needs the bytes reads `Staging.view` or `Staging.tensor`, once `Part.wait` has returned:
+   what comes from a device may still be on its way.
 3. When its last user has released a part, its room is free again, in the order of the puts.
 """
 

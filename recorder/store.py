@@ -26,6 +26,7 @@ import torch
 import xxhash
 
 from .capture import dtype_name
+from .errors import LimitReached
 from .format import disk
 from .format.disk import PRIVATE, Access
 from .format.journal import (
@@ -47,10 +48,6 @@ _MEASURED_EVERY = 1 << 20  # bytes between two looks at the room on the disk
 _COPIED_BYTES = 8 << 20
 _RING_BYTES = 4 << 20  # a shard of the last steps is sealed at the end of a step
 _RING_SECONDS = 0.25
-
-
-class LimitReached(Exception):
-    """A payload would exceed what may be written; the text says what."""
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from .capture import as_bits, pieces
-from .errors import CaptureError
+from .errors import CaptureError, LimitReached
 from .progress import SECONDS, Progress
 from .staging import Part, Staging
-from .store import LimitReached, Limits, Payload, Store
+from .store import Limits, Payload, Store
 from .summaries import Summaries
 
 DEFAULT_BUDGET = 256 << 20

@@ -1,4 +1,4 @@
-"""The `graft` command: its own `replay`, `demo` and `doctor`, and the recorder's commands."""
+"""The `graft` command: `replay`, `demo` and `doctor`, and what the recorder and `diffing` add."""
 
 from __future__ import annotations
 
@@ -306,6 +306,10 @@ def demo(out: str, overwrite: bool) -> None:
     """Record a 4-rank baseline, graft it onto a faulty 2-rank target, and show what that changes.
 
     Takes under a minute on two cores, uses no network, and prints every command it runs.
+
+    \b
+    Example:
+      graft demo -o demo
     """
     folder = Path(out)
     if folder.exists():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recorder import ranks
 from recorder.claim import Job, check_free
 from recorder.errors import GraftError, UsageError
 from recorder.provenance import provenance
 from recorder.sizes import format_size
+
+if TYPE_CHECKING:
+    from recorder import Recording
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -94,14 +97,22 @@ def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
     from .session import Replayer, from_environment
 
     session = next(s for s in from_environment(environ) if isinstance(s, Replayer))
-    path = environ.get("GRAFT_REPLAY_TRANSFORM")
     if session._broken_transform is not None:
         raise session._broken_transform
-    how = f"transform {path}" if path else "identity by rank"
+    how = _how(environ.get("GRAFT_REPLAY_TRANSFORM"), session.recording)
     return (
         f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
         f"{how}, {_which(environ.get('GRAFT_REPLAY_FILTER'))}"
     )
+
+
+def _how(transform: str | None, recording: Recording) -> str:
+    """Say what makes the tensor to write; layouts can where the recorded taps declare some."""
+    if transform:
+        return f"transform {transform}"
+    if recording.latest()["dims"].is_not_null().any():
+        return "by the dims of both sides where the tap declares some too, else identity by rank"
+    return "identity by rank, since no recorded tap declares dims"
 
 
 def _which(filter: str | None) -> str:

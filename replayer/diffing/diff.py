@@ -87,17 +87,7 @@ class Diff:
 
     def worst(self) -> pl.DataFrame:
         """Return the pairs that are not equal: the first divergences, then from the worst on."""
-        severity = {name: i for i, name in enumerate(OUTCOMES)}
-        odd = pl.sum_horizontal("nan_a", "nan_b", "inf_a", "inf_b").fill_null(0) > 0
-        size = pl.coalesce("times_floor", "rel_diff", "at_least").fill_null(0.0)
-        return self.pairs.filter(pl.col("outcome") != "equal").sort(
-            pl.col("first").is_null(),
-            pl.col("outcome").replace_strict(severity, return_dtype=pl.Int32),
-            ~odd,
-            -size,
-            "pair",
-            maintain_order=True,
-        )
+        return worst_first(self.pairs.filter(pl.col("outcome") != "equal"))
 
     def with_tags(self) -> pl.DataFrame:
         """Return the table with one more column per tag, beside the name.
@@ -263,6 +253,21 @@ def diff(
     if rank.rank == 0 and not made.compared:
         return replace(made, why_nothing=why_nothing(pairs, chosen))
     return made
+
+
+def worst_first(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Sort rows of whole tensors: the first divergences, then from the worst on."""
+    severity = {name: i for i, name in enumerate(OUTCOMES)}
+    odd = pl.sum_horizontal("nan_a", "nan_b", "inf_a", "inf_b").fill_null(0) > 0
+    size = pl.coalesce("times_floor", "rel_diff", "at_least").fill_null(0.0)
+    return pairs.sort(
+        pl.col("first").is_null(),
+        pl.col("outcome").replace_strict(severity, return_dtype=pl.Int32),
+        ~odd,
+        -size,
+        "pair",
+        maintain_order=True,
+    )
 
 
 def _no_bar(total: int, what: str) -> AbstractContextManager[Callable[[int], None]]:

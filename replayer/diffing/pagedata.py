@@ -19,10 +19,11 @@ from recorder.tags import label
 
 from .by import measure_rows
 from .chunks import as_numbers
-from .diff import Diff
+from .diff import Diff, worst_first
 from .output import written
 from .page import render
 from .report import lines, rows_by
+from .table import OUTCOMES
 from .tensors import Row, Two
 
 MOST_ROWS = 20_000
@@ -56,6 +57,7 @@ def page_data(diff: Diff) -> dict[str, Any]:
     places = {at: i for i, at in enumerate(table["_at"].to_list())}
     rows = [_row(row) for row in table.iter_rows(named=True)]
     names = list(rows[0]) if rows else [*_PLAIN, *_MADE]
+    worst = dict(zip(worst_first(table)["_at"].to_list(), range(table.height), strict=True))
     firsts = dict(zip(table["first"].to_list(), range(table.height), strict=True))
     return {
         "version": metadata.version("tensorgraft"),
@@ -66,7 +68,11 @@ def page_data(diff: Diff) -> dict[str, Any]:
         "lines": [*lines(diff), *diff.notes, *filter(None, [diff.why_nothing])],
         "counts": {**diff.counts(), "reordered": int(diff.pairs["reordered"].sum() or 0)},
         "first": {how: firsts.get(how, firsts.get("both")) for how in ("bitwise", "tolerance")},
-        "rows": {name: [row[name] for row in rows] for name in names},
+        "outcomes": list(OUTCOMES),
+        "rows": {
+            **{name: [row[name] for row in rows] for name in names},
+            "worst": [worst[at] for at in table["_at"].to_list()],
+        },
         "left_out": left_out,
         "details": [
             {"row": places[row["_at"]], **detail}

@@ -1,6 +1,7 @@
 """Two manifests to pairs of records, without reading a tensor.
 
-1. `Side.prepare` renames, selects and numbers each side's rows: equal numbers are equal keys.
+1. `_numbered` renames and selects each side's rows, and numbers what counts of their keys; `_keyed`
+   makes that one number, equal for equal keys.
 2. `pair` puts rows of one key together: rank by rank, or all ranks' blocks of a key at once where
    both sides declare a layout, and says of each pair what the manifests alone decide.
 3. `order.in_order` puts the pairs in the baseline's execution order and finds what was reordered.

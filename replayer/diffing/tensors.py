@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from recorder.errors import LayoutError
+from recorder.errors import LayoutError, ShapesDiffer
 from recorder.format.recording import Recording
 from recorder.layouts.blocks import Block, Places, coordinates
 from recorder.layouts.dims import TOKENS, Dim, Dims
@@ -42,10 +42,6 @@ _WORDS = (
     ("record all ranks", "record all ranks, and leave none out with --filter"),
 )
 """What layouts say of a graft, and what that is in a diff."""
-
-
-class ShapesDiffer(LayoutError):
-    """The two logical tensors have unequal shapes."""
 
 
 @dataclass

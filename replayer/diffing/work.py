@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from recorder.capture import as_bits
-from recorder.errors import DamagedRecording, LayoutError
+from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
 from recorder.layouts.plan import Plan
 
 from .by import rows_of_index
 from .chunks import Map
 from .measures import SEGMENT, Measures, measure
 from .pairing import LAYOUT, Pairs
-from .tensors import Row, ShapesDiffer, Two, by_layout, by_rank
+from .tensors import Row, Two, by_layout, by_rank
 
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""

@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 
 from replayer.diffing.page import render
+from replayer.diffing.table import OUTCOMES
 
 COLUMNS = [
     "label",
@@ -44,7 +45,6 @@ COLUMNS = [
     "message",
     "reordered",
 ]
-OUTCOMES = ["equal", "close", "differs", "unmeasured", "shape", "only_a", "only_b", "error"]
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -106,12 +106,21 @@ def row(name="hidden", layer=None, outcome="equal", rel_diff=None, **more):
     return full | more
 
 
+def as_number(size):
+    """A figure as it sorts: an unknown one is like an infinite one."""
+    return math.inf if size is None else float(size)
+
+
 def comparison(rows, details=(), **more):
     """What the page is given, around these pairs."""
     counts = dict.fromkeys([*OUTCOMES, "reordered"], 0) | Counter(r["outcome"] for r in rows)
     beyond = [i for i, r in enumerate(rows) if r["outcome"] in ("differs", "shape")]
     more_or_less = ("close", "unmeasured", "differs", "shape")
     apart = [i for i, r in enumerate(rows) if r["outcome"] in more_or_less]
+    worst = sorted(
+        range(len(rows)),
+        key=lambda i: (OUTCOMES.index(rows[i]["outcome"]), -as_number(rows[i]["rel_diff"]), i),
+    )
     first = {"bitwise": apart[0] if apart else None, "tolerance": beyond[0] if beyond else None}
     lines = [f"{len(rows)} pairs: " + ", ".join(f"{n} {k}" for k, n in counts.items() if n)]
     for key, words in ("bitwise", "bit for bit"), ("tolerance", "beyond tolerance"):
@@ -127,7 +136,11 @@ def comparison(rows, details=(), **more):
         "lines": lines,
         "counts": counts,
         "first": first,
-        "rows": {key: [r[key] for r in rows] for key in COLUMNS},
+        "outcomes": list(OUTCOMES),
+        "rows": {
+            **{key: [r[key] for r in rows] for key in COLUMNS},
+            "worst": sorted(range(len(rows)), key=worst.__getitem__),
+        },
         "left_out": 0,
         "details": list(details),
     } | more
@@ -458,7 +471,13 @@ def test_the_table_is_worst_first(show):
         row("broken", None, "error"),
     ]
     page = show(comparison(rows))
-    assert labels(page) == ["broken", "not_finite", "further", "far", "near", "equal"]
+    assert labels(page) == ["not_finite", "further", "far", "broken", "near", "equal"]
+
+
+def test_the_table_is_in_the_order_that_the_data_gives(show):
+    data = comparison([row("one", None, "differs", 0.1), row("two"), row("three", None, "error")])
+    data["rows"]["worst"] = [2, 0, 1]
+    assert labels(show(data)) == ["two", "three", "one"]
 
 
 def test_search_takes_every_word(show):
@@ -523,6 +542,7 @@ def test_numbers_have_three_digits_and_stand_right(show):
 
 def test_a_click_on_a_row_opens_its_details(show):
     page = show(faulty())
+    page.get_by_label("Search").fill("mask")
     page.locator("tbody tr", has_text="mask").locator("td").nth(2).click()
     assert details(page)["tap"] == "mask"
     assert details(page)["message"] == "2x512 in A, 2x1x512 in B"

@@ -32,17 +32,40 @@ def faults(*sizes):
 
 def test_has_exactly_the_columns_of_the_page(held):
     data = page_data(held(faults(0, 0, 0), faults(0, 0.5)))
-    assert sorted(data["rows"]) == sorted(COLUMNS)
+    assert sorted(data["rows"]) == sorted([*COLUMNS, "worst"])
     assert {len(values) for values in data["rows"].values()} == {3}
     assert data["rows"]["outcome"] == ["equal", "differs", "only_a"]
 
 
 def test_has_the_same_columns_where_there_is_no_pair(held):
     data = page_data(held(lambda rank: None, lambda rank: None))
-    assert sorted(data["rows"]) == sorted(COLUMNS)
+    assert sorted(data["rows"]) == sorted([*COLUMNS, "worst"])
     assert set(map(len, data["rows"].values())) == {0}
     assert data["first"] == {"bitwise": None, "tolerance": None}
     assert any("nothing matched" in line for line in data["lines"])
+
+
+def test_the_worst_come_in_the_terminal_s_order(held):
+    nan = X.clone()
+    nan[0, 0] = torch.nan
+
+    def job(*tensors):
+        def taps(rank):
+            for layer, tensor in enumerate(tensors):
+                tap("x", tensor, layer=layer)
+
+        return taps
+
+    found = held(
+        job(X, X, X, X[:2], X, X),
+        job(X, X * 1.5, X * (1 + 1e-6), X[:3], nan, X * 9),
+    )
+    rows = page_data(found)["rows"]
+    order = sorted(range(len(rows["worst"])), key=rows["worst"].__getitem__)
+    unequal = [rows["layer"][i] for i in order if rows["outcome"][i] != "equal"]
+    assert unequal == [1, 4, 5, 3, 2]  # the first divergence, NaN, then by size and outcome
+    assert unequal == [json.loads(tags)["layer"] for tags in found.worst()["tags"]]
+    assert rows["outcome"][order[-1]] == "equal"
 
 
 def test_a_closer_look_is_had_at_no_more_than_so_many_of_the_worst(held, monkeypatch):

@@ -1,0 +1,30 @@
+"""What `doctor` says of a replay, without starting one."""
+
+from __future__ import annotations
+
+import torch
+
+from recorder import tap
+from replayer.doctor import examine
+
+
+def detail(run, **variables):
+    """What a tap would do under a replay of `run`."""
+    (tap,) = examine({"GRAFT_REPLAY": str(run), **variables})["taps"]
+    assert tap["does"] == "replay"
+    return tap["detail"]
+
+
+def test_layouts_decide_where_the_recorded_taps_declare_some(record, run):
+    record(lambda rank: tap("q", torch.ones(2, 3), dims="b h[tp]"), world_size=2)
+    assert "by the dims of both sides" in detail(run) and "else identity by rank" in detail(run)
+
+
+def test_identity_decides_where_no_recorded_tap_declares_dims(record, run):
+    record(lambda rank: tap("q", torch.ones(2, 3)))
+    assert "identity by rank, since no recorded tap declares dims" in detail(run)
+
+
+def test_a_transform_decides_where_one_is_named(record, run):
+    record(lambda rank: tap("q", torch.ones(2, 3), dims="b h[tp]"))
+    assert "transform math.hypot" in detail(run, GRAFT_REPLAY_TRANSFORM="math.hypot")
