@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .tap import context, step, tap
+from .taps.tap import context, step, tap
 
 if TYPE_CHECKING:
     from .errors import GraftError
     from .filters import Filter
-    from .format.recording import Recording
-    from .layouts.mesh import declare_mesh
+    from .mesh import declare_mesh
+    from .recording import Recording
     from .session import Recorder
 
 # Loaded when first asked for: a job that only taps, and the command line, need neither torch's
@@ -20,8 +20,8 @@ _LAZY = {
     "Filter": "recorder.filters",
     "GraftError": "recorder.errors",
     "Recorder": "recorder.session",
-    "Recording": "recorder.format.recording",
-    "declare_mesh": "recorder.layouts.mesh",
+    "Recording": "recorder.recording",
+    "declare_mesh": "recorder.mesh",
 }
 
 __all__ = [

@@ -39,3 +39,19 @@ def say(message: str, where: str = "") -> None:
 def printable(text: str) -> str:
     """Return text without control characters, so that recorded names cannot steer a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class Warnings:
+    """Says each distinct thing once, and no more than a hundred of them."""
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, ...]] = set()
+
+    def once(self, about: tuple[str, ...], message: str, where: str) -> None:
+        """Say `message` unless something about the same was said before."""
+        if about in self._said or len(self._said) > 100:
+            return
+        self._said.add(about)
+        if len(self._said) > 100:
+            message = "more such warnings follow and are left out"
+        say(message, where)

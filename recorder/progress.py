@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .reports import VARIABLE
+from .mailbox import VARIABLE
 from .sizes import format_size
 
 SECONDS = 1.0

@@ -18,40 +18,34 @@ from typing import Any
 
 import torch
 
-from .call import Call
-from .capture import (
-    as_bits,
-    classify,
-    dims_text,
-    encode_extras,
-    encode_value,
-    is_plain,
-    local_part,
-    plainly,
-)
-from .claim import Claim, Job, check_free, claim_rank
-from .diagnostics import say
+from .bits import plainly
+from .capture import capture, dims_text
+from .diagnostics import Warnings, say
 from .errors import CaptureError, GraftError, LayoutError, UsageError, is_from_the_job
 from .filters import Filter
+from .format.claims import ClaimData
 from .format.disk import ACCESS
-from .format.schema import FSYNC, LEVELS, WHEN_FULL
-from .gradients import GradientTaps
-from .layouts.mesh import Mesh, MeshWatch
+from .format.schema import Description, ManifestRow
+from .job import Job
 from .layouts.parse import parse_dims
+from .mailbox import write_report
+from .mesh import Mesh
 from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
-from .reports import write_report
-from .selection import Selected, Selection, Warnings
-from .sizes import count, format_size, parse_size
-from .store import Limits, stored_bytes
+from .settings import RecordSettings
+from .sizes import count, format_size
 from .tags import text
-from .tap import activate, end, ended
-from .writer import DEFAULT_BUDGET, FEW, Writer
-
-_MOST_STAGING = 1 << 50
-_MOST_MESHES = 256
-_MOST_AXES = 16_000  # of all meshes, so that the claim stays a small file
+from .taps.call import Call
+from .taps.gradients import GradientTaps
+from .taps.selection import Selected, Selection
+from .taps.sessions import activate, end, ended
+from .taps.values import classify, encode_extras, encode_value
+from .writing.claim import Claim, check_free, claim_rank
+from .writing.leftovers import stored_bytes
+from .writing.standing import Standing
+from .writing.store import Limits
+from .writing.writer import Writer
 
 
 class Recorder:
@@ -64,20 +58,8 @@ class Recorder:
 
     Args:
         path: the recording's folder; made if need be.
-        filter: which taps to record, an expression over their tags; every tap by default.
-        level: `tensors`; `stats` to store statistics and digests but no elements; `digests`
-            for digests alone.
-        max_bytes: stop, in good order, before this recording's tensors take more bytes on disk; a
-            number or text such as `20GB`. Each rank gets an equal share.
-        overwrite: replace what another job left under this rank.
-        min_free: stop likewise before the file system has less than this free.
-        keep_last: keep only so many complete steps, the last, and the one under way.
-        fsync: wait for the device: `off`, or at the end of each `shard` or `step`. A process that
-            is killed loses nothing by `off`, a machine that loses power does.
-        access: who may read the files: `private` to the user, the `group`, or `all`.
-        staging: bytes of memory for snapshots that wait to be written, and for writing them.
-        when_full: what happens to a tap while they all wait: `hold` the job until there is room, or
-            `drop` the tap and count it.
+        filter: as all that follow, an option of `graft record`: `RecordSettings` says what each
+            does. Sizes are numbers of bytes or text such as `20GB`.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
         world_size: the number of ranks.
 
@@ -101,47 +83,25 @@ class Recorder:
         fsync: str = "off",
         access: str = "private",
         overwrite: bool = False,
-        staging: int | str = DEFAULT_BUDGET,
+        staging: int | str = RecordSettings.staging,
         when_full: str = "hold",
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        for option, given, known in (
-            ("level", level, LEVELS),
-            ("when_full", when_full, WHEN_FULL),
-            ("fsync", fsync, FSYNC),
-            ("access", access, tuple(ACCESS)),
-        ):
-            if given not in known:
-                raise UsageError(f"{option} is {given!r}; choose one of {', '.join(known)}")
-        if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-            raise UsageError(f"keep_last is {keep_last!r}; give a number of steps, 1 or more")
+        self.settings = RecordSettings.given(locals())
         self.path = Path(os.path.abspath(path))
         self.state = "new"
         self.reason = ""
-        self._filter = Filter.coerce(filter)
-        self._level = level
-        self._max_bytes = None if max_bytes is None else parse_size(max_bytes)
-        self._min_free = None if min_free is None else parse_size(min_free)
-        self._keep_last = keep_last
-        self._fsync = fsync
-        self._access = access
-        self._overwrite = overwrite
-        self._staging = parse_size(staging)
-        if self._staging > _MOST_STAGING:
-            raise UsageError(f"staging is {staging!r}, more than any machine has; try 1GiB")
-        self._when_full = when_full
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
-        self._selection = Selection(self._filter)
+        self._selection = Selection(self.settings.filter)
         self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
         self._lock = threading.RLock()
         self._closing = threading.RLock()
         self._claim: Claim | None = None
-        self._meshes = MeshWatch()
-        self._mesh: Mesh | None = None
+        self._standing = Standing(self._once)
         self._writer: Writer | None = None
         self._claiming = self._starting = False
         self._closed = False
@@ -179,7 +139,7 @@ class Recorder:
         """
         if self.state != "new":
             raise UsageError("this Recorder was used before; make a new one")
-        if not lazily and not self._overwrite:
+        if not lazily and not self.settings.overwrite:
             check_free(self.path, self._rank.rank, self._rank.world_size, self._job)
         self._lazy = lazily
         self.state = "running"
@@ -265,7 +225,7 @@ class Recorder:
 
     def _settle(self) -> None:
         """Write down how the recording ended, for readers and for the wrapper."""
-        facts = {
+        facts: ClaimData = {
             "state": self.state,
             "reason": self.reason,
             "ended_ns": time.time_ns(),
@@ -276,7 +236,7 @@ class Recorder:
         }
         if self._claim is not None:
             try:
-                self._claim.update(**facts)
+                self._claim.update(facts)
                 if self.state != "complete":
                     self._claim.note_end()
             except OSError as err:
@@ -285,10 +245,11 @@ class Recorder:
                 self._say(f"{self.reason}; the recording in {self.path} ends early")
         write_report(
             {
-                "session": "GRAFT_RECORD",
+                "session": RecordSettings.PREFIX,
                 "rank": self._rank.rank,
                 "world_size": self._rank.world_size,
-                **facts,
+                "state": facts["state"],
+                "reason": facts["reason"],
                 "selected": self._selection.selected,
                 "refused": self._selection.refused + self._skipped,
                 "names_seen": sorted(self._selection.names_seen),
@@ -312,18 +273,9 @@ class Recorder:
         with self._lock:
             if self._claim is not None or self.state != "running" or self._claiming:
                 return self._claim is not None  # also to a handler's tap while the first claims
-            options = {
-                "filter": self._filter.text if self._filter else None,
-                "level": self._level,
-                "max_bytes": self._max_bytes,
-                "min_free": self._min_free,
-                "keep_last": self._keep_last,
-                "fsync": self._fsync,
-                "access": self._access,
-                "staging": self._staging,
-                "when_full": self._when_full,
-            }
-            about = {"command": command_line(), "options": options}
+            options = self.settings.described()
+            del options["overwrite"]
+            about = Description(command=command_line(), options=options)
             try:
                 self._claiming = True
                 self._claim = claim_rank(
@@ -331,10 +283,10 @@ class Recorder:
                     self._rank,
                     self._job,
                     about=about,
-                    overwrite=self._overwrite,
+                    overwrite=self.settings.overwrite,
                     own=not self._lazy,
-                    access=ACCESS[self._access],
-                    keep_last=self._keep_last,
+                    access=ACCESS[self.settings.access],
+                    keep_last=self.settings.keep_last,
                 )
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)
@@ -364,7 +316,7 @@ class Recorder:
             return self._writer is not None
 
     def _start_writer(self, claim: Claim) -> None:
-        share = self._max_bytes
+        share = self.settings.max_bytes
         if share is not None:  # of which earlier attempts have had their part
             share = max(0, share // self._rank.world_size - stored_bytes(claim.folder))
         try:
@@ -372,22 +324,22 @@ class Recorder:
                 claim.folder,
                 claim.attempt,
                 Limits(
-                    keeps_payloads=self._level == "tensors",
+                    keeps_payloads=self.settings.level == "tensors",
                     max_bytes=share,
-                    min_free=self._min_free,
-                    keep_last=self._keep_last,
-                    fsync=self._fsync,
-                    access=ACCESS[self._access],
+                    min_free=self.settings.min_free,
+                    keep_last=self.settings.keep_last,
+                    fsync=self.settings.fsync,
+                    access=ACCESS[self.settings.access],
                 ),
-                statistics=self._level != "digests",
-                budget=self._staging,
-                when_full=self._when_full,
+                statistics=self.settings.level != "digests",
+                budget=self.settings.staging,
+                when_full=self.settings.when_full,
                 on_stop=self._end,
                 on_full=self._tell_full,
                 on_progress=Publisher(self._rank.rank, self._say).publish,
             )
         except (OSError, MemoryError, RuntimeError, OverflowError) as err:
-            room = format_size(self._staging)
+            room = format_size(self.settings.staging)
             reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
             self._end("failed", f"{room} of staging memory: {reason}; give less with --staging")
 
@@ -403,10 +355,10 @@ class Recorder:
         written = format_size(progress.written / max(progress.seconds, 1e-3))
         rates = (
             f"the job taps {tapped}/s and {written}/s are written, so what waits fills the staging "
-            f"memory ({format_size(self._staging)}) or is half a second old"
+            f"memory ({format_size(self.settings.staging)}) or is half a second old"
         )
         advice = "record less with --filter or --level stats, or give more room with --staging"
-        if self._when_full == "hold":
+        if self.settings.when_full == "hold":
             self._say(
                 f"{rates}: taps hold the job until there is room; {advice}, "
                 "or leave out what comes too fast with --when-full drop"
@@ -435,20 +387,13 @@ class Recorder:
             if self._writer is None:
                 return
             with plainly():
-                if is_plain(value) and value.nbytes <= FEW:
-                    row = self._row(call, selected, kind)
-                    if call.dims:
-                        self._note_layout(call, row, value.dim(), mesh)
-                    self._writer.submit_plain(row, value)
-                    return
-                local, placements = local_part(value)
-                bits = as_bits(local)
+                snapshot = capture(value)
                 row = self._row(call, selected, kind)
-                if placements:
-                    row["dims"] = dims_text(row.get("dims", ""), placements)
+                if snapshot.placements:
+                    row["dims"] = dims_text(row.get("dims") or "", snapshot.placements)
                 if "dims" in row:
-                    self._note_layout(call, row, local.dim(), mesh)
-                self._writer.submit(row, bits, local.dtype, local.shape)
+                    self._note_layout(call, row, snapshot.local.dim(), mesh)
+                self._writer.submit(row, snapshot)
         except CaptureError as err:
             self._warn(call, str(err))
 
@@ -463,7 +408,8 @@ class Recorder:
             self._writer.submit_value(row)
 
     def _watch_gradient(self, call: Call, selected: Selected, value: torch.Tensor) -> None:
-        mesh = self._current_mesh()  # of the tap: backward() may come when another was declared
+        # Of the tap: backward() may come when another was declared.
+        mesh = self._standing.current(self._selection.step)
 
         def arrived(grad: torch.Tensor) -> None:
             if self.state != "running":
@@ -482,11 +428,11 @@ class Recorder:
             lambda reason: self._warn(call, reason, "asks for a gradient"),
         )
 
-    def _row(self, call: Call, selected: Selected, kind: str) -> dict[str, Any]:
+    def _row(self, call: Call, selected: Selected, kind: str) -> ManifestRow:
         extras, lost = encode_extras(call.extras)
         for fact in lost:
             self._warn(call, fact, what="is recorded without one of its extras")
-        row: dict[str, Any] = {
+        row: ManifestRow = {
             "rank": self._rank.rank,
             "seq": self._selection.next_seq() if kind == "grad" else selected.seq,
             "step": selected.key.step,
@@ -502,10 +448,7 @@ class Recorder:
             row["extras"] = extras
         return row
 
-    def _current_mesh(self) -> Mesh | None:
-        return self._meshes.current(self._selection.step)
-
-    def _note_layout(self, call: Call, row: dict[str, Any], ndim: int, mesh: Mesh | None) -> None:
+    def _note_layout(self, call: Call, row: ManifestRow, ndim: int, mesh: Mesh | None) -> None:
         """Write down where the rank stands, and say at once what no replay could make sense of."""
         try:
             named = len(parse_dims(row["dims"]).dims)
@@ -519,32 +462,10 @@ class Recorder:
             where = f"tap {call.shown} at {call.site}"
             what = f"{where} is recorded, but cannot be cut or put together: {wrong}"
             self._once((where, wrong), what)
-        self._note_mesh(row["seq"], mesh if row["kind"] == "grad" else self._current_mesh())
-
-    def _note_mesh(self, seq: int, mesh: Mesh | None) -> None:
-        """Write down where this rank stands, from this tap on, if that was not known before."""
-        if mesh == self._mesh:
-            return
-        with self._lock:
-            if self._claim is None or self.state != "running" or mesh == self._mesh:
-                return
-            known: list[dict[str, Any]] = self._claim.facts.get("meshes", [])
-            axes = None if mesh is None else {axis: [*place] for axis, place in mesh.items()}
-            if len(known) >= _MOST_MESHES or sum(len(m["axes"] or ()) for m in known) > _MOST_AXES:
-                self._once(
-                    ("meshes",),
-                    f"the mesh has changed {len(known)} times, and what follows is recorded "
-                    "without its place in it; declare all axes in one, under other names where "
-                    "they cut other tensors",
-                )
-                if known[-1]["axes"] is None:
-                    return
-                axes = None
-            self._mesh = None if mesh is None else dict(mesh)
-            # Another thread's tap may have got its number before this one, and got here later.
-            seq = max(seq, known[-1]["seq"]) if known else seq
+        here = mesh if row["kind"] == "grad" else self._standing.current(self._selection.step)
+        if self._claim is not None and self.state == "running":
             try:
-                self._claim.update(meshes=[*known, {"seq": seq, "axes": axes}])
+                self._standing.note(self._claim, row["seq"], here)
             except OSError as err:
                 self._end("failed", f"writing failed: {err.strerror or err}")
 
@@ -570,31 +491,11 @@ def _dims(call: Call) -> str:
     return text("its dims", call.dims)
 
 
-def _steps(text: str | None) -> int | None:
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"GRAFT_RECORD_KEEP_LAST is {text!r}; give a number of steps")
-    return int(text)
-
-
 def from_environment(environ: Mapping[str, str]) -> list[Recorder]:
     """Return the recorder that `GRAFT_RECORD` and its companions ask for, started.
 
     Raises:
         GraftError: a variable cannot be used, or the folder is taken.
     """
-    session = Recorder(
-        environ["GRAFT_RECORD"],
-        filter=environ.get("GRAFT_RECORD_FILTER") or None,
-        level=environ.get("GRAFT_RECORD_LEVEL") or "tensors",
-        max_bytes=environ.get("GRAFT_RECORD_MAX_BYTES") or None,
-        min_free=environ.get("GRAFT_RECORD_MIN_FREE") or None,
-        keep_last=_steps(environ.get("GRAFT_RECORD_KEEP_LAST")),
-        fsync=environ.get("GRAFT_RECORD_FSYNC") or "off",
-        access=environ.get("GRAFT_RECORD_ACCESS") or "private",
-        overwrite=environ.get("GRAFT_RECORD_OVERWRITE") == "1",
-        staging=environ.get("GRAFT_RECORD_STAGING") or DEFAULT_BUDGET,
-        when_full=environ.get("GRAFT_RECORD_WHEN_FULL") or "hold",
-    )
-    return [session.start(lazily=True)]
+    settings = RecordSettings.from_variables(environ)
+    return [Recorder(environ["GRAFT_RECORD"], **vars(settings)).start(lazily=True)]

@@ -39,6 +39,14 @@ def format_size(nbytes: float) -> str:
     raise AssertionError  # the loop always returns
 
 
+def format_binary_size(nbytes: int) -> str:
+    """Return a number of bytes as people write it in an option: `256MiB`."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes and nbytes % (1 << power) == 0:
+            return f"{nbytes >> power}{unit}"
+    return str(nbytes)
+
+
 def count(number: int, noun: str) -> str:
     """Return a number of things: `1 rank`, `2 ranks`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

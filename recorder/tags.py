@@ -116,3 +116,7 @@ def label(name: str, tags: str | Mapping[str, TagValue]) -> str:
     """Return a tap's name and tags as people write them: `attn_out layer=3`."""
     items = json.loads(tags) if isinstance(tags, str) else tags
     return " ".join([name, *(f"{k}={v}" for k, v in items.items())])
+
+
+MOST_TAG_BYTES = 64 << 10
+"""Of a record's name, and of its tags as JSON."""

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,36 +21,18 @@ from typing import Any
 
 import xxhash
 
-from .errors import (
-    DamagedRecording,
-    MixedRecordings,
-    RecordingError,
-    RecordingExists,
-    UnsupportedVersion,
-)
+from .errors import DamagedRecording, MixedRecordings, RecordingError, UnsupportedVersion
 from .format import disk
-from .format.disk import PRIVATE, Access
-from .format.members import check_claim, checked_meshes, rank_folders
+from .format.claims import ClaimData, attempt_files, check_claim, read_claim
+from .format.members import rank_folders
 from .format.parts import Part, Places, parts_of, read_part, shard_path
 from .format.payload import parse_dtype
-from .format.rows import parse_tags
-from .format.schema import (
-    ATTEMPT,
-    COLUMNS,
-    FORMAT_VERSION,
-    RECORDING,
-    STATISTICS,
-    json_bytes,
-    rank_folder,
-    read_json,
-    read_recording_json,
-)
+from .format.rows import parse_tags, rows_of
+from .format.schema import Description, ManifestRow, read_description
 from .format.shard import Place, read_header
-from .store import Limits, Payload, Store
 from .tags import label
 
 _PIECE = 4 << 20
-_FLUSHED_EVERY = 512
 
 
 @dataclass(frozen=True)
@@ -86,7 +66,7 @@ class Stored:
         place: where in it.
     """
 
-    row: dict[str, Any]
+    row: ManifestRow
     path: Path | None = None
     place: Place | None = None
 
@@ -111,7 +91,7 @@ class RankReport:
     damaged: int = 0
     nbytes: int = 0
     problems: list[Problem] = field(default_factory=list)
-    claims: dict[int, dict[str, Any]] = field(default_factory=dict)
+    claims: dict[int, ClaimData] = field(default_factory=dict)
     foreign: set[int] = field(default_factory=set)
     whole: list[Stored] = field(default_factory=list)
 
@@ -140,7 +120,7 @@ class Checker:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self.path = Path(run)
-        self.meta = read_recording_json(self.path)
+        self.about = read_description(self.path)
         self._threads = threads or os.cpu_count() or 1
         self._keep = keep
         self.progress = progress or (lambda nbytes: None)
@@ -159,7 +139,7 @@ class Checker:
         """Check the ranks one after the other, and return a report of each."""
         with ThreadPoolExecutor(self._threads, "graft-verify") as pool:
             for rank, folder in rank_folders(self.path):
-                yield _RankCheck(self.path, rank, folder, self.meta, self._keep).run(
+                yield _RankCheck(self.path, rank, folder, self.about, self._keep).run(
                     pool, self.progress
                 )
 
@@ -167,12 +147,10 @@ class Checker:
 class _RankCheck:
     """The check of one rank."""
 
-    def __init__(
-        self, run: Path, rank: int, folder: Path, meta: dict[str, Any], keep: bool
-    ) -> None:
+    def __init__(self, run: Path, rank: int, folder: Path, about: Description, keep: bool) -> None:
         self._run = run
         self._folder = folder
-        self._meta = meta
+        self._about = about
         self._keep = keep
         self._report = RankReport(rank)
         self._headers: dict[str, Places | None] = {}
@@ -192,22 +170,18 @@ class _RankCheck:
         return self._report
 
     def _read_claims(self) -> None:
-        for path in sorted(self._folder.iterdir()):
-            match = ATTEMPT.fullmatch(path.name)
-            if match is None:
-                continue
-            claim = self._try(path, partial(read_json, path))
+        for number, path in attempt_files(self._folder):
+            claim = self._try(path, partial(read_claim, path, number))
             if claim is None:
                 continue
-            number = int(match[1])
             self._report.claims[number] = claim
             if claim.get("rank") != self._report.rank:
                 self._report.foreign.add(number)
             self._try(path, partial(self._check_claim, path, claim, number))
 
-    def _check_claim(self, path: Path, claim: dict[str, Any], number: int) -> None:
+    def _check_claim(self, path: Path, claim: ClaimData, number: int) -> None:
         try:
-            check_claim(path, claim, self._report.rank, self._meta)
+            check_claim(path, claim, self._report.rank, self._about)
         except (MixedRecordings, UnsupportedVersion):
             self._report.foreign.add(number)
             raise
@@ -232,8 +206,8 @@ class _RankCheck:
             return
         frame, places = read
         self._report.records += frame.height
-        payloads: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in frame.iter_rows(named=True):
+        payloads: dict[tuple[str, str], list[ManifestRow]] = {}
+        for row in rows_of(frame):
             if row["shard"] is None:
                 fact = _wrong_without_payload(row)
                 self._settle(row, part.path, fact)
@@ -244,7 +218,7 @@ class _RankCheck:
             for (shard, tensor), rows in payloads.items()
         ]
 
-        def check(one: tuple[list[dict[str, Any]], Path, Place | None, str]) -> str:
+        def check(one: tuple[list[ManifestRow], Path, Place | None, str]) -> str:
             rows, path, place, fact = one
             if fact or place is None:
                 return fact
@@ -259,8 +233,8 @@ class _RankCheck:
         self._check_own_shard(part, places)
 
     def _find(
-        self, part: Part, shard: str, tensor: str, rows: list[dict[str, Any]], places: Places
-    ) -> tuple[list[dict[str, Any]], Path, Place | None, str]:
+        self, part: Part, shard: str, tensor: str, rows: list[ManifestRow], places: Places
+    ) -> tuple[list[ManifestRow], Path, Place | None, str]:
         """Return rows with the path and place of the payload they share, or what is wrong."""
         try:
             path = shard_path(self._run, shard, self._report.rank)
@@ -287,7 +261,7 @@ class _RankCheck:
         if path.exists() and not places:
             self._header(path, f"{self._folder.name}/{path.name}")
 
-    def _wrong_payload(self, rows: list[dict[str, Any]], path: Path, place: Place) -> str:
+    def _wrong_payload(self, rows: list[ManifestRow], path: Path, place: Place) -> str:
         """Return what is wrong with a payload, "" where nothing is; called from many threads."""
         if any(row["nbytes"] != place.nbytes for row in rows):
             return f"it has {place.nbytes} bytes, the manifest says {rows[0]['nbytes']}"
@@ -303,9 +277,7 @@ class _RankCheck:
             return "its bytes do not have the digest that was recorded"
         return ""
 
-    def _settle(
-        self, row: dict[str, Any], path: Path, fact: str, place: Place | None = None
-    ) -> None:
+    def _settle(self, row: ManifestRow, path: Path, fact: str, place: Place | None = None) -> None:
         if fact:
             self._report.damaged += 1
             self._problem(path, fact, _key(row))
@@ -353,7 +325,7 @@ def pieces_of(path: Path, place: Place) -> Iterator[memoryview]:
         os.close(file)
 
 
-def _wrong_without_payload(row: dict[str, Any]) -> str:
+def _wrong_without_payload(row: ManifestRow) -> str:
     if row["kind"] == "value":
         value = (row["value"] or "").encode()
         if xxhash.xxh3_128_hexdigest(value) != row["digest"]:
@@ -361,7 +333,7 @@ def _wrong_without_payload(row: dict[str, Any]) -> str:
     return ""
 
 
-def _wrong_row(row: dict[str, Any]) -> str:
+def _wrong_row(row: ManifestRow) -> str:
     """Return what keeps a tensor from being made of a row's whole payload."""
     try:
         itemsize = parse_dtype(row["dtype"], "").itemsize
@@ -375,7 +347,7 @@ def _wrong_row(row: dict[str, Any]) -> str:
     return ""
 
 
-def _key(row: dict[str, Any]) -> str:
+def _key(row: ManifestRow) -> str:
     kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
     try:
         parse_tags(row["tags"])
@@ -383,118 +355,3 @@ def _key(row: dict[str, Any]) -> str:
     except DamagedRecording:
         what = str(row["name"])
     return f"{what} step={row['step']} occurrence={row['occurrence']}{kind}"
-
-
-def repair(
-    checker: Checker,
-    out: Path,
-    report: Callable[[RankReport], None],
-    access: Access = PRIVATE,
-) -> int:
-    """Write what is whole of a recording as a recording of its own.
-
-    Args:
-        checker: made with `keep`.
-        out: the folder to write; must be empty or not be there.
-        report: called with each rank's report, once it is written.
-        access: who may read what is written.
-
-    Returns:
-        How many records were written.
-
-    Raises:
-        RecordingExists: `out` holds something.
-        RecordingError: it cannot be written.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecordingExists(out, "is not empty")
-    written = 0
-    try:
-        disk.make_folder(out, access)
-        identity = uuid.uuid4().hex
-        for found in checker.ranks():
-            written += _write_rank(out, found, identity, checker.meta, access)
-            report(found)
-        meta = {**checker.meta, "id": identity, "repaired_from": checker.meta.get("id")}
-        meta.pop("ended", None)
-        disk.replace(out / RECORDING, json_bytes(meta), access)
-    except OSError as err:
-        raise RecordingError(
-            f"{out} cannot be written: {err.strerror or err}; choose a folder with room for it"
-        ) from err
-    return written
-
-
-def _write_rank(
-    out: Path, found: RankReport, identity: str, meta: dict[str, Any], access: Access
-) -> int:
-    """Write one rank's whole records, each attempt as it was."""
-    folder = out / rank_folder(found.rank)
-    disk.make_folder(folder, access)
-    written = 0
-    attempts = {stored.row["attempt"] for stored in found.whole} | set(found.claims) or {0}
-    for attempt in sorted(attempts - found.foreign):
-        store = Store(folder, attempt, Limits(access=access))
-        mine = (stored for stored in found.whole if stored.row["attempt"] == attempt)
-        for i, stored in enumerate(mine):
-            _write_record(store, stored)
-            if i % _FLUSHED_EVERY == 0:
-                store.flush()
-        store.close()
-        written += store.rows
-        claim = dict(found.claims.get(attempt, {}))
-        if checked_meshes(claim.get("meshes", [])) is None:
-            del claim["meshes"]
-        lost = found.damaged or bool(found.problems)
-        state = "repaired" if lost else "complete"
-        if claim.get("state") not in ("complete", "stopped", None):
-            state = str(claim["state"])  # how the job ended stays as it was
-        data = {
-            "host": "",
-            "pid": None,
-            **claim,
-            "format_version": FORMAT_VERSION,
-            "recording": identity,
-            "rank": found.rank,
-            "world_size": meta["world_size"],
-            "attempt": attempt,
-            "state": state if state != "running" else "killed",
-            "reason": "; ".join(map(str, found.problems[:3])) or claim.get("reason", ""),
-            "rows": store.rows,
-            "bytes": store.bytes,
-            "repaired_ns": time.time_ns(),
-        }
-        path = folder / f"attempt-{attempt}.json"
-        disk.replace(path, json_bytes(data), access)
-    return written
-
-
-def _write_record(store: Store, stored: Stored) -> None:
-    row = {column: stored.row[column] for column in COLUMNS if column not in STATISTICS}
-    row["shard"] = row["tensor"] = None
-    statistics = {column: stored.row[column] for column in STATISTICS}
-    if not store.has_room(len(row["shape"] or [])):
-        store.seal()
-    if stored.path is None or stored.place is None:
-        store.add_row(row)
-    else:
-        _write_payload(store, stored, stored.path, stored.place, row)
-    if any(value is not None for value in statistics.values()):
-        store.add_statistics(row["seq"], statistics)
-
-
-def _write_payload(
-    store: Store, stored: Stored, path: Path, place: Place, row: dict[str, Any]
-) -> None:
-    dtype = parse_dtype(row["dtype"], path)
-    payload = Payload(row, dtype, tuple(row["shape"] or ()), place.nbytes)
-    done = 0
-    for piece in pieces_of(path, place):
-        done += piece.nbytes
-        first, last = done == piece.nbytes, done == place.nbytes
-        store.add(payload, piece, first=first, last=last)
-        store.write_out()
-    if place.nbytes == 0:
-        store.add(payload, memoryview(b""), first=True, last=True)
-    if row["digest"] != stored.row["digest"]:
-        raise OSError(0, f"{path} changes while it is read")

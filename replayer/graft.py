@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recorder.capture import check, dtype_name, is_capturing
+from recorder.bits import check, dtype_name, is_capturing
 from recorder.errors import CaptureError, GraftRefused, TransformError
 
 

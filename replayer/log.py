@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from recorder.errors import RecordingExists
 from recorder.format import disk
-from recorder.format.journal import Journal, read_journal, read_parquet, write_parquet
+from recorder.format.journal import Journal, read_journal
 from recorder.format.schema import polars_schema
+from recorder.format.tables import read_parquet, write_parquet
 
 if TYPE_CHECKING:
     import polars as pl
@@ -42,6 +44,28 @@ COLUMNS = {
 """The log's columns. `senders` has for each sender rank the `seq` of the record that was used."""
 
 
+class LogRow(TypedDict, total=False):
+    """A row of the log; what is not known is not there."""
+
+    rank: int
+    seq: int
+    step: int
+    name: str
+    occurrence: int
+    tags: str
+    kind: str
+    outcome: str
+    message: str
+    n_senders: int
+    senders: list[int | None]
+    rel_diff: float | None
+    max_abs: float | None
+    mean_abs: float | None
+    changed: int
+    numel: int
+    seconds: float
+
+
 class ReplayLog:
     """Collects one rank's rows, in memory and, where there is a folder, on disk.
 
@@ -56,7 +80,7 @@ class ReplayLog:
     """
 
     def __init__(self, out: Path | None, stem: str, overwrite: bool = False) -> None:
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[LogRow] = []
         self._lock = threading.Lock()
         self._journal: Journal | None = None
         self._path: Path | None = None
@@ -71,7 +95,7 @@ class ReplayLog:
                 raise RecordingExists(out, f"holds the replay log {stem} already")
             self._journal = Journal(self._path)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, row: LogRow) -> None:
         """Add a row.
 
         Raises:
@@ -137,7 +161,7 @@ def _read_one(journal: Path) -> pl.DataFrame:
     return read_parquet([parquet], COLUMNS)
 
 
-def to_frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+def to_frame(rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
     """Return rows as a table with the log's columns."""
     import polars as pl
 

@@ -25,7 +25,7 @@ from recorder.tags import RECOMPUTE, TagValue, canonical, label
 if TYPE_CHECKING:
     import polars as pl
 
-    from recorder.selection import Selected
+    from recorder.taps.selection import Selected
 
 ORDER = "order"
 _EXPLAINING_SECONDS = 2.0  # every miss is logged, but a job with a million gets no million reasons

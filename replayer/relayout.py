@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from recorder.capture import encode_extras
 from recorder.errors import LayoutError, TransformError
-from recorder.format.recording import Recording
+from recorder.format.schema import ManifestRow
 from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS
-from recorder.layouts.mesh import FrozenMesh
 from recorder.layouts.parse import parse_dims
 from recorder.layouts.plan import Plan, plan, whole
-from recorder.layouts.recorded import Recorded, block_of, layout_of
+from recorder.logical import Recorded, block_of, layout_of
+from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
+from recorder.recording import Recording
+from recorder.taps.values import encode_extras
 
 from .graft import check_replacement
 from .log import joined
@@ -56,7 +57,7 @@ class Relayout:
     def __init__(
         self,
         recording: Recording,
-        rows: Sequence[dict[str, Any]],
+        rows: Sequence[ManifestRow],
         target: torch.Tensor,
         declared: Declared,
         rank: Rank,
@@ -70,7 +71,7 @@ class Relayout:
         self._target = target
         self._declared = declared
         self._rank = rank
-        self._options: dict[str, Any] = {"replicas": replicas, "check": check, "plans": plans}
+        self._replicas, self._check, self._plans = replicas, check, plans
 
     @property
     def decides(self) -> bool:
@@ -79,17 +80,17 @@ class Relayout:
         Two jobs of as many ranks whose ranks declare the same, and neither of them where they
         stand, have the same blocks on the same ranks, if all are alike and have no padding.
         """
-        ours = self._declared
-        if not (ours.dims and all(row["dims"] for row in self._rows)):
+        receiver = self._declared
+        if not (receiver.dims and all(row["dims"] for row in self._rows)):
             return False
         if self._is_padded():
             return True
-        mine = [row for row in self._rows if row["rank"] == self._rank.rank]
+        senders = [row for row in self._rows if row["rank"] == self._rank.rank]
         return not (
-            ours.mesh is None
+            receiver.mesh is None
             and self._recording.world_size == self._rank.world_size
-            and len(mine) == 1
-            and mine[0]["dims"] == ours.dims
+            and len(senders) == 1
+            and senders[0]["dims"] == receiver.dims
             and all(list(row["shape"] or ()) == list(self._target.shape) for row in self._rows)
             and all(self._recording.mesh_of(row) is None for row in self._rows)
         )
@@ -104,11 +105,10 @@ class Relayout:
         lengths = counts and any((row["extras"] or "{}") != "{}" for row in self._rows)
         return bool(dims.sizes or dims.padded or lengths or (counts and self._declared.extras))
 
-    def block(self, facts: dict[str, Any]) -> torch.Tensor:
-        """Return the receiver's block, of its dtype where it has padding, on its device.
+    def block(self) -> tuple[torch.Tensor, str]:
+        """Return the receiver's block, and a note on what was taken for granted.
 
-        Args:
-            facts: log columns; a note is added where something was taken for granted.
+        It is on the target's device, and of its dtype where it has padding.
 
         Raises:
             LayoutError: the layouts contradict each other, or do not say enough.
@@ -118,8 +118,7 @@ class Relayout:
         senders, receiver = self._senders(), self._receiver()
         plan = senders.plan(receiver, self._rank.world_size)
         made, cast = self._finished(senders.block(receiver, plan), plan)
-        facts["message"] = joined(facts.get("message"), plan.note, senders.note, cast)
-        return made
+        return made, joined(plan.note, senders.note, cast)
 
     def logical(self) -> torch.Tensor:
         """See `GraftInput.logical`."""
@@ -145,15 +144,21 @@ class Relayout:
         return keep_padding(plan, self._target.shape, made, self._target), note
 
     def _senders(self) -> Recorded:
-        return Recorded(self._recording, self._rows, **self._options)
+        return Recorded(
+            self._recording,
+            self._rows,
+            replicas=self._replicas,
+            check=self._check,
+            plans=self._plans,
+        )
 
     def _receiver(self) -> Block:
-        ours = self._declared
-        if not ours.dims:
+        receiver = self._declared
+        if not receiver.dims:
             raise LayoutError(
                 "the target's tap declares no dims; declare its layout, as in "
                 "tap(..., dims='b s h[tp]')"
             )
-        extras = encode_extras(ours.extras)[0] if ours.extras else ""
-        dims = layout_of(ours.dims, ours.kind)
-        return block_of(self._rank.rank, dims, self._target.shape, ours.mesh, extras)
+        extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
+        dims = layout_of(receiver.dims, receiver.kind)
+        return block_of(self._rank.rank, dims, self._target.shape, receiver.mesh, extras)

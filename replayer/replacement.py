@@ -1,10 +1,10 @@
 """Make the tensor that replaces a tapped one: match -> load -> transform -> check.
 
-1. `Matcher.find` names the records that belong to the tap.
-2. Without a transform `Relayout` cuts them as both sides' layouts say; else `_load` brings the
+1. `Replacements.find` names the records that belong to the tap.
+2. Without a transform, `Relayout` cuts them as both sides' layouts say; else `_load` brings the
    sender slice to the target's device.
 3. The transform makes the replacement from copies, so that its failure harms nothing.
-4. `graft.check_replacement` refuses what is no faithful one; `_measure` says what it changes.
+4. `graft.check_replacement` refuses what is no faithful one; `_measured` says what it changes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.call import Call
-from recorder.capture import dims_text, encode_value
+from recorder.capture import dims_text
 from recorder.errors import TransformError
-from recorder.format.recording import Recording
-from recorder.layouts.mesh import FrozenMesh, MeshWatch, frozen
+from recorder.format.rows import row_at
+from recorder.format.schema import ManifestRow
+from recorder.mesh import FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
-from recorder.selection import Selected
+from recorder.recording import Recording
+from recorder.taps.call import Call
+from recorder.taps.selection import Selected
+from recorder.taps.values import encode_value
 
 from . import graft, transforms
-from .compare import difference
 from .log import joined
 from .match import Match, Matcher
+from .measuring.compare import Difference, difference
 from .relayout import Declared, Relayout
 from .transforms import GraftInput, Transform
 
@@ -56,6 +59,21 @@ _NEEDED = (
     "shard",
     "tensor",
 )
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What is to be written over a tapped tensor.
+
+    Attributes:
+        tensor: of the target's shape, dtype and device.
+        note: what to know of how it was made, "" where there is nothing.
+        figures: how the target differs from it; None where that is not asked for, or not known.
+    """
+
+    tensor: torch.Tensor
+    note: str
+    figures: Difference | None
 
 
 @dataclass
@@ -91,6 +109,24 @@ class Replacements:
         self._plans: dict[Any, Plan] = {}
         self._meshes = MeshWatch()
 
+    def find(self, selected: Selected, kind: str) -> Match:
+        """Return the records that belong to a tap.
+
+        Raises:
+            MissingRecord: there is none; names the nearest and what differs.
+        """
+        match = self.matcher.find(selected, kind)
+        if match.warning:
+            self.warn(selected, match.warning)
+        return match
+
+    def senders(self, match: Match) -> list[int | None]:
+        """Return for each sender rank the `seq` of its record, None where it has none."""
+        return [
+            self._seqs[match.rows[sender]] if sender in match.rows else None
+            for sender in range(self.recording.world_size)
+        ]
+
     def make(
         self,
         call: Call,
@@ -99,8 +135,8 @@ class Replacements:
         kind: str,
         placements: str,
         mesh: FrozenMesh | None,
-        facts: dict[str, Any],
-    ) -> torch.Tensor:
+        match: Match,
+    ) -> Replacement:
         """Return the tensor to write over `target`: its shape, dtype and device.
 
         Args:
@@ -110,14 +146,13 @@ class Replacements:
             kind: `tensor` or `grad`.
             placements: a DTensor's, as text.
             mesh: where the rank stood at the tap.
-            facts: log columns, added to as they become known.
+            match: the records that belong to it.
 
         Raises:
-            ReplayError: there is no record, the transform failed, or the result is not faithful.
+            ReplayError: the transform failed, or the result is not faithful.
             LayoutError: the two sides' layouts contradict each other, or do not say enough.
             DamagedRecording: a record cannot be read.
         """
-        match = self._match(selected, kind, facts)
         if isinstance(self.transform, TransformError):
             raise self.transform
         rows = {sender: self._row(match.rows[sender]) for sender in sorted(match.rows)}
@@ -125,29 +160,27 @@ class Replacements:
         with torch.no_grad():
             relayout = self._relayout(target, declared, list(rows.values()))
             made: Any = None
+            assumed = ""
             if self.transform is not None:
                 received = self._load(rows, target.device)
                 g = self._input(selected, target, declared.dims, received, rows, relayout)
                 made = _apply(self.transform, g)
             elif relayout.decides:
-                made = relayout.block(facts)
+                made, assumed = relayout.block()
             else:
                 received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
-            new, note = graft.check_replacement(made, target)
-            if note:
-                facts["message"] = joined(facts.get("message"), note)
-            facts["numel"] = target.numel()
-            if self.metrics:
-                _measure(target, new, facts)
-        return new
+            new, cast_note = graft.check_replacement(made, target)
+            figures, unmeasured = _measured(target, new) if self.metrics else (None, "")
+        note = joined(match.warning, assumed, cast_note, unmeasured)
+        return Replacement(new, note, figures)
 
     def mesh(self, selected: Selected) -> FrozenMesh | None:
         """Return where the receiver stands now."""
         return frozen(self._meshes.current(selected.key.step))
 
     def _relayout(
-        self, target: torch.Tensor, declared: Declared, rows: list[dict[str, Any]]
+        self, target: torch.Tensor, declared: Declared, rows: list[ManifestRow]
     ) -> Relayout:
         return Relayout(
             self.recording,
@@ -160,39 +193,22 @@ class Replacements:
             plans=self._plans,
         )
 
-    def _row(self, number: int) -> dict[str, Any]:
-        return dict(zip(_NEEDED, self._needed.row(number), strict=True))
+    def _row(self, number: int) -> ManifestRow:
+        return row_at(self._needed, number)
 
-    def compare(self, selected: Selected, value: Any, facts: dict[str, Any]) -> None:
-        """Note whether a value equals the recorded one.
-
-        Raises:
-            MissingRecord: there is none.
-        """
-        match = self._match(selected, "value", facts)
+    def compare(self, value: Any, match: Match) -> str:
+        """Say whether a value equals the recorded one."""
         rank = self.rank.rank
         sender = rank if rank in match.rows else min(match.rows)
-        recorded = self.frame.row(match.rows[sender], named=True)["value"]
-        ours = encode_value(value)
-        verdict = "equal" if recorded == ours else f"recorded {recorded}, here {ours}"
+        recorded = row_at(self.frame, match.rows[sender])["value"]
+        here = encode_value(value)
+        verdict = "equal" if recorded == here else f"recorded {recorded}, here {here}"
         if sender != rank:
             verdict += f" (rank {sender}'s; rank {rank} recorded none)"
-        facts["message"] = joined(facts.get("message"), verdict)
-
-    def _match(self, selected: Selected, kind: str, facts: dict[str, Any]) -> Match:
-        match = self.matcher.find(selected, kind)
-        facts["n_senders"] = len(match.rows)
-        facts["senders"] = [
-            self._seqs[match.rows[sender]] if sender in match.rows else None
-            for sender in range(self.recording.world_size)
-        ]
-        if match.warning:
-            facts["message"] = match.warning
-            self.warn(selected, match.warning)
-        return match
+        return joined(match.warning, verdict)
 
     def _load(
-        self, rows: dict[int, dict[str, Any]], device: torch.device
+        self, rows: dict[int, ManifestRow], device: torch.device
     ) -> list[torch.Tensor | None]:
         """Return the sender slice on the receiver's device, from the manifest rows of senders."""
         return [
@@ -208,12 +224,12 @@ class Replacements:
         target: torch.Tensor,
         dims: str,
         received: list[torch.Tensor | None],
-        rows: dict[int, dict[str, Any]],
+        rows: dict[int, ManifestRow],
         relayout: Relayout,
     ) -> GraftInput:
-        return GraftInput.on(
-            target,
-            relayout,
+        return GraftInput(
+            target=target,
+            relayout=relayout,
             tags={**selected.tags, "name": selected.key.name},
             received_list=received,
             received_extras_list=[
@@ -240,9 +256,12 @@ def _apply(transform: Transform, g: GraftInput) -> Any:
         g.done()
 
 
-def _measure(target: torch.Tensor, new: torch.Tensor, facts: dict[str, Any]) -> None:
-    """Note how a target differs from what replaces it; a figure is never worth a graft."""
+def _measured(target: torch.Tensor, new: torch.Tensor) -> tuple[Difference | None, str]:
+    """Return how a target differs from what replaces it, or why it is not known.
+
+    A figure is never worth a graft.
+    """
     try:
-        facts.update(vars(difference(target, new)))
+        return difference(target, new), ""
     except Exception as err:
-        facts["message"] = joined(facts.get("message"), f"not measured: {err}")
+        return None, f"not measured: {err}"

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.call import Call
-from recorder.capture import classify, local_part, plainly
-from recorder.claim import Job
-from recorder.diagnostics import say
+from recorder.bits import plainly
+from recorder.capture import local_part
+from recorder.diagnostics import Warnings, say
 from recorder.errors import (
     GraftError,
     MissingRecord,
@@ -31,29 +30,30 @@ from recorder.errors import (
     is_from_the_job,
 )
 from recorder.filters import Filter
-from recorder.format.recording import Recording
 from recorder.format.schema import rank_folder
-from recorder.gradients import GradientTaps
-from recorder.layouts.assemble import check_replicas
-from recorder.layouts.mesh import FrozenMesh
+from recorder.job import Job
+from recorder.mailbox import write_report
+from recorder.mesh import FrozenMesh
 from recorder.ranks import RankWatch
-from recorder.reports import write_report
-from recorder.selection import Selected, Selection, Warnings
+from recorder.recording import Recording
 from recorder.session import Recorder
 from recorder.tags import label
-from recorder.tap import activate, deactivate
+from recorder.taps.call import Call
+from recorder.taps.gradients import GradientTaps
+from recorder.taps.selection import Selected, Selection
+from recorder.taps.sessions import activate, deactivate
+from recorder.taps.values import classify
 
 from . import graft, transforms
-from .log import ReplayLog, joined
-from .match import Matcher, MatchOn
-from .replacement import Replacements
+from .log import LogRow, ReplayLog, joined
+from .match import Match, Matcher, MatchOn
+from .replacement import Replacement, Replacements
+from .settings import ReplaySettings
 from .summary import Summary, summarize
 from .transforms import Transform
 
 if TYPE_CHECKING:
     import polars as pl
-
-_POLICIES = ("skip", "raise")
 
 
 class Replayer:
@@ -67,22 +67,9 @@ class Replayer:
 
     Args:
         path: the recording to replay.
-        filter: which taps to graft, an expression over their tags; every tap by default.
-        transform: a function of `(g)` or of `(received_list, target)`, or its path `pkg.mod.fn`;
-            by default what both sides' layouts say, else identity by rank.
         out: a folder for the replay's log; by default it is kept in memory only.
-        record: also record in `out`, before anything is overwritten, the taps that this filter
-            selects.
-        match_on: the tags that count, such as `name,layer`, or `order`; the whole key by default.
-        step_offset: added to the target's step to get the baseline's.
-        on_error: `skip` to go on after a graft that failed, `raise` to stop the job.
-        on_missing: the same for a tap without a record.
-        strict: on leaving, raise where a selected tap was missed or a selected record not used.
-        check: whether to hold each recorded tensor against its digest when it is first used.
-        replicas: where senders that should hold the same block do not: an `error`, take the
-            `first`, or their `mean`.
-        metrics: whether to log how the target's own value differs from what replaces it.
-        overwrite: replace what another replay left in `out` under this rank.
+        filter: as all that follow, an option of `graft replay`: `ReplaySettings` says what each
+            does. `transform` may be the function itself.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
         world_size: the number of ranks.
 
@@ -114,22 +101,11 @@ class Replayer:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        for name, policy in (("on_error", on_error), ("on_missing", on_missing)):
-            if policy not in _POLICIES:
-                raise UsageError(f"{name} is {policy!r}; choose skip or raise")
-        if record is not None and out is None:
+        self.settings = ReplaySettings.given(locals())
+        if self.settings.record is not None and out is None:
             raise UsageError("record needs a folder to record into; give out too")
-        if isinstance(step_offset, bool) or not isinstance(step_offset, int):
-            raise UsageError(f"step_offset is {step_offset!r}, expected a whole number")
         self.recording = Recording.open(path)
         self.out = None if out is None else Path(os.path.abspath(out))
-        self._filter = Filter.coerce(filter)
-        self._match_on = MatchOn.parse(match_on)
-        self._step_offset = step_offset
-        self._on_error, self._on_missing = on_error, on_missing
-        self._strict, self._metrics, self._overwrite = strict, metrics, overwrite
-        self._check = check
-        self._replicas = check_replicas(replicas)
         self._transform: Transform | None = None
         self._broken_transform: TransformError | None = None
         if transform is not None:
@@ -139,7 +115,7 @@ class Replayer:
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._frame = self.recording.latest()
-        self._selection = Selection(self._filter)
+        self._selection = Selection(self.settings.filter)
         self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
@@ -177,7 +153,7 @@ class Replayer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-        if error is None and self._strict:
+        if error is None and self.settings.strict:
             problems = self.problems()
             if problems:
                 raise ReplayError("; ".join(problems))
@@ -190,13 +166,13 @@ class Replayer:
 
     def problems(self) -> list[str]:
         """Return why the replay on this rank is not to be trusted; empty where it is."""
-        found = self.summary().problems(self._strict, self._selection.refused)
+        found = self.summary().problems(self.settings.strict, self._selection.refused)
         return [self.reason, *found] if self.reason else found
 
     def summary(self) -> Summary:
         """Return what the replay came to on this rank."""
-        world = self._ranks.current.world_size
-        return summarize(self.log(), self._frame, self._filter, world, self._step_offset)
+        world, settings = self._ranks.current.world_size, self.settings
+        return summarize(self.log(), self._frame, settings.filter, world, settings.step_offset)
 
     def on_step(self) -> None:
         """End an iteration."""
@@ -279,7 +255,7 @@ class Replayer:
                 self._say(self.reason)
         write_report(
             {
-                "session": "GRAFT_REPLAY",
+                "session": ReplaySettings.PREFIX,
                 "rank": self._ranks.current.rank,
                 "world_size": self._ranks.current.world_size,
                 "state": "failed" if self.reason else "complete" if state == "running" else state,
@@ -314,15 +290,19 @@ class Replayer:
         with self._lock:
             if self._matcher is not None or self.state != "running":
                 return self._matcher is not None
-            rank = self._ranks.current
+            rank, settings = self._ranks.current, self.settings
             try:
                 self._log = ReplayLog(
                     self.out,
                     f"{rank_folder(rank.rank)}-a{self._job.attempt}",
-                    overwrite=self._overwrite,
+                    overwrite=settings.overwrite,
                 )
                 self._matcher = Matcher(
-                    self._frame, self._match_on, self._filter, rank.rank, self._step_offset
+                    self._frame,
+                    MatchOn.parse(settings.match_on),
+                    settings.filter,
+                    rank.rank,
+                    settings.step_offset,
                 )
                 self._made = Replacements(
                     self.recording,
@@ -330,9 +310,9 @@ class Replayer:
                     self._matcher,
                     self._broken_transform or self._transform,
                     rank,
-                    self._metrics,
-                    self._check,
-                    self._replicas,
+                    settings.metrics,
+                    settings.check,
+                    settings.replicas,
                     self._warn_of,
                 )
             except (GraftError, OSError) as err:
@@ -353,23 +333,26 @@ class Replayer:
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
     ) -> None:
         """Graft onto a tensor in place."""
-        facts: dict[str, Any] = {}
+        match: Match | None = None
+        made: Replacement | None = None
         error: GraftError | None = None
         try:
             with plainly():
                 target, placements = local_part(value)
                 graft.check_target(target)
                 mesh = self._replacements.mesh(selected)
-                new = self._replacements.make(call, selected, target, kind, placements, mesh, facts)
-                graft.overwrite(target, new)
-            if callable(call.given):
-                made = "what was grafted is the result of the tap's callable"
-                facts["message"] = joined(facts.get("message"), made)
+                match = self._replacements.find(selected, kind)
+                made = self._replacements.make(
+                    call, selected, target, kind, placements, mesh, match
+                )
+                graft.overwrite(target, made.tensor)
         except Exception as err:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
-        self._finish(selected, kind, start, error, **facts)
+        of_callable = "what was grafted is the result of the tap's callable"
+        note = joined(made.note if made else "", of_callable if callable(call.given) else "")
+        self._finish(selected, kind, start, error, match, made, note)
 
     def _on_gradient(
         self, call: Call, selected: Selected, grad: torch.Tensor, mesh: FrozenMesh | None
@@ -378,36 +361,40 @@ class Replayer:
         if self.state != "running":
             return None
         start = time.perf_counter()
-        facts: dict[str, Any] = {}
+        match: Match | None = None
+        made: Replacement | None = None
         error: GraftError | None = None
         replaced: torch.Tensor | None = None
         try:
             copy = grad.clone()  # in its graph, for whoever differentiates twice
             with plainly():
                 target, placements = local_part(copy)
-                new = self._replacements.make(
-                    call, selected, target, "grad", placements, mesh, facts
+                match = self._replacements.find(selected, "grad")
+                made = self._replacements.make(
+                    call, selected, target, "grad", placements, mesh, match
                 )
-                graft.overwrite(target, new)
+                graft.overwrite(target, made.tensor)
             replaced = copy
         except Exception as err:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
-        self._finish(selected, "grad", start, error, **facts)
+        self._finish(selected, "grad", start, error, match, made, made.note if made else "")
         return replaced
 
     def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
-        """Hold a value against the recorded one; values have no memory to graft onto."""
-        facts: dict[str, Any] = {}
+        """Compare a value with the recorded one; values have no memory to graft onto."""
+        match: Match | None = None
         error: GraftError | None = None
+        verdict = ""
         try:
-            self._replacements.compare(selected, value, facts)
+            match = self._replacements.find(selected, "value")
+            verdict = self._replacements.compare(value, match)
         except Exception as err:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
-        self._finish(selected, "value", start, error, **facts)
+        self._finish(selected, "value", start, error, match, note=verdict)
 
     def _finish(
         self,
@@ -415,16 +402,17 @@ class Replayer:
         kind: str,
         start: float,
         error: GraftError | None,
-        **facts: Any,
+        match: Match | None = None,
+        made: Replacement | None = None,
+        note: str = "",
     ) -> None:
         """Log what came of a tap, say it where it failed, raise where that was asked for."""
-        outcome = "compared" if kind == "value" else "grafted"
+        outcome, message = "compared" if kind == "value" else "grafted", note
         if error is not None:
             outcome = "missing" if isinstance(error, MissingRecord) else "error"
-            facts = {k: v for k, v in facts.items() if k == "n_senders"}
-            facts["message"] = " ".join(str(error).split("\n"))
+            message = " ".join(str(error).split("\n"))
         key = selected.key
-        row = {
+        row: LogRow = {
             "rank": self._ranks.current.rank,
             "seq": self._selection.next_seq() if kind == "grad" else selected.seq,
             "step": key.step,
@@ -433,23 +421,30 @@ class Replayer:
             "tags": selected.text,
             "kind": kind,
             "outcome": outcome,
-            "message": "",
+            "message": message,
             "seconds": time.perf_counter() - start,
-            **facts,
         }
+        if match is not None:
+            row["n_senders"] = len(match.rows)
+            if error is None:
+                row["senders"] = self._replacements.senders(match)
+        if made is not None and error is None:
+            row["numel"] = made.tensor.numel()
+            if figures := made.figures:
+                row["rel_diff"], row["max_abs"] = figures.rel_diff, figures.max_abs
+                row["mean_abs"], row["changed"] = figures.mean_abs, figures.changed
         self._write(row)
         if error is None:
             return
         tap = f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
-        policy = self._on_missing if outcome == "missing" else self._on_error
+        policy = self.settings.on_missing if outcome == "missing" else self.settings.on_error
         if policy == "raise":
-            raise ReplayError(f"tap {tap} was not grafted: {row['message']}") from error
+            raise ReplayError(f"tap {tap} was not grafted: {message}") from error
         self._once(
-            (key.name, outcome, type(error).__name__),
-            f"tap {tap} was not grafted: {row['message']}",
+            (key.name, outcome, type(error).__name__), f"tap {tap} was not grafted: {message}"
         )
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: LogRow) -> None:
         assert self._log is not None  # `_ensure_log` made it
         try:
             self._log.add(row)
@@ -457,7 +452,9 @@ class Replayer:
             # The graft itself is done; only the trace of it is lost, and that is said.
             self.reason = f"the log cannot be written: {err.strerror or err}"
             self._say(self.reason)
-            write_report({"session": "GRAFT_REPLAY", "state": "failed", "reason": self.reason})
+            write_report(
+                {"session": ReplaySettings.PREFIX, "state": "failed", "reason": self.reason}
+            )
 
     def _once(self, about: tuple[str, ...], message: str) -> None:
         self._warnings.once(about, message, self._where())
@@ -483,30 +480,13 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
     Raises:
         GraftError: a variable cannot be used, or the recording cannot be read.
     """
-    offset = environ.get("GRAFT_REPLAY_STEP_OFFSET") or "0"
-    try:
-        step_offset = int(offset)
-    except ValueError:
-        raise UsageError(f"GRAFT_REPLAY_STEP_OFFSET={offset!r} is no whole number") from None
-    session = Replayer(
-        environ["GRAFT_REPLAY"],
-        filter=environ.get("GRAFT_REPLAY_FILTER") or None,
-        out=environ.get("GRAFT_REPLAY_OUT") or None,
-        record=environ.get("GRAFT_REPLAY_RECORD") or None,
-        match_on=environ.get("GRAFT_REPLAY_MATCH_ON") or None,
-        step_offset=step_offset,
-        on_error=environ.get("GRAFT_REPLAY_ON_ERROR") or "skip",
-        on_missing=environ.get("GRAFT_REPLAY_ON_MISSING") or "skip",
-        strict=environ.get("GRAFT_REPLAY_STRICT") == "1",
-        check=environ.get("GRAFT_REPLAY_CHECK") != "0",
-        replicas=environ.get("GRAFT_REPLAY_REPLICAS") or "error",
-        metrics=environ.get("GRAFT_REPLAY_METRICS") != "0",
-        overwrite=environ.get("GRAFT_REPLAY_OVERWRITE") == "1",
-    )
-    path = environ.get("GRAFT_REPLAY_TRANSFORM")
-    if path:
+    settings = {**vars(ReplaySettings.from_variables(environ))}
+    path, out = environ["GRAFT_REPLAY"], environ.get("GRAFT_REPLAY_OUT") or None
+    transform = settings.pop("transform")
+    session = Replayer(path, out=out, **settings)
+    if transform is not None:
         try:
-            session._transform = transforms.load(path)
+            session._transform = transforms.load(transform)
         except TransformError as err:
             session._broken_transform = err
     return session.start(lazily=True)

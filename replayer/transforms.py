@@ -12,7 +12,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,6 @@ Function = Callable[..., Any]
 HOW = "name a transform with --transform pkg.mod.fn (or Replayer(transform=...))"
 
 
-@dataclass(frozen=True)
 class GraftInput:
     """What a transform with one argument receives. All of it is the transform's own.
 
@@ -37,7 +35,6 @@ class GraftInput:
         received_list: the sender slice: one tensor per sender rank, in rank order, on the
             receiver's device; None where that rank has none.
         received_extras_list: each sender's extras, {} where it gave none, None where it has none.
-        target: a copy of the receiver's tensor; its local part where it is a DTensor.
         key: the tap's key on the receiver.
         rank: the receiver's rank.
         world_size: the number of receivers.
@@ -46,16 +43,47 @@ class GraftInput:
         sender_dims: the senders' declared layout, "" where they have none.
     """
 
-    tags: dict[str, Any]
-    received_list: list[torch.Tensor | None]
-    received_extras_list: list[dict[str, Any] | None]
-    target: torch.Tensor
-    key: Key
-    rank: int
-    world_size: int
-    sender_world_size: int
-    dims: str = ""
-    sender_dims: str = ""
+    def __init__(
+        self,
+        tags: dict[str, Any],
+        received_list: list[torch.Tensor | None],
+        received_extras_list: list[dict[str, Any] | None],
+        target: torch.Tensor,
+        key: Key,
+        rank: int,
+        world_size: int,
+        sender_world_size: int,
+        dims: str = "",
+        sender_dims: str = "",
+        *,
+        relayout: Relayout | None = None,
+    ) -> None:
+        self.tags = tags
+        self.received_list = received_list
+        self.received_extras_list = received_extras_list
+        self.key = key
+        self.rank = rank
+        self.world_size = world_size
+        self.sender_world_size = sender_world_size
+        self.dims = dims
+        self.sender_dims = sender_dims
+        self._given: torch.Tensor | None = target
+        self._target: torch.Tensor | None = None
+        self._relayout = relayout
+
+    @property
+    def target(self) -> torch.Tensor:
+        """A copy of the receiver's tensor, made when it is first asked for; of a DTensor's its
+        local part.
+        """
+        if self._target is None:
+            if self._given is None:
+                raise AttributeError(
+                    "g.target is gone once the transform has returned; copy it there"
+                )
+            with torch.no_grad():
+                self._target = self._given.detach().clone()
+        return self._target
 
     def logical(self) -> torch.Tensor:
         """Return the whole tensor that the senders' blocks are parts of, on the receiver's device.
@@ -77,40 +105,15 @@ class GraftInput:
         return self._layouts().to_local(logical)
 
     def _layouts(self) -> Relayout:
-        found: Relayout | None = self.__dict__.get("_relayout")
-        if found is None:
+        if self._relayout is None:
             raise TransformError(
                 "g.logical and g.to_local are there in a replay, until the transform has returned"
             )
-        return found
-
-    @classmethod
-    def on(cls, target: torch.Tensor, relayout: Relayout | None, **facts: Any) -> GraftInput:
-        """Return an input whose `target` is copied if and when the transform asks for it."""
-        g = object.__new__(cls)
-        for name, value in {"dims": "", "sender_dims": "", **facts}.items():
-            object.__setattr__(g, name, value)
-        object.__setattr__(g, "_given", target)
-        object.__setattr__(g, "_relayout", relayout)
-        return g
-
-    def __getattr__(self, name: str) -> Any:
-        # Called for what is not there: `target`, until it is asked for.
-        given = self.__dict__.get("_given")
-        if name != "target" or given is None:
-            raise AttributeError(
-                "g.target is gone once the transform has returned; copy it there"
-                if name == "target"
-                else f"a GraftInput has no attribute {name!r}"
-            )
-        with torch.no_grad():
-            object.__setattr__(self, "target", given.detach().clone())
-        return self.__dict__["target"]
+        return self._relayout
 
     def done(self) -> None:
         """Let go of the receiver's tensor: it is about to change."""
-        self.__dict__.pop("_given", None)
-        self.__dict__.pop("_relayout", None)
+        self._given = self._relayout = None
 
 
 class Transform:
@@ -213,16 +216,16 @@ def identity(
             f"identity by rank needs as many senders as receivers, and there are {len(received)} "
             f"senders and {world_size} receivers; {HOW}"
         )
-    mine = received[rank]
-    if mine is None:
+    own = received[rank]
+    if own is None:
         have = [sender for sender, tensor in enumerate(received) if tensor is not None]
         raise TransformError(
             f"identity by rank needs a record of sender rank {rank}, and only rank "
             f"{', '.join(map(str, have))} recorded this key; {HOW}"
         )
-    if mine.shape != target.shape:
+    if own.shape != target.shape:
         raise TransformError(
-            f"identity by rank needs equal shapes, and the record has {list(mine.shape)}, "
+            f"identity by rank needs equal shapes, and the record has {list(own.shape)}, "
             f"the target {list(target.shape)}; {HOW}"
         )
-    return mine
+    return own

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from recorder import Recorder, Recording
-from recorder.tap import active_sessions
+from recorder.taps.sessions import active_sessions
 from replayer import Replayer
 
 BIN = Path(sys.executable).parent

@@ -11,7 +11,7 @@ import pytest
 from recorder.format import schema
 from replayer import log
 from replayer.cli import main
-from replayer.diffing import table
+from replayer.diffing import columns
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,7 +41,7 @@ def test_every_variable_is_described():
 
 
 def test_every_column_is_described():
-    for column in [*schema.COLUMNS, *log.COLUMNS, *table.COLUMNS]:
+    for column in [*schema.COLUMNS, *log.COLUMNS, *columns.COLUMNS]:
         assert f"`{column}`" in README, column
 
 

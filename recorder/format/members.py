@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ..errors import DamagedRecording, MixedRecordings, UnsupportedVersion
-from ..layouts.mesh import MOST_AXES, MOST_RANKS, FrozenMesh, frozen
-from .schema import ATTEMPT, FORMAT_VERSION, RANK_FOLDER, rank_folder, read_json
+from ..errors import DamagedRecording
+from .claims import ClaimData, attempt_files, check_claim, read_claim
+from .schema import RANK_FOLDER, Description, rank_folder
 
 
 class Incomplete(NamedTuple):
@@ -50,7 +50,7 @@ def rank_folders(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def read_claims(run: Path, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_claims(run: Path, about: Description) -> list[ClaimData]:
     """Return what each attempt of each rank says of itself, by rank and attempt.
 
     Raises:
@@ -60,35 +60,15 @@ def read_claims(run: Path, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     found = []
     for rank, folder in rank_folders(run):
-        for path in folder.iterdir():
-            match = ATTEMPT.fullmatch(path.name)
-            if match:
-                claim = {**read_json(path), "attempt": int(match[1])}
-                check_claim(path, claim, rank, meta)
-                found.append(claim)
-    return sorted(found, key=lambda claim: (claim["rank"], claim["attempt"]))
-
-
-def check_claim(path: Path, claim: Mapping[str, Any], rank: int, meta: Mapping[str, Any]) -> None:
-    """Refuse a claim that is not of this rank of this recording; see `read_claims`."""
-    if claim.get("format_version") != FORMAT_VERSION:
-        raise UnsupportedVersion(path, claim.get("format_version"), FORMAT_VERSION)
-    if claim.get("rank") != rank:
-        raise DamagedRecording(path, f"it is of rank {claim.get('rank')!r}, its folder of {rank}")
-    if not isinstance(claim.get("state"), str) or not isinstance(claim.get("rows", 0), int):
-        raise DamagedRecording(path, "its state or rows are none")
-    if checked_meshes(claim.get("meshes", [])) is None:
-        raise DamagedRecording(path, "its meshes are none")
-    same = any(
-        claim.get(theirs) and claim.get(theirs) == meta.get(ours)
-        for theirs, ours in (("recording", "id"), ("job", "job"), ("launcher", "launcher"))
-    )
-    if not same:
-        raise MixedRecordings(path, claim.get("recording"), meta.get("id"))
+        for attempt, path in attempt_files(folder):
+            claim = read_claim(path, attempt)
+            check_claim(path, claim, rank, about)
+            found.append(claim)
+    return found
 
 
 def incomplete(
-    world_size: int, claims: Sequence[Mapping[str, Any]], last_steps: Mapping[int, int]
+    world_size: int, claims: Sequence[ClaimData], last_steps: Mapping[int, int]
 ) -> list[Incomplete]:
     """Return the ranks whose latest attempt is not whole, by rank.
 
@@ -117,35 +97,3 @@ def incomplete(
         elif 0 <= last < furthest:
             found.append(Incomplete(rank, "behind", last + 1, f"closed, but {where}"))
     return found
-
-
-def checked_meshes(value: Any) -> list[tuple[int, FrozenMesh | None]] | None:
-    """Return what a claim says of a rank's meshes, each with the seq from which on it held.
-
-    None where it is no such thing: it comes from a file.
-    """
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        return None
-    found: list[tuple[int, FrozenMesh | None]] = []
-    for entry in value:
-        seq, axes = entry.get("seq"), entry.get("axes")
-        if type(seq) is not int or not (axes is None or _are_axes(axes)):
-            return None
-        if found and seq < found[-1][0]:
-            return None
-        found.append((seq, frozen(axes and {axis: (k, n) for axis, (k, n) in axes.items()})))
-    return found
-
-
-def _are_axes(axes: Any) -> bool:
-    return (
-        isinstance(axes, dict)
-        and len(axes) <= MOST_AXES
-        and all(
-            isinstance(place, list)
-            and len(place) == 2
-            and all(type(n) is int for n in place)
-            and 0 <= place[0] < place[1] < MOST_RANKS
-            for place in axes.values()
-        )
-    )

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DamagedRecording
-from .journal import read_journal, read_parquet
-from .parquet import check_claims
-from .rows import MOST_TAG_BYTES, parse_tags
+from ..tags import MOST_TAG_BYTES
+from .inflation import check_claims
+from .journal import read_journal
+from .rows import parse_tags
 from .schema import COLUMNS, PART, polars_schema, rank_folder, stem
 from .shard import Place
+from .tables import read_parquet
 
 if TYPE_CHECKING:
     import polars as pl

@@ -5,7 +5,6 @@ Small payloads are read, large ones mapped copy-on-write: either way the tensor 
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import os
@@ -123,11 +122,3 @@ def restore(
     if data.nbytes >= _MAPPED_FROM and raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()  # safetensors packs payloads without gaps, so one may be misaligned
     return raw.view(dtype).view(tuple(shape))
-
-
-def bytes_of(raw: torch.Tensor) -> memoryview:
-    """Return a contiguous CPU tensor's bytes without copying; keep the tensor alive meanwhile."""
-    nbytes = raw.numel() * raw.element_size()
-    if nbytes == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * nbytes).from_address(raw.data_ptr())).cast("B")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DamagedRecording, FilterError
 from ..filters import Filter
 from ..tags import TagValue
+from .schema import ManifestRow
 
 if TYPE_CHECKING:
     import polars as pl
 
 
-MOST_TAG_BYTES = 64 << 10
-"""Of a record's name, and of its tags as JSON."""
 _MOST_COLUMNS = 1_000
 
 
@@ -32,6 +31,16 @@ def parse_tags(text: str, path: object = "the manifest") -> dict[str, TagValue]:
     if not isinstance(tags, dict):
         raise DamagedRecording(path, f"a row's tags are {text!r:.80}, expected a JSON object")
     return tags
+
+
+def rows_of(frame: pl.DataFrame) -> Iterator[ManifestRow]:
+    """Yield the rows of a manifest, or of some of its columns."""
+    return cast("Iterator[ManifestRow]", frame.iter_rows(named=True))
+
+
+def row_at(frame: pl.DataFrame, number: int) -> ManifestRow:
+    """Return one row of a manifest, or of some of its columns."""
+    return cast(ManifestRow, dict(zip(frame.columns, frame.row(number), strict=True)))
 
 
 def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
@@ -71,7 +80,7 @@ def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
 def matching(
     frame: pl.DataFrame,
     filter: Filter,
-    env: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    env: Callable[[ManifestRow], Mapping[str, Any]] | None = None,
     *,
     lenient: bool = False,
 ) -> pl.Series:
@@ -93,7 +102,7 @@ def matching(
         subset=by, maintain_order=True
     )
     verdicts = []
-    for row in unique.iter_rows(named=True):
+    for row in rows_of(unique):
         own = env(row) if env else {"rank": row["rank"], "step": row["step"]}
         tags = {**parse_tags(row["tags"]), "name": row["name"], "kind": row["kind"], **own}
         try:

@@ -19,8 +19,9 @@ import json
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from ..errors import DamagedRecording, NotARecording, RecordingError, UnsupportedVersion
 from ..ranks import MAX_WORLD_SIZE
@@ -34,9 +35,6 @@ RECORDING = "recording.json"
 RANK_FOLDER = re.compile(r"rank-(\d{5,7})")
 PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)")
 ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
-LEVELS = ("tensors", "stats", "digests")
-WHEN_FULL = ("hold", "drop")
-FSYNC = ("off", "shard", "step")
 _MAX_JSON = 4 << 20
 
 COLUMNS = {
@@ -71,6 +69,64 @@ STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
 """The columns that follow in the journal when there is time."""
 
 
+class ManifestRow(TypedDict, total=False):
+    """A row of the manifest, as it is read; on its way there what is not known yet is absent."""
+
+    rank: int
+    seq: int
+    step: int
+    name: str
+    occurrence: int
+    tags: str
+    kind: str
+    dtype: str
+    shape: list[int] | None
+    dims: str | None
+    extras: str | None
+    value: str | None
+    nbytes: int
+    digest: str
+    shard: str | None
+    tensor: str | None
+    min: float | None
+    max: float | None
+    mean: float | None
+    std: float | None
+    l2: float | None
+    nan_count: int | None
+    inf_count: int | None
+    time_ns: int
+    attempt: int
+    """Of the file that it is read from; no column there."""
+    offset: int
+    """Of the payload in the shard that is open; in the journal alone."""
+
+
+class Ended(TypedDict):
+    """That an attempt ended early, and why."""
+
+    rank: int
+    attempt: int
+    state: str
+    reason: str
+
+
+class Description(TypedDict, total=False):
+    """What `recording.json` says."""
+
+    format_version: int
+    id: str
+    world_size: int
+    job: str
+    launcher: str
+    created_ns: int
+    command: list[str]
+    options: dict[str, Any]
+    provenance: dict[str, Any]
+    ended: list[Ended]
+    repaired_from: str | None
+
+
 def polars_schema(columns: dict[str, str]) -> dict[str, pl.DataType]:
     """Return columns as a polars schema."""
     import polars as pl
@@ -92,7 +148,7 @@ def stem(attempt: int, index: int) -> str:
     return f"a{attempt}-{index:05d}"
 
 
-def json_bytes(data: dict[str, Any]) -> bytes:
+def json_bytes(data: Mapping[str, Any]) -> bytes:
     """Return a description or a claim as it is written."""
     return (json.dumps(data, indent=2) + "\n").encode()
 
@@ -124,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_recording_json(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> Description:
     """Return `recording.json`, its version checked.
 
     Raises:
@@ -147,4 +203,4 @@ def read_recording_json(folder: Path) -> dict[str, Any]:
     for part in ("options", "provenance"):
         if not isinstance(data.get(part, {}), dict):
             raise DamagedRecording(path, f"{part} is no JSON object")
-    return data
+    return cast(Description, data)

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
-from ..capture import as_bits
+from ..bits import as_bits
 from ..errors import LayoutError, ReplicasDiffer, UsageError
 from .blocks import Block
+from .dims import REPLICAS
 from .plan import Move, Plan
 from .runs import Piece
 
 Read = Callable[[int, float], torch.Tensor]
 """(sender rank, which part of its elements is needed) -> its tensor."""
-REPLICAS = ("error", "first", "mean")
 _MANY_PIECES = 64
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
+from ..mesh import FrozenMesh
 from . import runs as r
 from .dims import TOKENS, Cut, Dim, Dims
 from .lengths import Lengths
-from .mesh import FrozenMesh
 from .runs import Runs
 
 SEQUENCES_OVER = "cp"

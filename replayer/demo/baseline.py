@@ -1,6 +1,6 @@
 """The demo's baseline job: the model as it should be."""
 
-from replayer.demo.model import run_job
+from .model import run_job
 
 if __name__ == "__main__":
     run_job("baseline")

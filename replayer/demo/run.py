@@ -25,9 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from recorder import Recording
-from replayer.compare import difference
-from replayer.demo.model import STEPS
-from replayer.demo.target import FAULTY_LAYER
+
+from ..measuring.compare import difference
+from .model import STEPS
+from .target import FAULTY_LAYER
 
 GRAFTED_TAP = "attn_q"  # the first tap after the fault
 TOLERANCE = 1e-5  # 4 and 2 ranks sum in another order, so outputs are equal up to rounding

@@ -1,6 +1,6 @@
 """The demo's target job: the same model, but one layer forgot to scale its queries by 1/sqrt(d)."""
 
-from replayer.demo.model import run_job
+from .model import run_job
 
 FAULTY_LAYER = 2
 

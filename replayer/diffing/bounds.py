@@ -13,8 +13,8 @@ import math
 import polars as pl
 import torch
 
-from .measures import tolerances
-from .rules import slack
+from ..measuring.measures import tolerances
+from ..rules import slack
 
 _SLACK = 1e-9  # of the figures compared: they were rounded themselves
 STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")

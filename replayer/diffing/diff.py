@@ -20,21 +20,21 @@ import polars as pl
 
 from recorder.errors import GraftError, UsageError
 from recorder.filters import Filter
-from recorder.format.recording import Recording
 from recorder.format.rows import parse_tags, tag_columns
 from recorder.ranks import Rank
+from recorder.recording import Recording
 from recorder.sizes import count
 
 from ..match import MatchOn
-from .by import MOST_INDICES
+from ..pairing.pairs import Pairs, pair
+from ..pairing.rename import Rename
+from ..pairing.tensors import Two
+from ..rules import Rules, Threshold, floors_of
+from .columns import COLUMNS, OUTCOMES, DiffRow, rows_of
 from .nothing import why_nothing
-from .pairing import Pairs, pair
-from .rename import Rename
-from .rules import Rules, Threshold, floors_of
 from .spread import ALONE, gathered, group, launched, share
-from .table import COLUMNS, OUTCOMES, assembled, base_of, fingerprint, tasks_of, values_of
-from .tensors import Row, Two
-from .work import MEMORY, Crew, Options, Task
+from .table import assembled, base_of, fingerprint, tasks_of, values_of
+from .work import MEMORY, MOST_INDICES, Crew, Options, Task
 
 GOOD = ("equal", "close")
 _MISSING = ("only_a", "only_b")
@@ -104,7 +104,7 @@ class Diff:
         """How many pairs have a record on both sides."""
         return self.table.filter(_IS_COMPARED).height
 
-    def first(self, how: str) -> dict[str, Any] | None:
+    def first(self, how: str) -> DiffRow | None:
         """Return the row of the first divergence, None where there is none.
 
         Args:
@@ -117,7 +117,7 @@ class Diff:
         if how not in ("bitwise", "tolerance"):
             raise UsageError(f"there is no first divergence {how!r}; ask for bitwise or tolerance")
         rows = self.pairs.filter(pl.col("first").is_in([how, "both"]))
-        return rows.row(0, named=True) if rows.height else None
+        return next(rows_of(rows), None)
 
     @property
     def status(self) -> int:
@@ -321,7 +321,7 @@ class _Comparison(NamedTuple):
     def of(self, pairs: Pairs, rules: Rules) -> _Compared:
         base = base_of(pairs)
         tasks, unread = ([], 0) if self.manifest_only else tasks_of(pairs, base)
-        rows: list[Row] = []
+        rows: list[DiffRow] = []
         problem: GraftError | None = None
         mine = share(tasks, self.rank)
         if mine:

@@ -10,7 +10,7 @@ from recorder.filters import Filter
 from recorder.format.rows import parse_tags
 from recorder.tags import label
 
-from .pairing import Pairs
+from ..pairing.pairs import Pairs
 
 
 def why_nothing(pairs: Pairs, filter: Filter | None) -> str:

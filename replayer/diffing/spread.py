@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from recorder.bits import bytes_of
 from recorder.errors import GraftError, UsageError
-from recorder.format.payload import bytes_of
 from recorder.ranks import Rank, from_variables
 
-from .tensors import Row
+from .columns import DiffRow
 from .work import Task
 
 ALONE = Rank(0, 1, "default")
@@ -70,8 +70,8 @@ def share(tasks: Sequence[Task], rank: Rank) -> list[Task]:
 
 
 def gathered(
-    rows: list[Row], problem: GraftError | None, fingerprint: str, rank: Rank
-) -> list[Row] | None:
+    rows: list[DiffRow], problem: GraftError | None, fingerprint: str, rank: Rank
+) -> list[DiffRow] | None:
     """Return the rows of all ranks on rank 0, None on the others.
 
     Args:

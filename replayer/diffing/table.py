@@ -7,49 +7,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import polars as pl
 import torch
 import xxhash
 
-from recorder.format.rows import parse_tags
+from recorder.format.rows import parse_tags, row_at, rows_of
+from recorder.format.schema import ManifestRow
 
+from ..measuring.measures import measure
+from ..pairing.pairs import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
+from ..rules import Rules
 from . import bounds
-from .measures import measure
-from .pairing import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
-from .rules import Rules
-from .tensors import Row
+from .columns import COLUMNS, DiffRow, row_of
 from .work import Task
-
-OUTCOMES = ("differs", "shape", "error", "unmeasured", "only_a", "only_b", "close", "equal")
-"""From the worst on: `equal` is bit for bit, `close` within tolerance, `unmeasured` other bytes
-whose elements were not read."""
-
-COLUMNS: dict[str, Any] = {
-    "pair": pl.Int64, "name": pl.String, "tags": pl.String, "kind": pl.String, "step": pl.Int64,
-    "occurrence": pl.Int32, "rank": pl.Int32, "outcome": pl.String, "first": pl.String,
-    "by": pl.String, "index": pl.Int64, "reordered": pl.Boolean, "how": pl.String,
-    "name_b": pl.String, "tags_b": pl.String, "step_b": pl.Int64, "occurrence_b": pl.Int32,
-    "dtype_a": pl.String, "dtype_b": pl.String, "shape_a": pl.List(pl.Int64),
-    "shape_b": pl.List(pl.Int64), "dim_names": pl.List(pl.String), "ranks_a": pl.List(pl.Int32),
-    "ranks_b": pl.List(pl.Int32), "ranks_differ": pl.List(pl.Int32), "numel": pl.Int64,
-    "bitwise": pl.Boolean, "changed": pl.Int64, "mismatched": pl.Int64,
-    "max_beyond": pl.Float64, "max_beyond_at": pl.List(pl.Int64), "rtol": pl.Float64,
-    "atol": pl.Float64, "rel_diff": pl.Float64, "cosine": pl.Float64, "max_abs": pl.Float64,
-    "max_abs_at": pl.List(pl.Int64), "max_abs_a": pl.Float64, "max_abs_b": pl.Float64,
-    "max_rel": pl.Float64, "max_rel_at": pl.List(pl.Int64), "max_rel_a": pl.Float64,
-    "max_rel_b": pl.Float64, "mean_abs": pl.Float64, "bias": pl.Float64, "p50": pl.Float64,
-    "p99": pl.Float64, "p999": pl.Float64, "max_ulp": pl.Int64,
-    "l2_a": pl.Float64, "l2_b": pl.Float64, "nan_a": pl.Int64,
-    "nan_b": pl.Int64, "inf_a": pl.Int64, "inf_b": pl.Int64,
-    "odd_at": pl.List(pl.Int64), "at_least": pl.Float64,
-    "floor_rel_diff": pl.Float64, "floor_max_abs": pl.Float64, "times_floor": pl.Float64,
-    "value_a": pl.String, "value_b": pl.String, "message": pl.String,
-}  # fmt: skip
-"""The columns of a diff's table, in order."""
-
 
 _UNALIGNED = (
     "the ranks' shapes differ, as do the numbers of ranks, and no layout says how it is cut; "
@@ -62,7 +35,7 @@ _UNKNOWN = (
 _OF_BOTH = ("rank", "step", "name", "tags", "occurrence", "kind", "dtype", "shape", "value")
 _REPLACED = ("rank", "ranks_a", "ranks_b", "shape_a", "shape_b")
 """Columns in which what was measured has the last word."""
-_SAME: dict[str, Any] = {
+_SAME: DiffRow = {
     "changed": 0, "mismatched": 0, "rel_diff": 0.0, "max_abs": 0.0, "mean_abs": 0.0, "cosine": 1.0,
 }  # fmt: skip
 
@@ -119,7 +92,7 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
         if how == LAYOUT:
             rows = [known[key] for known in of_key]
         else:
-            rows = [[pairs.a.frame.row(a, named=True)], [pairs.b.frame.row(b, named=True)]]
+            rows = [[row_at(pairs.a.frame, a)], [row_at(pairs.b.frame, b)]]
         if any(row["shard"] is None for side in rows for row in side):
             unread += 1
         else:
@@ -127,27 +100,27 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
     return found, unread
 
 
-def _rows_of_keys(frame: pl.DataFrame, keys: pl.Series) -> dict[int, list[Row]]:
-    found: dict[int, list[Row]] = {}
+def _rows_of_keys(frame: pl.DataFrame, keys: pl.Series) -> dict[int, list[ManifestRow]]:
+    found: dict[int, list[ManifestRow]] = {}
     wanted = frame.filter(pl.col("key").is_in(keys.implode())).sort("rank")
-    for row in wanted.iter_rows(named=True):
-        found.setdefault(row["key"], []).append(row)
+    for key, row in zip(wanted["key"].to_list(), rows_of(wanted), strict=True):
+        found.setdefault(key, []).append(row)
     return found
 
 
-def values_of(table: pl.DataFrame) -> list[Row]:
+def values_of(table: pl.DataFrame) -> list[DiffRow]:
     """Return the measures of recorded numbers, strings and lists."""
-    rows: list[Row] = []
+    rows: list[DiffRow] = []
     known = table.filter(pl.col("state") == VALUE).select("pair", "value_a", "value_b")
     for number, one, other in known.iter_rows():
-        figures = {**_SAME, "bitwise": True} if one == other else _of_values(one, other)
-        rows.append({"pair": number, **figures})
+        figures = row_of(_SAME, {"bitwise": True}) if one == other else _of_values(one, other)
+        rows.append(row_of({"pair": number}, figures))
     return rows
 
 
-def _of_values(one: str | None, other: str | None) -> Row:
+def _of_values(one: str | None, other: str | None) -> DiffRow:
     """Compare two values: whole numbers exactly, other numbers as float64, all else as it is."""
-    different: Row = {"bitwise": False, "numel": 1, "changed": 1, "mismatched": 1}
+    different: DiffRow = {"bitwise": False, "numel": 1, "changed": 1, "mismatched": 1}
     try:
         x, y = (json.loads(text) for text in (one or "", other or ""))
     except (ValueError, RecursionError):  # a null, or no JSON
@@ -162,12 +135,12 @@ def _of_values(one: str | None, other: str | None) -> Row:
         wrong = sum(
             p != q or isinstance(p, bool) != isinstance(q, bool) for p, q in zip(x, y, strict=True)
         )
-        return {**different, "numel": len(x), "changed": wrong, "mismatched": wrong}
+        return {"bitwise": False, "numel": len(x), "changed": wrong, "mismatched": wrong}
     numbers = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y))
     tolerance = 0.0 if kinds == {int} else None
     found = vars(measure(*numbers, rtol=tolerance, atol=tolerance))
     nowhere = dict.fromkeys(("max_abs_at", "max_rel_at", "max_beyond_at", "odd_at"))
-    return {**found, "bitwise": False, **nowhere}
+    return row_of(found, {"bitwise": False}, nowhere)
 
 
 def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
@@ -243,7 +216,7 @@ def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
 
 
 def assembled(
-    pairs: Pairs, table: pl.DataFrame, measured: Sequence[Row], rules: Rules
+    pairs: Pairs, table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules
 ) -> pl.DataFrame:
     """Return the table of a diff, `COLUMNS`, in execution order.
 
@@ -275,7 +248,7 @@ def assembled(
         .then(False),
         rank=pl.coalesce("rank", "rank_least"),
         numel=pl.when(is_equal).then(bounds.numel_of(rest["shape_a"])),
-        **{name: pl.when(is_equal).then(value) for name, value in _SAME.items()},
+        **{name: pl.when(is_equal).then(pl.lit(value)) for name, value in _SAME.items()},
     )
     found = done.join(table, on="pair", how="left", suffix="_0").with_columns(
         pl.coalesce(c, f"{c}_0").alias(c) for c in _REPLACED
@@ -301,42 +274,43 @@ def _with_columns(part: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _judged(table: pl.DataFrame, measured: Sequence[Row], rules: Rules) -> pl.DataFrame:
+def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> pl.DataFrame:
     """Return measured rows as a table, each with its outcome."""
     numbers = pl.Series([row["pair"] for row in measured], dtype=pl.UInt32)
     about = table.select("name", "tags", "kind", "step", "rank")[numbers]
-    parsed: dict[str, dict[str, Any]] = {}
+    parsed: dict[str, Mapping[str, Any]] = {}
     rows = []
     for row, known in zip(measured, about.iter_rows(named=True), strict=True):
         tags = parsed.get(known["tags"])
         if tags is None:
             tags = parsed[known["tags"]] = parse_tags(known["tags"])
-        row = {**known, **row}
-        judged = {**row, **_outcome(row, tags, rules)}
+        row = row_of(known, row)
+        judged = row_of(row, _outcome(row, tags, rules))
         if row.get("parts"):
             judged["ranks_differ"] = _ranks_that_differ(judged, tags, rules)
         rows.append(judged)
     own = {*table.columns} - {*_REPLACED}
     schema = {**{c: t for c, t in COLUMNS.items() if c not in own}, "pair": pl.UInt32}
-    columns = {name: [row.get(name) for row in rows] for name in schema}
+    made: list[Mapping[str, Any]] = [*rows]
+    columns = {name: [row.get(name) for row in made] for name in schema}
     columns["shape_b"] = columns["shape_a"]
     return pl.DataFrame(columns, schema=schema, strict=False)
 
 
-def _outcome(row: Row, tags: dict[str, Any], rules: Rules) -> Row:
+def _outcome(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> DiffRow:
     failed = row.get("failed")
     if failed is not None:
         return {"outcome": "shape" if failed == "shape" else "error"}
     floor = rules.against_floor(row, row["tags"])
     if row.get("bitwise"):
-        return {"outcome": "equal", **floor}
-    within = rules.is_within({**row, **floor}, tags)
-    return {"outcome": "close" if within else "differs", **floor}
+        return row_of({"outcome": "equal"}, floor)
+    within = rules.is_within(row_of(row, floor), tags)
+    return row_of({"outcome": "close" if within else "differs"}, floor)
 
 
-def _ranks_that_differ(row: Row, tags: dict[str, Any], rules: Rules) -> list[int]:
+def _ranks_that_differ(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> list[int]:
     """Return the target's ranks whose part is not equal, and, where the whole is beyond, beyond."""
-    parts = [(ranks, {**row, **figures, "bitwise": False}) for ranks, figures in row["parts"]]
+    parts = [(ranks, row_of(row, part, {"bitwise": False})) for ranks, part in row["parts"]]
 
     changed = {rank for ranks, part in parts if not part["is_same"] for rank in ranks}
     beyond = {

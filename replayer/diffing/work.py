@@ -10,6 +10,7 @@ What a pair's rows hold depends on nothing but its tensors: not on threads, rank
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +20,19 @@ from typing import Any
 
 import torch
 
-from recorder.capture import as_bits
+from recorder.bits import as_bits
 from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
+from recorder.format.schema import ManifestRow
+from recorder.layouts.dims import TOKENS
 from recorder.layouts.plan import Plan
 
-from .by import rows_of_index
-from .chunks import Map
-from .measures import SEGMENT, Measures, measure
-from .pairing import LAYOUT, Pairs
-from .tensors import Row, Two, by_layout, by_rank
+from ..measuring.by import measure_rows
+from ..measuring.chunks import Map
+from ..measuring.measures import SEGMENT, Measures, measure
+from ..pairing.blocks import by_layout
+from ..pairing.pairs import LAYOUT, Pairs
+from ..pairing.tensors import Two, by_rank
+from .columns import DiffRow, row_of
 
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
@@ -46,8 +51,8 @@ class Task:
 
     pair: int
     how: str
-    a: tuple[Row, ...]
-    b: tuple[Row, ...]
+    a: tuple[ManifestRow, ...]
+    b: tuple[ManifestRow, ...]
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +116,7 @@ class Crew:
         self._of_thread = threading.local()
         self._room = _Room(options.memory)
 
-    def measure(self, tasks: Sequence[Task]) -> Iterator[list[Row]]:
+    def measure(self, tasks: Sequence[Task]) -> Iterator[list[DiffRow]]:
         """Yield the rows of each pair, in order.
 
         A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `shape_a`, `dim_names`, `message`, the
@@ -137,11 +142,11 @@ class Crew:
         finally:
             torch.set_num_threads(before)
 
-    def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[Row]:
+    def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         # Blocks are read, and put together into as much again.
         nbytes = task.nbytes * (2 if task.how == LAYOUT else 1)
         with self._room.of(nbytes):
-            found: list[Row] = []
+            found: list[DiffRow] = []
             try:
                 for two in self.twos(task):
                     found += self._measured(two, run)
@@ -161,7 +166,7 @@ class Crew:
         plans = self._of_thread.__dict__.setdefault("plans", ({}, {}))
         yield from by_layout(a, task.a, b, task.b, check=check, plans=plans)
 
-    def _measured(self, two: Two | LayoutError, run: Callable[..., Iterator[Any]]) -> list[Row]:
+    def _measured(self, two: Two | LayoutError, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         if isinstance(two, LayoutError):
             return [_failed(two)]
         rtol, atol = self._options.rtol, self._options.atol
@@ -175,9 +180,7 @@ class Crew:
         worst = places["odd_at"] or places["max_beyond_at"] or places["max_abs_at"]
         if worst is None and not found.bitwise:
             worst = _first_other_bits(two)
-        row: Row = {
-            **vars(found),
-            **places,
+        about: DiffRow = {
             "rank": two.rank_at(worst),
             "ranks_a": list(two.ranks_a),
             "ranks_b": list(two.ranks_b),
@@ -186,6 +189,7 @@ class Crew:
             "message": two.note,
             "parts": [] if found.bitwise else list(_parts(two, found, how)),
         }
+        row = row_of(vars(found), places, about)
         rows = [row]
         if self._options.by is not None and not found.bitwise:
             rows += rows_of_index(two, self._options.by, found, row)
@@ -206,7 +210,7 @@ def _cores() -> int:
     return max(1, cores // int(peers) if peers.isdigit() and peers != "0" else cores)
 
 
-def _failed(err: Exception) -> Row:
+def _failed(err: Exception) -> DiffRow:
     if isinstance(err, ShapesDiffer):
         return {"failed": "shape", "message": str(err)}
     what = "damaged" if isinstance(err, DamagedRecording) else "layout"
@@ -223,7 +227,7 @@ def _unravelled(index: int | None, shape: Sequence[int]) -> list[int] | None:
     return found[::-1]
 
 
-def _parts(two: Two, found: Measures, run: Map) -> Iterator[tuple[list[int], Row]]:
+def _parts(two: Two, found: Measures, run: Map) -> Iterator[tuple[list[int], DiffRow]]:
     """Yield what each of the target's ranks holds: the ranks, and the figures of that part."""
     parts = list(two.parts())
     for ranks, one, other in parts:
@@ -231,7 +235,7 @@ def _parts(two: Two, found: Measures, run: Map) -> Iterator[tuple[list[int], Row
             yield ranks, {"is_same": False}
             return
         part = measure(one, other, rtol=found.rtol, atol=found.atol, run=run)
-        yield ranks, {**vars(part), "is_same": part.bitwise}
+        yield ranks, row_of(vars(part), {"is_same": part.bitwise})
 
 
 def _first_other_bits(two: Two) -> list[int] | None:
@@ -247,3 +251,44 @@ def _first_other_bits(two: Two) -> list[int] | None:
             return _unravelled(start + int(other.to(torch.uint8).argmax()), two.a.shape)
         start += len(a)
     return None
+
+
+MOST_INDICES = 1 << 20
+"""Of a dim, that get rows of their own."""
+
+
+def dims_called(name: str, dim_names: Sequence[str]) -> int | None:
+    """Return which dim a name means: its label, or its number, from the end where below 0."""
+    if name in dim_names:
+        return list(dim_names).index(name)
+    if name in ("b", "s") and TOKENS in dim_names:  # what they became without their padding
+        return list(dim_names).index(TOKENS)
+    if re.fullmatch("-?[0-9]{1,3}", name) and -len(dim_names) <= int(name) < len(dim_names):
+        return int(name) % len(dim_names)
+    return None
+
+
+def rows_of_index(two: Two, name: str, found: Measures, whole: DiffRow) -> list[DiffRow]:
+    """Return a row for each index of the dim that a name means, none where it means none."""
+    dim = dims_called(name, two.dim_names)
+    if dim is None or two.a.shape[dim] > MOST_INDICES:
+        return []
+    figures = measure_rows(two.a, two.b, (dim,), found.rtol, found.atol)
+    size = two.a.shape[dim]
+    numel = two.a.numel() // max(1, size)
+    rows = []
+    for i in range(size if figures else 0):
+        about: DiffRow = {
+            "by": name if name.lstrip("-").isdecimal() else two.dim_names[dim],
+            "index": i,
+            "numel": numel,
+            "rtol": found.rtol,
+            "atol": found.atol,
+            "bitwise": not figures["changed"][i],
+            "ranks_a": whole["ranks_a"],
+            "ranks_b": whole["ranks_b"],
+            "dim_names": whole["dim_names"],
+            "shape_a": whole["shape_a"],
+        }
+        rows.append(row_of({key: values[i] for key, values in figures.items()}, about))
+    return rows

@@ -11,7 +11,7 @@ from harness import Result, at_most, child, folder, interleaved
 from safetensors.torch import save_file
 
 from recorder import Recorder, tap
-from recorder.format.payload import bytes_of
+from recorder.bits import bytes_of
 
 CHUNK = 64 << 20
 

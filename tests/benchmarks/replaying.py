@@ -17,7 +17,7 @@ from recorder import Recorder, Recording, declare_mesh, tap
 from recorder.format.index import Index, whole_key
 from recorder.format.schema import COLUMNS, polars_schema
 from replayer import Replayer
-from replayer.compare import difference
+from replayer.measuring.compare import difference
 
 _CLAIM = {"format_version": 1, "recording": "made", "state": "complete"}
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recorder import Recorder, Recording, tap
-from recorder import capture as capture_module
-from recorder.capture import pieces
-from recorder.format.payload import bytes_of
-from recorder.staging import Staging
+from recorder import Recorder, Recording, bits, tap
+from recorder.bits import bytes_of, pieces
+from recorder.writing.staging import Staging
 
 DTYPES = sorted(
     {
@@ -151,7 +149,7 @@ def test_inside_vmap_is_refused_with_a_reason(record, capsys):
 
 
 def test_inside_cuda_graph_capture_is_refused_with_a_reason(record, capsys, monkeypatch):
-    monkeypatch.setattr(capture_module, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(bits, "is_capturing", lambda tensor: True)
     apart = torch.ones(4)[::2]  # on the CPU, where nothing is captured, but not at first sight
     assert record(lambda rank: tap("x", apart)).rows().height == 0
     assert "a CUDA graph is being captured" in capsys.readouterr().err

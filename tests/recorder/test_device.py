@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from recorder import Recorder, Recording, tap
-from recorder import staging as staging_module
-from recorder.device import DeviceCopies
-from recorder.staging import Staging
+from recorder.writing import staging as staging_module
+from recorder.writing.device import DeviceCopies
+from recorder.writing.staging import Staging
 
 TURN = threading.RLock()
 

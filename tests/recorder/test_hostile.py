@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from recorder import Recorder, Recording, step, tap
 from recorder.errors import GraftError
 from recorder.format import parts as parts_module
-from recorder.format.parquet import check_claims, measure
+from recorder.format.inflation import check_claims, measure
 from recorder.format.rows import tag_columns
 from recorder.format.shard import read_header
 from recorder.verify import Checker

@@ -14,8 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from recorder import Recorder, Recording, tap
-from recorder import store as store_module
-from recorder import summaries as summaries_module
 from recorder.errors import (
     DamagedRecording,
     NoSuchRecord,
@@ -24,6 +22,9 @@ from recorder.errors import (
     UsageError,
 )
 from recorder.format.schema import COLUMNS
+from recorder.writing import store as store_module
+from recorder.writing import summaries as summaries_module
+from recorder.writing.leftovers import seal_leftovers
 
 
 def job(rank):
@@ -262,7 +263,7 @@ def test_a_torn_journal_line_costs_that_line_alone(run, tmp_path):
     back = Recording.open(killed)
     assert back.rows().height == 3
     assert back.load(0, "x", i=2)[0] == 2
-    store_module.seal_leftovers(killed / "rank-00000", 0)
+    seal_leftovers(killed / "rank-00000", 0)
     assert Recording.open(killed).rows().equals(back.rows())
     assert back.load(0, "x", i=1)[0] == 1
     (shard,) = killed.rglob("*.safetensors")

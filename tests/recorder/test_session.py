@@ -10,11 +10,12 @@ import threading
 import pytest
 import torch
 
-from recorder import Recorder, Recording, claim, step, tap
+from recorder import Recorder, Recording, step, tap
 from recorder.errors import RecordingExists, UsageError
 from recorder.format import shard as shard_module
 from recorder.session import from_environment
-from recorder.tap import activate
+from recorder.taps.sessions import activate
+from recorder.writing import claim
 
 
 def one(rank=0):

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from recorder import Recorder, Recording, signals, tap
-from recorder.signals import _received
+from recorder import Recorder, Recording, tap
+from recorder.taps import signals
+from recorder.taps.signals import _received
 
 JOB = """
     import ctypes, os, sys, time, torch

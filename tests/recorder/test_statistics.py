@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from recorder import scripting
-from recorder import statistics as module
-from recorder.statistics import CHUNK, Statistics, of_many, workspace
+from recorder.writing import statistics as module
+from recorder.writing.statistics import CHUNK, Statistics, of_many, workspace
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 DTYPES += [torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool]

@@ -11,7 +11,8 @@ import torch
 
 from recorder import Recorder, Recording, step, tap
 from recorder.errors import RecordingError
-from recorder.verify import Checker, repair
+from recorder.repair import repair
+from recorder.verify import Checker
 from replayer import Replayer
 
 RANKS, STEPS = 2, 3

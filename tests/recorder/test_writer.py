@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from recorder import Recorder, Recording, progress, step, tap
-from recorder import store as store_module
 from recorder.format import disk, shard
 from recorder.progress import Progress, Teller
-from recorder.staging import Staging
-from recorder.store import Recent
+from recorder.writing import store as store_module
+from recorder.writing.staging import Staging
+from recorder.writing.store import Recent
 
 MIB = 1 << 20
 
@@ -77,7 +77,7 @@ def test_a_payload_whose_first_part_is_in_is_never_dropped_half_way(run):
 
 def test_rows_alone_hold_the_job_too(run, monkeypatch):
     """A million scalars are few bytes of payload and gigabytes of rows."""
-    monkeypatch.setattr("recorder.staging._PARTS", 50)
+    monkeypatch.setattr("recorder.writing.staging._PARTS", 50)
     most = 0
     with Recorder(run) as recorder:
         for i in range(2000):

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from replayer import compare
-from replayer.compare import difference
+from replayer.measuring import compare
+from replayer.measuring.compare import difference
 
 
 def reference(a, b):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from recorder import tap
-from replayer.doctor import examine
+from replayer.commands.doctor import examine
 
 
 def detail(run, **variables):

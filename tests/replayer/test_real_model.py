@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from replayer import diff
-from replayer.diffing.report import lines
+from replayer.showing.lines import lines
 
 JOBS = Path(__file__).parents[1] / "jobs"
 GRAFT = Path(sys.executable).with_name("graft")

@@ -290,14 +290,14 @@ def test_strict_tells_what_was_missed_and_what_was_never_used(record, run):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"on_error": "explode"}, UsageError, "on_error is 'explode'; choose skip or raise"),
+        ({"on_error": "explode"}, UsageError, "on_error is 'explode'; choose one of skip, raise"),
         ({"on_missing": ""}, UsageError, "on_missing is ''"),
         ({"match_on": "name,,layer"}, UsageError, "names an empty tag"),
         ({"match_on": "order,name"}, UsageError, "order stands alone"),
         ({"match_on": "name,name"}, UsageError, "names a tag twice"),
         ({"match_on": "name,recompute"}, UsageError, "cannot use 'recompute'"),
         ({"record": "True"}, UsageError, "record needs a folder"),
-        ({"step_offset": 1.5}, UsageError, "expected a whole number"),
+        ({"step_offset": 1.5}, UsageError, "give a whole number"),
         ({"transform": "no.such.fn"}, TransformError, "cannot be imported"),
         ({"filter": "layer <"}, UsageError, "not a Python expression"),
     ],

@@ -12,9 +12,9 @@ import torch
 from recorder.errors import LayoutError
 from recorder.layouts.assemble import assemble
 from recorder.layouts.blocks import Block
-from recorder.layouts.mesh import frozen
 from recorder.layouts.parse import parse_dims
 from recorder.layouts.plan import plan, whole
+from recorder.mesh import frozen
 
 
 def block(rank, dims, shape, extras=None, **axes):

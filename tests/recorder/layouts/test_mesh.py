@@ -9,10 +9,12 @@ import types
 import pytest
 import torch
 
-from recorder import Recorder, Recording, declare_mesh, report, step, tap
+from recorder import Recorder, Recording, declare_mesh, step, tap
+from recorder.commands import listing as report
 from recorder.errors import GraftError, UsageError
-from recorder.layouts.mesh import current_mesh
-from recorder.verify import Checker, repair
+from recorder.mesh import current_mesh
+from recorder.repair import repair
+from recorder.verify import Checker
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +170,7 @@ def test_each_record_knows_the_mesh_it_was_recorded_under(run):
 
 
 def test_a_mesh_that_never_rests_is_given_up_and_said(run, capsys, monkeypatch):
-    monkeypatch.setattr("recorder.session._MOST_MESHES", 3)
+    monkeypatch.setattr("recorder.writing.standing._MOST_MESHES", 3)
     with Recorder(run):
         for i in range(8):
             declare_mesh(tp=(i % 2, 2))
@@ -206,7 +208,7 @@ def test_meshes_from_a_stranger_are_looked_at_first(run, meshes):
         tap("x", torch.zeros(2), dims="h[tp]")
     claim = run / "rank-00000" / "attempt-0.json"
     claim.write_text(json.dumps({**json.loads(claim.read_text()), "meshes": meshes}))
-    with pytest.raises(GraftError, match="its meshes are none"):
+    with pytest.raises(GraftError, match="its meshes are malformed"):
         Recording.open(run)
 
 

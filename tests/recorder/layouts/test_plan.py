@@ -10,9 +10,9 @@ import pytest
 
 from recorder.layouts.assemble import assemble
 from recorder.layouts.blocks import Block
-from recorder.layouts.mesh import frozen
 from recorder.layouts.parse import parse_dims
 from recorder.layouts.plan import plan, whole
+from recorder.mesh import frozen
 
 sys.path.insert(0, str(Path(__file__).parent))
 

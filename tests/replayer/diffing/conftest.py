@@ -27,7 +27,7 @@ def recorded() -> Callable[..., Recording]:
         **options: Any,
     ) -> Recording:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recorder.claim.provenance", lambda: facts)
+            patch.setattr("recorder.writing.claim.provenance", lambda: facts)
             for rank in range(world_size):
                 declare_mesh(**(mesh(rank) if mesh else {}))
                 with Recorder(folder, rank=rank, world_size=world_size, **options):

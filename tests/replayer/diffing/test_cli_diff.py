@@ -77,7 +77,7 @@ def test_the_first_divergence_is_marked_in_the_table_and_on_top_of_it(graft, run
 
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_table_fits_the_terminal(graft, runs, width, monkeypatch):
-    monkeypatch.setattr("replayer.diffing.cli.terminal_width", lambda: width)
+    monkeypatch.setattr("replayer.commands.diff.terminal_width", lambda: width)
     done = graft("diff", runs["A"], runs["fault"])
     table = done.stdout.split("\n\n")[1].splitlines()
     assert max(map(len, table)) <= width

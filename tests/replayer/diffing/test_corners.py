@@ -13,7 +13,7 @@ from recorder import step, tap
 from recorder.errors import UsageError
 from recorder.format.shard import read_header
 from replayer import Diff, diff
-from replayer.diffing.report import lines, objects
+from replayer.showing.lines import lines, objects
 
 X = torch.randn(6, 8, 16, generator=torch.Generator().manual_seed(0))  # tokens, heads, head dim
 
@@ -145,7 +145,7 @@ def test_a_wrong_replica_is_found_whatever_its_number(held):
 
 
 def test_more_replicas_than_are_compared_are_an_error_that_says_so(held, monkeypatch):
-    monkeypatch.setattr("replayer.diffing.tensors._MOST_VARIANTS", 3)
+    monkeypatch.setattr("replayer.pairing.blocks._MOST_VARIANTS", 3)
     found = held(
         lambda rank: tap("x", torch.ones(4), dims="h"),
         lambda rank: tap("x", torch.full((4,), rank + 1.0), dims="h"),

@@ -11,7 +11,7 @@ import torch
 from recorder import step, tap
 from recorder.errors import UsageError
 from replayer import Diff, diff
-from replayer.diffing.report import lines, objects
+from replayer.showing.lines import lines, objects
 
 
 def only(found: Diff) -> dict:

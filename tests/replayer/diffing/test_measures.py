@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from recorder.errors import CaptureError
-from replayer.diffing import chunks, measures, quantiles
-from replayer.diffing.measures import exact_sum, measure, tolerances
+from replayer.measuring import chunks, measures, quantiles
+from replayer.measuring.measures import exact_sum, measure, tolerances
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Half support is experimental")
 

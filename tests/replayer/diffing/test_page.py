@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 
-from replayer.diffing.page import render
-from replayer.diffing.table import OUTCOMES
+from replayer.diffing.columns import OUTCOMES
+from replayer.showing.page import render
 
 COLUMNS = [
     "label",

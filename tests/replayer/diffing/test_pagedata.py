@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from recorder import tap
-from replayer.diffing import pagedata
-from replayer.diffing.pagedata import page_data
+from replayer.showing import pagedata
+from replayer.showing.pagedata import page_data
 
 sys.path.insert(0, str(Path(__file__).parent))
 

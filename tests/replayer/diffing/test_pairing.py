@@ -8,9 +8,9 @@ import torch
 from recorder import context, step, tap
 from recorder.errors import UsageError
 from recorder.filters import Filter
-from replayer.diffing.pairing import pair
-from replayer.diffing.rename import Rename
 from replayer.match import MatchOn
+from replayer.pairing.pairs import pair
+from replayer.pairing.rename import Rename
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from replayer.diffing.bounds import proven
-from replayer.diffing.rules import Rules, Threshold, floors_of, slack
+from replayer.rules import Rules, Threshold, floors_of, slack
 
 # The noise floor
 

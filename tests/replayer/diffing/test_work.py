@@ -11,11 +11,11 @@ import torch
 
 from recorder.errors import GraftError, UsageError
 from recorder.ranks import Rank
-from replayer.diffing import by
-from replayer.diffing.by import measure_rows
-from replayer.diffing.measures import measure
 from replayer.diffing.spread import ALONE, gathered, share
 from replayer.diffing.work import Task, _Room
+from replayer.measuring import by
+from replayer.measuring.by import measure_rows
+from replayer.measuring.measures import measure
 
 LONG = 30  # seconds; no test that passes waits so long
 

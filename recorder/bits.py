@@ -1,0 +1,169 @@
+"""What a tensor is as integers, so that no copy can change it.
+
+Torch's private names are used in this file alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+
+from .errors import CaptureError
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a dtype without the prefix: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is being captured on the stream that computes this tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_AS_IT_IS: AbstractContextManager[Any] = nullcontext()
+
+
+def plainly() -> AbstractContextManager[Any]:
+    """Work on plain tensors even where the job has a mode on, such as FakeTensorMode."""
+    dispatched = torch._C._len_torch_dispatch_stack()
+    if torch._C._is_torch_function_mode_enabled():
+        if not dispatched:
+            return torch._C.DisableTorchFunction()
+        both = ExitStack()
+        both.enter_context(torch._C.DisableTorchFunction())
+        both.enter_context(_undispatched())
+        return both
+    return _undispatched() if dispatched else _AS_IT_IS
+
+
+def _undispatched() -> AbstractContextManager[Any]:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def check(tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose elements cannot be read faithfully.
+
+    Raises:
+        CaptureError: the reason, as one clause.
+    """
+    if tensor.layout != torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise CaptureError(f"its layout is {layout}; tap its dense form or its parts")
+    if tensor.is_quantized:
+        raise CaptureError("it is quantized; tap its int_repr() and its scales")
+    if tensor.is_nested:
+        raise CaptureError("it is a nested tensor; tap its values() and offsets()")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise CaptureError("it is inside torch.func (vmap, grad); tap outside of it")
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        raise CaptureError(
+            f"it is a {type(tensor).__name__}, whose storage need not hold its elements; "
+            "tap a plain tensor made from it"
+        )
+    if tensor.device.type == "meta":
+        raise CaptureError("it is on the meta device and has no elements")
+    if not has_memory(tensor):
+        raise CaptureError(
+            "its memory was freed, as FSDP frees parameters that are sharded; tap it earlier"
+        )
+    if is_capturing(tensor):
+        raise CaptureError(
+            "a CUDA graph is being captured, and a copy made now would be replayed with it; "
+            "tap outside the captured region, or run this job without CUDA graphs"
+        )
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a strided tensor's elements lie inside its storage."""
+    if tensor.numel() == 0:
+        return True
+    end = tensor.storage_offset() + 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        end += (size - 1) * stride
+    if tensor.untyped_storage().nbytes() < end * tensor.element_size():
+        return False
+    return tensor.device.type not in ("cpu", "cuda") or tensor.data_ptr() != 0
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the bytes from `data_ptr` on are the tensor's elements, in order, on the CPU.
+
+    For most tensors this is all there is to find out; the others are for `as_bits`.
+    """
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not (tensor.is_neg() or tensor.is_quantized or tensor.is_nested)
+        and not (tensor.dtype.is_complex and tensor.is_conj())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and has_memory(tensor)
+    )
+
+
+def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor's elements, in its own order and strides, viewed as integers.
+
+    Raises:
+        CaptureError: it cannot be captured faithfully.
+    """
+    try:
+        check(tensor)
+        plain = tensor.detach()
+        if type(plain) is not torch.Tensor:
+            plain = plain.as_subclass(torch.Tensor)
+        if plain.is_conj() or plain.is_neg():
+            plain = plain.resolve_conj().resolve_neg()
+        if plain.element_size() == 16:  # no integer is as wide as complex128
+            plain = torch.view_as_real(plain)
+        return plain.view(_BITS[plain.element_size()])
+    except (RuntimeError, KeyError, TypeError, ValueError) as err:
+        # Also what odd subclasses raise, such as parameters that are not initialised.
+        raise CaptureError(f"it is a {type(tensor).__name__} that cannot be read ({err})") from None
+
+
+def pieces(bits: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
+    """Split a tensor into parts of at most `limit` bytes whose contents follow one another."""
+    if bits.numel() * bits.element_size() <= limit or bits.dim() == 0:
+        yield bits
+        return
+    row = bits[0].numel() * bits.element_size()
+    if row > limit:
+        for part in bits:
+            yield from pieces(part, limit)
+        return
+    rows = max(1, limit // max(1, row))
+    for start in range(0, bits.shape[0], rows):
+        yield bits[start : start + rows]
+
+
+@functools.cache
+def has_statistics(dtype: torch.dtype) -> bool:
+    """Whether torch can compute with this dtype; with sub-byte and other odd ones it cannot."""
+    name = str(dtype).removeprefix("torch.")
+    return not name.startswith(("bits", "float4", "quint", "qint", "bcomplex")) and name not in {
+        f"{sign}int{width}" for sign in ("", "u") for width in range(1, 8)
+    }
+
+
+def bytes_of(raw: torch.Tensor) -> memoryview:
+    """Return a contiguous CPU tensor's bytes without copying; keep the tensor alive meanwhile."""
+    nbytes = raw.numel() * raw.element_size()
+    if nbytes == 0:
+        return memoryview(b"")
+    return memoryview((ctypes.c_ubyte * nbytes).from_address(raw.data_ptr())).cast("B")

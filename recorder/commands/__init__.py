@@ -1,0 +1,1 @@
+"""The commands that make recordings and look into them."""

@@ -1,0 +1,250 @@
+"""Run a command under `graft record`, and say what its recording came to; prints nothing.
+
+1. `recorded` prepares the folder (`prepare`), runs the command with the settings in its
+   environment, and reads what its ranks reported.
+2. `conclude` holds that against the ranks' claims, and closes what dead ranks left open.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import ranks
+from ..errors import RecordingError
+from ..filters import Filter
+from ..format import disk
+from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_live
+from ..format.disk import ACCESS
+from ..format.schema import RECORDING, rank_folder
+from ..job import Job
+from ..mailbox import Report, read_reports
+from ..progress import Progress, Watcher, read_progress
+from ..ranks import Rank
+from ..settings import RecordSettings
+from ..sizes import count, format_size
+from ..writing import claim
+from . import launch
+
+UNTRUSTED = 3
+"""Exit status of a command that ended well while its result is not to be trusted."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to that ran under `graft record`.
+
+    Attributes:
+        command_status: its own exit status; 128 + N where signal N ended it.
+        problems: why the recording is not to be trusted, a line each; empty where it is.
+        notes: what else to say of it, a line each.
+    """
+
+    command_status: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def status(self) -> int:
+        """The exit status of the whole: COMMAND's own where that is not 0, else 0 or 3."""
+        return self.command_status or (UNTRUSTED if self.problems else 0)
+
+
+def recorded(
+    run: str | os.PathLike[str],
+    settings: RecordSettings,
+    command: Sequence[str],
+    progress: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Run a command and record what it taps.
+
+    Args:
+        run: the recording's folder.
+        settings: how to record.
+        command: its words.
+        progress: called with a line now and then, where stderr is a terminal.
+
+    Raises:
+        RecordingError: the folder is taken, or cannot be written.
+        UsageError: the command cannot be started.
+    """
+    folder = Path(os.path.abspath(run))
+    prepare(folder, settings.overwrite, settings.access)
+    with launch.reports_folder() as reports:
+        variables = {settings.PREFIX: str(folder), **settings.variables()}
+        env = launch.environment(variables, command, reports)
+        with Watcher(reports, progress) if progress else nullcontext():
+            status = launch.run(command, env)
+        problems, notes = conclude(
+            Path(run), env["GRAFT_JOB"], settings.filter, reports_of(settings.PREFIX, reports),
+            read_progress(reports),
+        )  # fmt: skip
+    return Outcome(status, tuple(problems), tuple(notes))
+
+
+def reports_of(session: str, folder: Path) -> list[Report]:
+    """Return what the ranks' sessions of one kind reported."""
+    return [report for report in read_reports(folder) if report.get("session") == session]
+
+
+def rank_of_wrapper() -> Rank | None:
+    """Return the rank that a wrapper of a single rank is for; None where it may be for several.
+
+    Raises:
+        UsageError: a variable is no number, out of range, or one of a pair is missing.
+    """
+    rank = ranks.from_variables(os.environ, "GRAFT_RANK", "GRAFT_WORLD_SIZE")
+    return rank or ranks.from_variables(os.environ, "RANK", "WORLD_SIZE")
+
+
+def prepare(folder: Path, overwrite: bool, access: str = "private") -> None:
+    """Refuse, or with `overwrite` clear, a folder that is taken, as far as a wrapper can know.
+
+    Raises:
+        RecordingExists: it holds a recording that this job cannot join.
+        RecordingError: it cannot be written.
+    """
+    rank, job = rank_of_wrapper(), Job.from_environment()
+    if not overwrite:
+        known = (rank.rank, rank.world_size) if rank else (None, None)
+        claim.check_free(folder, known[0], known[1], job)
+    elif rank is not None:
+        claim.replace_rank(folder, rank.rank, job)
+    elif (folder / RECORDING).exists() and not is_live(folder):
+        claim.replace_recording(folder)
+    try:
+        disk.make_folder(folder, ACCESS[access])
+    except OSError as err:
+        raise RecordingError(
+            f"{folder} cannot be made: {err.strerror or err}; choose a folder you may write to"
+        ) from err
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RecordingError(f"{folder} cannot be written; choose a folder you may write to")
+
+
+def conclude(
+    run: Path,
+    job: str,
+    filter: Filter | None,
+    reports: Sequence[Report],
+    progress: Mapping[tuple[int, int], Progress],
+) -> tuple[list[str], list[str]]:
+    """Return why a recording is not to be trusted, and what else to say of it.
+
+    Args:
+        run: its folder.
+        job: the id of the job that made it.
+        filter: what was to be recorded.
+        reports: what its ranks reported.
+        progress: how far they were, by rank and process id.
+    """
+    claims, notes = _claims_by(run, job)
+    wrong = {
+        f"rank {r.get('rank', '?')}: {r.get('reason')}"
+        for r in reports
+        if r.get("state") in ("refused", "failed")
+    }
+    wrong |= {f"rank {c['rank']}: {c.get('reason')}" for c in claims if c.get("state") == "failed"}
+    is_open = [one for one in claims if one.get("state") == "running"]
+    for one in is_open:
+        last = progress.get((one["rank"], one.get("pid") or 0))
+        one["dropped"] = last.dropped if last else 0
+        notes += _settled(run, one, reports)
+    rows = sum(c.get("rows", 0) for c in claims)
+    nbytes = sum(c.get("bytes", 0) for c in claims)
+    if is_open:  # those could not count for themselves
+        rows, nbytes, unread = _counted(run, claims)
+        notes += unread
+    if rows or (claims and not wrong):
+        ranked = len({c["rank"] for c in claims})
+        stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
+        notes.append(
+            f"{run}: {count(rows, 'record')} from {count(ranked, 'rank')}, "
+            f"{format_size(nbytes)} stored" + "".join(f"; stopped: {s}" for s in stopped)
+        )
+    dropped = sum(c.get("dropped", 0) for c in claims)
+    if dropped:
+        notes.append(
+            f"{count(dropped, 'tap')} dropped, as --when-full drop asks for: nothing more could be "
+            "staged; record less with --filter, or give more room with --staging"
+        )
+    if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
+        notes.append(_why_nothing(reports, filter))
+    return sorted(wrong), notes
+
+
+def _settled(folder: Path, one: ClaimData, reports: Sequence[Report]) -> list[str]:
+    """Say that a rank did not close its recording, and do so for one that is dead."""
+    who = f"rank {one['rank']} (pid {one.get('pid')})"
+    if one.get("host") != socket.gethostname() or is_alive(one):
+        return [f"{who} has not closed its recording yet; what it has tapped can be read meanwhile"]
+    from ..writing.leftovers import seal_leftovers
+
+    notes = []
+    # A rank whose disk was full could tell the wrapper, but not write it down.
+    told = [r for r in reports if r.get("rank") == one["rank"] and r.get("state") == "failed"]
+    if not told:
+        notes.append(
+            f"{who} ended without closing its recording; see what it tapped until then with ls"
+        )
+    killed = "it ended without closing its recording"
+    state, reason = ("failed", str(told[0].get("reason"))) if told else ("killed", killed)
+    where = folder / rank_folder(one["rank"])
+    try:
+        access = disk.access_of(where)
+        seal_leftovers(where, one["attempt"], access)
+        claim.mark_ended(folder, one, state, reason, access)
+    except (OSError, RecordingError) as err:
+        notes.append(f"its files are left as they are, which readers understand: {err}")
+    return notes
+
+
+def _counted(folder: Path, claims: Sequence[ClaimData]) -> tuple[int, int, list[str]]:
+    """Return how many records of some claims can be read, their tensors' bytes, and notes."""
+    import polars as pl
+
+    from ..recording import Recording
+
+    try:
+        found = Recording.open(folder).rows()
+    except RecordingError as err:
+        return 0, 0, [str(err)]
+    wanted = pl.DataFrame(
+        [(c["rank"], c["attempt"]) for c in claims],
+        schema={"rank": pl.Int32, "attempt": pl.Int32},
+        orient="row",
+    )
+    kept = found.join(wanted, on=["rank", "attempt"], how="semi")
+    stored = kept.drop_nulls("shard").unique(["shard", "tensor"])
+    return kept.height, int(stored["nbytes"].sum() or 0), []
+
+
+def _claims_by(folder: Path, job: str) -> tuple[list[ClaimData], list[str]]:
+    """Return the claims of one wrapper's job, and which ranks' cannot be read.
+
+    A torchelastic restart's earlier attempts are among them.
+    """
+    found: list[ClaimData] = []
+    notes = []
+    for rank in claimed_ranks(folder):
+        try:
+            for one in claims_of(folder, rank):
+                one["rank"] = rank
+                found.append(one)
+        except RecordingError as err:
+            notes.append(str(err))
+    return [c for c in found if c.get("job") == job], notes
+
+
+def _why_nothing(reports: Sequence[Report], filter: Filter | None) -> str:
+    names = {name for r in reports for name in r.get("names_seen", ())}
+    if filter is not None and names:
+        return filter.why_nothing({tag for r in reports for tag in r.get("tags_seen", ())}, names)
+    return (
+        "nothing was recorded: COMMAND made no tap; check that it calls recorder.tap, and run "
+        "graft doctor in its place to see what reaches it"
+    )

@@ -1,0 +1,169 @@
+"""The manifest as parquet: journals sealed, rows read and written."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DamagedRecording
+from . import disk
+from .disk import PRIVATE, Access
+from .inflation import check_claims
+from .journal import read_journal
+from .schema import polars_schema
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+def seal_journal(
+    path: Path,
+    columns: dict[str, str],
+    later: Iterable[str],
+    access: Access = PRIVATE,
+    *,
+    first_step: int = 0,
+    durable: bool = False,
+) -> int:
+    """Turn the journal of a process that is alive into parquet, and remove it.
+
+    Args:
+        path: the journal, every line of it whole.
+        columns: names and polars types.
+        later: the columns that lines without a name add.
+        access: who may read it.
+        first_step: leave out the rows of earlier steps.
+        durable: whether the parquet is to be on the device before the journal goes.
+
+    Returns:
+        The number of rows left out.
+    """
+    import polars as pl
+
+    try:
+        # As `read_journal`, many times faster and without the interpreter, which is the job's.
+        lines = pl.read_ndjson(path, schema=polars_schema(columns))
+        named = lines["name"].is_not_null()
+        rows = lines.filter(named).drop(later)
+        added = lines.filter(~named).select("seq", *later)
+        frame = rows.join(added, on="seq", how="left", maintain_order="left").select(list(columns))
+        if frame.height != rows.height:
+            raise ValueError("two lines add to one row")
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError):
+        frame = _to_frame(read_journal(path), columns)
+    kept = frame.filter(pl.col("step") >= first_step) if first_step else frame
+    _write_frame(path.with_suffix(".parquet"), kept, access, durable)
+    disk.remove(path)
+    return frame.height - kept.height
+
+
+def trim_parquet(path: Path, columns: dict[str, str], first_step: int, access: Access) -> int:
+    """Leave out the rows of steps before `first_step`; return how many there were."""
+    import polars as pl
+
+    frame = read_parquet([path], columns)
+    kept = frame.filter(pl.col("step") >= first_step)
+    if kept.height < frame.height:
+        _write_frame(path, kept, access)
+    return frame.height - kept.height
+
+
+def count_rows(path: Path) -> int:
+    """Return the number of rows in a parquet file, from its footer."""
+    import polars as pl
+
+    return int(pl.scan_parquet(path).select(pl.len()).collect().item())
+
+
+def write_parquet(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: dict[str, str], access: Access = PRIVATE
+) -> None:
+    """Write rows as a parquet file that appears whole or not at all."""
+    _write_frame(path, _to_frame(rows, columns), access)
+
+
+def _to_frame(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
+    import polars as pl
+
+    return pl.DataFrame(
+        [[row.get(name) for row in rows] for name in columns],
+        schema=polars_schema(columns),
+        orient="col",
+        strict=False,
+    )
+
+
+def _write_frame(path: Path, frame: pl.DataFrame, access: Access, durable: bool = False) -> None:
+    data = io.BytesIO()
+    frame.write_parquet(data, compression="zstd", statistics=False)
+    disk.replace(path, data.getbuffer(), access, durable=durable)
+
+
+def read_parquet(
+    paths: list[Path], columns: dict[str, str], source: str = "", *, is_checked: bool = False
+) -> pl.DataFrame:
+    """Return the rows of parquet files, one behind the other, their columns checked.
+
+    Args:
+        paths: the files, at least one.
+        columns: names and polars types that they must have.
+        is_checked: whether `check_claims` has passed them.
+        source: the name of a column to add, with each row's path.
+
+    Raises:
+        DamagedRecording: no parquet, more than it can be, or columns missing or of another type;
+            names the first path where it is not known which.
+        FileNotFoundError: one is not there (any more).
+    """
+    import polars as pl
+
+    path, schema = paths[0], polars_schema(columns)
+    if not is_checked:
+        check_claims(paths)
+    try:
+        with _panics_contained():
+            # Not memory-mapped: a file that shrinks under a mapping kills the process.
+            frame = pl.read_parquet(paths, memory_map=False, include_file_paths=source or None)
+    except FileNotFoundError:
+        raise
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
+        raise DamagedRecording(path, f"it is no parquet file ({_first_line(err)})") from None
+    for name, dtype in schema.items():
+        if frame.schema.get(name) != dtype:
+            raise DamagedRecording(
+                path, f"column {name} has type {frame.schema.get(name)}, expected {dtype}"
+            )
+    return frame.select([*schema, *([source] if source else [])])
+
+
+is_command = False
+"""Whether this process is a command of ours, whose stderr nobody else writes to."""
+
+
+@contextmanager
+def _panics_contained() -> Iterator[None]:
+    """Keep what polars' core prints when it panics over a damaged file: we say it in a sentence."""
+    if not is_command:
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as told:
+            os.dup2(told.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+    finally:
+        os.close(kept)
+
+
+def _first_line(err: BaseException) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0][:200]

@@ -1,0 +1,198 @@
+"""The records of one key on all ranks as blocks of one tensor: planned once, read when needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from .errors import DamagedRecording, LayoutError, UsageError
+from .format.payload import parse_dtype
+from .format.schema import ManifestRow
+from .layouts.assemble import assemble, check_replicas
+from .layouts.blocks import Block, coordinates
+from .layouts.dims import TOKENS, Dims
+from .layouts.parse import parse_dims
+from .layouts.plan import Plan, plan, whole
+from .mesh import FrozenMesh
+from .tags import label
+
+_MOST_PLANS = 256
+_MOST_PIECES = 20_000  # a plan of more is not worth its memory
+_READ_WHOLE = 1 << 20  # bytes; less than this is read, and checked, in one go
+
+
+def layout_of(dims: str, kind: str) -> Dims:
+    """Return the layout of a record or a tap.
+
+    Args:
+        dims: as declared.
+        kind: `tensor` or `grad`. The gradient of a summand is that of the sum: nothing is partial
+            about it, whatever was declared of the tensor. A DTensor's gradient says so itself.
+
+    Raises:
+        LayoutError: it cannot be read.
+    """
+    found = parse_dims(dims)
+    return replace(found, partial=()) if kind == "grad" and found.mesh is None else found
+
+
+def block_of(rank: int, dims: Dims, shape: Sequence[int], mesh: Any, extras: str | None) -> Block:
+    """Return what is known of one rank's tensor; extras that say nothing of tokens are left out."""
+    counts = TOKENS in dims.names or {"b", "s"} <= set(dims.names)
+    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts else "")
+
+
+class Source(Protocol):
+    """What records are read from: a `Recording`."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of the job that was recorded."""
+
+    def mesh_of(self, row: ManifestRow) -> FrozenMesh | None:
+        """Return where the rank of a manifest row stood; None where nobody said."""
+
+    def read(self, row: ManifestRow, *, check: bool = True) -> torch.Tensor:
+        """Return the tensor of a manifest row."""
+
+
+class Recorded:
+    """Records of one key.
+
+    Args:
+        recording: the recording.
+        rows: their manifest rows, by rank.
+        at: axis -> coordinate: leave out ranks that stand elsewhere.
+        replicas: what to do with ranks that should hold the same and do not, see `assemble`.
+        check: whether to hold what is read whole against its digest.
+        in_part: whether to leave out of that a large tensor of which little is needed.
+        plans: plans made before, and to be added to.
+
+    Raises:
+        LayoutError: a layout that was declared cannot be read, or none was.
+        DamagedRecording: a row contradicts itself.
+        UsageError: `replicas` is no choice, or no rank stands where `at` says.
+    """
+
+    def __init__(
+        self,
+        recording: Source,
+        rows: Sequence[ManifestRow],
+        *,
+        at: Mapping[str, int] | None = None,
+        replicas: str = "error",
+        check: bool = True,
+        in_part: bool = True,
+        plans: dict[Any, Plan] | None = None,
+    ) -> None:
+        self._is_in_part = in_part
+        self._recording = recording
+        self._rows = {row["rank"]: row for row in rows}
+        self._replicas = check_replicas(replicas)
+        self._check = check
+        self._plans: dict[Any, Plan] = {} if plans is None else plans
+        self._in_part: list[int] = []
+        self.blocks = [self._block(row) for row in rows]
+        if at:
+            self._keep(at)
+
+    def _block(self, row: ManifestRow) -> Block:
+        if not row["dims"]:
+            raise LayoutError(
+                f"{label(row['name'], row['tags'])} was recorded on rank {row['rank']} without "
+                "dims; declare its layout at the tap, as in tap(..., dims='b s h[tp]')"
+            )
+        nbytes = math.prod(row["shape"] or ()) * parse_dtype(row["dtype"], "the manifest").itemsize
+        if nbytes != row["nbytes"]:
+            raise DamagedRecording(
+                "the manifest",
+                f"{label(row['name'], row['tags'])} of {nbytes} bytes is said to have "
+                f"{row['nbytes']}",
+            )
+        dims = layout_of(row["dims"], row["kind"])
+        mesh = self._recording.mesh_of(row)
+        return block_of(row["rank"], dims, row["shape"] or (), mesh, row["extras"])
+
+    def _keep(self, at: Mapping[str, int]) -> None:
+        places = [coordinates(block, self._recording.world_size) for block in self.blocks]
+        for axis in at:
+            if not any(axis in one for one in places):
+                known = ", ".join(sorted({axis for one in places for axis in one})) or "none"
+                raise UsageError(f"no rank stands on an axis {axis!r}; the axes are {known}")
+        self.blocks = [
+            block
+            for block, one in zip(self.blocks, places, strict=True)
+            if all(axis in one and one[axis][0] == k for axis, k in at.items())
+        ]
+        if not self.blocks:
+            raise UsageError(f"no rank that recorded it stands at {dict(at)}")
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks recorded."""
+        return self._recording.world_size
+
+    @property
+    def note(self) -> str:
+        """What to know of how the latest block was read, "" where there is nothing."""
+        if not self._in_part:
+            return ""
+        ranks = ", ".join(map(str, self._in_part[:8])) + (", ..." * (len(self._in_part) > 8))
+        return f"read in part, without their digests: sender rank {ranks}"
+
+    def logical(self) -> torch.Tensor:
+        """Return the whole tensor; see `Recording.load_logical`."""
+        receiver = whole(self.blocks, self.world_size)
+        return self.block(receiver, self.plan(receiver, 1))
+
+    def block(self, receiver: Block, plan: Plan) -> torch.Tensor:
+        """Return a receiver's block, on the CPU, its padding zero.
+
+        Args:
+            receiver: what is known of it.
+            plan: what to copy for it.
+        """
+        self._in_part = []
+        return assemble(
+            plan,
+            self.blocks,
+            receiver,
+            self._read,
+            lambda rank: f"{self._rows[rank]['dtype']} {self._rows[rank]['digest']}",
+            self._replicas,
+        )
+
+    def plan(self, receiver: Block, world_size: int) -> Plan:
+        """Return what to copy for a receiver.
+
+        Args:
+            receiver: what is known of it.
+            world_size: how many ranks its job has.
+        """
+        key = (*map(_key, (receiver, *self.blocks)), world_size)
+        found = self._plans.get(key)
+        if found is None:
+            found = plan(self.blocks, self.world_size, receiver, world_size)
+            if found.pieces <= _MOST_PIECES:
+                while len(self._plans) >= _MOST_PLANS:
+                    self._plans.pop(next(iter(self._plans)), None)
+                self._plans[key] = found
+        return found
+
+    def _read(self, rank: int, share: float) -> torch.Tensor:
+        """Return a rank's tensor; where little of a large one is needed, the rest is not read."""
+        row = self._rows[rank]
+        in_part = self._is_in_part and share < 0.5 and row["nbytes"] >= _READ_WHOLE
+        if in_part and self._check:
+            self._in_part.append(rank)
+        return self._recording.read(row, check=self._check and not in_part)
+
+
+def _key(block: Block) -> tuple[Any, ...]:
+    """Return what a plan depends on of a block; its text says all of a layout but for gradients."""
+    dims = block.dims
+    return block.rank, dims.text, dims.partial, block.shape, block.mesh, block.extras

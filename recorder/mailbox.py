@@ -1,0 +1,55 @@
+"""What a rank tells the wrapper that started it, beyond what the recording itself says.
+
+`graft record` and `graft replay` make a folder, name it in `GRAFT_REPORTS`, and read it when the
+command has ended. A rank under no wrapper reports to nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import TypedDict
+
+VARIABLE = "GRAFT_REPORTS"
+
+
+class Report(TypedDict, total=False):
+    """What a rank's session says of itself; of what was not known, nothing is there."""
+
+    session: str
+    """`GRAFT_RECORD` or `GRAFT_REPLAY`."""
+    rank: int
+    world_size: int
+    state: str
+    reason: str
+    selected: int
+    refused: int
+    names_seen: list[str]
+    tags_seen: list[str]
+
+
+def write_report(report: Report) -> None:
+    """Leave a report for the wrapper, if there is one; never raises."""
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        return
+    path = Path(folder) / f"{uuid.uuid4().hex}.json"
+    try:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report))
+        temporary.replace(path)
+    except (OSError, TypeError, ValueError):
+        pass  # the wrapper then judges by the recording or the log alone
+
+
+def read_reports(folder: Path) -> list[Report]:
+    """Return the reports in a folder; what cannot be read is left out."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return found

@@ -1,0 +1,223 @@
+"""Where this rank stands on each axis that tensors are cut over: declared, or found.
+
+1. `declare_mesh` says it; what it said last holds.
+2. Without that `current_mesh` asks whichever of Megatron-Core, vLLM and sglang has its parallel
+   groups up in this process, by what each calls its axes. Nothing is imported for that.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .errors import UsageError
+
+Mesh = dict[str, tuple[int, int]]
+"""Axis -> this rank's coordinate, from 0, and the axis's size."""
+
+FrozenMesh = tuple[tuple[str, tuple[int, int]], ...]
+"""A mesh as part of a key, sorted by axis."""
+
+MOST_AXES = 64
+MOST_RANKS = 1 << 40
+_LONGEST = 64  # characters of a name
+_HOW = "give each axis as declare_mesh(tp=(rank, size)), or a DeviceMesh with mesh_dim_names"
+
+_declared: Mesh | None = None
+
+
+def declare_mesh(mesh: Any = None, /, **axes: tuple[int, int]) -> None:
+    """Say where this rank stands, for the taps that declare `dims`.
+
+    ```python
+    declare_mesh(tp=(tp_rank, tp_size), cp=(cp_rank, cp_size))
+    declare_mesh(device_mesh)
+    ```
+
+    What an earlier call said is forgotten: all axes are declared at once. Without arguments, the
+    axes are looked for again in Megatron-Core's, vLLM's and sglang's parallel groups.
+
+    Args:
+        mesh: a torch `DeviceMesh` whose dims have names.
+        **axes: for each axis this rank's coordinate on it, from 0, and the axis's size.
+
+    Raises:
+        UsageError: a coordinate does not lie on its axis, or the mesh has no names, or this rank is
+            not in it.
+    """
+    global _declared
+    found = {} if mesh is None else _of_device_mesh(mesh)
+    for axis, place in axes.items():
+        found[axis] = _checked(axis, place)
+    if len(found) > MOST_AXES or any(len(axis) > _LONGEST for axis in found):
+        raise UsageError(
+            f"declare_mesh: expected at most {MOST_AXES} axes, their names of at most {_LONGEST} "
+            "characters"
+        )
+    _declared = found if mesh is not None or axes else None
+
+
+def current_mesh() -> Mesh | None:
+    """Return where this rank stands; None where nobody says."""
+    if _declared is not None:
+        return _declared
+    for module, find in _FRAMEWORKS:
+        found = sys.modules.get(module)
+        if found is None:
+            continue
+        try:
+            mesh = find(found)
+        except Exception:  # another version of it, or its groups are not up
+            continue
+        if mesh is not None:
+            return mesh
+    return None
+
+
+class MeshWatch:
+    """Where a session's rank stands; what a framework says is asked for once a step."""
+
+    def __init__(self) -> None:
+        self._found: Mesh | None = None
+        self._step = -1
+
+    def current(self, step: int) -> Mesh | None:
+        """Return where this rank stands; see `current_mesh`."""
+        if _declared is not None:
+            return _declared
+        if self._found is None or self._step != step:
+            self._found, self._step = current_mesh(), step
+        return self._found
+
+
+def frozen(mesh: Mesh | None) -> FrozenMesh | None:
+    """Return a mesh that can be part of a key."""
+    return None if mesh is None else tuple(sorted(mesh.items()))
+
+
+def _checked(axis: str, place: Any) -> tuple[int, int]:
+    try:
+        at, size = (int(number) for number in place)
+    except (TypeError, ValueError):
+        raise UsageError(f"declare_mesh: {axis} is {place!r}; {_HOW}") from None
+    if not 0 <= at < size < MOST_RANKS:
+        raise UsageError(
+            f"declare_mesh: {axis}=({at}, {size}) is no coordinate on an axis of {size}; "
+            "coordinates count from 0 to size - 1"
+        )
+    return at, size
+
+
+def _of_device_mesh(mesh: Any) -> Mesh:
+    names = getattr(mesh, "mesh_dim_names", None)
+    if not hasattr(mesh, "get_coordinate"):
+        raise UsageError(f"declare_mesh: got a {type(mesh).__name__}; {_HOW}")
+    if not names:
+        raise UsageError(f"declare_mesh: the DeviceMesh has no mesh_dim_names; {_HOW}")
+    at = mesh.get_coordinate()
+    if at is None:
+        raise UsageError(
+            "declare_mesh: this rank is not in the DeviceMesh; call it on ranks that are"
+        )
+    return {
+        axis_name(name): _checked(name, (k, n))
+        for name, k, n in zip(names, at, mesh.mesh.shape, strict=True)
+    }
+
+
+def axis_name(name: object) -> str:
+    """Return the name of a mesh's dim as an axis is written in a layout."""
+    return re.sub(r"[^A-Za-z0-9_]", "_", str(name))
+
+
+def _called(module: Any, axes: Mapping[str, str]) -> Mesh:
+    """Return what a module says by functions `get_X_rank` and `get_X_world_size` or `_size`."""
+    mesh: Mesh = {}
+    for axis, what in axes.items():
+        rank = getattr(module, f"get_{what}_rank", None)
+        size = getattr(module, f"get_{what}_world_size", None)
+        size = size or getattr(module, f"get_{what}_size", None)
+        if rank is None or size is None:
+            continue
+        try:
+            mesh[axis] = _checked(axis, (rank(), size()))
+        except Exception:  # an axis that this job does not use
+            continue
+    return mesh
+
+
+def _of_megatron(state: Any) -> Mesh | None:
+    if not state.model_parallel_is_initialized():
+        return None
+    mesh = _called(
+        state,
+        {
+            "tp": "tensor_model_parallel",
+            "pp": "pipeline_model_parallel",
+            "cp": "context_parallel",
+            "dp": "data_parallel",
+            "ep": "expert_model_parallel",
+            "etp": "expert_tensor_parallel",
+            "edp": "expert_data_parallel",
+        },
+    )
+    # Sequence parallelism has no group of its own: it cuts over tensor parallelism's.
+    settings = sys.modules.get("megatron.training.global_vars")
+    if settings is not None and "tp" in mesh:
+        try:
+            if settings.get_args().sequence_parallel:
+                mesh["sp"] = mesh["tp"]
+        except Exception:  # a job without Megatron's own arguments
+            pass
+    return mesh or None
+
+
+def _of_groups(state: Any) -> Mesh | None:
+    """Return what vLLM's or sglang's group coordinators say."""
+    mesh: Mesh = {}
+    for axis, name in (
+        ("tp", "get_tp_group"),
+        ("pp", "get_pp_group"),
+        ("dp", "get_dp_group"),
+        ("ep", "get_ep_group"),
+        ("dcp", "get_dcp_group"),
+        ("pcp", "get_pcp_group"),
+        ("moe_ep", "get_moe_ep_group"),
+        ("moe_tp", "get_moe_tp_group"),
+        ("moe_dp", "get_moe_dp_group"),
+    ):
+        get = getattr(state, name, None)
+        if get is None:
+            continue
+        try:
+            group = get()
+            mesh[axis] = _checked(axis, (group.rank_in_group, group.world_size))
+        except Exception:  # a group that this job does not use
+            continue
+    return mesh if "tp" in mesh else None
+
+
+def _of_sglang(state: Any) -> Mesh | None:
+    mesh = _of_groups(state)
+    if mesh is None:
+        return None
+    attention = sys.modules.get("sglang.srt.layers.dp_attention")
+    if attention is not None:
+        mesh |= _called(
+            attention,
+            {"attn_tp": "attention_tp", "attn_dp": "attention_dp", "attn_cp": "attention_cp"},
+        )
+    # What users write at taps that both systems share, for what sglang calls otherwise.
+    for axis, theirs in (("ep", "moe_ep"), ("dp", "attn_dp"), ("cp", "attn_cp")):
+        if theirs in mesh:
+            mesh.setdefault(axis, mesh[theirs])
+    return mesh
+
+
+_FRAMEWORKS: tuple[tuple[str, Callable[[Any], Mesh | None]], ...] = (
+    ("megatron.core.parallel_state", _of_megatron),
+    ("sglang.srt.distributed.parallel_state", _of_sglang),
+    ("vllm.distributed.parallel_state", _of_groups),
+)

@@ -1,0 +1,455 @@
+"""Open a recording, finished or still being written, and read from it.
+
+1. `Recording.open` checks the version and lists the ranks.
+2. `rows` reads the manifest: the parquet part of each finished shard, the journal of the open one.
+3. `load` finds a key through the `Index`, then `read` brings its bytes back, digest checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import DamagedRecording, NoSuchRecord, UsageError
+from .format.claims import ClaimData, checked_meshes
+from .format.index import Group, Index, nearest, whole_key
+from .format.members import Incomplete, incomplete, rank_folders, read_claims
+from .format.parts import Part, parts_of, read_part, read_sealed, shard_path
+from .format.rows import row_at, tag_columns
+from .format.schema import (
+    COLUMNS,
+    Description,
+    ManifestRow,
+    polars_schema,
+    rank_folder,
+    read_description,
+)
+from .format.shard import Place, read_header
+from .mesh import FrozenMesh
+from .tags import canonical, clean, label
+
+if TYPE_CHECKING:
+    import polars as pl
+    import torch
+
+    from .format.payload import Files
+
+_HEADERS_KEPT = 256
+_TRIES = 20
+
+
+class Recording:
+    """A recording on disk, for reading.
+
+    What is read is what had been completed when it was first asked for; open it again to see more.
+    Several threads may `read` at once.
+
+    Attributes:
+        path: its folder.
+        meta: what `recording.json` says: format version, world size, command, provenance, options.
+    """
+
+    def __init__(self, path: Path, meta: Description) -> None:
+        self.path = path
+        self.meta = meta
+        self._rows: pl.DataFrame | None = None
+        self._claims: list[ClaimData] = []
+        self._places: dict[tuple[str, str], Place] = {}
+        self._headers: dict[str, dict[str, Place]] = {}
+        self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
+        self._files: Files | None = None
+        self._lock = threading.Lock()
+        self._paths: dict[tuple[str, int], Path] = {}
+        self._checked: set[tuple[str, str, str]] = set()
+        self._meshes: dict[tuple[int, int], list[tuple[int, FrozenMesh | None]]] | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Recording:
+        """Open the recording in a folder.
+
+        Raises:
+            NotARecording: the folder holds none.
+            UnsupportedVersion: another version wrote it.
+            DamagedRecording: `recording.json` or a claim does not hold what it should.
+            MixedRecordings: a rank's folder is part of another recording.
+        """
+        folder = Path(path)
+        found = cls(folder, read_description(folder))
+        found.claims()
+        return found
+
+    def __repr__(self) -> str:
+        return f"Recording({str(self.path)!r}, {self.world_size} ranks)"
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of the job that was recorded."""
+        return int(self.meta["world_size"])
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that recorded something, sorted."""
+        return sorted({claim["rank"] for claim in self.claims()})
+
+    def claims(self) -> list[ClaimData]:
+        """Return what each attempt of each rank says of itself: state, reason, host, times."""
+        return read_claims(self.path, self.meta)
+
+    def incomplete(self) -> list[Incomplete]:
+        """Return the ranks whose records end early, each with the step from which on, and why."""
+        import polars as pl
+
+        rows = self.latest()
+        ends = rows.group_by("rank").agg(pl.max("step")).iter_rows()
+        return incomplete(self.world_size, self._claims, dict(ends))
+
+    def rows(self, attempt: int | None = None) -> pl.DataFrame:
+        """Return the manifest's columns and `attempt`, a row a record, by rank and seq.
+
+        Args:
+            attempt: of every rank this attempt only; by default all of them.
+
+        Raises:
+            DamagedRecording: a part of the manifest does not hold what it should.
+        """
+        if self._rows is None:
+            self._rows = self._read_all_rows()
+        if attempt is None:
+            return self._rows
+        return self._rows.filter(self._rows["attempt"] == attempt)
+
+    def latest(self) -> pl.DataFrame:
+        """Return the rows of each rank's latest attempt, of the ranks there are since then.
+
+        A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold.
+        """
+        import polars as pl
+
+        rows = self.rows()
+        last = {claim["rank"]: claim["attempt"] for claim in self._claims}  # sorted by attempt
+        if not any(last.values()):
+            return rows
+        kept = pl.DataFrame(
+            [(rank, attempt) for rank, attempt in last.items() if rank < self.world_size],
+            schema={"rank": pl.Int32, "attempt": pl.Int32},
+            orient="row",
+        )
+        return rows.join(kept, on=["rank", "attempt"], how="semi", maintain_order="left")
+
+    def manifest(self, attempt: int | None = None) -> pl.DataFrame:
+        """Return the manifest with one more column per tag, beside the name, and `attempt`.
+
+        A tag with the name of a manifest column gets `tag.` before it. A tag whose values are of
+        several types becomes text, as JSON.
+
+        Args:
+            attempt: of every rank this attempt only; by default all of them.
+        """
+        rows = self.rows(attempt)
+        tags = tag_columns(rows)
+        first = rows.columns.index("name") + 1
+        order = [*rows.columns[:first], *tags.columns, *rows.columns[first:]]
+        return rows.hstack(tags).select(order)
+
+    def load(
+        self,
+        rank: int,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> torch.Tensor:
+        """Return a recorded tensor, on the CPU and the caller's own.
+
+        Args:
+            rank: the rank that recorded it.
+            name: the tap's name.
+            step: the iteration, from 0.
+            occurrence: how often the same tags were tapped before it in that step.
+            kind: `tensor`, or `grad` for its gradient.
+            attempt: which attempt of a restarted job; by default each rank's latest.
+            **tags: every other tag of the tap.
+
+        Raises:
+            NoSuchRecord: nothing is recorded under this key; names the nearest.
+            DamagedRecording: the bytes are not there, or not those that were written.
+        """
+        row = self.find(rank, name, step, occurrence, kind=kind, attempt=attempt, **tags)
+        return self.read(row)
+
+    def find(
+        self,
+        rank: int,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> ManifestRow:
+        """Return the manifest row of a key, for `read`; arguments as for `load`.
+
+        Raises:
+            NoSuchRecord: nothing is recorded under this key; names the nearest.
+        """
+        frame, index = self._index(attempt)
+        group = self._group(name, tags)
+        number = index.find_on(rank, kind, group, step, occurrence)
+        if number is not None:
+            return row_at(frame, number)
+        asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence} on rank {rank}"
+        elsewhere = index.find(kind, group, step, occurrence)
+        if elsewhere:
+            ranks = ", ".join(map(str, sorted(elsewhere)))
+            raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
+        raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+
+    def meshes(self, rank: int, attempt: int) -> list[tuple[int, FrozenMesh | None]]:
+        """Return where a rank stood, each with the seq from which on, in order."""
+        if self._meshes is None:
+            self._meshes = {
+                (claim["rank"], claim["attempt"]): checked_meshes(claim.get("meshes", [])) or []
+                for claim in self._claims or self.claims()
+            }
+        return self._meshes.get((rank, attempt), [])
+
+    def mesh_of(self, row: ManifestRow) -> FrozenMesh | None:
+        """Return where the rank of a manifest row stood, sorted by axis; None where nobody said."""
+        meshes = self.meshes(row["rank"], row["attempt"])
+        at = bisect_right(meshes, row["seq"], key=lambda entry: entry[0])
+        return meshes[at - 1][1] if at else None
+
+    def load_logical(
+        self,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        at: Mapping[str, int] | None = None,
+        replicas: str = "error",
+        **tags: Any,
+    ) -> torch.Tensor:
+        """Return the whole tensor that the ranks' blocks are parts of, as their `dims` say.
+
+        Args:
+            name: the tap's name.
+            step: the iteration, from 0.
+            occurrence: how often the same tags were tapped before it in that step.
+            kind: `tensor`, or `grad` for its gradient.
+            attempt: which attempt of a restarted job; by default each rank's latest.
+            at: axis -> coordinate: take only ranks that stand there, as `{"dp": 0}`.
+            replicas: where ranks that should hold the same block do not: an `error`, take the
+                `first`, or their `mean`.
+            **tags: every other tag of the tap.
+
+        Returns:
+            The tensor, on the CPU, its dims in the order of the declaration. Padding is left out
+            where a declaration says the size without it, or the sequences' lengths do.
+
+        Raises:
+            NoSuchRecord: nothing is recorded under this key; names the nearest.
+            LayoutError: no layout was declared, it does not say enough, or a block is missing.
+            UsageError: no rank stands where `at` says.
+            ReplicasDiffer: see `replicas`.
+            DamagedRecording: the bytes are not there, or not those that were written.
+        """
+        from .logical import Recorded
+
+        rows = self.find_all(name, step, occurrence, kind=kind, attempt=attempt, **tags)
+        return Recorded(self, rows, at=at, replicas=replicas).logical()
+
+    def find_all(
+        self,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        kind: str = "tensor",
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> list[ManifestRow]:
+        """Return the manifest rows of a key on all ranks that have it; arguments as for `find`.
+
+        Raises:
+            NoSuchRecord: no rank has it; names the nearest.
+        """
+        frame, index = self._index(attempt)
+        group = self._group(name, tags)
+        found = index.find(kind, group, step, occurrence)
+        if not found:
+            asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence}"
+            raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+        return [row_at(frame, found[rank]) for rank in sorted(found)]
+
+    def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:
+        if attempt not in self._indices:
+            frame = self.latest() if attempt is None else self.rows(attempt)
+            self._indices[attempt] = frame, Index.build(frame)
+        return self._indices[attempt]
+
+    def _group(self, name: str, tags: Mapping[str, Any]) -> Group:
+        try:
+            return whole_key(name, {tag: clean(tag, value) for tag, value in tags.items()})
+        except ValueError as err:
+            raise UsageError(str(err)) from None
+
+    def value(
+        self,
+        rank: int,
+        name: str,
+        step: int = 0,
+        occurrence: int = 0,
+        *,
+        attempt: int | None = None,
+        **tags: Any,
+    ) -> Any:
+        """Return a recorded number, string or list; arguments and errors as for `load`."""
+        row = self.find(rank, name, step, occurrence, kind="value", attempt=attempt, **tags)
+        return json.loads(row["value"] or "null")
+
+    def read(self, row: ManifestRow, *, check: bool = True) -> torch.Tensor:
+        """Return the tensor of a manifest row.
+
+        Args:
+            row: a row of `rows`, as a dict.
+            check: compare the bytes with the row's digest, once for each payload.
+
+        Raises:
+            UsageError: the row holds no tensor.
+            DamagedRecording: the bytes are not there, or not those that were written.
+        """
+        from .bits import plainly
+        from .format.payload import Files, parse_dtype, restore
+
+        shard, tensor = row["shard"], row["tensor"]
+        if shard is None or tensor is None:
+            raise UsageError(self._why_no_tensor(row))
+        path = self._shard_path(shard, row["rank"])
+        place = self._place(shard, tensor, path)
+        if place.nbytes != row["nbytes"]:
+            raise DamagedRecording(
+                path,
+                f"tensor {tensor!r} has {place.nbytes} bytes, the manifest says {row['nbytes']}",
+            )
+        with self._lock:
+            if self._files is None:
+                self._files = Files()
+            files = self._files
+        # The second is the shard that is open; sealed between the two, it has the first name.
+        for is_open in (False, True, False):
+            try:
+                data = files.read(path.with_suffix(".partial") if is_open else path, place)
+                break
+            except FileNotFoundError:
+                continue
+        else:
+            raise DamagedRecording(path, "it is missing")
+        about = (shard, tensor, row["digest"])
+        if check and about not in self._checked:
+            import xxhash
+
+            if xxhash.xxh3_128_hexdigest(data) != row["digest"]:
+                raise DamagedRecording(
+                    path,
+                    f"the bytes of {label(row['name'], row['tags'])} step={row['step']} "
+                    f"occurrence={row['occurrence']} do not have the digest that was recorded",
+                )
+            self._checked.add(about)
+        with plainly():
+            return restore(data, parse_dtype(row["dtype"], path), row["shape"] or [], path)
+
+    def _why_no_tensor(self, row: ManifestRow) -> str:
+        what = f"{label(row['name'], row['tags'])} step={row['step']}"
+        if row["kind"] == "value":
+            return f"{what} is a value, not a tensor; read it with Recording.value"
+        level = self.meta.get("options", {}).get("level", "tensors")
+        return f"{what} was recorded with --level {level}, without its elements; record it again"
+
+    def _read_all_rows(self) -> pl.DataFrame:
+        """Read the rows; again where a ring that is being written dropped a part meanwhile."""
+        for _ in range(_TRIES):
+            try:
+                return self._read_rows()
+            except DamagedRecording:
+                live = any(c.get("keep_last") and c["state"] == "running" for c in self._claims)
+                if not live:
+                    raise
+        return self._read_rows()
+
+    def _read_rows(self) -> pl.DataFrame:
+        import polars as pl
+
+        # Before the rows: a claim that says how many there are is written after them.
+        self._claims = self.claims()
+        schema = {**polars_schema(COLUMNS), "attempt": pl.Int32()}
+        sealed: list[Part] = []
+        frames = [pl.DataFrame(schema=schema)]
+        rings = {claim["rank"] for claim in self._claims if claim.get("keep_last")}
+        for rank, folder in rank_folders(self.path):
+            for part in parts_of(rank, folder, is_ring=rank in rings):
+                if part.is_sealed:
+                    sealed.append(part)
+                else:
+                    frame, places = read_part(part)
+                    frames.append(frame)
+                    self._places.update(places)
+        rows = pl.concat([*frames, *read_sealed(sealed)], rechunk=True)
+        self._check_complete(rows)
+        if not _is_sorted(rows):
+            rows = rows.sort("rank", "attempt", "seq")
+        return rows
+
+    def _check_complete(self, found: pl.DataFrame) -> None:
+        """Hold what was found against what each rank wrote down when it closed."""
+        counted = found.group_by("rank", "attempt").len()
+        rows = {(rank, attempt): n for rank, attempt, n in counted.iter_rows()}
+        for claim in self._claims:
+            got = rows.get((claim["rank"], claim["attempt"]), 0)
+            expected = claim.get("rows")
+            if claim.get("state") in ("complete", "stopped") and got != expected:
+                raise DamagedRecording(
+                    self.path / rank_folder(claim["rank"]),
+                    f"its manifest has {got} rows of attempt {claim['attempt']}, "
+                    f"expected {expected}",
+                )
+
+    def _shard_path(self, shard: str, rank: int) -> Path:
+        known = self._paths.get((shard, rank))
+        if known is None:
+            known = self._paths[shard, rank] = shard_path(self.path, shard, rank)
+        return known
+
+    def _place(self, shard: str, tensor: str, path: Path) -> Place:
+        place = self._places.get((shard, tensor))
+        if place is not None:
+            return place
+        with self._lock:
+            header = self._headers.get(shard)
+            if header is None:
+                if len(self._headers) >= _HEADERS_KEPT:
+                    self._headers.pop(next(iter(self._headers)))
+                header = self._headers[shard] = read_header(path)
+        if tensor not in header:
+            raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
+        return header[tensor]
+
+
+def _is_sorted(rows: pl.DataFrame) -> bool:
+    """Whether rows are in order of rank, attempt and seq."""
+    columns = [rows[name] for name in ("rank", "attempt", "seq")]
+    later = columns[2] < columns[2].shift(1)
+    for column in columns[1::-1]:
+        before = column.shift(1)
+        later = (column < before) | ((column == before) & later)
+    return not later.any()

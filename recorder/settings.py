@@ -1,0 +1,294 @@
+"""What a session can be told, each option once: its values, its default and what it is for.
+
+1. A settings class is a frozen dataclass whose fields are made by `option`.
+2. `Settings.given` checks values, however they come: as arguments, from variables, from a command.
+3. `Settings.variables` and `Settings.from_variables` take them through the environment to the
+   ranks; `commands.clicking.options_of` makes a command's options of them.
+
+To add an option, add a field here and the argument to the session's signature.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from .errors import UsageError
+from .filters import Filter
+from .sizes import format_binary_size, parse_size
+
+S = TypeVar("S", bound="Settings")
+Check = Callable[[Any, str], Any]
+"""(value, what it is called where it was given) -> the value that is meant; raises `UsageError`."""
+
+_MOST_STAGING = 1 << 50
+_STAGING = 256 << 20
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a session.
+
+    Attributes:
+        name: of the field and the argument.
+        variable: the environment's variable.
+        default: what holds where nothing is given.
+        help: what it does, a sentence.
+        metavar: what stands for its value in a command's usage.
+        choices: its values, where there are few.
+        is_size: whether it is a number of bytes.
+        check: see `Check`.
+    """
+
+    name: str
+    variable: str
+    default: Any
+    help: str
+    metavar: str
+    choices: tuple[str, ...]
+    is_size: bool
+    check: Check
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is just on or off."""
+        return isinstance(self.default, bool)
+
+    @property
+    def flag(self) -> str:
+        """What it is called in a command: `--max-bytes`, or `--check/--no-check`."""
+        name = self.name.replace("_", "-")
+        return f"--{name}/--no-{name}" if self.default is True else f"--{name}"
+
+    @property
+    def default_text(self) -> str:
+        """The default as a user writes it, "" where that is nothing."""
+        if self.default is None or self.is_flag or self.default == 0:
+            return ""
+        return format_binary_size(self.default) if self.is_size else str(self.default)
+
+    @property
+    def sentence(self) -> str:
+        """What it does, and its default where nothing else shows it."""
+        if self.choices or not self.default_text:
+            return self.help
+        return f"{self.help.removesuffix('.')}; {self.default_text} by default."
+
+    @property
+    def assignment(self) -> str:
+        """The variable, with the value that turns a flag from its default."""
+        return f"{self.variable}={int(not self.default)}" if self.is_flag else self.variable
+
+    def text(self, value: Any) -> str | None:
+        """Return a value as its variable has it; None for the default, which needs no variable.
+
+        Raises:
+            UsageError: another process cannot be told of it.
+        """
+        if value == self.default:
+            return None
+        if isinstance(value, Filter):
+            return value.text
+        if callable(value):
+            raise UsageError(f"{self.name} is a function; give its path, pkg.mod.fn, to a command")
+        return str(int(value) if self.is_flag else value)
+
+    def read(self, text: str | None) -> Any:
+        """Return the value that a variable gives; it counts as not given where it is empty.
+
+        Raises:
+            UsageError: it cannot be used.
+        """
+        if not text:
+            return self.default
+        if self.is_flag:
+            return text != "0" if self.default else text == "1"
+        return self.checked(text, self.variable)
+
+    def checked(self, value: Any, called: str) -> Any:
+        """Return the value that is meant.
+
+        Args:
+            value: as given.
+            called: what the option is called where it was given.
+
+        Raises:
+            UsageError: it cannot be used.
+        """
+        if value is None or value is self.default:
+            return self.default
+        if self.choices and value not in self.choices:
+            raise UsageError(f"{called} is {value!r}; choose one of {', '.join(self.choices)}")
+        return self.check(value, called)
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    metavar: str = "",
+    choices: tuple[str, ...] = (),
+    check: Check | None = None,
+) -> Any:
+    """Return a dataclass field that is an option; see `Option`."""
+    about = {
+        "help": help,
+        "metavar": metavar,
+        "choices": choices,
+        "is_size": check in (size, _staging),
+        "check": check or _as_it_is,
+    }
+    return field(default=default, metadata=about)
+
+
+def _as_it_is(value: Any, called: str) -> Any:
+    return value
+
+
+def expression(value: Any, called: str) -> Filter | None:
+    """Return a filter from one or its text."""
+    return Filter.coerce(value)
+
+
+def size(value: Any, called: str) -> int:
+    """Return a number of bytes from one or text such as `20GB`."""
+    return parse_size(value)
+
+
+def whole_number(value: Any, called: str) -> int:
+    """Return a whole number from one or its text."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, str)):
+            raise ValueError
+        return int(value)
+    except ValueError:
+        raise UsageError(f"{called} is {value!r}; give a whole number, such as 2 or -1") from None
+
+
+def _steps(value: Any, called: str) -> int:
+    number = value
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        number = int(value)
+    if type(number) is not int or number < 1:
+        raise UsageError(f"{called} is {value!r}; give a number of steps, 1 or more")
+    return number
+
+
+def _staging(value: Any, called: str) -> int:
+    nbytes = parse_size(value)
+    if nbytes > _MOST_STAGING:
+        raise UsageError(f"{called} is {value!r}, more than any machine has; try 1GiB")
+    return nbytes
+
+
+class Settings:
+    """The options of a session; its subclasses are frozen dataclasses of `option` fields."""
+
+    PREFIX: ClassVar[str]
+    """What their variables begin with."""
+
+    @classmethod
+    def options(cls) -> tuple[Option, ...]:
+        """The options, in the order in which they are shown."""
+        return tuple(
+            Option(
+                name=one.name,
+                variable=f"{cls.PREFIX}_{one.name.upper()}",
+                default=one.default,
+                **one.metadata,
+            )
+            for one in fields(cls)  # type: ignore[arg-type]  # a subclass is a dataclass
+        )
+
+    @classmethod
+    def given(cls: type[S], values: Mapping[str, Any]) -> S:
+        """Return settings from arguments; what is no option among them is left aside.
+
+        Raises:
+            UsageError: a value cannot be used.
+        """
+        options = (one for one in cls.options() if one.name in values)
+        return cls(**{one.name: one.checked(values[one.name], one.name) for one in options})
+
+    @classmethod
+    def from_variables(cls: type[S], environ: Mapping[str, str] = os.environ) -> S:
+        """Return the settings that the environment gives.
+
+        Raises:
+            UsageError: a variable cannot be used.
+        """
+        return cls(**{one.name: one.read(environ.get(one.variable)) for one in cls.options()})
+
+    def variables(self) -> dict[str, str | None]:
+        """Return the environment that says the same; None where a variable is not to be set."""
+        return {one.variable: one.text(getattr(self, one.name)) for one in self.options()}
+
+    def described(self) -> dict[str, Any]:
+        """Return the options as JSON has them, for whoever reads later how it was done."""
+        found = {one.name: getattr(self, one.name) for one in self.options()}
+        return {
+            name: value.text if isinstance(value, Filter) else value
+            for name, value in found.items()
+        }
+
+
+@dataclass(frozen=True)
+class RecordSettings(Settings):
+    """How to record: the options of `graft record` and of `Recorder`."""
+
+    PREFIX = "GRAFT_RECORD"
+
+    filter: Filter | None = option(
+        None, "Record only these taps.", metavar="EXPR", check=expression
+    )
+    level: str = option(
+        "tensors",
+        "What to keep of a tensor: its elements, its statistics and digest, or its digest alone.",
+        choices=("tensors", "stats", "digests"),
+    )
+    max_bytes: int | None = option(
+        None,
+        "Stop recording, not the job, before RUN's tensors take more than this, 20GB for example; "
+        "each rank has an equal share.",
+        metavar="SIZE",
+        check=size,
+    )
+    min_free: int | None = option(
+        None,
+        "Stop recording, not the job, before the file system of RUN has less than this free.",
+        metavar="SIZE",
+        check=size,
+    )
+    keep_last: int | None = option(
+        None,
+        "Keep only the last N complete steps, as step() counts them, and the one under way: a ring "
+        "for long jobs.",
+        metavar="N",
+        check=_steps,
+    )
+    fsync: str = option(
+        "off",
+        "When to wait for the device, so that a recording survives a power cut: never, at the end "
+        "of each shard, or of each step.",
+        choices=("off", "shard", "step"),
+    )
+    access: str = option(
+        "private",
+        "Who may read the files: you alone, your group, or all.",
+        choices=("private", "group", "all"),
+    )
+    staging: int = option(
+        _STAGING,
+        "Memory of each rank for snapshots that wait to be written, and for writing them.",
+        metavar="SIZE",
+        check=_staging,
+    )
+    when_full: str = option(
+        "hold",
+        "What to do with a tap when all of that memory waits to be written: hold the job until "
+        "there is room, or drop the tap and count it.",
+        choices=("hold", "drop"),
+    )
+    overwrite: bool = option(False, "Replace the recording that is in RUN already.")

@@ -1,0 +1,99 @@
+"""One firing of a tap, and what listens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..diagnostics import call_site
+
+_UNKNOWN = object()
+
+
+class Call:
+    """One firing of a tap, as the sessions see it.
+
+    Attributes:
+        name: the tap's name.
+        tags: its other tags, context included, as given.
+        given: what stands at the tap: a value or a callable.
+        dims: the declared layout, or "".
+        extras: what the call attached, or None.
+        grad: whether the gradient is wanted too.
+        about: equal for taps of equal name and tags: these, and the types of the tags, since 1,
+            1.0 and True are equal but differ as JSON.
+    """
+
+    __slots__ = ("_site", "_value", "about", "dims", "extras", "given", "grad", "name", "tags")
+
+    def __init__(
+        self,
+        name: str,
+        given: Any,
+        dims: str | None = None,
+        extras: Mapping[str, Any] | None = None,
+        grad: bool = False,
+        tags: Mapping[str, Any] | None = None,
+        about: tuple[Any, ...] = (),
+    ) -> None:
+        self.name = name
+        self.about = about
+        self.dims = dims or ""
+        self.extras = extras
+        self.grad = grad
+        self.tags: Mapping[str, Any] = tags or {}
+        self.given = given
+        self._value: Any = _UNKNOWN
+        self._site = ""
+
+    def value(self) -> Any:
+        """Return the tapped value; a callable is called here, once, whoever asks first."""
+        if self._value is _UNKNOWN:
+            # Neither tensors nor the recordable scalars are callable.
+            self._value = self.given() if callable(self.given) else self.given
+        return self._value
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether the value is made by the tap's callable, whose errors stay with the tap."""
+        return callable(self.given)
+
+    def forget(self) -> None:
+        """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
+        self.given = self._value = None
+
+    @property
+    def shown(self) -> str:
+        """The name for messages, whatever was given as one."""
+        return repr(self.name) if isinstance(self.name, str) else f"a {type(self.name).__name__}"
+
+    @property
+    def site(self) -> str:
+        """The call site, `file:line`, for warnings; right while the tap fires, then kept."""
+        self._site = self._site or call_site()
+        return self._site
+
+
+class Session(Protocol):
+    """Something that listens to taps."""
+
+    order: int
+    """The smaller sees a tap first: stand-ins -1, recorders 0, replayers 1."""
+    ignored: set[Any]
+    """What `Call.about` is of taps that need not be shown, while the rank is what it was."""
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether a process group that comes up may change the rank."""
+
+    def on_tap(self, call: Call) -> None:
+        """See a tap fire."""
+
+    def on_step(self) -> None:
+        """See an iteration end."""
+
+    def lost(self, call: Call, reason: str) -> None:
+        """Hear that a tap could not be handled for a reason nobody foresaw."""
+
+    def close(self) -> None:
+        """Finish; called again at exit."""

@@ -1,0 +1,196 @@
+"""Which taps a session wants, and the key of each: shared by recording and replaying.
+
+`Selection.select` cleans a call's tags, asks the filter (once per distinct tags, unless the filter
+reads the step), and counts the occurrence. It also remembers what it saw, so that a filter that
+selected nothing can say why.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .. import tags as tagging
+from ..errors import BadTag, FilterError
+from ..filters import Filter
+from ..tags import MOST_TAG_BYTES, Key, TagValue
+from .call import Call
+from .values import classify
+
+_CACHED = 100_000
+_NAMES_KEPT = 2_000
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
+@dataclass(frozen=True)
+class _Site:
+    """What is fixed for equal tags."""
+
+    tags: dict[str, TagValue]
+    text: str
+    key_text: str
+    recompute: bool
+    wanted: bool | None  # None: depends on the step or the kind
+
+
+class Selected(NamedTuple):
+    """A tap that the session wants.
+
+    Attributes:
+        key: its key; `recompute` is no part of it.
+        tags: all its tags but the name.
+        text: the canonical JSON of `tags`.
+        recompute: whether this is a second forward.
+        seq: its position in execution order on this rank.
+        forward: whether the tapped value itself is wanted.
+        grad: whether its gradient is wanted.
+    """
+
+    key: Key
+    tags: dict[str, TagValue]
+    text: str
+    recompute: bool
+    seq: int
+    forward: bool
+    grad: bool
+
+
+class _Env(dict[str, Any]):
+    """What a filter sees of a tap; its kind is found out only if asked for."""
+
+    def __init__(self, tags: dict[str, Any], call: Call) -> None:
+        super().__init__(tags)
+        self._call = call
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a tag's value, None where the tap does not carry it."""
+        if name == "kind":  # may call the tap's callable
+            return "tensor" if classify(self._call.value()) == "tensor" else "value"
+        return super().get(name, default)
+
+
+class Selection:
+    """The taps of one rank as one session sees them. Thread-safe."""
+
+    def __init__(self, filter: Filter | None) -> None:
+        self.filter = filter
+        self.step = 0
+        self.selected = 0
+        self.names_seen: set[str] = set()
+        self.tags_seen: set[str] = set()
+        self.refused = 0
+        self._seq = 0
+        self._sites: dict[Any, _Site] = {}
+        self.ignored: set[Any] = set()
+        self._rank: int | None = None
+        self._counts: Counter[tuple[str, str, bool]] = Counter()
+        self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
+        self._late = filter is not None and bool(filter.names & {"step", "kind"})
+
+    def next_step(self) -> None:
+        """Begin the next step: occurrences count from 0 again."""
+        with self._lock:
+            self.step += 1
+            self._counts.clear()
+
+    def next_seq(self) -> int:
+        """Return the next position in execution order."""
+        with self._lock:
+            self._seq += 1
+            return self._seq - 1
+
+    def select(self, call: Call, rank: int) -> Selected | None:
+        """Return the tap's key if it is wanted.
+
+        Raises:
+            BadTag: the call has a tag that cannot be part of a key.
+            FilterError: the filter compares what cannot be compared.
+        """
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise BadTag(
+                "it is tapped in the middle of another tap, by a signal's handler or a finalizer"
+            )
+        site = self._site(call, rank)
+        if site.wanted is False:
+            return None
+        forward = grad = True
+        if site.wanted is None and self.filter is not None:
+            env = {**site.tags, "name": call.name, "step": self.step, "rank": rank}
+            forward = self.filter(_Env(env, call))
+            if call.grad:
+                grad = self.filter({**env, "kind": "grad"})
+            if not forward and not (grad and call.grad):
+                return None
+        counted = (call.name, site.key_text, site.recompute)
+        with self._lock:
+            occurrence = self._counts[counted]
+            self._counts[counted] += 1
+            seq = self._seq
+            self._seq += 1
+            self.selected += 1
+            key = Key(call.name, site.key_text, self.step, occurrence)
+        return Selected(key, site.tags, site.text, site.recompute, seq, forward, grad and call.grad)
+
+    def _site(self, call: Call, rank: int) -> _Site:
+        if rank != self._rank:
+            with self._lock:  # a process group has come up
+                self._sites.clear()
+                self.ignored.clear()
+                self._rank = rank
+        # Others may be mutable, or equal without being the same.
+        plain = type(call.name) is str and _PLAIN.issuperset(map(type, call.tags.values()))
+        about = call.about if plain else ()
+        site = self._sites.get(about)
+        if site is not None:
+            return site
+        with self._lock:
+            return self._new_site(call, rank, about)
+
+    def _new_site(self, call: Call, rank: int, about: tuple[Any, ...]) -> _Site:
+        if not isinstance(call.name, str):
+            raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
+        name = tagging.text("its name", call.name)
+        tags = {tag: tagging.clean(tag, value) for tag, value in call.tags.items()}
+        if len(self.names_seen) < _NAMES_KEPT:
+            self.names_seen.add(name)
+            self.tags_seen.update(tags)
+        wanted: bool | None = True
+        if self._late:
+            wanted = None
+        elif self.filter is not None:
+            wanted = self.filter({**tags, "name": name, "rank": rank})
+        text = tagging.canonical(tags)
+        if max(len(name), len(text)) * 4 > MOST_TAG_BYTES:  # UTF-8 takes up to four a character
+            raise BadTag("its name and tags are of more than 16,000 characters; shorten them")
+        site = _Site(tags, text, tagging.key_tags(tags), tagging.is_recompute(tags), wanted)
+        if about:
+            if len(self._sites) >= _CACHED:
+                self._sites.clear()
+                self.ignored.clear()
+            if rank == self._rank:
+                self._sites[about] = site
+                if wanted is False:
+                    self.ignored.add(about)
+        return site
+
+    def select_or_warn(
+        self, call: Call, rank: int, warn: Callable[[tuple[str, ...], str], None]
+    ) -> Selected | None:
+        """As `select`; what cannot be selected is told to `warn`, with its call site."""
+        try:
+            return self.select(call, rank)
+        except (BadTag, FilterError) as err:
+            self.refused += 1
+            reason = err.reason if isinstance(err, FilterError) else str(err)
+            message = f"tap {call.shown} at {call.site} is ignored: {reason}"
+            warn((call.shown, reason), message)
+            return None
+
+    def why_nothing(self) -> str | None:
+        """Say why the filter selected nothing; None where there is no filter or it did."""
+        if self.selected or self.filter is None:
+            return None
+        return self.filter.why_nothing(self.tags_seen, self.names_seen)

@@ -1,0 +1,1 @@
+"""From a snapshot to bytes on disk, behind the job's back."""

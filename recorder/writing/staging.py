@@ -1,0 +1,266 @@
+"""The memory that snapshots wait in until they are written: allocated once, touched once, reused.
+
+1. `Staging.put` finds room in a ring of bytes and copies a payload into it, or a part of one.
+2. Whoever needs the bytes reads `Staging.view` or `Staging.tensor`, once `Part.wait` has returned:
+   what comes from a device may still be on its way.
+3. When its last user has released a part, its room is free again, in the order of the puts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+
+from ..bits import plainly
+from .device import DeviceCopies
+
+_ALIGNMENT = 64
+_SMALL = 64 << 10  # faster copied than the interpreter is given away and taken back
+_WARM_FROM = 1 << 20
+_WARM_STEP = 8 << 20
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; `mmap` has no name for it yet
+_PARTS = 4_096  # rows take memory too, however small their payloads
+
+
+class Arrival(Protocol):
+    """A copy that is under way."""
+
+    def wait(self) -> None:
+        """Return when it has ended."""
+
+
+class Part:
+    """A staged payload, or a part of one: bytes in the ring.
+
+    Attributes:
+        offset: where they lie.
+        nbytes: how many.
+        size: the room they take.
+        users: how many still need them.
+        arrival: the copy that brings them, or None where they are there.
+        payload: what they are of, as whoever put them in says.
+        first: whether they begin it.
+        last: whether they end it.
+    """
+
+    # One object for all of it: each that lives on is one more for the garbage collector to visit.
+    __slots__ = ("arrival", "first", "last", "nbytes", "offset", "payload", "size", "users")
+
+    def __init__(self, offset: int, nbytes: int, size: int, users: int) -> None:
+        self.offset = offset
+        self.nbytes = nbytes
+        self.size = size
+        self.users = users
+        self.arrival: Arrival | None = None
+        self.payload: Any = None
+        self.first = self.last = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its payload."""
+        return self.first and self.last
+
+    def wait(self) -> None:
+        """Return when the bytes are there."""
+        if self.arrival is not None:
+            self.arrival.wait()
+
+
+class Staging:
+    """A ring of bytes. One thread at a time may put, any may release.
+
+    Whoever puts gives the part its payload before the next put: one without was interrupted.
+
+    While nothing waits, the ring starts over at its warm beginning.
+
+    Args:
+        budget: its size in bytes.
+        copies: brings tensors from devices; see `device.py`.
+        on_short: called when there is no room, before it is waited for or given up on.
+    """
+
+    def __init__(
+        self,
+        budget: int,
+        copies: DeviceCopies | None = None,
+        on_short: Callable[[], None] | None = None,
+    ) -> None:
+        self.budget = max(4 * _ALIGNMENT, budget)
+        self.backlog = 0
+        self.held_seconds = 0.0
+        self._copies = copies or DeviceCopies()
+        self._on_short = on_short
+        # Held as a lock, never through the condition: that one enters and leaves in Python, where a
+        # signal handler's exception can come while the lock is taken and nobody is to release it.
+        self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._waiting: deque[Part] = deque()
+        self._last: Part | None = None
+        self._head = 0
+        self._closed = False
+        self._bytes, self._arena, self._address = _allocate(self.budget)
+        self._is_warm = False
+
+    @property
+    def largest(self) -> int:
+        """The most bytes that one `put` takes."""
+        return self.budget // 4
+
+    def put_bytes(self, address: int, nbytes: int, users: int, *, hold: bool) -> Part | None:
+        """Copy bytes of the CPU's memory in; as `put`."""
+        part = self._reserve(nbytes, users, hold)
+        if part is not None and nbytes:
+            move = _move_holding if nbytes <= _SMALL else ctypes.memmove
+            move(self._address + part.offset, address, nbytes)
+        return part
+
+    def put(self, bits: torch.Tensor, users: int, *, hold: bool) -> Part | None:
+        """Copy a tensor in, its elements in their logical order.
+
+        Args:
+            bits: a tensor of any strides, on any device.
+            users: how many will release the part.
+            hold: wait while there is no room.
+
+        Returns:
+            The part; None once the ring is closed, or where it is full and not to be waited for.
+        """
+        nbytes = bits.numel() * bits.element_size()
+        part = self._reserve(nbytes, users, hold)
+        if part is None or nbytes == 0:
+            return part
+        flat = self._arena[part.offset : part.offset + nbytes]
+        into = flat.view(bits.dtype).view(bits.shape)
+        part.arrival = self._copies.start(bits, into, self._arena)
+        return part
+
+    def view(self, part: Part) -> memoryview:
+        """Return staged bytes without copying them."""
+        return self._bytes[part.offset : part.offset + part.nbytes]
+
+    def tensor(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Return a part of the ring as a tensor of uint8, without copying it."""
+        return self._arena[offset : offset + nbytes]
+
+    def release(self, parts: Iterable[Part]) -> None:
+        """Let one user go of each of some parts."""
+        with self._lock:
+            for part in parts:
+                part.users -= 1
+            self._free_released()
+
+    def _free_released(self) -> None:
+        freed = False
+        while self._waiting and self._waiting[0].users <= 0:
+            self.backlog -= self._waiting.popleft().size
+            freed = True
+        if freed:
+            self._room.notify_all()
+
+    def warm_up(self, largest: int) -> None:
+        """Touch the whole ring, once, behind the job's back: a fresh page costs more than a copy.
+
+        Args:
+            largest: bytes of the largest payload so far; small ones are not worth it.
+        """
+        if self._is_warm or largest < _WARM_FROM:
+            return
+        self._is_warm = True
+        populate = getattr(ctypes.CDLL(None), "madvise", None)
+        if populate is None or sys.platform != "linux":
+            return
+        start = -(-self._address // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (self._address + self.budget) // mmap.PAGESIZE * mmap.PAGESIZE
+        for at in range(start, end, _WARM_STEP):  # in steps: others may want to map memory
+            size = min(_WARM_STEP, end - at)
+            if self._closed or populate(
+                ctypes.c_void_p(at), ctypes.c_size_t(size), _POPULATE_WRITE
+            ):
+                return
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        with self._lock:
+            self._closed = True
+            self._room.notify_all()
+
+    def free(self) -> None:
+        """Let go of the memory, once every copy into it has ended; none may follow."""
+        self.close()
+        with self._lock:
+            for part in self._waiting:
+                part.wait()
+            self._waiting.clear()
+        self._copies.close(self._arena)
+        self._bytes, self._arena = memoryview(b""), self._arena[:0].clone()
+
+    def _reserve(self, nbytes: int, users: int, hold: bool) -> Part | None:
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT or _ALIGNMENT
+        with self._lock:
+            if self._last is not None and self._last.payload is None:
+                # An interrupt came before anybody took it on; nobody will release it.
+                self._last.wait()
+                self._last.users = 0
+                self._free_released()
+                self.backlog = sum(part.size for part in self._waiting)
+            offset = self._find(size)
+            if offset is None and self._on_short is not None:
+                self._on_short()
+            if offset is None and hold and not self._closed:
+                started = time.perf_counter()
+                while offset is None and not self._closed:
+                    self._room.wait()
+                    offset = self._find(size)
+                self.held_seconds += time.perf_counter() - started
+            if self._closed or offset is None:
+                return None
+            part = Part(offset, nbytes, size, users)
+            self._last = part
+            self._waiting.append(part)
+            self.backlog += size
+            self._head = offset + size
+            return part
+
+    def _find(self, size: int) -> int | None:
+        if not self._waiting:
+            return 0 if size <= self.budget else None
+        if len(self._waiting) >= _PARTS:
+            return None
+        tail = self._waiting[0].offset
+        if self._head > tail:
+            if self._head + size <= self.budget:
+                return self._head
+            return 0 if size < tail else None
+        return self._head if self._head + size < tail else None
+
+
+def _allocate(budget: int) -> tuple[memoryview, torch.Tensor, int]:
+    """Return fresh memory as bytes, as a tensor of uint8, and its address."""
+    memory = mmap.mmap(-1, budget, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer faults, where the system has huge pages
+        except OSError:
+            pass
+    with plainly():
+        arena = torch.frombuffer(memory, dtype=torch.uint8)
+    return memoryview(memory), arena, arena.data_ptr()
+
+
+def _holding_memmove() -> Any:
+    """Return a memmove that keeps the interpreter: for few bytes, to give it away costs more."""
+    move = ctypes.PyDLL(None).memmove
+    move.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    move.restype = None
+    return move
+
+
+_move_holding = _holding_memmove()

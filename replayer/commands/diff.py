@@ -1,0 +1,214 @@
+"""`graft diff`: parse, one call, print."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from recorder.commands.clicking import FilterType, SizeType, expected_errors, note
+from recorder.commands.tables import bar, terminal_width
+from recorder.errors import UsageError
+from recorder.filters import Filter
+from recorder.ranks import Rank
+
+_PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is told
+
+
+@click.command(short_help="Hold two recordings against each other: what differs, and where first.")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--filter", type=FilterType(), help="Only these records, in A's names and steps.")
+@click.option(
+    "--match-on",
+    metavar="TAGS",
+    help="Tags that count for a match, as name,layer; or order, to pair by position; the whole "
+    "key without.",
+)
+@click.option(
+    "--step-offset",
+    type=int,
+    default=0,
+    metavar="N",
+    help="B's step s belongs to A's step s + N.",
+)
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="A=B",
+    help="What A calls A is what B calls B, with places in braces: "
+    "'h.{layer}.attn=layers.{layer}.self_attn'. A place on one side only is a tag on the other.",
+)
+@click.option(
+    "--manifest-only",
+    is_flag=True,
+    help="Read no tensor: digests say which differ, statistics what they prove.",
+)
+@click.option("--rtol", type=float, help="Relative tolerance; torch's for the dtypes without.")
+@click.option("--atol", type=float, help="Absolute tolerance; torch's for the dtypes without.")
+@click.option(
+    "--threshold",
+    multiple=True,
+    metavar="[PATTERN:]EXPR",
+    help="What is within tolerance instead, for names that fit the pattern: "
+    "'attn_*: rel_diff < 1e-4 and max_abs < 0.1'. The last that fits decides.",
+)
+@click.option(
+    "--floor",
+    multiple=True,
+    metavar="A2",
+    help="A second run of A, whose differences from it are noise; may be repeated.",
+)
+@click.option(
+    "--floor-factor",
+    type=float,
+    help="How many times the noise is still noise; 3 without.",
+)
+@click.option(
+    "--by",
+    metavar="DIM",
+    help="Also compare index by index of a dim, by its name in the dims or its number.",
+)
+@click.option(
+    "--ignore-missing",
+    is_flag=True,
+    help="Keys on one side only are told, and do not count as a difference.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Rows of the table on the terminal.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: an object a line.")
+@click.option("--parquet", metavar="FILE", help="Also write the whole table to FILE.")
+@click.option("--html", metavar="FILE", help="Also write a page to FILE that opens in a browser.")
+@click.option(
+    "--check/--no-check",
+    default=True,
+    help="Hold each tensor that is read against its digest.",
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; one a core without.")
+@click.option(
+    "--memory",
+    type=SizeType(),
+    help="Bytes of tensors in memory at once, 2GiB without; a pair of more goes alone.",
+)
+@expected_errors
+def diff(
+    a: str,
+    b: str,
+    filter: Filter | None,
+    match_on: str | None,
+    step_offset: int,
+    rename: tuple[str, ...],
+    manifest_only: bool,
+    rtol: float | None,
+    atol: float | None,
+    threshold: tuple[str, ...],
+    floor: tuple[str, ...],
+    floor_factor: float | None,
+    by: str | None,
+    ignore_missing: bool,
+    limit: int,
+    as_json: bool,
+    parquet: str | None,
+    html: str | None,
+    check: bool,
+    workers: int | None,
+    memory: int | None,
+) -> None:
+    """Compare the recordings A (trusted) and B: which tensors differ, where first, how much.
+
+    Layouts are put together on both sides where declared, else it is rank by rank. Ends with 0
+    where all is equal or within tolerance; with 1 where not, where a key is on one side only, or
+    where nothing matched; with 2 where a recording cannot be read. Under torchrun the ranks share
+    the work, on any number of machines.
+
+    \b
+    Example:
+      graft diff runs/base runs/target --filter 'layer < 4' --html diff.html
+    """
+    outputs = [Path(name) for name in (parquet, html) if name is not None]
+    if floor_factor is not None and not floor:
+        raise UsageError("--floor-factor needs a noise floor; give --floor A2 too")
+    from ..showing.output import check_outputs
+
+    check_outputs(outputs)
+    # Without numpy, which nothing here uses, torch says so at every start.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    from recorder.commands.listing import incomplete_lines
+
+    from ..diffing.diff import diff as compare
+    from ..diffing.spread import launched
+    from ..showing import lines as report
+
+    rank = launched(os.environ)
+    with _told_of_waiting(rank):
+        found = compare(
+            a, b, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
+            manifest_only=manifest_only, rtol=rtol, atol=atol, threshold=threshold, floor=floor,
+            floor_factor=3.0 if floor_factor is None else floor_factor, by=by,
+            ignore_missing=ignore_missing, check=check, workers=workers, memory=memory,
+            spread=True, bar=bar,
+        )  # fmt: skip
+    if rank.rank != 0:
+        return  # rank 0 has all of it, and says so
+    for name, run in ((a, found.a), (b, found.b)):
+        for line in incomplete_lines(run):
+            note(f"{name}: {line}")
+    for line in found.notes:
+        note(line)
+    try:
+        if parquet is not None:
+            report.write_parquet(found, Path(parquet))
+        if html is not None:
+            from ..showing.pagedata import write_page
+
+            write_page(found, Path(html))
+        if as_json:
+            for line in report.objects(found):
+                click.echo(line)
+        else:
+            report.print_diff(found, terminal_width(), limit)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # click ends quietly where nobody reads on
+    except OSError as err:
+        raise UsageError(
+            f"{err.filename or 'the output'} cannot be written: {err.strerror or err}; make room, "
+            "or choose another place"
+        ) from None
+    if found.why_nothing:
+        note(found.why_nothing)
+    sys.exit(found.status)
+
+
+@contextmanager
+def _told_of_waiting(rank: Rank) -> Iterator[None]:
+    """Say so when other ranks do not come, which may not exist."""
+    from ..diffing.spread import joined
+
+    def tell() -> None:
+        if not joined():
+            note(
+                f"rank {rank.rank} of {rank.world_size}, as RANK and WORLD_SIZE say, waits for the "
+                "others; to run alone, unset RANK"
+            )
+
+    timer = threading.Timer(_PATIENCE, tell)
+    timer.daemon = True
+    if rank.world_size > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,177 @@
+"""How much two tensors differ: the figures of the replay log.
+
+`rel_diff` is `1 - 2<x, y> / (|x|^2 + |y|^2)` in float64, 0 for equal tensors and for two of zeros,
+and 1 or more for unrelated ones; it is computed as `|x - y|^2 / (|x|^2 + |y|^2)`, the same number
+without the cancellation.
+
+1. `_sums` goes over both tensors chunk by chunk, in memory that is reused, and adds up the squares
+   and the differences.
+2. A chunk whose sums are not finite, or whose elements float64 cannot hold, is done again by
+   `_exact`, element by element.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from recorder.bits import as_bits, has_statistics
+from recorder.scripting import scripted
+
+_CHUNK = 1 << 19  # elements; as float64 they fit a processor's last cache
+
+
+def _sums(
+    a: torch.Tensor, b: torch.Tensor, wide: torch.Tensor, size: int, take_equal: bool
+) -> torch.Tensor:
+    found = []  # for each chunk, what `_Figures` has
+    for one, other in zip(a.split(size), b.split(size)):  # noqa: B905  # scripts have no strict
+        n = one.numel()
+        x = wide.narrow(0, 0, n)
+        x.copy_(one)
+        if take_equal and torch.equal(one, other):
+            total = torch.dot(x, x)
+            nothing = torch.zeros_like(total)
+            found += [total + total, nothing, nothing, nothing, nothing]
+        else:
+            y = wide.narrow(0, size, n)
+            y.copy_(other)
+            found.append(torch.dot(x, x) + torch.dot(y, y))
+            x.sub_(y)
+            found.append(torch.dot(x, x))
+            x.abs_()
+            found.append(x.amax())
+            found.append(x.sum())
+            found.append(x.sign_().sum())
+    return torch.stack(found).view(-1, 5)
+
+
+_sums = scripted(_sums)
+_memory = threading.local()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Figures over all elements; None where a NaN or an infinity leaves them undefined.
+
+    Attributes:
+        rel_diff: relative difference, see the module's docstring.
+        max_abs: greatest absolute difference.
+        mean_abs: mean absolute difference.
+        changed: elements that differ; NaN equals NaN, and 0.0 equals -0.0.
+        numel: elements compared.
+    """
+
+    rel_diff: float | None
+    max_abs: float | None
+    mean_abs: float | None
+    changed: int
+    numel: int
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
+    """Compare two tensors of equal shape and dtype on one device, in float64 (complex128).
+
+    On a GPU the figures are brought to the host once, at the end.
+    """
+    numel = a.numel()
+    if numel == 0:
+        return Difference(0.0, 0.0, 0.0, 0, 0)
+    if not has_statistics(a.dtype):
+        changed = int((a.view(torch.uint8) != b.view(torch.uint8)).sum())
+        return Difference(None, None, None, changed, numel)
+    one, other = _flat(a), _flat(b)
+    size = min(_CHUNK, one.numel())
+    if a.dtype.is_complex or (a.dtype.itemsize == 8 and not a.dtype.is_floating_point):
+        rows = [[math.nan]] * -(-one.numel() // size)
+    else:
+        # On a GPU, asking whether chunks are equal would wait for each of them.
+        on_cpu = one.device.type == "cpu"
+        rows = _sums(one, other, _wide_memory(one.device, size), size, on_cpu).tolist()
+    figures = [
+        _Figures(*row)
+        if all(map(math.isfinite, row))
+        else _exact(one[i * size : (i + 1) * size], other[i * size : (i + 1) * size])
+        for i, row in enumerate(rows)
+    ]
+    changed = int(sum(figure.changed for figure in figures))
+    total = math.fsum(figure.total for figure in figures)
+    squares = math.fsum(figure.squares for figure in figures)
+    summed = math.fsum(figure.summed for figure in figures)
+    most = max(figure.most for figure in figures)
+    if any(math.isnan(figure.most) for figure in figures):
+        most = math.nan
+    relative = 0.0 if changed == 0 else math.nan
+    if changed and math.isfinite(total) and total > 0:
+        relative = squares / total
+    return Difference(_defined(relative), _defined(most), _defined(summed / numel), changed, numel)
+
+
+class _Figures(NamedTuple):
+    """Of one chunk: sums over its elements, and the greatest absolute difference."""
+
+    total: float
+    squares: float
+    most: float
+    summed: float
+    changed: float
+
+
+def _exact(one: torch.Tensor, other: torch.Tensor) -> _Figures:
+    """Return the figures of a chunk where infinities, NaN or large integers stand in the way."""
+    x, y = _wide(one), _wide(other)
+    equal = _equal(one, other, x, y)
+    apart = torch.where(equal, 0.0, (x - y).abs())  # infinities of one sign are equal
+    if one.dtype.itemsize == 8 and not one.dtype.is_floating_point and not one.dtype.is_complex:
+        # Integers have a difference where float64 has none; it must not leave 64 bits.
+        whole = (as_bits(one) - as_bits(other)).abs().to(torch.float64)
+        apart = torch.where(apart < 2.0**62, whole, apart)
+    return _Figures(
+        total=float(x.abs().square().sum() + y.abs().square().sum()),
+        squares=float(apart.square().sum()),
+        most=float(apart.max()),
+        summed=float(apart.sum()),
+        changed=float(equal.numel() - int(equal.sum())),
+    )
+
+
+def _wide_memory(device: torch.device, size: int) -> torch.Tensor:
+    """Return memory for two chunks as float64; reused on the CPU, where fresh pages cost most."""
+    if device.type != "cpu":
+        return torch.empty(2 * size, dtype=torch.float64, device=device)
+    kept: torch.Tensor | None = getattr(_memory, "wide", None)
+    if kept is None or kept.numel() < 2 * size:
+        with torch.inference_mode(False):  # else it could be used under that mode alone
+            kept = _memory.wide = torch.empty(2 * size, dtype=torch.float64, device=device)
+    return kept
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's elements in order; 8-bit floats as float32, since they convert to that."""
+    flat = tensor.detach().reshape(-1)
+    if flat.dtype.itemsize == 1 and flat.dtype.is_floating_point:
+        return flat.to(torch.float32)
+    return flat
+
+
+def _equal(
+    one: torch.Tensor, other: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    if one.dtype.is_floating_point or one.dtype.is_complex:
+        return (x == y) | ((x != x) & (y != y))
+    # Integers beyond 2^53 differ before they are widened, not always after.
+    return as_bits(one) == as_bits(other)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype.is_complex:
+        return x.to(torch.complex128)
+    return x.to(torch.float64)
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None

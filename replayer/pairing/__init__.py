@@ -1,0 +1,1 @@
+"""Two recordings to pairs, and a pair to two tensors of one shape."""

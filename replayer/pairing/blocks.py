@@ -1,0 +1,361 @@
+"""All ranks' blocks of a key put together on both sides, padding left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from recorder.errors import LayoutError, ShapesDiffer
+from recorder.format.schema import ManifestRow
+from recorder.layouts.blocks import Block
+from recorder.layouts.dims import TOKENS, Dim, Dims
+from recorder.layouts.lengths import Lengths, lengths_in
+from recorder.layouts.plan import Plan, whole
+from recorder.logical import Recorded
+from recorder.recording import Recording
+
+from .places import of_same_data
+from .tensors import Two
+
+_BATCHED = {"b", "s"}
+
+
+_MOST_VARIANTS = 64
+
+
+_WORDS = (
+    ("; name a transform with --transform", ""),
+    (", or name a transform with --transform", ""),
+    ("; name a transform", ""),
+    ("sender ranks", "ranks"),
+    ("sender rank", "rank"),
+    ("the senders'", "the ranks'"),
+    ("the senders", "the ranks"),
+    ("the target's tap", "the tap of the other side"),
+    ("the target's", "the other side's"),
+    ("record all ranks", "record all ranks, and leave none out with --filter"),
+)
+"""What layouts say of a graft, and what that is in a diff."""
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """One choice among replicas: the rows to read, and what is in them."""
+
+    rows: tuple[ManifestRow, ...]
+    digests: tuple[str, ...]
+    alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Each rank that is read -> the ranks that hold the same in its place."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(row["rank"] for row in self.rows)
+
+
+class _Blocks:
+    """One side's records of a key, at one part of the data.
+
+    Its `LayoutError`s begin with the side's name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recording: Recording,
+        rows: Sequence[ManifestRow],
+        check: bool,
+        plans: dict[Any, Plan],
+    ) -> None:
+        self.name, self.recording, self.rows = name, recording, tuple(rows)
+        self.is_declared = all(row["dims"] for row in rows)
+        self._options: dict[str, Any] = {"check": check, "in_part": False, "plans": plans}
+        self._recorded = self._of(self.rows) if self.is_declared else None
+
+    def _of(self, rows: Sequence[ManifestRow]) -> Recorded:
+        with self._worded():
+            return Recorded(self.recording, rows, **self._options)
+
+    @contextmanager
+    def _worded(self) -> Iterator[None]:
+        """Have layouts' errors speak of this side, and not of senders, targets and transforms."""
+        try:
+            yield
+        except LayoutError as err:
+            text = str(err)
+            for theirs, ours in _WORDS:
+                text = text.replace(theirs, ours)
+            raise LayoutError(f"{self.name}: {text}") from None
+
+    @property
+    def recorded(self) -> Recorded:
+        """All of them as blocks of one tensor."""
+        assert self._recorded is not None
+        return self._recorded
+
+    @property
+    def dims(self) -> Dims:
+        """Their layout."""
+        return self.recorded.blocks[0].dims
+
+    def whole(self) -> Block:
+        """Return the tensor's block of a job of one rank."""
+        with self._worded():
+            return whole(self.recorded.blocks, self.recording.world_size)
+
+    def lengths(self) -> Lengths | None:
+        """Return the sequences' lengths, where its extras have them."""
+        with self._worded():
+            found = (lengths_in(block.extras, self.dims) for block in self.recorded.blocks)
+            return next((one for one in found if one is not None), None)
+
+    def plan(self, receiver: Block) -> Plan:
+        """Return how they are put together."""
+        with self._worded():
+            return self.recorded.plan(receiver, 1)
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor of the one record there is."""
+        (row,) = self.rows
+        return self.recording.read(row, check=self._options["check"])
+
+    def variants(self, receiver: Block) -> list[_Variant]:
+        """Return a choice among replicas for each of them, just one where all are the same."""
+        rows = {row["rank"]: row for row in self.rows}
+        held = [ranks for move in self.plan(receiver).moves for ranks in move.ranks]
+        if not held:
+            return [_Variant(self.rows, ())]
+        found = []
+        for k in range(max(map(len, held))):
+            chosen = tuple(rows[ranks[min(k, len(ranks) - 1)]] for ranks in held)
+            one = tuple({row["rank"]: row for row in chosen}.values())
+            alike = {
+                row["rank"]: tuple(r for r in ranks if rows[r]["digest"] == row["digest"])
+                for row, ranks in zip(chosen, held, strict=True)
+            }
+            found.append(_Variant(one, tuple(f"{r['dtype']} {r['digest']}" for r in chosen), alike))
+        return found if len({one.digests for one in found}) > 1 else found[:1]
+
+    def tensor(self, variant: _Variant, receiver: Block) -> tuple[torch.Tensor, Plan]:
+        """Return what a choice among replicas is put together to, and how."""
+        with self._worded():
+            recorded = self._of(variant.rows)
+            plan = recorded.plan(receiver, 1)
+            return recorded.block(receiver, plan), plan
+
+
+def by_layout(
+    a: Recording,
+    rows_a: Sequence[ManifestRow],
+    b: Recording,
+    rows_b: Sequence[ManifestRow],
+    *,
+    check: bool = True,
+    plans: tuple[dict[Any, Plan], dict[Any, Plan]] | None = None,
+) -> Iterator[Two | LayoutError]:
+    """Put together what all ranks recorded of a key, on both sides.
+
+    Args:
+        a: the baseline.
+        rows_a: its rows of the key, by rank.
+        b: the target.
+        rows_b: its rows.
+        check: hold what is read against its digest.
+        plans: plans made before for either side, and to be added to.
+
+    Yields:
+        Two tensors, or why there are none of this part of the data.
+
+    Raises:
+        DamagedRecording: bytes are not there, or not those that were written.
+    """
+    plans = plans or ({}, {})
+    try:
+        parts = list(of_same_data(a, rows_a, b, rows_b))
+    except LayoutError as err:
+        yield err
+        return
+    for ours, theirs, at in parts:
+        where = at if len(parts) > 1 else ""
+        if not ours or not theirs:
+            side = "A" if theirs else "B"
+            yield LayoutError(f"no rank of {side} at {at} recorded it")
+            continue
+        try:
+            yield from _twos(
+                _Blocks("A", a, ours, check, plans[0]),
+                _Blocks("B", b, theirs, check, plans[1]),
+                where,
+            )
+        except LayoutError as err:
+            err.args = (f"{where}: {err}",) if where else err.args
+            yield err
+
+
+def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
+    if not (a.is_declared and b.is_declared):
+        yield from _one_sided(a, b, where)
+        return
+    receiver, note = _receiver(a, b)
+    choices = a.variants(receiver), b.variants(receiver)
+    combined = _combined(*choices)
+    for one, other in combined[:_MOST_VARIANTS]:
+        x, how = a.tensor(one, receiver)
+        y, plan = b.tensor(other, receiver)
+        taken = [f"{side}: {p.note}" for side, p in (("A", how), ("B", plan)) if p.note]
+        said = [where, note, *taken, *_replica_notes(choices, one, other)]
+        dim_names = tuple(dim.label for dim in receiver.dims.dims)
+        yield Two(
+            x, y, dim_names, one.ranks, other.ranks, "; ".join(filter(None, said)), plan,
+            other.alike,
+        )  # fmt: skip
+    _check_all(combined)
+
+
+def _check_all(combined: Sequence[Any]) -> None:
+    if len(combined) > _MOST_VARIANTS:
+        raise LayoutError(
+            f"ranks that should hold the same hold {len(combined)} different tensors, of which "
+            f"{_MOST_VARIANTS} were compared; if they hold other data, name the axis that tells "
+            "them apart in recorder.declare_mesh, and in the dims"
+        )
+
+
+def _one_sided(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
+    """Compare a layout with the tensor of a job of one rank, which declares none."""
+    declared, plain = (a, b) if a.is_declared else (b, a)
+    receiver = declared.whole()
+    (row,) = plain.rows
+    tensor = plain.read()
+    if tuple(tensor.shape) != receiver.shape:
+        raise ShapesDiffer(
+            f"{declared.name}'s blocks are parts of {list(receiver.shape)}, and {plain.name} has "
+            f"{list(tensor.shape)}; declare the dims on both sides"
+        )
+    choices = declared.variants(receiver)
+    distinct = list({variant.digests: variant for variant in reversed(choices)}.values())[::-1]
+    for variant in distinct[:_MOST_VARIANTS]:
+        made, plan = declared.tensor(variant, receiver)
+        two = (made, tensor) if declared is a else (tensor, made)
+        ranks = (variant.ranks, (row["rank"],))
+        said = [where]
+        if len(choices) > 1:
+            said.append(_replica_note(declared.name, variant))
+        dim_names = tuple(dim.label for dim in receiver.dims.dims)
+        ranks_a, ranks_b = ranks if declared is a else ranks[::-1]
+        yield Two(
+            *two, dim_names, ranks_a, ranks_b, "; ".join(filter(None, said)),
+            plan if declared is b else None, variant.alike if declared is b else {},
+        )  # fmt: skip
+    _check_all(distinct)
+
+
+def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
+    """Return the block that both sides' are made into, and a note.
+
+    It has the baseline's dims. Where sequences are padded, it has flattened tokens instead of batch
+    and sequence, which leaves the padding out.
+    """
+    mine, its = a.whole(), b.whole()
+    ours, theirs = a.dims, b.dims
+    if TOKENS in ours.names:
+        return mine, ""
+    if TOKENS in theirs.names and set(ours.names) >= _BATCHED:
+        return its, ""
+    if set(ours.names) >= _BATCHED and set(theirs.names) >= _BATCHED:
+        found = [side.lengths() for side in (a, b)]
+        lengths = found[0] or found[1]
+        if found[0] and found[1] and found[0].real != found[1].real:
+            raise LayoutError(
+                f"the sequences have the lengths {list(found[0].real)!s:.120} in A and "
+                f"{list(found[1].real)!s:.120} in B; feed both the same input"
+            )
+        if lengths is not None:
+            sizes = [_longest(block, len(lengths.real)) for block in (mine, its)]
+            padded = any(n > min(lengths.real, default=n) for n in sizes)
+            if padded or sizes[0] != sizes[1]:
+                left_out = " and ".join(
+                    f"{len(lengths.real) * n - sum(lengths.real)} of {len(lengths.real) * n} in {s}"
+                    for s, n in zip("AB", sizes, strict=True)
+                )
+                return _flattened(mine, lengths), f"tokens of padding left out: {left_out}"
+    fitting = _fitting(a, b, mine, its)
+    return fitting, "" if fitting is mine else f"indices are in B's dims, {its.dims.text!r:.80}"
+
+
+def _fitting(a: _Blocks, b: _Blocks, mine: Block, its: Block) -> Block:
+    """Return the whole of A, or of B where only that fits both: declared sizes cut padding off."""
+    problem: LayoutError | None = None
+    for block in (mine, its):
+        try:
+            if not any(side.plan(block).has_padding for side in (a, b)):
+                return block
+            problem = problem or ShapesDiffer("a side has padding that the other side has not")
+        except LayoutError as err:
+            problem = problem or err
+    assert problem is not None
+    if mine.dims.names == its.dims.names and mine.shape != its.shape:
+        raise ShapesDiffer(
+            f"logical shapes {list(mine.shape)} in A and {list(its.shape)} in B are not equal"
+        ) from None
+    raise problem
+
+
+def _longest(block: Block, sequences: int) -> int:
+    """Return the room of a sequence in a whole tensor with batch and sequence."""
+    for dim, size in zip(block.dims.dims, block.shape, strict=True):
+        if dim.names == ("s",):
+            return size
+        if set(dim.names) == _BATCHED:
+            return size // max(1, sequences)
+    return 0
+
+
+def _flattened(block: Block, lengths: Lengths) -> Block:
+    """Return a whole block with flattened tokens in place of batch and sequence."""
+    dims: list[Dim] = []
+    shape: list[int] = []
+    for dim, size in zip(block.dims.dims, block.shape, strict=True):
+        if not set(dim.names) & _BATCHED:
+            dims.append(dim)
+            shape.append(size)
+        elif Dim((TOKENS,)) not in dims:
+            dims.append(Dim((TOKENS,)))
+            shape.append(sum(lengths.real))
+    sizes = {name: n for name, n in block.dims.sizes.items() if name not in _BATCHED}
+    made = replace(block.dims, text=f"tokens of {block.dims.text}", dims=tuple(dims), sizes=sizes)
+    extras = json.dumps({"seq_lens": list(lengths.real)})
+    return Block(0, made, tuple(shape), (), extras)
+
+
+def _combined(ours: list[_Variant], theirs: list[_Variant]) -> list[tuple[_Variant, _Variant]]:
+    """Pair the choices among replicas: k with k where there are as many, else each with the first.
+
+    Of those with the same contents one is kept.
+    """
+    if len(ours) == len(theirs):
+        pairs = list(zip(ours, theirs, strict=True))
+    else:
+        pairs = [(ours[0], other) for other in theirs] + [(one, theirs[0]) for one in ours[1:]]
+    return list(
+        {(one.digests, other.digests): (one, other) for one, other in reversed(pairs)}.values()
+    )[::-1]
+
+
+def _replica_notes(
+    choices: tuple[list[_Variant], list[_Variant]], one: _Variant, other: _Variant
+) -> list[str]:
+    return [
+        _replica_note(name, variant)
+        for name, all_of_it, variant in (("A", choices[0], one), ("B", choices[1], other))
+        if len(all_of_it) > 1
+    ]
+
+
+def _replica_note(name: str, variant: _Variant) -> str:
+    ranks = ", ".join(map(str, variant.ranks[:8])) + (", ..." * (len(variant.ranks) > 8))
+    return f"{name}'s replicas differ among themselves: this is rank {ranks}"

@@ -1,0 +1,79 @@
+"""Which ranks had data of their own, and which of the other side's belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from recorder.errors import LayoutError
+from recorder.format.schema import ManifestRow
+from recorder.layouts.blocks import Places, coordinates
+from recorder.logical import Recorded
+from recorder.recording import Recording
+
+_PIPELINE = "pp"
+
+
+def of_same_data(
+    a: Recording, rows_a: Sequence[ManifestRow], b: Recording, rows_b: Sequence[ManifestRow]
+) -> Iterator[tuple[list[ManifestRow], list[ManifestRow], str]]:
+    """Split both sides by the ranks' places on the axes over which they had data of their own.
+
+    An axis of one size on both sides, but for a pipeline's, has the same data at the same place: a
+    part is empty where nobody stood there. Else, where one side's ranks are all at one place, that
+    side has what each of the other's parts is to be held against.
+    """
+    ours, theirs = _places(a, rows_a), _places(b, rows_b)
+    axes = sorted({axis for places in (*ours, *theirs) for axis in places})
+    sizes = {
+        axis: [{p[axis][1] if axis in p else 1 for p in places} for places in (ours, theirs)]
+        for axis in axes
+    }
+    fixed = [axis for axis in axes if axis != _PIPELINE and sizes[axis][0] == sizes[axis][1]]
+    free = [axis for axis in axes if axis not in fixed]
+    parts_a, parts_b = _grouped(rows_a, ours, fixed), _grouped(rows_b, theirs, fixed)
+    for at in sorted({*parts_a, *parts_b}):
+        inner_a = _grouped(*parts_a.get(at, ([], [])), free)
+        inner_b = _grouped(*parts_b.get(at, ([], [])), free)
+        if len(inner_a) > 1 and len(inner_b) > 1 and {*inner_a} != {*inner_b}:
+            raise LayoutError(
+                f"ranks had data of their own over {' and '.join(free)}, and stood at other places "
+                "in A than in B; compare the same places with --filter, or declare "
+                f"'# {free[0]}:replicated' at the taps"
+            )
+        one_each = len(inner_a) > 1 and len(inner_b) > 1
+        for here, mine in (inner_a or {(): ([], [])}).items():
+            for there, its in (inner_b or {(): ([], [])}).items():
+                if not one_each or here == there:
+                    place = here if len(inner_a) > 1 else there or here
+                    yield mine[0], its[0], _where([*fixed, *free], (*at, *place))
+
+
+def _where(axes: Sequence[str], at: tuple[int, ...]) -> str:
+    return " ".join(f"{axis}={k}" for axis, k in zip(axes, at, strict=True))
+
+
+Part = tuple[list[ManifestRow], list[Places]]
+
+
+def _grouped(
+    rows: Sequence[ManifestRow], places: Sequence[Places], axes: Sequence[str]
+) -> dict[tuple[int, ...], Part]:
+    """Return rows and their places by coordinates on some axes."""
+    found: dict[tuple[int, ...], Part] = {}
+    for row, place in zip(rows, places, strict=True):
+        mine = found.setdefault(tuple(place.get(axis, (0, 1))[0] for axis in axes), ([], []))
+        mine[0].append(row)
+        mine[1].append(place)
+    return found
+
+
+def _places(recording: Recording, rows: Sequence[ManifestRow]) -> list[Places]:
+    """Return where each row's rank stands on axes over which ranks have data of their own."""
+    if not all(row["dims"] for row in rows):
+        return [{} for _ in rows]
+    found: list[Places] = []
+    for block in Recorded(recording, rows).blocks:
+        axes = block.dims.data - set(block.dims.axes)
+        places = coordinates(block, recording.world_size)
+        found.append({axis: at for axis, at in places.items() if axis in axes and at[1] > 1})
+    return found

@@ -1,0 +1,1 @@
+"""A diff for people and for scripts: lines, a table, JSON, a page."""

@@ -1,0 +1,271 @@
+"""A diff for people and for scripts: lines, a table for the terminal, JSON, parquet."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from recorder.commands.listing import decoded
+from recorder.commands.tables import console_of, natural_width, span, table_of
+from recorder.diagnostics import printable
+from recorder.format.rows import parse_tags
+from recorder.sizes import count
+from recorder.tags import label
+
+from ..diffing.columns import DiffRow, rows_of
+from ..diffing.diff import Diff
+from .output import written
+
+_WORDS = {
+    "equal": "equal bit for bit",
+    "close": "within tolerance",
+    "differs": "beyond tolerance",
+    "unmeasured": "other bytes, elements not read",
+    "shape": "of unequal shape",
+    "error": "not comparable",
+}
+_SIDES = {"only_a": "only in A", "only_b": "only in B"}
+_DROPPED = ("p99", "cosine", "mismatched", "max_abs", "times_floor")
+"""Columns that a narrow terminal goes without, the first of them first."""
+_BY_ROWS = 5
+_LONG = 60  # characters of a value
+
+
+def title(row: DiffRow) -> str:
+    """Return what a row is about: name, tags, step and rank, and what else tells it apart."""
+    kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    times = f" occurrence={row['occurrence']}" if row["occurrence"] else ""
+    rank = "" if row["rank"] is None else f" rank={row['rank']}"
+    return f"{label(row['name'], row['tags'])}{kind} step={row['step']}{times}{rank}"
+
+
+def figures(row: DiffRow) -> str:
+    """Say in a few words how much a pair differs."""
+    if row["outcome"] == "shape":
+        shapes = f"shapes {row['shape_a']} in A and {row['shape_b']} in B"
+        return row["message"] or shapes
+    if row["outcome"] == "error":
+        return str(row["message"])
+    if row["value_a"] is not None:
+        return f"{_short(row['value_a'])} in A, {_short(row['value_b'])} in B"
+    if row["mismatched"] is None:
+        least = row["at_least"]
+        return "the bytes differ" + (f", max_abs at least {least:.3g}" if least else "")
+    facts = [f"rel_diff {_text(row['rel_diff'])}", f"max_abs {_text(row['max_abs'])}"]
+    if row["max_abs_a"] is not None:
+        at = f"at {row['max_abs_at']} " if row["max_abs_at"] is not None else ""
+        facts[1] += f" {at}({row['max_abs_a']:.7g} in A, {row['max_abs_b']:.7g} in B)"
+    facts.append(f"{row['mismatched']} of {count(row['numel'], 'element')} beyond tolerance")
+    if row["max_beyond_at"] not in (None, row["max_abs_at"]):
+        facts[-1] += f", the farthest by {_text(row['max_beyond'])} at {row['max_beyond_at']}"
+    odd = [
+        f"{n} {what} alone"
+        for n, what in (
+            (row["nan_a"], "NaN in A"),
+            (row["nan_b"], "NaN in B"),
+            (row["inf_a"], "Inf in A"),
+            (row["inf_b"], "Inf in B"),
+        )
+        if n
+    ]
+    if odd and row["odd_at"] is not None:
+        odd[-1] += f", the first at {row['odd_at']}"
+    facts += odd
+    if row["times_floor"] is not None:
+        facts.append(f"{_text(row['times_floor'])} times the noise floor")
+    if row["ranks_differ"] and len(row["ranks_b"] or ()) > 1:
+        which = "rank" if len(row["ranks_differ"]) == 1 else "ranks"
+        facts.append(f"on {which} {span(row['ranks_differ'])} of B")
+    if row["dtype_a"] != row["dtype_b"]:
+        facts.append(f"{row['dtype_a']} in A, {row['dtype_b']} in B")
+    if row["message"]:
+        facts.append(row["message"])
+    return ", ".join(facts)
+
+
+def _short(text: str | None) -> str:
+    text = str(text)
+    return text if len(text) <= _LONG else text[: _LONG - 3] + "..."
+
+
+def _text(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3g}"
+
+
+def lines(diff: Diff) -> list[str]:
+    """Return what a diff came to, a line each; a first divergence's starts with these words."""
+    found = [
+        f"{name} {run.path}: {count(run.world_size, 'rank')}, "
+        f"{count(run.latest().height, 'record')}"
+        for name, run in (("A", diff.a), ("B", diff.b))
+    ]
+    counts = diff.counts()
+    outcomes = [f"{counts[o]} {words}" for o, words in _WORDS.items() if counts[o]]
+    sides = [f"{counts[o]} {words}" for o, words in _SIDES.items() if counts[o]]
+    found.append(f"{count(diff.compared, 'pair')}: {', '.join([*outcomes, *sides])}")
+    if not diff.compared:
+        return found[:2] if not sides else found
+    for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
+        row = diff.first(how)
+        if row is None:
+            unread = counts["error"] + (counts["unmeasured"] if how == "tolerance" else 0)
+            known = (
+                f" in what could be compared; {count(unread, 'pair')} could not" if unread else ""
+            )
+            found.append(f"no divergence {words}{known}")
+        else:
+            same = how == "tolerance" and row["first"] == "both"
+            facts = "the same" if same else figures(row)
+            found.append(f"first divergence {words}: {title(row)}: {facts}")
+    apart = pl.col("dtype_a") != pl.col("dtype_b")
+    for words, which in (
+        ("only in A", pl.col("outcome") == "only_a"),
+        ("only in B", pl.col("outcome") == "only_b"),
+        ("of unequal shape", pl.col("outcome") == "shape"),
+        ("of unequal dtype", apart),
+        ("in another order", pl.col("reordered")),
+        ("not comparable", pl.col("outcome") == "error"),
+    ):
+        rows = diff.pairs.filter(which)
+        if rows.height:
+            first = next(rows_of(rows))
+            found.append(f"{words}: {rows.height}, the first {title(first)}{_why(words, first)}")
+    return found
+
+
+def _why(words: str, row: DiffRow) -> str:
+    if words == "of unequal dtype":
+        return f": {row['dtype_a']} in A, {row['dtype_b']} in B"
+    return f": {figures(row)}" if row["outcome"] in ("shape", "error") else ""
+
+
+def print_diff(diff: Diff, width: int, limit: int) -> None:
+    """Print the lines, and the worst pairs as a table."""
+    console = console_of(width)
+    for line in lines(diff):
+        console.print(printable(line), soft_wrap=True)
+    rows = diff.worst()
+    if not rows.height:
+        return
+    console.print()
+    cells = [_cells(row) for row in rows_of(rows.head(limit))]
+    _print_cells(console, cells, width)
+    if rows.height > limit:
+        console.print(f"... and {count(rows.height - limit, 'more pair')}, not equal; see --limit")
+    _print_by(console, diff, rows.head(_BY_ROWS), width)
+
+
+def _print_cells(console: Any, cells: list[dict[str, str]], width: int) -> None:
+    columns = [c for c in cells[0] if any(cell[c] for cell in cells)]
+    for least in _DROPPED:
+        if least in columns and natural_width(columns, cells) > width:
+            columns.remove(least)
+    table = table_of(*columns, left=("", "tap", "outcome"))
+    for cell in cells:
+        table.add_row(*(printable(cell[column]) for column in columns))
+    console.print(table)
+
+
+def _cells(row: DiffRow) -> dict[str, str]:
+    marks = {"bitwise": "first", "tolerance": "first beyond", "both": "first"}
+    kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    mismatched, numel = row["mismatched"], row["numel"]
+    odd = sum(n or 0 for n in (row["nan_a"], row["nan_b"], row["inf_a"], row["inf_b"]))
+    return {
+        "": marks.get(row["first"] or "", ""),
+        "tap": label(row["name"], row["tags"]) + kind + ("*" if row["reordered"] else ""),
+        "step": str(row["step"]),
+        "rank": "" if row["rank"] is None else str(row["rank"]),
+        "outcome": row["outcome"],
+        "rel_diff": _cell(row["rel_diff"]),
+        "max_abs": _cell(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
+        "mismatched": "" if not mismatched or not numel else _share(mismatched / numel),
+        "cosine": "" if row["cosine"] is None else f"{row['cosine']:.6f}",
+        "p99": _cell(row["p99"]),
+        "NaN Inf": str(odd) if odd else "",
+        "times_floor": _cell(row["times_floor"]),
+    }
+
+
+def _share(part: float) -> str:
+    return f"{part:.2%}" if part >= 1e-4 else "<0.01%"
+
+
+def _cell(value: float | None) -> str:
+    return (
+        "" if value is None else f"{value:.2e}" if value and math.isfinite(value) else f"{value:g}"
+    )
+
+
+def _print_by(console: Any, diff: Diff, rows: pl.DataFrame, width: int) -> None:
+    """Print, for the worst pairs, which indices of the dim of `--by` are the worst."""
+    detail = diff.table.filter(pl.col("by").is_not_null())
+    if not detail.height:
+        return
+    for row in rows_of(rows):
+        detailed = rows_by(detail, row)
+        if not detailed.height:
+            continue
+        worse = detailed.filter(pl.col("outcome") == "differs")
+        words = "beyond tolerance"
+        if not worse.height:
+            worse, words = detailed.filter(pl.col("changed") > 0), "not equal"
+        shown = worse.sort("rel_diff", descending=True, nulls_last=False).head(_BY_ROWS)
+        indices = ", ".join(
+            f"{one['index']} (rel_diff {_text(one['rel_diff'])})"
+            for one in shown.iter_rows(named=True)
+        )
+        more = ", ..." if worse.height > _BY_ROWS else ""
+        console.print(
+            printable(
+                f"{title(row)}: along {detailed['by'][0]}, "
+                f"{worse.height} of {detailed.height} {words}: "
+                f"{indices}{more}"
+            ),
+            soft_wrap=True,
+        )
+
+
+def rows_by(detail: pl.DataFrame, row: DiffRow) -> pl.DataFrame:
+    """Return the rows by index that belong to the row of a whole tensor."""
+    keys = ("pair", "ranks_a", "ranks_b")
+    known: Mapping[str, Any] = row
+    return detail.filter(
+        pl.all_horizontal(
+            pl.col(key).eq_missing(pl.lit(known[key], dtype=detail.schema[key])) for key in keys
+        )
+    )
+
+
+def objects(diff: Diff) -> Iterator[str]:
+    """Yield each row of the table as JSON: tags and values decoded, what is not finite as text."""
+    for row in diff.table.iter_rows(named=True):
+        made = {name: _jsonable(value) for name, value in row.items()}
+        for name in ("tags", "tags_b"):
+            if row[name] is not None:
+                made[name] = parse_tags(row[name])
+        for name in ("value_a", "value_b"):
+            if row[name] is not None:
+                made[name] = decoded(row[name])
+        yield json.dumps(made, allow_nan=False)
+
+
+def _jsonable(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_parquet(diff: Diff, path: Path) -> None:
+    """Write the table to a file; see `output.written`."""
+
+    def write(spare: Path) -> None:
+        try:
+            diff.table.write_parquet(spare)
+        except pl.exceptions.PolarsError as err:  # what it makes of the system's errors
+            raise OSError(None, str(err), str(path)) from None
+
+    written(path, write)

@@ -1,0 +1,175 @@
+"""One trial: a command run under `graft replay`, and what its replay came to; prints nothing.
+
+1. `replayed` prepares the folder (`prepare`), runs the command with the settings in its
+   environment, and reads what its ranks reported.
+2. `_concluded` holds the log against the records that could have been used.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recorder.commands import launch
+from recorder.commands.outcome import (
+    UNTRUSTED,
+    Outcome,
+    conclude,
+    rank_of_wrapper,
+    reports_of,
+)
+from recorder.commands.outcome import prepare as prepare_recording
+from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
+from recorder.format import disk
+from recorder.format.schema import rank_folder
+from recorder.job import Job
+from recorder.progress import read_progress
+from recorder.settings import RecordSettings
+
+from .log import FOLDER, read_log, seal_leftovers, to_frame
+from .settings import ReplaySettings
+from .summary import Summary, summarize
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from recorder.mailbox import Report
+    from recorder.recording import Recording
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a command came to that ran under `graft replay`.
+
+    Attributes:
+        command_status: its own exit status; 128 + N where signal N ended it.
+        problems: why the replay is not to be trusted, a line each; empty where it is.
+        notes: what else to say of it, a line each.
+        log: a row for each tap that was looked at, of all ranks.
+        summary: the log, counted.
+        recording: what was recorded beside it came to; None where nothing was to be.
+    """
+
+    command_status: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    log: pl.DataFrame
+    summary: Summary
+    recording: Outcome | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit status of the whole: COMMAND's own where that is not 0, else 0 or 3."""
+        beside = self.recording.status if self.recording else 0
+        return self.command_status or (UNTRUSTED if self.problems else beside)
+
+
+def replayed(
+    recording: Recording,
+    out: str | os.PathLike[str] | None,
+    settings: ReplaySettings,
+    command: Sequence[str],
+) -> Replayed:
+    """Run a command, its taps overwritten from a recording.
+
+    Args:
+        recording: the baseline's.
+        out: the folder for the log, and for what `settings.record` keeps; None to leave nothing.
+        settings: how to replay.
+        command: its words.
+
+    Raises:
+        RecordingError: the folder is taken, or cannot be written.
+        UsageError: the settings do not fit together, or the command cannot be started.
+    """
+    if settings.record is not None and out is None:
+        raise UsageError("--record needs a folder to record into; give -o OUT too")
+    with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
+        folder = Path(os.path.abspath(out)) if out else Path(spare)
+        if out and folder.resolve() == recording.path.resolve():
+            raise UsageError("OUT is RUN itself; choose another folder for what the replay leaves")
+        if out:
+            prepare(folder, settings.overwrite, records=settings.record is not None)
+        variables = {
+            settings.PREFIX: str(recording.path.resolve()),
+            f"{settings.PREFIX}_OUT": str(folder),
+            **settings.variables(),
+        }
+        env = launch.environment(variables, command, reports)
+        status = launch.run(command, env)
+        beside = None
+        if settings.record is not None and out is not None:
+            found = reports_of(RecordSettings.PREFIX, reports)
+            progress = read_progress(reports)
+            problems, notes = conclude(
+                Path(out), env["GRAFT_JOB"], settings.record, found, progress
+            )
+            beside = Outcome(status, tuple(problems), tuple(notes))
+        return _concluded(
+            folder, recording, settings, reports_of(settings.PREFIX, reports), status, beside
+        )
+
+
+def prepare(folder: Path, overwrite: bool, records: bool) -> None:
+    """Refuse, or with `overwrite` clear, a folder that holds a replay, as far as can be known.
+
+    Raises:
+        RecordingExists: it holds a replay, or a recording where one is to be made.
+        RecordingError: it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RecordingError(f"{folder} is a file; name a folder for the replay's log")
+    rank = rank_of_wrapper()
+    pattern = f"{rank_folder(rank.rank)}-*" if rank else "rank-*"
+    logs = [p for p in (folder / FOLDER).glob(pattern) if p.suffix in (".parquet", ".journal")]
+    if overwrite:
+        for path in logs:
+            disk.remove(path)
+    elif logs and "GRAFT_JOB" not in os.environ and not (rank and Job.from_environment().attempt):
+        raise RecordingExists(folder, "holds the log of a replay already")
+    if records:
+        prepare_recording(folder, overwrite)
+    try:
+        disk.make_folder(folder / FOLDER)
+    except OSError as err:
+        raise RecordingError(
+            f"{folder} cannot be made: {err.strerror or err}; choose a folder you may write to"
+        ) from err
+
+
+def _concluded(
+    folder: Path,
+    recording: Recording,
+    settings: ReplaySettings,
+    reports: Sequence[Report],
+    status: int,
+    beside: Outcome | None,
+) -> Replayed:
+    wrong = {
+        f"rank {r.get('rank', '?')}: {r.get('reason')}"
+        for r in reports
+        if r.get("state") in ("failed", "refused")
+    }
+    try:
+        seal_leftovers(folder)
+        log = read_log(folder)
+    except (DamagedRecording, OSError) as err:
+        log, wrong = to_frame([]), {*wrong, str(err)}
+    receivers = max((r.get("world_size", 1) for r in reports), default=1)
+    last = log["rank"].max()
+    if isinstance(last, int):
+        receivers = max(receivers, last + 1)
+    records = recording.latest()
+    summary = summarize(log, records, settings.filter, receivers, settings.step_offset)
+    notes = [f"replay: {summary.line()}"]
+    names = {name for r in reports for name in r.get("names_seen", ())}
+    if not log.height and settings.filter is not None and names:
+        tags = {tag for r in reports for tag in r.get("tags_seen", ())}
+        notes.append(settings.filter.why_nothing(tags, names))
+    refused = sum(r.get("refused", 0) for r in reports)
+    problems = (*sorted(wrong), *summary.problems(settings.strict, refused))
+    return Replayed(status, problems, tuple(notes), log, summary, beside)
