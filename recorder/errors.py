@@ -14,6 +14,7 @@ GraftError                     every expected failure; the command line prints i
 +-- CaptureError               a value that cannot be recorded faithfully
 |   +-- BadTag                 a name or tag that cannot be part of a key
 +-- LayoutError                a layout that cannot be read, or two that contradict each other
+|   +-- BlocksMissing          blocks that are needed were not recorded
 |   +-- ReplicasDiffer         ranks that should hold the same block do not
 |   +-- ShapesDiffer           two whole tensors that are to be compared have unequal shapes
 +-- ReplayError                a tap that could not be grafted
@@ -25,7 +26,8 @@ GraftError                     every expected failure; the command line prints i
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from string import Template
 
 _LIBRARIES = frozenset(
     {"recorder", "replayer", "torch", "polars", "xxhash", "numpy", "safetensors"}
@@ -145,7 +147,44 @@ class BadTag(CaptureError):
 
 
 class LayoutError(GraftError):
-    """A layout that cannot be read, or two that contradict each other."""
+    """A layout that cannot be read, or two that contradict each other.
+
+    Attributes:
+        fact: what is wrong; `$senders`, `$sender`, `$rank` and `$receiver` in it stand for the
+            sides, which not everybody calls that.
+        advice: what to do about it at the taps, "" where the fact says enough. Whoever knows of
+            more, such as an option, adds that.
+    """
+
+    def __init__(self, fact: str, advice: str = "") -> None:
+        self.fact, self.advice = fact, advice
+        super().__init__(fact, advice)
+
+    def __str__(self) -> str:
+        text = f"{self.fact}; {self.advice}" if self.advice else self.fact
+        return Template(text).safe_substitute(_SIDES)
+
+    def of(self, where: str, sides: Mapping[str, str] | None = None) -> LayoutError:
+        """Return the same error said of some place, where the sides may have other names."""
+        fact, advice = (
+            Template(text).safe_substitute(sides or {}) for text in (self.fact, self.advice)
+        )
+        return type(self)(f"{where}: {fact}" if where else fact, advice)
+
+
+_SIDES = {
+    "senders": "the senders",
+    "sender": "sender",
+    "rank": "sender rank",
+    "receiver": "the target",
+}
+
+
+class BlocksMissing(LayoutError):
+    """Blocks of a tensor that are needed were not recorded."""
+
+    def __init__(self, fact: str, advice: str = "record all ranks") -> None:
+        super().__init__(fact, advice)
 
 
 class ReplicasDiffer(LayoutError):

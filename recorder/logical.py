@@ -104,7 +104,8 @@ class Recorded:
         if not row["dims"]:
             raise LayoutError(
                 f"{label(row['name'], row['tags'])} was recorded on rank {row['rank']} without "
-                "dims; declare its layout at the tap, as in tap(..., dims='b s h[tp]')"
+                "dims",
+                "declare its layout at the tap, as in tap(..., dims='b s h[tp]')",
             )
         nbytes = math.prod(row["shape"] or ()) * parse_dtype(row["dtype"], "the manifest").itemsize
         if nbytes != row["nbytes"]:

@@ -210,9 +210,9 @@ def _of_sglang(state: Any) -> Mesh | None:
             {"attn_tp": "attention_tp", "attn_dp": "attention_dp", "attn_cp": "attention_cp"},
         )
     # What users write at taps that both systems share, for what sglang calls otherwise.
-    for axis, theirs in (("ep", "moe_ep"), ("dp", "attn_dp"), ("cp", "attn_cp")):
-        if theirs in mesh:
-            mesh.setdefault(axis, mesh[theirs])
+    for axis, called in (("ep", "moe_ep"), ("dp", "attn_dp"), ("cp", "attn_cp")):
+        if called in mesh:
+            mesh.setdefault(axis, mesh[called])
     return mesh
 
 

@@ -72,12 +72,12 @@ class RankWatch:
         group = from_group()
         if group is None:
             return None
-        ours = self.current
-        if (group.rank, group.world_size) == (ours.rank, ours.world_size) or not committed:
+        current = self.current
+        if (group.rank, group.world_size) == (current.rank, current.world_size) or not committed:
             self._set(group)
             return None
         return (
-            f"this process worked as {ours} before torch.distributed came up as {group}; "
+            f"this process worked as {current} before torch.distributed came up as {group}; "
             "set GRAFT_RANK and GRAFT_WORLD_SIZE, or initialise the group before the first tap"
         )
 

@@ -80,8 +80,8 @@ def _write_rank(
     attempts = {stored.row["attempt"] for stored in found.whole} | set(found.claims) or {0}
     for attempt in sorted(attempts - found.foreign):
         store = Store(folder, attempt, Limits(access=access))
-        mine = (stored for stored in found.whole if stored.row["attempt"] == attempt)
-        for i, stored in enumerate(mine):
+        kept = (stored for stored in found.whole if stored.row["attempt"] == attempt)
+        for i, stored in enumerate(kept):
             _write_record(store, stored)
             if i % _FLUSHED_EVERY == 0:
                 store.flush()

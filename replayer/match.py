@@ -186,12 +186,12 @@ class Matcher:
         if not self.match_on.order:
             return ""
         row = self.frame.row(next(iter(rows.values())), named=True)
-        theirs = {**parse_tags(row["tags"]), "name": row["name"]}
-        ours = {**selected.tags, "name": selected.key.name}
+        sender = {**parse_tags(row["tags"]), "name": row["name"]}
+        receiver = {**selected.tags, "name": selected.key.name}
         differing = [
             tag
-            for tag in sorted(ours.keys() & theirs.keys() - {RECOMPUTE})
-            if ours[tag] != theirs[tag]
+            for tag in sorted(receiver.keys() & sender.keys() - {RECOMPUTE})
+            if receiver[tag] != sender[tag]
         ]
         if not differing:
             return ""

@@ -23,8 +23,10 @@ from recorder.capture import local_part
 from recorder.diagnostics import Warnings, say
 from recorder.errors import (
     GraftError,
+    LayoutError,
     MissingRecord,
     ReplayError,
+    ReplicasDiffer,
     TransformError,
     UsageError,
     is_from_the_job,
@@ -467,7 +469,12 @@ class Replayer:
 
 
 def _worded(err: Exception) -> GraftError:
-    """Return an error as one of ours; what torch itself raised keeps its own words."""
+    """Return an error with what a replay can do about it; what torch raised keeps its own words."""
+    if isinstance(err, ReplicasDiffer):
+        return ReplayError(f"{err}; to go on all the same, choose --replicas first or mean")
+    if isinstance(err, LayoutError):
+        link = ", or" if err.advice else ";"
+        return ReplayError(f"{err}{link} name a transform with --transform")
     return err if isinstance(err, GraftError) else ReplayError(f"{type(err).__name__}: {err}")
 
 

@@ -13,7 +13,7 @@ from ..errors import LayoutError
 from .dims import TOKENS, Dims
 
 BATCH, SEQUENCE = "b", "s"
-MEND = "mend the dims at one of the taps, or name a transform with --transform"
+MEND = "mend the dims at one of the taps"
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,24 @@ class Pair:
     receivers: tuple[int, ...]
 
 
-def align(ours: Dims, sizes: Sequence[int], theirs: Dims, wholes: Sequence[int]) -> list[Pair]:
+def align(
+    sender_dims: Dims, sizes: Sequence[int], receiver_dims: Dims, wholes: Sequence[int]
+) -> list[Pair]:
     """Pair the senders' dims with the receiver's, in the receiver's order.
 
     Args:
-        ours: the senders' layout.
+        sender_dims: the senders' layout.
         sizes: the size of the whole along each of its dims.
-        theirs: the receiver's layout.
+        receiver_dims: the receiver's layout.
         wholes: the least size of the whole along each of its dims.
 
     Raises:
         LayoutError: a dim of more than one element that only one side has.
     """
-    tokens = _flattens(ours, theirs)
+    tokens = _flattens(sender_dims, receiver_dims)
     of_name: dict[str, int] = {}
     groups: list[tuple[list[int], list[int]]] = []
-    for side, dims in enumerate((ours, theirs)):
+    for side, dims in enumerate((sender_dims, receiver_dims)):
         for i, dim in enumerate(dims.dims):
             names = [TOKENS if tokens and name in (BATCH, SEQUENCE) else name for name in dim.names]
             if not names:
@@ -49,31 +51,33 @@ def align(ours: Dims, sizes: Sequence[int], theirs: Dims, wholes: Sequence[int])
             if not known:
                 groups.append(([], []))
             for other in known[1:]:
-                for mine, its in zip(groups[into], groups[other], strict=True):
-                    mine += its
-                    its.clear()
+                for kept, joining in zip(groups[into], groups[other], strict=True):
+                    kept += joining
+                    joining.clear()
             groups[into][side].append(i)
             for name, number in list(of_name.items()):
                 if number in known:
                     of_name[name] = into
             of_name.update(dict.fromkeys(names, into))
     found = []
-    for mine, its in groups:
-        if mine and its:
-            found.append(Pair(tuple(sorted(mine)), tuple(sorted(its))))
+    for senders, receivers in groups:
+        if senders and receivers:
+            found.append(Pair(tuple(sorted(senders)), tuple(sorted(receivers))))
             continue
-        for i in mine:
+        for i in senders:
             if sizes[i] != 1:
-                raise _only("sender", ours, i, sizes[i], "target", theirs)
-        for i in its:
+                raise _only("the $sender's", sender_dims, i, sizes[i], "$receiver's", receiver_dims)
+        for i in receivers:
             if wholes[i] != 1:
-                raise _only("target", theirs, i, wholes[i], "sender", ours)
+                raise _only(
+                    "$receiver's", receiver_dims, i, wholes[i], "the $sender's", sender_dims
+                )
     return sorted(found, key=lambda pair: pair.receivers[0])
 
 
-def _flattens(ours: Dims, theirs: Dims) -> bool:
+def _flattens(sender_dims: Dims, receiver_dims: Dims) -> bool:
     """Whether one side has tokens where the other has batch and sequence."""
-    one, other = set(ours.names), set(theirs.names)
+    one, other = set(sender_dims.names), set(receiver_dims.names)
     return any(
         TOKENS in a and TOKENS not in b and {BATCH, SEQUENCE} <= b and not {BATCH, SEQUENCE} & a
         for a, b in ((one, other), (other, one))
@@ -83,6 +87,7 @@ def _flattens(ours: Dims, theirs: Dims) -> bool:
 def _only(side: str, dims: Dims, i: int, size: int, other: str, others: Dims) -> LayoutError:
     dim = dims.dims[i]
     return LayoutError(
-        f"dim {dim.label} is only in the {side}'s dims {dims.text!r:.200}, of size {size}, and the "
-        f"{other}'s are {others.text!r:.200}; {MEND}"
+        f"dim {dim.label} is only in {side} dims {dims.text!r:.200}, of size {size}, and {other} "
+        f"are {others.text!r:.200}",
+        MEND,
     )

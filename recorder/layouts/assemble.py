@@ -68,8 +68,7 @@ def assemble(
             made = _empty(plan, values.dtype)
         elif values.dtype != made.dtype:
             raise LayoutError(
-                f"sender rank {move.ranks[0][0]} recorded {values.dtype} and others {made.dtype}; "
-                "name a transform with --transform"
+                f"$rank {move.ranks[0][0]} recorded {values.dtype} and others {made.dtype}"
             )
         _copy(as_bits(made), as_bits(values), move.pieces)
     if made is None:  # all padding, without elements, or none of a sum that another rank holds
@@ -118,7 +117,7 @@ def _value_of(fill: float, dtype: torch.dtype) -> torch.Tensor:
     back = one.to(torch.float64)
     rounded = dtype.is_floating_point and bool(back.isfinite()) and math.isfinite(fill)
     if not (rounded or dtype.is_complex or torch.equal(back.nan_to_num(1.5), wide.nan_to_num(1.5))):
-        raise LayoutError(f"the fill {fill} is no value of {dtype}; declare one that is")
+        raise LayoutError(f"the fill {fill} is no value of {dtype}", "declare one that is")
     return one
 
 
@@ -157,7 +156,7 @@ def _values(
     total = _wide(first, plan.reduction)
     for other in summands:
         if other.dtype != first.dtype:
-            raise LayoutError("partial results have different dtypes; name a transform")
+            raise LayoutError("partial results have different dtypes")
         if plan.reduction in ("sum", "avg"):
             total += other.to(total.dtype)
         elif plan.reduction == "max":
@@ -177,9 +176,7 @@ def _wide(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         wide = torch.float32 if tensor.dtype.itemsize <= 2 else torch.float64
         return tensor.to(wide, copy=True)
     if tensor.dtype == torch.bool or tensor.dtype.is_complex or reduction == "avg":
-        raise LayoutError(
-            f"partial results of {tensor.dtype} have no {reduction}; name a transform"
-        )
+        raise LayoutError(f"partial results of {tensor.dtype} have no {reduction}")
     return tensor.to(torch.int64, copy=True)
 
 
@@ -209,11 +206,10 @@ def _one(
         if wrong:
             count = f" ({len(different)} of the {len(ranks)} ranks that hold it are different)"
             raise ReplicasDiffer(
-                f"sender ranks {ranks[0]} and {rank} should hold the same block, and {wrong}"
-                f"{count if len(different) > 2 else ''}; that may be the fault you look for. If "
-                "they hold other data, name the axis that tells them apart in "
-                "recorder.declare_mesh and in the dims; to go on all the same, choose --replicas "
-                "first or mean"
+                f"${{rank}}s {ranks[0]} and {rank} should hold the same block, and {wrong}"
+                f"{count if len(different) > 2 else ''}; that may be the fault you look for",
+                "if they hold other data, name the axis that tells them apart in "
+                "recorder.declare_mesh and in the dims",
             )
     return first  # they differ in padding alone, or in how they write zero
 
@@ -228,7 +224,7 @@ def _used(tensor: torch.Tensor, plan: Plan, move: Move) -> torch.Tensor:
 def _mean(ranks: Sequence[int], read: Read) -> torch.Tensor:
     first = read(ranks[0], 1.0)
     if not (first.dtype.is_floating_point or first.dtype.is_complex):
-        raise LayoutError(f"replicas of {first.dtype} have no mean; take --replicas first")
+        raise LayoutError(f"replicas of {first.dtype} have no mean", "take the first of them")
     wide = torch.complex128 if first.dtype.is_complex else torch.float64
     total = first.to(wide, copy=True)
     for rank in ranks[1:]:

@@ -54,13 +54,14 @@ class Block:
         if len(self.dims.dims) != len(self.shape):
             raise LayoutError(
                 f"{whose} dims {self.dims.text!r:.200} name {len(self.dims.dims)}, and its tensor "
-                f"has the shape {list(self.shape)}; mend the dims at the tap"
+                f"has the shape {list(self.shape)}",
+                "mend the dims at the tap",
             )
         for dim, size in zip(self.dims.dims, self.shape, strict=True):
             if not dim.names and size != 1:
                 raise LayoutError(
-                    f"{whose} dims {self.dims.text!r:.200} say 1 where its tensor has {size}; mend "
-                    "the dims at the tap"
+                    f"{whose} dims {self.dims.text!r:.200} say 1 where its tensor has {size}",
+                    "mend the dims at the tap",
                 )
 
 
@@ -94,7 +95,8 @@ def _complete(
             axes = ", ".join(f"{axis}=(rank, size)" for axis in known)
             raise LayoutError(
                 f"nobody says where rank {block.rank} stands on the axes of the dims "
-                f"{block.dims.text!r:.200}; declare it in the job: recorder.declare_mesh({axes})"
+                f"{block.dims.text!r:.200}",
+                f"declare it in the job: recorder.declare_mesh({axes})",
             )
         found[axis] = (block.rank if at is None and size > 1 else at or 0, size)
     return found
@@ -143,9 +145,10 @@ class Sizes:
             key = self.key(places)
             if self._local.setdefault(key, size) != size:
                 raise LayoutError(
-                    f"dim {dim} has {self._local[key]} on sender rank {first[key]} and {size} on "
-                    f"sender rank {rank}, and no axis that cuts it tells them apart; name the axis "
-                    "in the dims, and where each rank stands in recorder.declare_mesh"
+                    f"dim {dim} has {self._local[key]} on $rank {first[key]} and {size} on "
+                    f"$rank {rank}, and no axis that cuts it tells them apart",
+                    "name the axis "
+                    "in the dims, and where each rank stands in recorder.declare_mesh",
                 )
             first.setdefault(key, rank)
         self._known = total is not None
@@ -155,8 +158,9 @@ class Sizes:
         if self.lengths is not None and sum(self.lengths.room) > self.total:
             if self._cuts and self._cuts[0].axis == SEQUENCES_OVER:
                 raise LayoutError(
-                    f"dim {dim}: the senders have {self.total} tokens in all, and the extras give "
-                    f"sequences of {sum(self.lengths.room)}; give the lengths of these tokens"
+                    f"dim {dim}: $senders have {self.total} tokens in all, and the extras give "
+                    f"sequences of {sum(self.lengths.room)}",
+                    "give the lengths of these tokens",
                 )
             self.lengths = None  # of other tokens, such as all that a decode step attends to
 
@@ -180,7 +184,8 @@ class Sizes:
                 )
                 raise LayoutError(
                     f"dim {self.dim}: the block at {where} has {self._local[key]}, and "
-                    f"{self.total} in all give it {r.length(found)}; mend the dims at the tap"
+                    f"{self.total} in all give it {r.length(found)}",
+                    "mend the dims at the tap",
                 )
             self._runs[key] = found
         return self._runs[key]
@@ -315,8 +320,9 @@ class Receiver:
             first, axis = {rule: got[0][0] for rule, got in found.items()}, cuts[0].axis
             raise LayoutError(
                 f"dim {dim}: of {total}, a block of {self.shape[j]} can begin at {first['chunk']}, "
-                f"as torch.chunk cuts, or at {first['split']}, as torch.tensor_split; declare "
-                f"which at the target's tap: {dim.label}[{axis}:chunk] or {dim.label}[{axis}:split]"
+                f"as torch.chunk cuts, or at {first['split']}, as torch.tensor_split",
+                "declare "
+                f"which at $receiver's tap: {dim.label}[{axis}:chunk] or {dim.label}[{axis}:split]",
             )
         return next(iter(found.values()), None)
 

@@ -82,7 +82,7 @@ def _check_declared(
         or (summed and summed != sorted(axis for axis, _ in partial))
     ):
         raise LayoutError(
-            f"the dims {text!r:.200} contradict the DTensor's own placements; name its dims only"
+            f"the dims {text!r:.200} contradict the DTensor's own placements", "name its dims only"
         )
 
 
@@ -108,13 +108,14 @@ def _order(
             if factor != 1:
                 raise LayoutError(
                     f"the placement {placement} of {text!r:.200} is not one after whole cuts by "
-                    f"the mesh; {_INSTEAD}"
+                    f"the mesh",
+                    _INSTEAD,
                 )
             cuts[dim].insert(place, (Cut(axis, rule="chunk"), size))
         elif (reduction := _PARTIAL.fullmatch(placement)) and reduction[1] in _REDUCTIONS:
             partial.insert(0, (axis, reduction[1]))
         elif placement != "Replicate()":
             raise LayoutError(
-                f"the placement {placement} of {text!r:.200} is not known here; {_INSTEAD}"
+                f"the placement {placement} of {text!r:.200} is not known here", _INSTEAD
             )
     return [tuple(cut for cut, _ in line) for line in cuts], partial

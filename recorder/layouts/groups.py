@@ -60,27 +60,27 @@ class Fused:
         names: all names, in that order.
         sizes: the size of the whole along each name; None where the two orders are the same, and
             nobody needs to know.
-        ours: the senders' dims, each with its size.
-        theirs: the receiver's, likewise.
+        senders: the senders' dims, each with its size.
+        receivers: the receiver's, likewise.
         receiver: the runs along each of these.
     """
 
     pair: Pair
     names: tuple[str, ...]
     sizes: Mapping[str, int] | None
-    ours: list[Sized]
-    theirs: list[Sized]
+    senders: list[Sized]
+    receivers: list[Sized]
     receiver: list[Runs]
 
     def out_of(self, runs: Sequence[Runs]) -> Runs:
         """See `Group`."""
-        return _in_order([size for _, size in self.ours], runs)
+        return _in_order([size for _, size in self.senders], runs)
 
     def into(self) -> Runs:
         """See `Group`."""
         if self.sizes is None:
-            return _in_order([size for _, size in self.theirs], self.receiver)
-        return _reordered(self.names, self.sizes, [dim for dim, _ in self.theirs], self.receiver)
+            return _in_order([size for _, size in self.receivers], self.receiver)
+        return _reordered(self.names, self.sizes, [dim for dim, _ in self.receivers], self.receiver)
 
 
 def _in_order(sizes: Sequence[int], runs: Sequence[Runs]) -> Runs:
@@ -139,7 +139,7 @@ def _check_count(runs: int) -> None:
     if runs > _MOST_RUNS:
         raise LayoutError(
             f"what is fused on one side is cut into {runs} pieces on the other, too many to copy "
-            "one by one; name a transform with --transform"
+            "one by one"
         )
 
 

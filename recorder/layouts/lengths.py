@@ -39,8 +39,8 @@ class Lengths(NamedTuple):
         if total != sum(self.real):
             raise LayoutError(
                 f"one side says that each sequence is padded, {sum(self.real)} tokens to "
-                f"{sum(self.room)}, and the other has {total} and says nothing; give the extras of "
-                "both taps their lengths"
+                f"{sum(self.room)}, and the other has {total} and says nothing",
+                "give the extras of both taps their lengths",
             )
         return self._replace(room=self.real)
 
@@ -82,7 +82,8 @@ def lengths_in(extras: str | None, dims: Dims) -> Lengths | None:
     if len(room) != len(real) or any(a > b for a, b in zip(real, room, strict=True)):
         raise LayoutError(
             f"the extras give {len(real)} sequences of {sum(real)} tokens, and room with padding "
-            f"for {len(room)} of {sum(room)}; give as many of each, none longer than its room"
+            f"for {len(room)} of {sum(room)}",
+            "give as many of each, none longer than its room",
         )
     return Lengths(real, room)
 

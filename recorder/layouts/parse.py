@@ -58,8 +58,8 @@ def parse_dims(text: str) -> Dims:
 
 def _unreadable(text: str, fact: str) -> LayoutError:
     return LayoutError(
-        f"the dims {text!r:.200} cannot be read: {fact}; write them as in "
-        "'b s[cp:zigzag,sp] h[tp] d'"
+        f"the dims {text!r:.200} cannot be read: {fact}",
+        "write them as in 'b s[cp:zigzag,sp] h[tp] d'",
     )
 
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import LayoutError
+from ..errors import BlocksMissing, LayoutError
 from . import runs as r
 from .align import MEND, Pair, align
 from .blocks import Block, Places, Receiver, Sizes, coordinates
@@ -92,45 +92,56 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     Raises:
         LayoutError: the layouts contradict each other, or do not say enough, or blocks are missing.
     """
-    receiver.check("the target's")
-    ours, theirs = _agreed(senders), receiver.dims
-    if ours.is_named and theirs.is_named:
-        ours, theirs = ours.with_tokens(theirs), theirs.with_tokens(ours)
-    if len(ours.dims) == len(theirs.dims) and ours.is_named and not theirs.is_named:
-        theirs = theirs.renamed(ours)
-    elif len(ours.dims) == len(theirs.dims) and theirs.is_named and not ours.is_named:
-        ours = ours.renamed(theirs)
+    receiver.check("$receiver's")
+    sender_dims, receiver_dims = _agreed(senders), receiver.dims
+    if sender_dims.is_named and receiver_dims.is_named:
+        sender_dims, receiver_dims = (
+            sender_dims.with_tokens(receiver_dims),
+            receiver_dims.with_tokens(sender_dims),
+        )
+    if (
+        len(sender_dims.dims) == len(receiver_dims.dims)
+        and sender_dims.is_named
+        and not receiver_dims.is_named
+    ):
+        receiver_dims = receiver_dims.renamed(sender_dims)
+    elif (
+        len(sender_dims.dims) == len(receiver_dims.dims)
+        and receiver_dims.is_named
+        and not sender_dims.is_named
+    ):
+        sender_dims = sender_dims.renamed(receiver_dims)
     at = {block.rank: coordinates(block, sender_world) for block in senders}
     here = coordinates(receiver, receiver_world)
-    axes = _axes(ours, at, sender_world)
-    chosen = _of_same_data(senders, ours, theirs, at, here)
-    lengths, its = _lengths(chosen, ours, receiver, theirs)
-    sizes = _sizes(chosen, ours, axes, at, lengths)
-    placed = Receiver(theirs, receiver.shape, here, its)
-    even = [placed.even(j) for j in range(len(theirs.dims))]
-    pairs = align(ours, [size.total for size in sizes], theirs, even)
-    groups = [group_of(pair, ours, sizes, placed, lengths) for pair in pairs]
+    axes = _axes(sender_dims, at, sender_world)
+    chosen = _of_same_data(senders, sender_dims, receiver_dims, at, here)
+    lengths, receiver_lengths = _lengths(chosen, sender_dims, receiver, receiver_dims)
+    sizes = _sizes(chosen, sender_dims, axes, at, lengths)
+    placed = Receiver(receiver_dims, receiver.shape, here, receiver_lengths)
+    even = [placed.even(j) for j in range(len(receiver_dims.dims))]
+    pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
+    groups = [group_of(pair, sender_dims, sizes, placed, lengths) for pair in pairs]
     pairs = [group.pair for group in groups]
     into = [group.into() for group in groups]
-    reduction, zero, chosen = _partial(ours, theirs, at, here, axes, chosen)
-    moves = [] if zero else _moves(chosen, ours, sizes, at, axes, groups, into, reduction)
+    reduction, zero, chosen = _partial(sender_dims, receiver_dims, at, here, axes, chosen)
+    moves = [] if zero else _moves(chosen, sender_dims, sizes, at, axes, groups, into, reduction)
     wanted = math.prod(sum(n for start, n in runs if start != r.PADDING) for runs in into)
     if not zero and sum(move.elements for move in moves) != wanted:
-        raise _uncovered(ours, pairs, into, moves, [b.rank for b in senders], sender_world)
+        raise _uncovered(sender_dims, pairs, into, moves, [b.rank for b in senders], sender_world)
     return Plan(
         tuple(pairs),
         tuple(moves),
         reduction,
         tuple(r.length(runs) for runs in into),
         tuple(_padding(runs) for runs in into),
-        tuple(_fill(theirs, pair) for pair in pairs),
+        tuple(_fill(receiver_dims, pair) for pair in pairs),
         "; ".join(
             filter(
                 None,
                 (
-                    _assumed(senders, ours, sender_world, "the senders' ranks")
-                    or _assumed([receiver], theirs, receiver_world, "the target's ranks"),
-                    _one_line(ours, axes, lengths),
+                    _assumed(senders, sender_dims, sender_world, "the senders' ranks")
+                    or _assumed([receiver], receiver_dims, receiver_world, "the target's ranks"),
+                    _one_line(sender_dims, axes, lengths),
                 ),
             )
         ),
@@ -148,30 +159,33 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
     Raises:
         LayoutError: as `plan`.
     """
-    ours = _agreed(senders)
+    sender_dims = _agreed(senders)
     at = {block.rank: coordinates(block, world_size) for block in senders}
-    lengths = _given(senders, ours) if TOKENS in ours.names else None
-    sizes = _sizes(senders, ours, _axes(ours, at, world_size), at, lengths)
+    lengths = _given(senders, sender_dims) if TOKENS in sender_dims.names else None
+    sizes = _sizes(senders, sender_dims, _axes(sender_dims, at, world_size), at, lengths)
     extras = ""
     found = []
-    for dim, size in zip(ours.dims, sizes, strict=True):
-        n = ours.sizes.get(dim.names[0]) if len(dim.names) == 1 else None
+    for dim, size in zip(sender_dims.dims, sizes, strict=True):
+        n = sender_dims.sizes.get(dim.names[0]) if len(dim.names) == 1 else None
         if n is None and size.lengths is not None:
             n = sum(size.lengths.real)
             extras = json.dumps({"seq_lens": size.lengths.real})
         found.append(size.total if n is None else n)
     made = tuple(found if shape is None else shape)
-    if len(made) != len(ours.dims):
+    if len(made) != len(sender_dims.dims):
         raise LayoutError(
-            f"the senders' dims {ours.text!r:.200} name {len(ours.dims)}, and a tensor of the "
-            f"shape {list(made)} is no whole of theirs; return one with the dims of g.logical()"
+            f"$senders' dims {sender_dims.text!r:.200} name {len(sender_dims.dims)}, and a "
+            f"tensor of the shape {list(made)} is no whole of that",
+            "return one with the dims of g.logical()",
         )
-    return Block(0, ours.whole(made), made, (), extras if made == tuple(found) else "")
+    return Block(0, sender_dims.whole(made), made, (), extras if made == tuple(found) else "")
 
 
-def _fill(theirs: Dims, pair: Pair) -> float | None:
-    dims = [theirs.dims[j] for j in pair.receivers]
-    return theirs.fills.get(dims[0].names[0]) if len(dims) == len(dims[0].names) == 1 else None
+def _fill(receiver_dims: Dims, pair: Pair) -> float | None:
+    dims = [receiver_dims.dims[j] for j in pair.receivers]
+    return (
+        receiver_dims.fills.get(dims[0].names[0]) if len(dims) == len(dims[0].names) == 1 else None
+    )
 
 
 def _assumed(blocks: Sequence[Block], dims: Dims, world: int, whose: str) -> str:
@@ -196,11 +210,12 @@ def _agreed(senders: Sequence[Block]) -> Dims:
     """Return the layout that all senders declare."""
     first = senders[0]
     for block in senders:
-        block.check(f"sender rank {block.rank}'s")
+        block.check(f"$rank {block.rank}'s")
         if not (block.dims is first.dims or block.dims.says_the_same(first.dims)):
             raise LayoutError(
-                f"sender ranks {first.rank} and {block.rank} declare different layouts, "
-                f"{first.dims.text!r:.200} and {block.dims.text!r:.200}; {MEND}"
+                f"${{rank}}s {first.rank} and {block.rank} declare different layouts, "
+                f"{first.dims.text!r:.200} and {block.dims.text!r:.200}",
+                MEND,
             )
     return first.dims
 
@@ -213,55 +228,67 @@ def _axes(dims: Dims, at: Mapping[int, Places], world_size: int) -> dict[str, in
         if len(sizes) > 1:
             (a, one), (b, other), *_ = sizes.items()
             raise LayoutError(
-                f"the axis {axis} has size {a} on sender rank {one} and {b} on sender rank "
-                f"{other}; declare the same mesh on all ranks"
+                f"the axis {axis} has size {a} on $rank {one} and {b} on $rank {other}",
+                "declare the same mesh on all ranks",
             )
         axes[axis] = next(iter(sizes))
     if math.prod(axes.values()) > world_size:
         raise LayoutError(
             f"the axes {' and '.join(f'{axis} of {n}' for axis, n in axes.items())} are of more "
-            f"ranks than the {world_size} there are; mend the mesh"
+            f"ranks than the {world_size} there are",
+            "mend the mesh",
         )
     return axes
 
 
 def _of_same_data(
     senders: Sequence[Block],
-    ours: Dims,
-    theirs: Dims,
+    sender_dims: Dims,
+    receiver_dims: Dims,
     at: Mapping[int, Places],
     here: Places,
 ) -> list[Block]:
     """Leave out senders that had other data, or other layers, where both sides say which."""
     kept = list(senders)
-    for axis in sorted((ours.data & theirs.data) - {*ours.axes, *theirs.axes}):
+    for axis in sorted(
+        (sender_dims.data & receiver_dims.data) - {*sender_dims.axes, *receiver_dims.axes}
+    ):
         k, n = here.get(axis, (0, 1))
         if n > 1 and {at[block.rank].get(axis, (0, 1))[1] for block in kept} == {n}:
             same = [block for block in kept if at[block.rank][axis][0] == k]
             if not same and axis != "pp":
                 raise LayoutError(
-                    f"no sender at {axis}={k} recorded it, and those elsewhere on {axis} have "
-                    f"other data; record them, or declare '# {axis}:replicated' if they have not"
+                    f"no $sender at {axis}={k} recorded it, and those elsewhere on {axis} have "
+                    f"other data",
+                    f"record them, or declare '# {axis}:replicated' if they have not",
                 )
             kept = same or kept  # a stage of the pipeline has what no other has
     return kept
 
 
 def _lengths(
-    senders: Sequence[Block], ours: Dims, receiver: Block, theirs: Dims
+    senders: Sequence[Block], sender_dims: Dims, receiver: Block, receiver_dims: Dims
 ) -> tuple[Lengths | None, Lengths | None]:
     """Return the sequences' lengths on either side; one that says nothing borrows the other's."""
-    if TOKENS not in {*ours.names, *theirs.names}:
+    if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
         return None, None
-    mine, its = _given(senders, ours), lengths_in(receiver.extras, theirs)
-    if mine is not None and its is not None and mine.real != its.real:
+    sender_lengths, receiver_lengths = (
+        _given(senders, sender_dims),
+        lengths_in(receiver.extras, receiver_dims),
+    )
+    if (
+        sender_lengths is not None
+        and receiver_lengths is not None
+        and sender_lengths.real != receiver_lengths.real
+    ):
         raise LayoutError(
-            f"the senders' sequences have the lengths {list(mine.real)!s:.120}, the target's "
-            f"{list(its.real)!s:.120}; feed both the same input"
+            f"$senders' sequences have the lengths {list(sender_lengths.real)!s:.120}, "
+            f"$receiver's {list(receiver_lengths.real)!s:.120}",
+            "feed both the same input",
         )
     return (
-        mine or (its and its._replace(is_borrowed=True)),
-        its or (mine and mine._replace(is_borrowed=True)),
+        sender_lengths or (receiver_lengths and receiver_lengths._replace(is_borrowed=True)),
+        receiver_lengths or (sender_lengths and sender_lengths._replace(is_borrowed=True)),
     )
 
 
@@ -273,8 +300,8 @@ def _given(senders: Sequence[Block], dims: Dims) -> Lengths | None:
     if len(given) > 1:
         (_, one), (_, other), *_ = given.items()
         raise LayoutError(
-            f"sender ranks {one} and {other} give different sequence lengths in their extras; give "
-            "those of the whole on every rank"
+            f"${{rank}}s {one} and {other} give different sequence lengths in their extras",
+            "give those of the whole on every rank",
         )
     return next(iter(given), None)
 
@@ -299,16 +326,16 @@ def _sizes(
 
 
 def _partial(
-    ours: Dims,
-    theirs: Dims,
+    sender_dims: Dims,
+    receiver_dims: Dims,
     at: Mapping[int, Places],
     here: Places,
     axes: Mapping[str, int],
     chosen: list[Block],
 ) -> tuple[str, bool, list[Block]]:
     """Return how partial results are reduced, whether the receiver holds none, and who gives."""
-    held = [(axis, how) for axis, how in theirs.partial if here[axis][1] > 1]
-    given = [(axis, how) for axis, how in ours.partial if axes[axis] > 1]
+    held = [(axis, how) for axis, how in receiver_dims.partial if here[axis][1] > 1]
+    given = [(axis, how) for axis, how in sender_dims.partial if axes[axis] > 1]
     if held and sorted(held) == sorted(given) and all(here[a][1] == axes[a] for a, _ in held):
         # Summand by summand: both sides cut the sum in the same way.
         same = [b for b in chosen if all(at[b.rank][a][0] == here[a][0] for a, _ in held)]
@@ -317,7 +344,8 @@ def _partial(
     if len(ways) > 1:
         raise LayoutError(
             f"partial results over {' and '.join(a for a, _ in given)} are reduced in different "
-            "ways; redistribute the DTensor before the tap"
+            "ways",
+            "redistribute the DTensor before the tap",
         )
     zero = any(how == "sum" and here[axis][0] > 0 for axis, how in held)
     return next(iter(ways), ""), zero, chosen
@@ -325,7 +353,7 @@ def _partial(
 
 def _moves(
     chosen: Sequence[Block],
-    ours: Dims,
+    sender_dims: Dims,
     sizes: Sequence[Sizes],
     at: Mapping[int, Places],
     axes: Mapping[str, int],
@@ -333,8 +361,8 @@ def _moves(
     into: Sequence[Runs],
     reduction: str,
 ) -> list[Move]:
-    cut_axes = [axis for axis in ours.cut_axes if axes[axis] > 1]
-    partial = [axis for axis, _ in ours.partial if axes[axis] > 1] if reduction else []
+    cut_axes = [axis for axis in sender_dims.cut_axes if axes[axis] > 1]
+    partial = [axis for axis, _ in sender_dims.partial if axes[axis] > 1] if reduction else []
     blocks: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for block in chosen:
         if 0 in block.shape:
@@ -360,10 +388,10 @@ def _moves(
         expected = math.prod(axes[axis] for axis in partial)
         if len(move.ranks) != expected:
             have = ", ".join(str(rank) for ranks in move.ranks for rank in ranks)
-            raise LayoutError(
+            raise BlocksMissing(
                 f"of the {expected} partial results over {' and '.join(partial)} only those of "
-                f"sender rank {have} were recorded, so their {reduction} is not known; record all "
-                "ranks"
+                f"$rank {have} were recorded, so their {reduction} is not known",
+                "record all ranks",
             )
         found.append(move)
     return found
@@ -379,7 +407,7 @@ def _padding(runs: Runs) -> tuple[tuple[int, int], ...]:
 
 
 def _uncovered(
-    ours: Dims,
+    sender_dims: Dims,
     pairs: Sequence[Pair],
     into: Sequence[Runs],
     moves: Sequence[Move],
@@ -389,16 +417,16 @@ def _uncovered(
     """Return which part of the receiver's block no sender has, along the first dim that tells."""
     absent = sorted(set(range(world)) - set(ranks))
     some = ", ".join(map(str, absent[:8])) + (", ..." if len(absent) > 8 else "")
-    who = f"; sender rank {some} recorded none" if absent else ""
-    what = f"the senders' blocks do not make up the whole of {ours.text!r:.200}"
+    who = f"; $rank {some} recorded none" if absent else ""
+    what = f"$senders' blocks do not make up the whole of {sender_dims.text!r:.200}"
     for g, pair in enumerate(pairs):
         gaps = r.missing(into[g], (piece for move in moves for piece in move.pieces[g]))
         if gaps:
-            label = " ".join(str(ours.dims[i]) for i in pair.senders)
+            label = " ".join(str(sender_dims.dims[i]) for i in pair.senders)
             more = r.length(gaps) - 1
             what = (
-                f"dim {label}: no sender recorded index {gaps[0][0]} and {more} more that the "
-                "target's block has"
+                f"dim {label}: no $sender recorded index {gaps[0][0]} and {more} more that "
+                "$receiver's block has"
             )
             break
-    return LayoutError(f"{what}{who}; record all ranks, or name a transform with --transform")
+    return BlocksMissing(f"{what}{who}")

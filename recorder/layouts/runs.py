@@ -91,7 +91,7 @@ def located(runs: Runs, segments: Sequence[tuple[int, int, int]]) -> Runs:
             first, size, there = segments[i] if i >= 0 else (0, 0, 0)
             take = min(n, first + size - start)
             if take <= 0:
-                raise LayoutError(f"index {start} is behind the last of a dim; mend its sizes")
+                raise LayoutError(f"index {start} is behind the last of a dim", "mend its sizes")
             found.append((there if there == PADDING else there + start - first, take))
             start, n = start + take, n - take
     return merged(found)

@@ -203,7 +203,7 @@ def diff(
         RecordingError: a recording cannot be read.
         UsageError: an option cannot be used.
     """
-    ours, theirs = _opened(a), _opened(b)
+    run_a, run_b = _opened(a), _opened(b)
     noise = [_opened(one) for one in _listed(floor)]
     _check(rtol, atol, floor_factor, step_offset, workers, memory)
     if manifest_only and (noise or by is not None):
@@ -220,13 +220,13 @@ def diff(
     comparison = _Comparison(options, manifest_only, bar or _no_bar, rank)
     with group(rank):
         floors = [
-            comparison.of(pair(ours, one, filter=chosen, match_on=on), Rules(rtol, atol))
+            comparison.of(pair(run_a, one, filter=chosen, match_on=on), Rules(rtol, atol))
             for one in noise
         ]
         if noise:
             rules = replace(rules, floors=floors_of([one.table for one in floors]))
         pairs = pair(
-            ours, theirs, filter=chosen, match_on=on, step_offset=step_offset, renames=renames
+            run_a, run_b, filter=chosen, match_on=on, step_offset=step_offset, renames=renames
         )
         _check_match_on(on, pairs)
         notes = [*pairs.notes, *pairs.skipped, *_about_thresholds(thresholds, pairs)]
@@ -235,8 +235,8 @@ def diff(
     if rank.rank == 0:
         notes += [*_about_by(found.table, by), *_about_floor(found, rules)]
     made = Diff(
-        ours,
-        theirs,
+        run_a,
+        run_b,
         found.table,
         rules,
         tuple(notes),
@@ -244,8 +244,8 @@ def diff(
         ignore_missing,
         any(one.is_damaged for one in (found, *floors)),
         # With as many ranks on both sides, each record that is not there is missed by itself.
-        ours.world_size != theirs.world_size
-        and bool(pairs.skipped or ours.incomplete() or theirs.incomplete()),
+        run_a.world_size != run_b.world_size
+        and bool(pairs.skipped or run_a.incomplete() or run_b.incomplete()),
         "",
         Crew(pairs, options),
         {task.pair: task for task in found.tasks},
@@ -323,12 +323,12 @@ class _Comparison(NamedTuple):
         tasks, unread = ([], 0) if self.manifest_only else tasks_of(pairs, base)
         rows: list[DiffRow] = []
         problem: GraftError | None = None
-        mine = share(tasks, self.rank)
-        if mine:
-            with self.bar(sum(task.nbytes for task in mine), "comparing") as progress:
+        own = share(tasks, self.rank)
+        if own:
+            with self.bar(sum(task.nbytes for task in own), "comparing") as progress:
                 try:
                     crew = Crew(pairs, replace(self.options, progress=progress))
-                    for found in crew.measure(mine):
+                    for found in crew.measure(own):
                         rows += found
                 except GraftError as err:
                     problem = err

@@ -25,12 +25,12 @@ def why_nothing(pairs: Pairs, filter: Filter | None) -> str:
         names = {name for frame in rows for name in frame["name"].unique()}
         which = " and ".join(s for s, frame in zip("AB", frames, strict=True) if not frame.height)
         return f"nothing matched: in {which}, {filter.why_nothing(tags, names)}"
-    ours, theirs = (sorted(frame["name"].unique()) for frame in frames)
-    facts = [f"A has taps {_some(ours)}", f"B has {_some(theirs)}"]
-    if set(ours) & set(theirs):
+    a_names, b_names = (sorted(frame["name"].unique()) for frame in frames)
+    facts = [f"A has taps {_some(a_names)}", f"B has {_some(b_names)}"]
+    if set(a_names) & set(b_names):
         a, b = (sorted(frame["step"].unique()) for frame in frames)
         facts = [f"A has steps {_span(a)}, B has {_span(b)}"] if not set(a) & set(b) else []
-        name = next(name for name in ours if name in theirs)
+        name = next(name for name in a_names if name in b_names)
         one, other = (
             label(*frame.filter(pl.col("name") == name).select("name", "tags").row(0))
             for frame in frames

@@ -38,13 +38,13 @@ def group(rank: Rank) -> Iterator[None]:
     """Join the other ranks, where there are any, for as long as this lasts."""
     import torch.distributed as dist
 
-    mine = rank.world_size > 1 and not dist.is_initialized()
-    if mine:
+    joins = rank.world_size > 1 and not dist.is_initialized()
+    if joins:
         dist.init_process_group("gloo")
     try:
         yield
     finally:
-        if mine:
+        if joins:
             dist.destroy_process_group()
 
 
@@ -60,13 +60,13 @@ def share(tasks: Sequence[Task], rank: Rank) -> list[Task]:
     if rank.world_size == 1:
         return list(tasks)
     loads = [0] * rank.world_size
-    mine = []
+    chosen = []
     for i in sorted(range(len(tasks)), key=lambda i: (-tasks[i].nbytes, i)):
         least = loads.index(min(loads))
         loads[least] += tasks[i].nbytes + (64 << 10)  # of a small pair, most is overhead
         if least == rank.rank:
-            mine.append(i)
-    return [tasks[i] for i in sorted(mine)]
+            chosen.append(i)
+    return [tasks[i] for i in sorted(chosen)]
 
 
 def gathered(
@@ -102,7 +102,7 @@ def gathered(
     return [row for part, _, _ in everyone for row in part]
 
 
-def _to_rank_0(mine: Any, rank: Rank) -> list[Any] | None:
+def _to_rank_0(own: Any, rank: Rank) -> list[Any] | None:
     """Return what each rank has, on rank 0, None on the others.
 
     It travels as JSON, which keeps every digit; torch's own way to gather objects needs numpy.
@@ -110,7 +110,7 @@ def _to_rank_0(mine: Any, rank: Rank) -> list[Any] | None:
     import torch
     import torch.distributed as dist
 
-    data = json.dumps(mine).encode()
+    data = json.dumps(own).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(rank.world_size)]
     dist.all_gather(sizes, torch.tensor([len(data)]))
     room = max(int(size) for size in sizes)

@@ -186,12 +186,12 @@ def _among(odd: torch.Tensor, one: int, shift: int, rank: int, size: int) -> flo
     All of them are float32's number of that code, but for those that are odd.
     """
     number = float(struct.unpack("f", struct.pack("i", one << shift))[0])
-    mine = odd[code(odd) >> shift == one].sort().values
-    below = int((mine < number).sum())
-    same = size - mine.numel()
+    exact = odd[code(odd) >> shift == one].sort().values
+    below = int((exact < number).sum())
+    same = size - exact.numel()
     if below < rank <= below + same:
         return number
-    return float(mine[rank - 1 if rank <= below else rank - 1 - same])
+    return float(exact[rank - 1 if rank <= below else rank - 1 - same])
 
 
 def _counted(pair: Pair, lows: list[int], wide: bool) -> torch.Tensor:
@@ -247,7 +247,7 @@ class Cell:
         segments: both sides' elements.
         wanted: the code.
         wide: as for `code`.
-        ends: theirs, of each segment.
+        ends: of the differences of each segment.
         run: like `map`.
     """
 

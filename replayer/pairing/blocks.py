@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recorder.errors import LayoutError, ShapesDiffer
+from recorder.errors import BlocksMissing, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS, Dim, Dims
@@ -28,19 +28,8 @@ _BATCHED = {"b", "s"}
 _MOST_VARIANTS = 64
 
 
-_WORDS = (
-    ("; name a transform with --transform", ""),
-    (", or name a transform with --transform", ""),
-    ("; name a transform", ""),
-    ("sender ranks", "ranks"),
-    ("sender rank", "rank"),
-    ("the senders'", "the ranks'"),
-    ("the senders", "the ranks"),
-    ("the target's tap", "the tap of the other side"),
-    ("the target's", "the other side's"),
-    ("record all ranks", "record all ranks, and leave none out with --filter"),
-)
-"""What layouts say of a graft, and what that is in a diff."""
+_SIDES = {"senders": "the ranks", "sender": "rank", "rank": "rank", "receiver": "the other side"}
+"""What layouts speak of in a diff, where nothing is sent."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +74,11 @@ class _Blocks:
         """Have layouts' errors speak of this side, and not of senders, targets and transforms."""
         try:
             yield
+        except BlocksMissing as err:
+            told = err.of(self.name, _SIDES)
+            raise LayoutError(told.fact, f"{told.advice}; leave none out with --filter") from None
         except LayoutError as err:
-            text = str(err)
-            for theirs, ours in _WORDS:
-                text = text.replace(theirs, ours)
-            raise LayoutError(f"{self.name}: {text}") from None
+            raise err.of(self.name, _SIDES) from None
 
     @property
     def recorded(self) -> Recorded:
@@ -179,21 +168,20 @@ def by_layout(
     except LayoutError as err:
         yield err
         return
-    for ours, theirs, at in parts:
+    for part_a, part_b, at in parts:
         where = at if len(parts) > 1 else ""
-        if not ours or not theirs:
-            side = "A" if theirs else "B"
+        if not part_a or not part_b:
+            side = "A" if part_b else "B"
             yield LayoutError(f"no rank of {side} at {at} recorded it")
             continue
         try:
             yield from _twos(
-                _Blocks("A", a, ours, check, plans[0]),
-                _Blocks("B", b, theirs, check, plans[1]),
+                _Blocks("A", a, part_a, check, plans[0]),
+                _Blocks("B", b, part_b, check, plans[1]),
                 where,
             )
         except LayoutError as err:
-            err.args = (f"{where}: {err}",) if where else err.args
-            yield err
+            yield err.of(where)
 
 
 def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
@@ -260,13 +248,13 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
     It has the baseline's dims. Where sequences are padded, it has flattened tokens instead of batch
     and sequence, which leaves the padding out.
     """
-    mine, its = a.whole(), b.whole()
-    ours, theirs = a.dims, b.dims
-    if TOKENS in ours.names:
-        return mine, ""
-    if TOKENS in theirs.names and set(ours.names) >= _BATCHED:
-        return its, ""
-    if set(ours.names) >= _BATCHED and set(theirs.names) >= _BATCHED:
+    whole_a, whole_b = a.whole(), b.whole()
+    a_dims, b_dims = a.dims, b.dims
+    if TOKENS in a_dims.names:
+        return whole_a, ""
+    if TOKENS in b_dims.names and set(a_dims.names) >= _BATCHED:
+        return whole_b, ""
+    if set(a_dims.names) >= _BATCHED and set(b_dims.names) >= _BATCHED:
         found = [side.lengths() for side in (a, b)]
         lengths = found[0] or found[1]
         if found[0] and found[1] and found[0].real != found[1].real:
@@ -275,22 +263,25 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
                 f"{list(found[1].real)!s:.120} in B; feed both the same input"
             )
         if lengths is not None:
-            sizes = [_longest(block, len(lengths.real)) for block in (mine, its)]
+            sizes = [_longest(block, len(lengths.real)) for block in (whole_a, whole_b)]
             padded = any(n > min(lengths.real, default=n) for n in sizes)
             if padded or sizes[0] != sizes[1]:
                 left_out = " and ".join(
                     f"{len(lengths.real) * n - sum(lengths.real)} of {len(lengths.real) * n} in {s}"
                     for s, n in zip("AB", sizes, strict=True)
                 )
-                return _flattened(mine, lengths), f"tokens of padding left out: {left_out}"
-    fitting = _fitting(a, b, mine, its)
-    return fitting, "" if fitting is mine else f"indices are in B's dims, {its.dims.text!r:.80}"
+                return _flattened(whole_a, lengths), f"tokens of padding left out: {left_out}"
+    fitting = _fitting(a, b, whole_a, whole_b)
+    return (
+        fitting,
+        "" if fitting is whole_a else f"indices are in B's dims, {whole_b.dims.text!r:.80}",
+    )
 
 
-def _fitting(a: _Blocks, b: _Blocks, mine: Block, its: Block) -> Block:
+def _fitting(a: _Blocks, b: _Blocks, whole_a: Block, whole_b: Block) -> Block:
     """Return the whole of A, or of B where only that fits both: declared sizes cut padding off."""
     problem: LayoutError | None = None
-    for block in (mine, its):
+    for block in (whole_a, whole_b):
         try:
             if not any(side.plan(block).has_padding for side in (a, b)):
                 return block
@@ -298,9 +289,10 @@ def _fitting(a: _Blocks, b: _Blocks, mine: Block, its: Block) -> Block:
         except LayoutError as err:
             problem = problem or err
     assert problem is not None
-    if mine.dims.names == its.dims.names and mine.shape != its.shape:
+    if whole_a.dims.names == whole_b.dims.names and whole_a.shape != whole_b.shape:
         raise ShapesDiffer(
-            f"logical shapes {list(mine.shape)} in A and {list(its.shape)} in B are not equal"
+            f"logical shapes {list(whole_a.shape)} in A and {list(whole_b.shape)} in B "
+            "are not equal"
         ) from None
     raise problem
 
@@ -332,15 +324,15 @@ def _flattened(block: Block, lengths: Lengths) -> Block:
     return Block(0, made, tuple(shape), (), extras)
 
 
-def _combined(ours: list[_Variant], theirs: list[_Variant]) -> list[tuple[_Variant, _Variant]]:
+def _combined(of_a: list[_Variant], of_b: list[_Variant]) -> list[tuple[_Variant, _Variant]]:
     """Pair the choices among replicas: k with k where there are as many, else each with the first.
 
     Of those with the same contents one is kept.
     """
-    if len(ours) == len(theirs):
-        pairs = list(zip(ours, theirs, strict=True))
+    if len(of_a) == len(of_b):
+        pairs = list(zip(of_a, of_b, strict=True))
     else:
-        pairs = [(ours[0], other) for other in theirs] + [(one, theirs[0]) for one in ours[1:]]
+        pairs = [(of_a[0], other) for other in of_b] + [(one, of_b[0]) for one in of_a[1:]]
     return list(
         {(one.digests, other.digests): (one, other) for one, other in reversed(pairs)}.values()
     )[::-1]

@@ -13,11 +13,11 @@ def in_order(
     table: pl.DataFrame, left: pl.DataFrame, right: pl.DataFrame, same_world: bool
 ) -> pl.DataFrame:
     """Sort pairs into the baseline's execution order; what it lacks follows what came before it."""
-    ours, by_seq = _positions(left)
-    theirs, also_by_seq = _positions(right)
+    a_keys, by_seq = _positions(left)
+    b_keys, also_by_seq = _positions(right)
     keys = (
-        ours.rename({"position": "at"})
-        .join(theirs.rename({"position": "there"}), on="key", how="full", coalesce=True)
+        a_keys.rename({"position": "at"})
+        .join(b_keys.rename({"position": "there"}), on="key", how="full", coalesce=True)
         .sort("there", nulls_last=True)
         .with_columns(before=pl.col("at").fill_null(strategy="forward").fill_null(-1))
         .with_columns(at=pl.coalesce("at", "before"), late=pl.col("at").is_null().cast(pl.Int8))

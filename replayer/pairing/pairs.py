@@ -235,11 +235,11 @@ def _with_firings(left: pl.DataFrame, right: pl.DataFrame) -> list[pl.DataFrame]
         second = (pl.col("firing") == 1) & pl.col("key").is_in(firsts.implode())
         done.append(frame.with_columns(key=pl.col("key") + second.cast(pl.Int64)))
     for i in (0, 1):
-        mine, theirs = done[i], done[1 - i]
-        wanted = theirs.filter(pl.col("key") % 2 == 1)["key"].unique()
-        missing = wanted.filter(~wanted.is_in(mine["key"].implode()))
-        again = mine.filter((pl.col("key") + 1).is_in(missing.implode()))
-        done[i] = pl.concat([mine, again.with_columns(key=pl.col("key") + 1)])
+        one, other = done[i], done[1 - i]
+        wanted = other.filter(pl.col("key") % 2 == 1)["key"].unique()
+        missing = wanted.filter(~wanted.is_in(one["key"].implode()))
+        again = one.filter((pl.col("key") + 1).is_in(missing.implode()))
+        done[i] = pl.concat([one, again.with_columns(key=pl.col("key") + 1)])
     return done
 
 
@@ -459,5 +459,7 @@ def _contradictions(table: pl.DataFrame, a: Side, b: Side) -> list[str]:
 
 def _contradict(name: str, tags: str, name_b: str, tags_b: str) -> bool:
     """Whether two taps have other names, or another value of a tag that both carry."""
-    ours, theirs = parse_tags(tags), parse_tags(tags_b)
-    return name != name_b or any(ours[tag] != theirs[tag] for tag in ours.keys() & theirs.keys())
+    a_tags, b_tags = parse_tags(tags), parse_tags(tags_b)
+    return name != name_b or any(
+        a_tags[tag] != b_tags[tag] for tag in a_tags.keys() & b_tags.keys()
+    )

@@ -22,15 +22,15 @@ def of_same_data(
     part is empty where nobody stood there. Else, where one side's ranks are all at one place, that
     side has what each of the other's parts is to be held against.
     """
-    ours, theirs = _places(a, rows_a), _places(b, rows_b)
-    axes = sorted({axis for places in (*ours, *theirs) for axis in places})
+    a_places, b_places = _places(a, rows_a), _places(b, rows_b)
+    axes = sorted({axis for places in (*a_places, *b_places) for axis in places})
     sizes = {
-        axis: [{p[axis][1] if axis in p else 1 for p in places} for places in (ours, theirs)]
+        axis: [{p[axis][1] if axis in p else 1 for p in places} for places in (a_places, b_places)]
         for axis in axes
     }
     fixed = [axis for axis in axes if axis != _PIPELINE and sizes[axis][0] == sizes[axis][1]]
     free = [axis for axis in axes if axis not in fixed]
-    parts_a, parts_b = _grouped(rows_a, ours, fixed), _grouped(rows_b, theirs, fixed)
+    parts_a, parts_b = _grouped(rows_a, a_places, fixed), _grouped(rows_b, b_places, fixed)
     for at in sorted({*parts_a, *parts_b}):
         inner_a = _grouped(*parts_a.get(at, ([], [])), free)
         inner_b = _grouped(*parts_b.get(at, ([], [])), free)
@@ -41,11 +41,11 @@ def of_same_data(
                 f"'# {free[0]}:replicated' at the taps"
             )
         one_each = len(inner_a) > 1 and len(inner_b) > 1
-        for here, mine in (inner_a or {(): ([], [])}).items():
-            for there, its in (inner_b or {(): ([], [])}).items():
+        for here, part_a in (inner_a or {(): ([], [])}).items():
+            for there, part_b in (inner_b or {(): ([], [])}).items():
                 if not one_each or here == there:
                     place = here if len(inner_a) > 1 else there or here
-                    yield mine[0], its[0], _where([*fixed, *free], (*at, *place))
+                    yield part_a[0], part_b[0], _where([*fixed, *free], (*at, *place))
 
 
 def _where(axes: Sequence[str], at: tuple[int, ...]) -> str:
@@ -61,9 +61,9 @@ def _grouped(
     """Return rows and their places by coordinates on some axes."""
     found: dict[tuple[int, ...], Part] = {}
     for row, place in zip(rows, places, strict=True):
-        mine = found.setdefault(tuple(place.get(axis, (0, 1))[0] for axis in axes), ([], []))
-        mine[0].append(row)
-        mine[1].append(place)
+        part = found.setdefault(tuple(place.get(axis, (0, 1))[0] for axis in axes), ([], []))
+        part[0].append(row)
+        part[1].append(place)
     return found
 
 

@@ -66,14 +66,14 @@ class Template:
 
 @dataclass(frozen=True)
 class Rename:
-    """What the baseline calls `ours` and the target `theirs`.
+    """What the baseline calls `a` and the target `b`.
 
     A place that stands on one side only is a tag on the other.
     """
 
     text: str
-    ours: Template
-    theirs: Template
+    a: Template
+    b: Template
 
     @classmethod
     def parse(cls, text: str) -> Rename:
@@ -91,25 +91,25 @@ class Rename:
 
     def reversed(self) -> Rename:
         """Return it for sides the other way round."""
-        return Rename(self.text, self.theirs, self.ours)
+        return Rename(self.text, self.b, self.a)
 
     def apply(self, name: str, tags: dict[str, TagValue]) -> tuple[str, dict[str, TagValue]] | None:
         """Return a target's name and tags as the baseline has them, None where it does not fit."""
-        found = self.theirs.read(name)
+        found = self.b.read(name)
         if found is None:
             return None
         values: dict[str, TagValue] = {place: _value(text) for place, text in found.items()}
         if any(place in tags and tags[place] != value for place, value in values.items()):
             return None  # the name says one thing and a tag another
         rest = dict(tags)
-        for place in self.ours.places:
+        for place in self.a.places:
             if place not in values:
                 if place not in rest:
                     return None
                 values[place] = rest.pop(place)
-        extra = {place: values[place] for place in values if place not in self.ours.places}
+        extra = {place: values[place] for place in values if place not in self.a.places}
         texts = {**values, **found}  # as it was written: 03 stays 03
-        return self.ours.write(texts), {**rest, **extra}
+        return self.a.write(texts), {**rest, **extra}
 
 
 def _value(text: str) -> TagValue:
@@ -126,15 +126,15 @@ def oriented(
         a_names: the names of the baseline's taps.
         b_names: the target's.
     """
-    ours, theirs = sorted(set(a_names)), sorted(set(b_names))
+    a_names, b_names = sorted(set(a_names)), sorted(set(b_names))
     kept, notes = [], []
     for rename in renames:
-        swapped = rename.ours.fits(theirs) and rename.theirs.fits(ours)
-        if not rename.theirs.fits(theirs) and swapped:
+        swapped = rename.a.fits(b_names) and rename.b.fits(a_names)
+        if not rename.b.fits(b_names) and swapped:
             rename = rename.reversed()
             notes.append(f"--rename {rename.text!r} was taken the other way round: it is A=B")
         kept.append(rename)
-        for side, template, names in (("B", rename.theirs, theirs), ("A", rename.ours, ours)):
+        for side, template, names in (("B", rename.b, b_names), ("A", rename.a, a_names)):
             if not template.fits(names):
                 some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
                 notes.append(
