@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recorder.commands import launch
-from recorder.commands.outcome import (
-    UNTRUSTED,
-    Outcome,
-    conclude,
-    rank_of_wrapper,
-    reports_of,
-)
+from recorder.commands.outcome import UNTRUSTED, Outcome, conclude, rank_of_wrapper, reports_of
 from recorder.commands.outcome import prepare as prepare_recording
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.format import disk

@@ -21,6 +21,18 @@ JOBS = Path(__file__).parent / "jobs"
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts processes or a browser by its fixtures, and all that is left as quick."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"shell", "single", "demo"}:
+            item.add_marker("processes")
+        if "tab" in fixtures:
+            item.add_marker("browser")
+        if not any(item.get_closest_marker(name) for name in ("slow", "processes", "browser")):
+            item.add_marker("quick")
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No rank, no graft from outside, and no session left behind."""

@@ -83,7 +83,7 @@ class Staging:
 
     Args:
         budget: its size in bytes.
-        copies: brings tensors from devices; see `device.py`.
+        copies: brings tensors from devices; see `device`.
         on_short: called when there is no room, before it is waited for or given up on.
     """
 

@@ -7,13 +7,7 @@ from typing import Any
 
 import click
 
-from recorder.commands.clicking import (
-    COMMAND,
-    WrappingCommand,
-    expected_errors,
-    note,
-    options_of,
-)
+from recorder.commands.clicking import COMMAND, WrappingCommand, expected_errors, note, options_of
 
 from ..settings import ReplaySettings
 

@@ -1,6 +1,6 @@
 """`graft diff`: which tensors of two recordings differ, where it starts, and whether it matters.
 
-1. `pairing.pair` matches the manifests and decides what digests can decide.
+1. `pairs.pair` matches the manifests and decides what digests can decide.
 2. `work` measures the rest, `spread` over ranks where there are some; or `bounds` says what
    statistics prove where elements are not read.
 3. `rules` judge each pair; `Diff` has the table, the first divergences and the verdict.
@@ -31,10 +31,11 @@ from ..pairing.rename import Rename
 from ..pairing.tensors import Two
 from ..rules import Rules, Threshold, floors_of
 from .columns import COLUMNS, OUTCOMES, DiffRow, rows_of
+from .indices import MOST_INDICES
 from .nothing import why_nothing
 from .spread import ALONE, gathered, group, launched, share
 from .table import assembled, base_of, fingerprint, tasks_of, values_of
-from .work import MEMORY, MOST_INDICES, Crew, Options, Task
+from .work import MEMORY, Crew, Options, Task
 
 GOOD = ("equal", "close")
 _MISSING = ("only_a", "only_b")

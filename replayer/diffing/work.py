@@ -10,7 +10,6 @@ What a pair's rows hold depends on nothing but its tensors: not on threads, rank
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,16 +22,15 @@ import torch
 from recorder.bits import as_bits
 from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
-from recorder.layouts.dims import TOKENS
 from recorder.layouts.plan import Plan
 
-from ..measuring.by import measure_rows
 from ..measuring.chunks import Map
 from ..measuring.measures import SEGMENT, Measures, measure
 from ..pairing.blocks import by_layout
 from ..pairing.pairs import LAYOUT, Pairs
 from ..pairing.tensors import Two, by_rank
 from .columns import DiffRow, row_of
+from .indices import rows_of_index
 
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
@@ -251,44 +249,3 @@ def _first_other_bits(two: Two) -> list[int] | None:
             return _unravelled(start + int(other.to(torch.uint8).argmax()), two.a.shape)
         start += len(a)
     return None
-
-
-MOST_INDICES = 1 << 20
-"""Of a dim, that get rows of their own."""
-
-
-def dims_called(name: str, dim_names: Sequence[str]) -> int | None:
-    """Return which dim a name means: its label, or its number, from the end where below 0."""
-    if name in dim_names:
-        return list(dim_names).index(name)
-    if name in ("b", "s") and TOKENS in dim_names:  # what they became without their padding
-        return list(dim_names).index(TOKENS)
-    if re.fullmatch("-?[0-9]{1,3}", name) and -len(dim_names) <= int(name) < len(dim_names):
-        return int(name) % len(dim_names)
-    return None
-
-
-def rows_of_index(two: Two, name: str, found: Measures, whole: DiffRow) -> list[DiffRow]:
-    """Return a row for each index of the dim that a name means, none where it means none."""
-    dim = dims_called(name, two.dim_names)
-    if dim is None or two.a.shape[dim] > MOST_INDICES:
-        return []
-    figures = measure_rows(two.a, two.b, (dim,), found.rtol, found.atol)
-    size = two.a.shape[dim]
-    numel = two.a.numel() // max(1, size)
-    rows = []
-    for i in range(size if figures else 0):
-        about: DiffRow = {
-            "by": name if name.lstrip("-").isdecimal() else two.dim_names[dim],
-            "index": i,
-            "numel": numel,
-            "rtol": found.rtol,
-            "atol": found.atol,
-            "bitwise": not figures["changed"][i],
-            "ranks_a": whole["ranks_a"],
-            "ranks_b": whole["ranks_b"],
-            "dim_names": whole["dim_names"],
-            "shape_a": whole["shape_a"],
-        }
-        rows.append(row_of({key: values[i] for key, values in figures.items()}, about))
-    return rows

@@ -1,4 +1,9 @@
-"""All ranks' blocks of a key put together on both sides, padding left out."""
+"""All ranks' blocks of a key, put together to one tensor on each side.
+
+1. `by_layout` does so once for each part of the data that ranks had of their own (`of_same_data`).
+2. `_receiver` finds the dims for both: A's, or B's where only these fit; padding is left out.
+3. `variants` are the choices among replicas, where ranks that should hold the same do not.
+"""
 
 from __future__ import annotations
 

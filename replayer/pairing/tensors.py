@@ -1,10 +1,4 @@
-"""From a pair of manifest rows to two tensors of one shape, in memory.
-
-1. `by_rank` reads one record of each side.
-2. `by_layout` puts all ranks' blocks of a key together on both sides, in the dims of one of them,
-   padding left out; once for each part of the data that ranks had of their own (`dp`), and once for
-   each replica where ranks that should hold the same do not.
-"""
+"""Two tensors to compare, and which ranks hold which part of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The page of `graft diff --html`: one file, which opens from disk and fetches nothing."""
+"""The page of `graft diff --html`: one file, which opens from disk and fetches nothing.
+
+It is put together of `page.html`, `page.css`, `page.js` and the data when it is written.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-_PLACE = "__DATA__"
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -19,5 +21,16 @@ def render(data: dict[str, Any]) -> str:
         ValueError: `data` holds a NaN or an infinity as a float.
     """
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.replace(_PLACE, text, 1)
+    page = _part("page.html")
+    # The data last: what stands in it is nobody's place.
+    for place, part in (
+        ("__STYLE__", _part("page.css")),
+        ("__SCRIPT__", _part("page.js")),
+        ("__DATA__", text),
+    ):
+        page = page.replace(place, part, 1)
+    return page
+
+
+def _part(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from layout_cases import (
+    DTYPES,
+    places,
+    random_mesh,
+    random_side,
+    random_sizes,
+    random_values,
+    same_bits,
+)
 
 from recorder import Recorder, Recording, declare_mesh, tap
 from replayer import Replayer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recorder" / "layouts"))
-
-from cases import DTYPES, places, random_mesh, random_side, random_sizes, random_values, same_bits
 
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
-
-from recorder.layouts.assemble import assemble
-from recorder.layouts.blocks import Block
-from recorder.layouts.parse import parse_dims
-from recorder.layouts.plan import plan, whole
-from recorder.mesh import frozen
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from cases import (
+from layout_cases import (
     DTYPES,
     places,
     random_mesh,
@@ -25,6 +14,12 @@ from cases import (
     random_values,
     same_bits,
 )
+
+from recorder.layouts.assemble import assemble
+from recorder.layouts.blocks import Block
+from recorder.layouts.parse import parse_dims
+from recorder.layouts.plan import plan, whole
+from recorder.mesh import frozen
 
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])

@@ -1,60 +1,18 @@
-"""Two recordings to hold against each other, made in this process."""
+"""Fixtures of the tests of diffs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
+from diffs import X
 
-from recorder import Recorder, Recording, declare_mesh, tap
-from recorder.provenance import provenance
-from replayer import Diff, diff
-
-
-@pytest.fixture(scope="session")
-def recorded() -> Callable[..., Recording]:
-    """Record `job(rank)` on each rank, all in this process; `mesh(rank)` is declared before."""
-    # What a job says of its packages and its repository takes longer than all else of a small one.
-    facts = provenance()
-
-    def recorded(
-        folder: Path,
-        job: Callable[[int], Any],
-        world_size: int = 1,
-        mesh: Callable[[int], dict[str, Any]] | None = None,
-        **options: Any,
-    ) -> Recording:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recorder.writing.claim.provenance", lambda: facts)
-            for rank in range(world_size):
-                declare_mesh(**(mesh(rank) if mesh else {}))
-                with Recorder(folder, rank=rank, world_size=world_size, **options):
-                    job(rank)
-        declare_mesh()
-        return Recording.open(folder)
-
-    return recorded
+from recorder import tap
 
 
-@pytest.fixture
-def held(tmp_path: Path, recorded: Callable[..., Recording]) -> Callable[..., Diff]:
-    """Record one tensor `x`, or a job, on each side, and diff them."""
-
-    def held(
-        a: Any,
-        b: Any,
-        worlds: tuple[int, int] = (1, 1),
-        meshes: tuple[Any, Any] = (None, None),
-        level: str = "tensors",
-        **options: Any,
-    ) -> Diff:
-        sides = []
-        for i, what in enumerate((a, b)):
-            job = what if callable(what) else (lambda rank, t=what: tap("x", t))
-            folder = tmp_path / f"{'AB'[i]}{len(list(tmp_path.iterdir()))}"
-            sides.append(recorded(folder, job, worlds[i], meshes[i], level=level))
-        return diff(*sides, **options)
-
-    return held
+@pytest.fixture(scope="module")
+def apart(recorded, tmp_path_factory):
+    """Two recordings that differ in all of `x`."""
+    folder = tmp_path_factory.mktemp("apart")
+    return tuple(
+        recorded(folder / name, lambda rank, t=t: tap("x", t))
+        for name, t in (("A", X), ("B", X + 1))
+    )

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from pages import COLUMNS, labels
 
 from recorder import tap
 from replayer.showing import pagedata
 from replayer.showing.pagedata import page_data
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_page import COLUMNS, labels, show, tab  # noqa: F401 - the last two are fixtures
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -94,7 +89,7 @@ def test_can_be_written_as_json_whatever_the_elements(held):
 
 
 @pytest.mark.timeout(60)
-def test_a_real_diff_is_shown_in_a_browser(show, held):  # noqa: F811
+def test_a_real_diff_is_shown_in_a_browser(show, held):
     found = held(faults(0, 0, 0), faults(0, 0.5, 1e-9), by="1")
     page = show(page_data(found))
     assert "first divergence beyond tolerance: x layer=1" in page.content()
