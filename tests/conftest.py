@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from recorder import Recorder, Recording
+from recorder.provenance import provenance
 from recorder.taps.sessions import active_sessions
 from replayer import Replayer
 
 BIN = Path(sys.executable).parent
 JOBS = Path(__file__).parent / "jobs"
+_NOT_QUICK = ("slow", "thorough", "processes", "browser")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -29,8 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("processes")
         if "tab" in fixtures:
             item.add_marker("browser")
-        if not any(item.get_closest_marker(name) for name in ("slow", "processes", "browser")):
+        if not any(item.get_closest_marker(name) for name in _NOT_QUICK):
             item.add_marker("quick")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_provenance() -> Iterator[None]:
+    """Ask once for versions and the repository's state: it takes longer than most recordings."""
+    facts = provenance()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recorder.writing.claim.provenance", lambda: facts)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.processes
+
 RUN = Path(__file__).parent / "benchmarks" / "run.py"
 
 

@@ -33,6 +33,7 @@ def test_recorder_never_imports_replayer():
             assert not [n for n in names if n.split(".")[0] == "replayer"], path
 
 
+@pytest.mark.processes
 def test_a_tap_that_is_not_active_and_the_help_cost_no_import_of_torch_or_polars():
     code = (
         "import sys, recorder; from recorder import tap; tap('x', 1); import replayer.cli; "

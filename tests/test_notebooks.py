@@ -32,6 +32,7 @@ class Manager(AsyncKernelManager):
         super().__init__(kernel_spec_manager=ThisInterpreter(), **options)
 
 
+@pytest.mark.processes
 @every_notebook
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))

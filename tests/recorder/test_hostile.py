@@ -25,6 +25,8 @@ from recorder.format.rows import tag_columns
 from recorder.format.shard import read_header
 from recorder.verify import Checker
 
+pytestmark = pytest.mark.thorough
+
 LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 EXTENT = pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])
 SECONDS, MEBIBYTES = 5.0, 256
@@ -274,6 +276,7 @@ def test_links_and_pipes_are_not_followed(made, what, shell):
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_bomb_of_zeros_in_the_manifest(made):
     (path,) = made.glob("rank-*/*.parquet")
     frame = pl.read_parquet(path, memory_map=False)
@@ -295,6 +298,7 @@ def test_a_manifest_that_pretends_to_have_many_rows(made):
         Recording.open(made).rows()
 
 
+@pytest.mark.thorough
 def test_many_rows_that_repeat_one_another_are_a_recording_like_any_other(made):
     """A job that taps the same few tensors a million times has a manifest that packs very well."""
     (path,) = made.glob("rank-*/*.parquet")

@@ -374,6 +374,7 @@ def test_a_description_of_the_wrong_types(record, run, change):
         Recording.open(run)
 
 
+@pytest.mark.thorough
 def test_rows_whose_tags_are_none_or_that_are_too_many(record, run):
     record(job)
     part = next(run.rglob("*.parquet"))

@@ -49,6 +49,7 @@ def test_a_tensor_without_memory_is_refused(run, capsys, make):
     assert Recording.open(run).rows()["name"].to_list() == ["y"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("elements", [256, 1 << 18])
 def test_a_deadline_that_comes_during_a_tap_reaches_the_job(run, elements):
     """A signal's handler raises at any moment; not once is that lost, nor a lock left taken."""
@@ -228,6 +229,7 @@ def slow_disk(monkeypatch):
     monkeypatch.setattr(disk, "write_at", slowly)
 
 
+@pytest.mark.thorough
 def test_a_handler_that_closes_in_the_middle_of_a_tap(run, slow_disk):
     class Out(Exception):
         pass
@@ -251,6 +253,7 @@ def test_a_handler_that_closes_in_the_middle_of_a_tap(run, slow_disk):
     assert recorder.state == "complete" and rows.height > 2
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("when_full", ["hold", "drop"])
 def test_a_tap_that_was_interrupted_before_it_woke_the_writer_does_so_later(
     run, monkeypatch, when_full

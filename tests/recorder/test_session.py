@@ -132,6 +132,7 @@ def test_taps_from_several_threads_lose_and_mix_nothing(record):
             assert torch.equal(back, torch.full((50,), thread * 1000 + i))
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_a_forked_child_does_not_touch_its_parent_s_recording(record, capfd):
     def child():
@@ -155,6 +156,7 @@ def test_a_forked_child_does_not_touch_its_parent_s_recording(record, capfd):
     assert err.count("was forked from a process that already taps") == 1
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 def test_a_forked_data_loader_s_workers_do_not_either(record):
     class Data(torch.utils.data.Dataset):

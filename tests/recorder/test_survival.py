@@ -92,6 +92,7 @@ def kill_under_load(folder, seed):
     return len(taps), oldest
 
 
+@pytest.mark.processes
 @EXTENT
 def test_a_killed_job_loses_nothing_older_than_a_second(tmp_path, extent):
     lost = []
@@ -214,6 +215,7 @@ def count_changes(run, monkeypatch, options):
     return steps.count
 
 
+@pytest.mark.thorough
 @EXTENT
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -241,6 +243,7 @@ def test_after_a_stop_at_any_single_change_the_rest_is_whole(
                 assert not rank.damaged, (at, rank.problems)
 
 
+@pytest.mark.thorough
 @EXTENT
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
 @pytest.mark.parametrize("forever", [False, True])

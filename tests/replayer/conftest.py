@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 
 from recorder import Recorder, Recording, declare_mesh, tap
-from recorder.provenance import provenance
 from replayer import Diff, diff
 
 
 @pytest.fixture(scope="session")
 def recorded() -> Callable[..., Recording]:
     """Record `job(rank)` on each rank, all in this process; `mesh(rank)` is declared before."""
-    # What a job says of its packages and its repository takes longer than all else of a small one.
-    facts = provenance()
 
     def recorded(
         folder: Path,
@@ -26,12 +23,10 @@ def recorded() -> Callable[..., Recording]:
         mesh: Callable[[int], dict[str, Any]] | None = None,
         **options: Any,
     ) -> Recording:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("recorder.writing.claim.provenance", lambda: facts)
-            for rank in range(world_size):
-                declare_mesh(**(mesh(rank) if mesh else {}))
-                with Recorder(folder, rank=rank, world_size=world_size, **options):
-                    job(rank)
+        for rank in range(world_size):
+            declare_mesh(**(mesh(rank) if mesh else {}))
+            with Recorder(folder, rank=rank, world_size=world_size, **options):
+                job(rank)
         declare_mesh()
         return Recording.open(folder)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from replayer import diff
 from replayer.showing.lines import lines
 
+pytestmark = pytest.mark.processes
+
 JOBS = Path(__file__).parents[1] / "jobs"
 GRAFT = Path(sys.executable).with_name("graft")
 BASELINE = [sys.executable, JOBS / "minilm_baseline.py"]

@@ -406,6 +406,7 @@ def test_a_cast_between_floating_types_is_noted_as_ever(run):
     assert "cast from float32 to bfloat16" in message
 
 
+@pytest.mark.thorough
 def test_only_what_overlaps_is_read(run, monkeypatch):
     """64 ranks' blocks to one rank of 64: one is read; cut across, a 64th of each."""
     whole = torch.randn(64, 64 * 4096)

@@ -60,6 +60,7 @@ def one_pair_of_jobs(folder, seed, most_ranks, count):
     return grafts
 
 
+@pytest.mark.thorough
 @EXTENT
 def test_random_layouts_from_disk_to_every_receiver(tmp_path, extent):
     first, jobs, most, count = (0, 20, 8, 20) if extent == "short" else (1_000, 60, 64, 40)

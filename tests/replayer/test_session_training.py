@@ -230,6 +230,7 @@ def test_a_filter_selects_what_is_grafted(record, replay, capsys):
     assert "no tap carried the tag 'lager', closest: layer" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # whatever the compiler has to say
 def test_under_torch_compile_values_are_recorded_and_grafted_right(record, replay):
     def f(x):

@@ -257,6 +257,7 @@ def test_a_block_that_nobody_recorded_never_shifts_the_others():
     assert done > 500 and asked > 500
 
 
+@pytest.mark.thorough
 def test_tokens_and_sequences_however_they_are_cut_and_padded():
     """Random lengths, paddings and cuts of t and b s to each other: right, or refused."""
     rng = random.Random(7)

@@ -78,6 +78,7 @@ def fused(name, *sides):
     return any(name in dim and len(dim) > 1 for side in sides for dim in side.dims if dim)
 
 
+@pytest.mark.thorough
 @EXTENT
 def test_random_layouts(extent):
     first = 0 if extent == "short" else 100_000

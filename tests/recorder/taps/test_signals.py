@@ -88,6 +88,7 @@ def test_a_handler_of_the_job_s_own_is_left_alone(shell):
             path.unlink() if path.is_file() else path.rmdir()
 
 
+@pytest.mark.processes
 def test_a_forked_child_ends_as_it_would_have(run):
     with Recorder(run):
         tap("x", torch.zeros(3))

@@ -300,6 +300,7 @@ def test_one_odd_tap_costs_that_tap_alone(record, capsys, arguments, tags, what)
     assert what in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_real_tensor_inside_fake_tensor_mode_is_recorded(record):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

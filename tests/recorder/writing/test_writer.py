@@ -36,6 +36,7 @@ def slow_disk(monkeypatch):
     gate.set()
 
 
+@pytest.mark.thorough
 def test_a_job_is_held_while_nothing_more_can_be_staged_and_hears_of_it_once(
     run, slow_disk, capsys
 ):
@@ -75,6 +76,7 @@ def test_a_payload_whose_first_part_is_in_is_never_dropped_half_way(run):
     assert torch.equal(Recording.open(run).load(0, "big"), big)
 
 
+@pytest.mark.thorough
 def test_rows_alone_hold_the_job_too(run, monkeypatch):
     """A million scalars are few bytes of payload and gigabytes of rows."""
     monkeypatch.setattr("recorder.writing.staging._PARTS", 50)

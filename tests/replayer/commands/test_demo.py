@@ -75,6 +75,7 @@ def test_taps_after_the_fault_are_wrong_before_and_right_after(effects: list[Tap
     assert all(tap.before > 1e-3 and tap.after < 1e-6 for tap in downstream)
 
 
+@pytest.mark.processes
 def test_a_failing_command_ends_the_demo_with_its_status(tmp_path: Path) -> None:
     occupied = tmp_path / "occupied"
     occupied.write_text("not a folder")

@@ -182,7 +182,10 @@ def test_on_error_and_on_missing_raise_stop_the_job(single, run):
         (["replay", "RUN", "--match-on", "", "--", "true"], "names an empty tag"),
         (["replay", "RUN", "--record", "True", "--", "true"], "give -o OUT too"),
         (["replay", "RUN", "--on-error", "stop", "--", "true"], "'stop' is not one of"),
-        (["replay", "RUN", "--step-offset", "x", "--", "true"], "'x' is not a valid integer"),
+        (
+            ["replay", "RUN", "--step-offset", "x", "--", "true"],
+            "--step-offset is 'x'; give a whole number",
+        ),
     ],
 )
 def test_wrong_usage_is_status_2(single, run, words, message):

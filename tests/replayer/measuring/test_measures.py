@@ -16,6 +16,8 @@ from recorder.errors import CaptureError
 from replayer.measuring import chunks, measures, quantiles
 from replayer.measuring.measures import exact_sum, measure, tolerances
 
+pytestmark = pytest.mark.thorough
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*Half support is experimental")
 
 INF, NAN, HUGE, TINY = math.inf, math.nan, 1.7e308, 5e-324

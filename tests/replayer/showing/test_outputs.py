@@ -126,6 +126,7 @@ def test_a_page_for_a_full_device_is_one_sentence_and_status_2(graft):
     assert "cannot be written: No space left on device; make room, or choose" in done.stderr
 
 
+@pytest.mark.processes
 @full
 def test_output_to_a_full_device_is_one_sentence_and_status_2(runs):
     with Path("/dev/full").open("w") as device:
