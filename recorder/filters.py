@@ -287,7 +287,7 @@ class _Compiler:
         try:
             find = getattr(re.compile(pattern.value), how)
         except (re.error, OverflowError, RecursionError) as err:
-            raise self.error(pattern, f"the pattern is no regular expression ({err})") from None
+            raise self.error(pattern, f"the pattern is not a regular expression ({err})") from None
         subject = self.compile(node.args[1])
 
         def found(env: Env) -> bool:

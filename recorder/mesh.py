@@ -104,7 +104,7 @@ def _checked(axis: str, place: Any) -> tuple[int, int]:
         raise UsageError(f"declare_mesh: {axis} is {place!r}; {_HOW}") from None
     if not 0 <= at < size < MOST_RANKS:
         raise UsageError(
-            f"declare_mesh: {axis}=({at}, {size}) is no coordinate on an axis of {size}; "
+            f"declare_mesh: {axis}=({at}, {size}) is not a coordinate on an axis of {size}; "
             "coordinates count from 0 to size - 1"
         )
     return at, size

@@ -287,8 +287,8 @@ class RecordSettings(Settings):
     )
     when_full: str = option(
         "hold",
-        "What to do with a tap when all of that memory waits to be written: hold the job until "
-        "there is room, or drop the tap and count it.",
+        "What to do with a tap when that memory is full, or what waits in it is half a second old: "
+        "hold the job until there is room, or drop the tap and count it.",
         choices=("hold", "drop"),
     )
     overwrite: bool = option(False, "Replace the recording that is in RUN already.")

@@ -21,7 +21,9 @@ def parse_size(value: int | str) -> int:
     else:
         found = _SIZE.fullmatch(value) if isinstance(value, str) else None
         if found is None or (found[3] and not found[2]):
-            raise UsageError(f"{value!r} is no size; write a number of bytes, or 20GB, or 512MiB")
+            raise UsageError(
+                f"{value!r} is not a size; write a number of bytes, or 20GB, or 512MiB"
+            )
         number, unit, binary = found.groups()
         power = list(_UNITS).index(unit.lower())
         size = int(float(number) * (1024**power if binary else _UNITS[unit.lower()]))

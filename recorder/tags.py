@@ -88,7 +88,7 @@ def text(what: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadTag(f"{what} is {value!r}, which is no valid Unicode text") from None
+        raise BadTag(f"{what} is {value!r}, which is not valid Unicode text") from None
     return str.__str__(value)
 
 

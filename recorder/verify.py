@@ -187,7 +187,7 @@ class _RankCheck:
             raise
 
     def _check_count(self) -> None:
-        """Hold the rows that were found against what the attempts counted when they closed."""
+        """Compare the rows that were found with what the attempts counted when they closed."""
         claims = self._report.claims.values()
         if not claims:
             self._problem(self._folder, "nothing in it says who recorded it")
@@ -343,7 +343,9 @@ def _wrong_row(row: ManifestRow) -> str:
     for n in row["shape"] or []:
         numel *= n if n is not None and n >= 0 else -1
     if numel < 0 or numel * itemsize != row["nbytes"]:
-        return f"{row['nbytes']} bytes are no tensor of shape {row['shape']} and {row['dtype']}"
+        return (
+            f"{row['nbytes']} bytes do not make a tensor of shape {row['shape']} and {row['dtype']}"
+        )
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Replay a recording onto another job, and hold two recordings against each other."""
+"""Replay a recording onto another job, and compare two recordings."""
 
 from __future__ import annotations
 

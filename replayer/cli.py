@@ -21,7 +21,7 @@ def main() -> None:
     \b
     Exit status: COMMAND's own when that is not 0; else
       0  fine
-      1  the comparison differs, or compared nothing
+      1  the comparison differs, or compared nothing; verify found damage
       2  wrong usage, or an unreadable recording
       3  COMMAND ended well, but the recording or replay is not to be trusted
     """

@@ -96,7 +96,7 @@ class Threshold:
         return self.holds.names & set(MEASURES)
 
     def check(self, names: Collection[str], tags: Collection[str]) -> str:
-        """Hold it against what was tapped; return what to say of it.
+        """Compare it with what was tapped; return what to say of it.
 
         Raises:
             UsageError: it speaks of what is no tag, but for its spelling a measure.

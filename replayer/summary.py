@@ -87,7 +87,7 @@ def summarize(
     world_size: int,
     step_offset: int = 0,
 ) -> Summary:
-    """Hold a replay's log against the baseline's records.
+    """Compare a replay's log with the baseline's records.
 
     Args:
         log: the log's rows, of all receivers.

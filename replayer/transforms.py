@@ -174,7 +174,7 @@ def load(path: str) -> Transform:
     module_name, _, attribute = path.rpartition(".")
     parts = path.split(".")
     if not module_name or not all(part.isidentifier() for part in parts):
-        raise TransformError(f"transform {path!r} is no path such as pkg.mod.fn")
+        raise TransformError(f"transform {path!r} is not a path such as pkg.mod.fn")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # for good: the module may import from there later

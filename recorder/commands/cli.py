@@ -34,7 +34,7 @@ def record(run: str, command: tuple[str, ...], **options: Any) -> None:
     """
     outcome = recorded(run, RecordSettings(**options), command, note)
     for problem in outcome.problems:
-        note(f"not to be trusted, {problem}")
+        note(f"not to be trusted: {problem}")
     for line in outcome.notes:
         note(line)
     sys.exit(outcome.status)
@@ -47,7 +47,7 @@ def _access_of_all(run: Path) -> disk.Access:
     return min(found, key=lambda access: access.folder)
 
 
-@click.command("ls", short_help="List what a recording holds, a line per tap.")
+@click.command("ls", short_help="List what a recording holds, one line per tap.")
 @click.argument("run", metavar="RUN")
 @click.option("--filter", type=FilterType(), help="Only the records it selects.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone: a list of objects.")

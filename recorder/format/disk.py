@@ -246,7 +246,7 @@ def open_regular(path: Path) -> int:
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(0, "it is no regular file")
+        raise OSError(0, "it is not a regular file")
     return file
 
 

@@ -47,7 +47,7 @@ def measure(path: Path) -> Claims:
 
     Raises:
         FileNotFoundError: it is not there (any more).
-        DamagedRecording: it is no parquet file, or contradicts itself.
+        DamagedRecording: it is not a parquet file, or contradicts itself.
     """
     try:
         file = disk.open_regular(path)
@@ -56,7 +56,7 @@ def measure(path: Path) -> Claims:
             tail = os.pread(file, 1 << 14, max(0, size - (1 << 14)))
             length = int.from_bytes(tail[-8:-4], "little")
             if size < 12 or tail[-4:] != _MAGIC or not 0 < length <= min(size, _LARGEST_FOOTER):
-                raise DamagedRecording(path, "it is no parquet file")
+                raise DamagedRecording(path, "it is not a parquet file")
             if length + 8 > len(tail):
                 tail = os.pread(file, length + 8, size - length - 8)
             footer, _ = _struct(tail[-8 - length : -8], 0)
@@ -68,7 +68,7 @@ def measure(path: Path) -> Claims:
     except OSError as err:
         raise DamagedRecording(path, err.strerror or str(err)) from err
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError):
-        raise DamagedRecording(path, "it is no parquet file that anybody wrote whole") from None
+        raise DamagedRecording(path, "it is not a whole parquet file") from None
     return Claims(rows, nbytes, size)
 
 

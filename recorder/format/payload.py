@@ -112,7 +112,8 @@ def restore(
     """
     if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != data.nbytes:
         raise DamagedRecording(
-            path, f"{data.nbytes} bytes are no tensor of shape {list(shape)} and dtype {dtype}"
+            path,
+            f"{data.nbytes} bytes do not make a tensor of shape {list(shape)} and dtype {dtype}",
         )
     if data.nbytes == 0:
         return torch.empty(tuple(shape), dtype=dtype, device="cpu")

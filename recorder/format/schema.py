@@ -162,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise DamagedRecording(path, "it is no regular file")
+            raise DamagedRecording(path, "it is not a regular file")
         with os.fdopen(disk.open_regular(path), "rb") as file:
             text = file.read(_MAX_JSON + 1)
     except OSError as err:
@@ -199,8 +199,8 @@ def read_description(folder: Path) -> Description:
         raise DamagedRecording(path, f"world_size is {world!r}, expected 1 to {MAX_WORLD_SIZE}")
     command = data.get("command", [])
     if not isinstance(command, list) or not all(isinstance(part, str) for part in command):
-        raise DamagedRecording(path, "command is no list of strings")
+        raise DamagedRecording(path, "command is not a list of strings")
     for part in ("options", "provenance"):
         if not isinstance(data.get(part, {}), dict):
-            raise DamagedRecording(path, f"{part} is no JSON object")
+            raise DamagedRecording(path, f"{part} is not a JSON object")
     return cast(Description, data)

@@ -133,7 +133,7 @@ def read_parquet(
     except FileNotFoundError:
         raise
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
-        raise DamagedRecording(path, f"it is no parquet file ({_first_line(err)})") from None
+        raise DamagedRecording(path, f"it is not a parquet file ({_first_line(err)})") from None
     for name, dtype in schema.items():
         if frame.schema.get(name) != dtype:
             raise DamagedRecording(

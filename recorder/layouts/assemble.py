@@ -117,7 +117,7 @@ def _value_of(fill: float, dtype: torch.dtype) -> torch.Tensor:
     back = one.to(torch.float64)
     rounded = dtype.is_floating_point and bool(back.isfinite()) and math.isfinite(fill)
     if not (rounded or dtype.is_complex or torch.equal(back.nan_to_num(1.5), wide.nan_to_num(1.5))):
-        raise LayoutError(f"the fill {fill} is no value of {dtype}", "declare one that is")
+        raise LayoutError(f"the fill {fill} is not a value of {dtype}", "declare one that is")
     return one
 
 

@@ -36,7 +36,7 @@ def with_placements(text: str, named: Dims, found: re.Match[str]) -> Dims:
     """
     sizes = [part.strip() for part in found[1].split(",") if part.strip()]
     if any(re.fullmatch(_NUMBER, size) is None for size in sizes):
-        raise LayoutError(f"the dims {text!r:.200} cannot be read: the shape is none")
+        raise LayoutError(f"the dims {text!r:.200} cannot be read: the shape is malformed")
     shape = tuple(map(int, sizes))
     if math.prod(shape) >= _MOST_SIZE:
         raise LayoutError(f"the dims {text!r:.200} cannot be read: the shape is too large")
@@ -46,12 +46,12 @@ def with_placements(text: str, named: Dims, found: re.Match[str]) -> Dims:
             f"the dims {text!r:.200} name {len(dims)} dims of a DTensor that has {len(shape)}"
         )
     if _PLACED.sub("", found[2]).strip():
-        raise LayoutError(f"the dims {text!r:.200} cannot be read: these are no placements")
+        raise LayoutError(f"the dims {text!r:.200} cannot be read: these are not placements")
     mesh: dict[str, tuple[int | None, int]] = {}
     placements: list[tuple[str, int, str]] = []
     for axis, at, size, placement in _PLACED.findall(found[2]):
         if int(size) < 1 or (at and int(at) >= int(size)) or axis in mesh:
-            raise LayoutError(f"the dims {text!r:.200} cannot be read: the mesh is none")
+            raise LayoutError(f"the dims {text!r:.200} cannot be read: the mesh is malformed")
         mesh[axis] = (int(at) if at else None, int(size))
         placements.append((axis, int(size), placement))
     cuts, partial = _order(text, placements, len(shape))

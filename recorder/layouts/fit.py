@@ -1,4 +1,4 @@
-"""Hold the sizes of a pair of dims together: what counts their indices, or why nothing can.
+"""Compare the sizes of a pair of dims: what counts their indices, or why nothing can.
 
 `group_of` makes the `Group` that a pair needs; where the sizes contradict each other, the message
 names the dim and both sizes.
@@ -145,7 +145,7 @@ def _without_padding(name: str, have: int, j: int, receiver: Receiver) -> int:
         return receiver.whole(j) or 0
     raise LayoutError(
         f"dim {name} is padded by $senders, to {have}, and $receiver's block does not tell how "
-        f"much of it is none",
+        "much of it is padding",
         f"declare its size without padding at either tap, as in '# {name}=SIZE'",
     )
 
@@ -187,7 +187,7 @@ def _flattened(
     if batch > _MOST_SEQUENCES:
         raise LayoutError(f"{batch} sequences are more than can be told apart", MEND)
     if batch * size != math.prod(totals):
-        raise LayoutError(f"{totals[0]} of (b*s) are no {batch} sequences of one length", MEND)
+        raise LayoutError(f"{totals[0]} of (b*s) do not make {batch} sequences of one length", MEND)
     tokens = sizes[pair.senders[0]].total if flat else receiver.whole(pair.receivers[0])
     if of_tokens is None:
         of_tokens = Lengths((size,) * batch, (size,) * batch)

@@ -71,7 +71,7 @@ def _named(text: str, named: str) -> Dims:
     while named[at:].strip():
         match = _DIM.match(named, at)
         if match is None:
-            raise _unreadable(text, f"{named[at:].split()[0]!r:.60} is no dim")
+            raise _unreadable(text, f"{named[at:].split()[0]!r:.60} is not a dim")
         if len(dims) == _MOST_DIMS:
             raise _unreadable(text, f"it has more than {_MOST_DIMS} dims")
         at = match.end()
@@ -82,7 +82,9 @@ def _named(text: str, named: str) -> Dims:
         if fused is not None:
             names = tuple(part.strip() for part in fused.split("*"))
             if len(names) < 2 or not all(_NAME.fullmatch(part) for part in names):
-                raise _unreadable(text, f"'({fused})' is no fused dim such as '(heads*head_dim)'")
+                raise _unreadable(
+                    text, f"'({fused})' is not a fused dim such as '(heads*head_dim)'"
+                )
         held = []
         for cut, is_partial in _cuts(text, cuts):
             if is_partial:
@@ -102,7 +104,7 @@ def _cuts(text: str, cuts: str | None) -> Iterator[tuple[Cut, bool]]:
             raise _unreadable(text, f"{part.strip()!r:.60} names no axis")
         odd = [word for word in qualifiers if word not in _QUALIFIERS]
         if odd:
-            raise _unreadable(text, f"{odd[0]!r:.60} is none of {', '.join(_QUALIFIERS)}")
+            raise _unreadable(text, f"{odd[0]!r:.60} is not one of {', '.join(_QUALIFIERS)}")
         said = {word for word in qualifiers if word not in ("natural", "sharded")}
         if len(said) > 1 or (said and "natural" in qualifiers and said & {"zigzag"}):
             raise _unreadable(text, f"{part.strip()!r:.60} contradicts itself")
@@ -129,17 +131,17 @@ def _with_facts(text: str, found: Dims, facts: str) -> Dims:
             try:
                 fills[match[1]] = float(match[2])
             except ValueError:
-                raise _unreadable(text, f"{match[2]!r:.60} is no number to fill with") from None
+                raise _unreadable(text, f"{match[2]!r:.60} is not a number to fill with") from None
             padded.add(match[1])
         else:
             raise _unreadable(
                 text,
-                f"{fact!r:.60} behind the # is none of AXIS:replicated, dp:=AXIS, DIM=SIZE, "
+                f"{fact!r:.60} after the # is not one of AXIS:replicated, dp:=AXIS, DIM=SIZE, "
                 "DIM:padded, DIM:fill=NUMBER",
             )
     unknown = sorted({*padded, *sizes} - set(found.names))
     if unknown:
-        raise _unreadable(text, f"{unknown[0]!r} behind the # is none of its dims")
+        raise _unreadable(text, f"{unknown[0]!r} after the # is not one of its dims")
     return replace(
         found,
         replicated=frozenset(replicated),

@@ -175,7 +175,7 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
     if len(made) != len(sender_dims.dims):
         raise LayoutError(
             f"$senders' dims {sender_dims.text!r:.200} name {len(sender_dims.dims)}, and a "
-            f"tensor of the shape {list(made)} is no whole of that",
+            f"tensor of the shape {list(made)} is not the whole of that",
             "return one with the dims of g.logical()",
         )
     return Block(0, sender_dims.whole(made), made, (), extras if made == tuple(found) else "")

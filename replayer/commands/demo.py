@@ -37,7 +37,9 @@ def demo(out: str, overwrite: bool) -> None:
         if not overwrite:
             raise RecordingExists(folder, "exists already")
         if any(folder.iterdir()) and not (folder / "baseline" / "recording.json").exists():
-            raise RecordingError(f"{folder} is no demo's folder, so it is left alone; name another")
+            raise RecordingError(
+                f"{folder} is not the folder of a demo, so it is left alone; name another"
+            )
         shutil.rmtree(folder)
     from ..demo.run import run_demo
 

@@ -21,15 +21,15 @@ from recorder.ranks import Rank
 _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is told
 
 
-@click.command(short_help="Hold two recordings against each other: what differs, and where first.")
+@click.command(short_help="Compare two recordings: what differs, and where first.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.option("--filter", type=FilterType(), help="Only these records, in A's names and steps.")
 @click.option(
     "--match-on",
     metavar="TAGS",
-    help="Tags that count for a match, as name,layer; or order, to pair by position; the whole "
-    "key without.",
+    help="Tags that count for a match, such as name,layer; or order, to pair by position; by "
+    "default the whole key.",
 )
 @click.option(
     "--step-offset",
@@ -42,16 +42,20 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
     "--rename",
     multiple=True,
     metavar="A=B",
-    help="What A calls A is what B calls B, with places in braces: "
+    help="A's name for a tap = B's name, with places in braces: "
     "'h.{layer}.attn=layers.{layer}.self_attn'. A place on one side only is a tag on the other.",
 )
 @click.option(
     "--manifest-only",
     is_flag=True,
-    help="Read no tensor: digests say which differ, statistics what they prove.",
+    help="Read no tensor: digests tell which differ, and statistics how far at least.",
 )
-@click.option("--rtol", type=float, help="Relative tolerance; torch's for the dtypes without.")
-@click.option("--atol", type=float, help="Absolute tolerance; torch's for the dtypes without.")
+@click.option(
+    "--rtol", type=float, help="Relative tolerance; by default torch's for the two dtypes."
+)
+@click.option(
+    "--atol", type=float, help="Absolute tolerance; by default torch's for the two dtypes."
+)
 @click.option(
     "--threshold",
     multiple=True,
@@ -68,7 +72,7 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
 @click.option(
     "--floor-factor",
     type=float,
-    help="How many times the noise is still noise; 3 without.",
+    help="How many times the noise is still noise; 3 by default.",
 )
 @click.option(
     "--by",
@@ -78,7 +82,7 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
 @click.option(
     "--ignore-missing",
     is_flag=True,
-    help="Keys on one side only are told, and do not count as a difference.",
+    help="Report keys that are on one side only, but do not count them as a difference.",
 )
 @click.option(
     "--limit",
@@ -88,19 +92,21 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
     metavar="N",
     help="Rows of the table on the terminal.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: an object a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON alone: one object per line.")
 @click.option("--parquet", metavar="FILE", help="Also write the whole table to FILE.")
 @click.option("--html", metavar="FILE", help="Also write a page to FILE that opens in a browser.")
 @click.option(
     "--check/--no-check",
     default=True,
-    help="Hold each tensor that is read against its digest.",
+    help="Compare each tensor that is read with its digest.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Threads; one a core without.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Number of threads; by default one per core."
+)
 @click.option(
     "--memory",
     type=SizeType(),
-    help="Bytes of tensors in memory at once, 2GiB without; a pair of more goes alone.",
+    help="Bytes of tensors in memory at once, 2GiB by default; a larger pair is read alone.",
 )
 @expected_errors
 def diff(
@@ -128,7 +134,7 @@ def diff(
 ) -> None:
     """Compare the recordings A (trusted) and B: which tensors differ, where first, how much.
 
-    Layouts are put together on both sides where declared, else it is rank by rank. Ends with 0
+    Layouts are put together on both sides where declared, otherwise rank by rank. Ends with 0
     where all is equal or within tolerance; with 1 where not, where a key is on one side only, or
     where nothing matched; with 2 where a recording cannot be read. Under torchrun the ranks share
     the work, on any number of machines.

@@ -20,7 +20,7 @@ from ..settings import ReplaySettings
     "-o",
     "--out",
     metavar="OUT",
-    help="Folder for the log (and what --record keeps). [GRAFT_REPLAY_OUT]",
+    help="Folder for the log, and for what --record keeps. [GRAFT_REPLAY_OUT]",
 )
 @options_of(ReplaySettings)
 @COMMAND
@@ -51,7 +51,7 @@ def replay(run: str, out: str | None, command: tuple[str, ...], **options: Any) 
         note(f"not to be trusted: {problem}")
     if done.recording is not None:
         for problem in done.recording.problems:
-            note(f"not to be trusted, {problem}")
+            note(f"not to be trusted: {problem}")
         for line in done.recording.notes:
             note(line)
     sys.exit(done.status)

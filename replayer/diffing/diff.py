@@ -47,7 +47,7 @@ Bar = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
 @dataclass(frozen=True)
 class Diff:
-    """Two recordings held against each other.
+    """Two recordings compared.
 
     Attributes:
         a: the baseline.

@@ -202,7 +202,7 @@ def _check_distinct(frame: pl.DataFrame) -> None:
 def _keyed(left: pl.DataFrame, right: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Give both sides' rows `key`, one integer for what counts of their key.
 
-    A second forward (`recompute`) is held against the other side's second, or, where that has but
+    A second forward (`recompute`) is compared with the other side's second, or, where that has but
     one, against that one, as a replay would use it.
     """
     frames = [left, right]

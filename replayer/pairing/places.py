@@ -20,7 +20,7 @@ def of_same_data(
 
     An axis of one size on both sides, but for a pipeline's, has the same data at the same place: a
     part is empty where nobody stood there. Else, where one side's ranks are all at one place, that
-    side has what each of the other's parts is to be held against.
+    side has what each of the other's parts is compared with.
     """
     a_places, b_places = _places(a, rows_a), _places(b, rows_b)
     axes = sorted({axis for places in (*a_places, *b_places) for axis in places})

@@ -21,7 +21,7 @@ def check_outputs(outputs: Sequence[Path]) -> None:
         folder = path.resolve().parent
         if not folder.is_dir():
             raise UsageError(
-                f"{folder} is no folder, so {path.name} cannot be written there; make it first"
+                f"{folder} is not a folder, so {path.name} cannot be written there; make it first"
             )
         if path.is_dir():
             raise UsageError(f"{path} is a folder; name a file")

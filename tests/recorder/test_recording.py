@@ -402,7 +402,7 @@ def test_pipes_in_the_place_of_files_do_not_stop_a_reader(record, run):
 def test_a_parquet_part_that_is_none(record, run):
     record(job)
     next(run.rglob("*.parquet")).write_bytes(b"PAR1 nonsense PAR1")
-    with pytest.raises(DamagedRecording, match="it is no parquet file"):
+    with pytest.raises(DamagedRecording, match="it is not a parquet file"):
         Recording.open(run).rows()
 
 

@@ -69,7 +69,7 @@ def test_a_recorder_is_used_once(run):
     ("options", "message"),
     [
         ({"level": "all"}, "level is 'all'; choose one of tensors, stats, digests"),
-        ({"max_bytes": "many"}, "'many' is no size"),
+        ({"max_bytes": "many"}, "'many' is not a size"),
         ({"filter": "layer <"}, "not a Python expression"),
         ({"rank": 1}, "rank and world_size go together"),
         ({"rank": 2, "world_size": 2}, "rank 2 of a world of 2"),

@@ -292,7 +292,7 @@ def test_a_fill_that_is_no_value_of_the_target_is_refused(run, dtype):
     target = torch.ones(3).to(dtype)
     fill = {torch.int64: "0.5", torch.bool: "0.5", torch.float16: "1e30"}.get(dtype, "-inf")
     (message,) = replay(run, [target], f"v # v=2 v:fill={fill}", outcome="error")
-    assert f"the fill {float(fill)} is no value of {dtype}" in message
+    assert f"the fill {float(fill)} is not a value of {dtype}" in message
     replay(run, [target], "v # v=2 v:fill=0")
     assert target[2].float() == 0
 
@@ -332,7 +332,7 @@ def test_blocks_that_nobody_recorded_are_named_where_they_are_needed(run):
             "dim h: the senders have 8 in all, and the target's block has 9",
         ),
         ("t h[tp]", "t d", (4, 8), "dim h is only in the sender's dims"),
-        ("t h[tp]", "t h[", (4, 8), "'h[' is no dim"),
+        ("t h[tp]", "t h[", (4, 8), "'h[' is not a dim"),
         ("t h[tp]", "t h d", (4, 8), "name 3, and its tensor has the shape [4, 8]"),
         ("t h[tp,cp]", "t h", (4, 8), "declare_mesh(tp=(rank, size), cp=(rank, size))"),
         ("t h[tp]", "t 1", (4, 8), "say 1 where its tensor has 8"),

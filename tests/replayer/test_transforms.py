@@ -64,8 +64,8 @@ def test_both_signatures_are_called_as_declared():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nodots", "is no path such as pkg.mod.fn"),
-        ("a..b", "is no path such as pkg.mod.fn"),
+        ("nodots", "is not a path such as pkg.mod.fn"),
+        ("a..b", "is not a path such as pkg.mod.fn"),
         ("no.such.module.fn", "cannot be imported: ModuleNotFoundError"),
         ("replayer.demo.model.normd", "has no 'normd'; it has .*normed"),
         ("replayer.demo.model.LAYERS", "is a int, expected a function"),

@@ -55,7 +55,7 @@ def test_a_second_record_is_refused_before_the_command_starts(shell, run):
         (["record", "-o", "RUN"], "Missing argument 'COMMAND...'"),
         (["record", "-o", "RUN", "python", "x.py", "--lr", "3"], "write -- before COMMAND"),
         (["record", "-o", "RUN", "--filter", "layer <", "--", "true"], "not a Python expression"),
-        (["record", "-o", "RUN", "--max-bytes", "lots", "--", "true"], "'lots' is no size"),
+        (["record", "-o", "RUN", "--max-bytes", "lots", "--", "true"], "'lots' is not a size"),
         (["record", "-o", "RUN", "--", "no-such-program"], "command not found: no-such-program"),
         (["record", "-o", "job.py", "--", "true"], "is a file; name a folder"),
         (["ls", "nowhere"], "nowhere is not a recording"),

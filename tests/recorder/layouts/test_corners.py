@@ -62,7 +62,7 @@ def test_tokens_to_sequences_that_are_cut_so_that_their_length_is_not_known():
 
 def test_fused_batch_and_sequence_that_lengths_do_not_divide():
     t = sent("t", [torch.arange(7.0)], extras={"seq_lens": [3, 2, 2]})
-    refused(t, block(0, "(b*s)", (10,)), "are no 3 sequences of one length")
+    refused(t, block(0, "(b*s)", (10,)), "do not make 3 sequences of one length")
     assert carried(t, block(0, "(b*s)", (9,))).tolist() == [0, 1, 2, 3, 4, 0, 5, 6, 0]
 
 

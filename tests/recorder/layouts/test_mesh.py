@@ -47,8 +47,8 @@ def test_what_was_declared_last_holds():
 @pytest.mark.parametrize(
     ("given", "axes", "said"),
     [
-        (None, {"tp": (4, 4)}, "tp=(4, 4) is no coordinate on an axis of 4"),
-        (None, {"tp": (-1, 4)}, "is no coordinate"),
+        (None, {"tp": (4, 4)}, "tp=(4, 4) is not a coordinate on an axis of 4"),
+        (None, {"tp": (-1, 4)}, "is not a coordinate"),
         (None, {"tp": 3}, "tp is 3; give each axis as declare_mesh(tp=(rank, size))"),
         (None, {"tp": "ab"}, "tp is 'ab'"),
         (DeviceMesh([0], (2,), None), {}, "has no mesh_dim_names"),
@@ -219,7 +219,7 @@ def test_dims_that_cannot_be_read_are_said_at_the_tap_and_recorded(run, capsys):
             tap("y", torch.zeros(2, 3), dims="b s h[tp]")
         tap("fine", torch.zeros(2, 3), dims="b h[tp]")
     err = capsys.readouterr().err
-    assert err.count("'h(tp)' is no dim") == 1
+    assert err.count("'h(tp)' is not a dim") == 1
     assert err.count("its dims 'b s h[tp]' name 3 dims, and it has 2") == 1
     assert "recorded, but cannot be cut or put together" in err and "'fine'" not in err
     assert Recording.open(run).rows()["dims"].to_list()[-1] == "b h[tp]"

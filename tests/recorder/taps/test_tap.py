@@ -144,7 +144,7 @@ def test_a_callable_that_raises_is_said_and_the_job_goes_on(record, capsys):
         ({"layer": object()}, "the tag 'layer' is a object; tags are strings, numbers"),
         ({"step": 3}, "the tag 'step' has a meaning of its own"),
         ({"x": float("nan")}, "is not a finite number"),
-        ({"x": "\ud800"}, "no valid Unicode"),
+        ({"x": "\ud800"}, "not valid Unicode"),
     ],
 )
 def test_a_tag_that_cannot_be_part_of_a_key_is_refused_with_a_reason(record, capsys, tags, what):
@@ -285,10 +285,10 @@ class Unprintable:
         (("x", 1), {"big": 10**30}, "more than 64 bits"),
         (("x", 10**5000), {}, "Exceeds the limit"),
         (("x", torch.zeros(1)), {"dims": 5}, "its dims are a int"),
-        (("x", torch.zeros(1)), {"dims": "\ud800"}, "no valid Unicode"),
+        (("x", torch.zeros(1)), {"dims": "\ud800"}, "not valid Unicode"),
         (("x", torch.zeros(1)), {"extras": [1]}, "extras is a list, expected a dict"),
         (("x", torch.nn.parameter.UninitializedParameter()), {}, "is not recorded"),
-        (("x", 1), {"\ud800": 1}, "no valid Unicode"),
+        (("x", 1), {"\ud800": 1}, "not valid Unicode"),
     ],
 )
 def test_one_odd_tap_costs_that_tap_alone(record, capsys, arguments, tags, what):

@@ -152,7 +152,7 @@ def test_two_names_for_one_tap_can_be_brought_together(graft, tmp_path):
         (["A", "--threshold", "layer < 3"], "speaks of no measure"),
         (["A", "--rtol", "-1"], "--rtol is -1"),
         (["A", "--floor", "nowhere"], "nowhere is not a recording"),
-        (["A", "--html", "no/such/folder/d.html"], "is no folder"),
+        (["A", "--html", "no/such/folder/d.html"], "is not a folder"),
         (["A", "--parquet", "/"], "is a folder"),
         (["A", "--memory", "much"], "much"),
         (["A", "--workers", "0"], "0"),
