@@ -351,7 +351,7 @@ def _not_finite(
     one: torch.Tensor, other: torch.Tensor, excluded: torch.Tensor
 ) -> tuple[dict[str, int], int, int]:
     """Count elements NaN or infinite on one side and not so on the other, and find the first."""
-    x, y = (as_numbers(values)[excluded].to(torch.complex128) for values in (one, other))
+    x, y = (as_numbers(values).to(torch.complex128)[excluded] for values in (one, other))
     nan_a, nan_b, differ = x.isnan(), y.isnan(), x != y
     counts = {
         "nan_a": int((nan_a & ~nan_b).sum()),

@@ -8,21 +8,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from typed import graft
 
 from recorder import Recorder, declare_mesh, step, tap
 from replayer import diff
-from replayer.cli import main
-
-
-@pytest.fixture
-def graft():
-    """Run `graft` in this process; what it prints is captured."""
-
-    def graft(*words: object) -> Result:
-        return CliRunner().invoke(main, [str(word) for word in words])
-
-    return graft
 
 
 def make(folder: Path, world: int, fault: float = 0.0, steps: int = 2) -> Path:
@@ -52,14 +41,14 @@ def runs(tmp_path_factory):
     }
 
 
-def test_equal_recordings_of_other_layouts_end_with_0(graft, runs):
+def test_equal_recordings_of_other_layouts_end_with_0(runs):
     done = graft("diff", runs["A"], runs["same"], "--filter", 'name == "attn_q"')
     assert done.exit_code == 0, done.output
     assert "6 pairs: 6 equal bit for bit" in done.stdout
     assert "no divergence beyond tolerance" in done.stdout
 
 
-def test_a_fault_is_named_by_lines_that_start_with_first_divergence(graft, runs):
+def test_a_fault_is_named_by_lines_that_start_with_first_divergence(runs):
     done = graft("diff", runs["A"], runs["fault"])
     assert done.exit_code == 1
     firsts = [line for line in done.stdout.splitlines() if line.startswith("first divergence")]
@@ -68,7 +57,7 @@ def test_a_fault_is_named_by_lines_that_start_with_first_divergence(graft, runs)
     assert done.stderr == ""
 
 
-def test_the_first_divergence_is_marked_in_the_table_and_on_top_of_it(graft, runs):
+def test_the_first_divergence_is_marked_in_the_table_and_on_top_of_it(runs):
     done = graft("diff", runs["A"], runs["fault"])
     table = done.stdout.split("\n\n")[1].splitlines()
     assert table[0].split()[:4] == ["tap", "step", "rank", "outcome"]
@@ -76,7 +65,7 @@ def test_the_first_divergence_is_marked_in_the_table_and_on_top_of_it(graft, run
 
 
 @pytest.mark.parametrize("width", [80, 60])
-def test_the_table_fits_the_terminal(graft, runs, width, monkeypatch):
+def test_the_table_fits_the_terminal(runs, width, monkeypatch):
     monkeypatch.setattr("replayer.commands.diff.terminal_width", lambda: width)
     done = graft("diff", runs["A"], runs["fault"])
     table = done.stdout.split("\n\n")[1].splitlines()
@@ -84,7 +73,7 @@ def test_the_table_fits_the_terminal(graft, runs, width, monkeypatch):
     assert "rel_diff" in table[0] and "outcome" in table[0]
 
 
-def test_json_is_an_object_a_line_and_nothing_else(graft, runs):
+def test_json_is_an_object_a_line_and_nothing_else(runs):
     done = graft("diff", runs["A"], runs["fault"], "--json")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.exit_code == 1 and len(rows) == 12
@@ -93,14 +82,14 @@ def test_json_is_an_object_a_line_and_nothing_else(graft, runs):
     assert first["name"] == "attn_q" and first["tags"] == {"layer": 1} and first["step"] == 0
 
 
-def test_the_table_is_written_as_parquet(graft, runs, tmp_path):
+def test_the_table_is_written_as_parquet(runs, tmp_path):
     graft("diff", runs["A"], runs["fault"], "--parquet", tmp_path / "d.parquet")
     table = pl.read_parquet(tmp_path / "d.parquet")
     assert table.equals(diff(runs["A"], runs["fault"]).table)
     assert [path.name for path in tmp_path.iterdir()] == ["d.parquet"]
 
 
-def test_the_page_is_written_whole(graft, runs, tmp_path):
+def test_the_page_is_written_whole(runs, tmp_path):
     page = tmp_path / "d.html"
     done = graft("diff", runs["A"], runs["fault"], "--by", "h", "--html", page)
     assert done.exit_code == 1
@@ -110,29 +99,29 @@ def test_the_page_is_written_whole(graft, runs, tmp_path):
     assert "d.html" in {path.name for path in tmp_path.iterdir()}
 
 
-def test_by_a_dim_says_which_indices_are_the_worst(graft, runs):
+def test_by_a_dim_says_which_indices_are_the_worst(runs):
     done = graft("diff", runs["A"], runs["fault"], "--by", "h", "--filter", 'name == "attn_q"')
     assert "along h, 8 of 8 beyond tolerance: " in done.stdout
 
 
-def test_a_limit_says_how_many_more_there_are(graft, runs):
+def test_a_limit_says_how_many_more_there_are(runs):
     done = graft("diff", runs["A"], runs["fault"], "--limit", 1)
     assert "... and 3 more pairs, not equal; see --limit" in done.stdout
 
 
-def test_thresholds_decide_on_the_status(graft, runs):
+def test_thresholds_decide_on_the_status(runs):
     words = ("diff", runs["A"], runs["fault"], "--threshold")
     assert graft(*words, "rel_diff < 0.5").exit_code == 0
     assert graft(*words, "attn_*: rel_diff < 0.5").exit_code == 1
 
 
-def test_nothing_matched_is_said_and_ends_with_1(graft, runs):
+def test_nothing_matched_is_said_and_ends_with_1(runs):
     done = graft("diff", runs["A"], runs["same"], "--step-offset", 7)
     assert done.exit_code == 1
     assert "nothing matched: A has steps 0 to 1, B has 7 to 8" in done.stderr
 
 
-def test_two_names_for_one_tap_can_be_brought_together(graft, tmp_path):
+def test_two_names_for_one_tap_can_be_brought_together(tmp_path):
     for name, tapped in (("A", "h.0.attn"), ("B", "layers.0.self_attn")):
         with Recorder(tmp_path / name):
             tap(tapped, torch.ones(2))
@@ -158,7 +147,7 @@ def test_two_names_for_one_tap_can_be_brought_together(graft, tmp_path):
         (["A", "--workers", "0"], "0"),
     ],
 )
-def test_wrong_usage_is_one_sentence_and_status_2(graft, runs, words, said):
+def test_wrong_usage_is_one_sentence_and_status_2(runs, words, said):
     words = [runs["A"] if word == "A" else word for word in words]
     done = graft("diff", runs["A"], *words)
     assert done.exit_code == 2 and said in done.stderr

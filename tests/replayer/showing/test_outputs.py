@@ -11,10 +11,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
-from click.testing import CliRunner
+import typed
 
 from recorder import tap
-from replayer.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def graft(runs):
     """Run `graft diff` of the two recordings, whose tensors differ, in this process."""
 
     def graft(*words: object):
-        return CliRunner().invoke(main, ["diff", *map(str, [*runs, *words])])
+        return typed.graft("diff", *runs, *words)
 
     return graft
 
