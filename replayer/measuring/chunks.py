@@ -28,7 +28,7 @@ CHUNK = 1 << 17
 BINS = 1 << 15
 _SCANNED = 15  # so many of `Figures`, the first, are from `_scan`
 MOST_ODD = 1 << 18
-"""Of a segment's differences that float32, or its upper half, rounds, so many are kept."""
+"""Of a segment's differences that float32's upper half rounds, so many are kept."""
 _SAFE = 400  # squares of numbers within 2 to the plus or minus this add up in float64
 
 _memory = threading.local()
@@ -89,19 +89,16 @@ def _scan(
     rtol: float,
     atol: float,
     collect: int,
-) -> tuple[list[float], torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+) -> tuple[list[float], torch.Tensor, list[torch.Tensor]]:
     """Return the first 15 of `Figures` of each chunk, and the histogram of those that are finite.
 
-    Then come the differences that float32's upper half rounds, and those that float32 does, up to
-    about `collect` of them. `ia` and `ib` are the elements' bits. `shift` is where the sign is
-    among them and `mask` has the other bits set, or `shift` is 0 for integers, -1 for dtypes whose
-    bits are not to be compared.
+    Then come the differences that float32's upper half rounds, up to about `collect` of them. `ia`
+    and `ib` are the elements' bits. `shift` is where the sign is among them and `mask` has the
+    other bits set, or `shift` is 0 for integers, -1 for dtypes whose bits are not to be compared.
     """
     found: list[float] = []
     odd: list[torch.Tensor] = []
-    rounded: list[torch.Tensor] = []
     collected = 0
-    all_rounded = 0
     histogram = torch.zeros(32768, dtype=torch.int64)
     best = 0.0
     best_rel = 0.0
@@ -143,8 +140,6 @@ def _scan(
         found.append(float(w.sum()))
         f = narrow.narrow(0, 0, n)
         f.copy_(w)
-        if collect > 0:
-            x.copy_(f)
         codes = narrow_bits.narrow(0, 0, n).bitwise_right_shift_(16)
         counts = torch.bincount(codes, minlength=32768)
         histogram += counts
@@ -157,10 +152,6 @@ def _scan(
             elif collected < collect:
                 odd.append(w.masked_select(t.ne(0.0)))
                 collected += odd[-1].numel()
-            if changed < 0.0 and all_rounded < collect and float(x.sub_(w).abs_().amax()) > 0.0:
-                rounded.append(w.masked_select(x.ne(0.0)))
-                all_rounded += rounded[-1].numel()
-            x.copy_(one)
         if changed < 0.0:
             torch.sign(w, out=d)
             changed = float(d.sum())
@@ -212,7 +203,7 @@ def _scan(
             ulp = float(x.sub_(y).abs_().amax())
         found.append(ulp)
         start += n
-    return found, histogram, odd, rounded
+    return found, histogram, odd
 
 
 _scan = scripted(_scan)
@@ -226,13 +217,11 @@ class Scanned(NamedTuple):
         histogram: how many differences have which `code` >> 16, of shape [2^15].
         odd: the differences that float32's upper half rounds, of shape [m]; None where there may be
             too many.
-        rounded: those that float32 rounds, likewise.
     """
 
     figures: list[Figures]
     histogram: torch.Tensor
     odd: torch.Tensor | None
-    rounded: torch.Tensor | None
 
 
 def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
@@ -249,7 +238,7 @@ def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
     if not is_plain(a, b):
         parts = [exact(a[i : i + size], b[i : i + size], rtol, atol, i) for i in starts]
         histogram = functools.reduce(torch.add, (counts for _, counts, _ in parts))
-        return Scanned([figures for figures, _, _ in parts], histogram, None, None)
+        return Scanned([figures for figures, _, _ in parts], histogram, None)
     wide, other_wide = as_numbers(a), as_numbers(b)
     bits, other_bits, shift, mask = wide, other_wide, -1, 0
     if a.dtype == b.dtype and not is_unsigned(a.dtype):
@@ -258,7 +247,7 @@ def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
         mask = (1 << shift) - 1
     # Of wider floats, nearly all differences are rounded.
     collect = MOST_ODD if max(a.dtype.itemsize, b.dtype.itemsize) <= 2 else 0
-    flat, histogram, *odd = _scan(
+    flat, histogram, odd = _scan(
         wide, other_wide, bits, other_bits, shift, mask, *buffers(size), size, rtol, atol, collect
     )
     found = []
@@ -268,25 +257,22 @@ def scan(a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float) -> Scanned:
         if not all(map(math.isfinite, row[:4])):
             figures, counts, differences = exact(one, other, rtol, atol, i)
             histogram += counts
-            for part, bits_lost in zip(odd, (16, 0), strict=True):
-                part.append(differences[_is_rounded(differences, bits_lost)])
+            odd.append(differences[_is_rounded(differences)])
         else:
             figures = Figures._make([*row, *Figures()[_SCANNED:]])
             if shift <= 0:
                 steps = figures.max_abs if shift == 0 else max_ulp(one, other)
                 figures = figures._replace(max_ulp=steps)
         found.append(figures)
+    if sum(part.numel() for part in odd) >= collect:
+        return Scanned(found, histogram, None)
     nothing = torch.empty(0, dtype=torch.float64, device="cpu")
-    kept = (
-        torch.cat([nothing, *parts]) if sum(part.numel() for part in parts) < collect else None
-        for parts in odd
-    )
-    return Scanned(found, histogram, *kept)
+    return Scanned(found, histogram, torch.cat([nothing, *odd]))
 
 
-def _is_rounded(w: torch.Tensor, bits: int) -> torch.Tensor:
-    """Whether float32, without its lowest bits, is not w, in float64, itself."""
-    codes = w.to(torch.float32).view(torch.int32) >> bits << bits
+def _is_rounded(w: torch.Tensor) -> torch.Tensor:
+    """Whether float32's upper half is not w, in float64, itself."""
+    codes = w.to(torch.float32).view(torch.int32) >> 16 << 16
     return codes.view(torch.float32).to(torch.float64) != w
 
 

@@ -1,4 +1,4 @@
-"""How much two tensors differ: the figures of a diff, each exact to the last digits of float64.
+"""How much two tensors differ: the figures of a diff, exact to the last digits of float64.
 
 x is the baseline's element, y the target's. NaN and infinite elements are counted apart; all other
 figures are over the elements that are finite on both sides. Complex elements have no `bias` and no
@@ -18,7 +18,7 @@ rel_diff      1 - 2 <x, y> / (|x|^2 + |y|^2), DeepGEMM's `calc_diff`, computed a
               |y - x|^2 / (|x|^2 + |y|^2), the same without the cancellation; 0 for equal tensors, 1
               where one of two is all zero
 cosine        <x, y> / (|x| |y|); 1 for two of zeros, 0 where one of two is all zero
-p50 p99 p999  percentiles of |y - x|, see `quantiles`
+p50 p99 p999  percentiles of |y - x|, within a millionth of each, see `quantiles`
 max_ulp       greatest distance in units in the last place (Goldberg, "What Every Computer Scientist
               Should Know About Floating-Point Arithmetic", 1991): steps between representable
               values, of the coarser dtype, that is the one with fewer bits of fraction; 0.0 and
@@ -220,8 +220,8 @@ def _merged(
     found = [0.0] * 3
     if total[0]:
         odd = _all_of([part.odd for part in parts])
-        rounded = _all_of([part.rounded for part in parts])
-        found = percentiles(segments, histogram, ranks, odd, rounded, run)
+        most = max(figure.max_abs for figure in figures)
+        found = percentiles(segments, histogram, ranks, most, odd, run)
     return {
         **_place(segments, figures, "max_abs"),
         **(_place(segments, figures, "max_rel") if xx[0] else {}),

