@@ -15,6 +15,7 @@ from recorder.commands.clicking import expected_errors
 from recorder.errors import GraftError, UsageError
 from recorder.job import Job
 from recorder.provenance import provenance
+from recorder.scripting import compiles
 from recorder.sizes import format_size
 from recorder.writing.claim import check_free
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return the facts: `versions`, `platform`, `devices`, `rank`, `variables`, `taps`."""
+    """Return the facts.
+
+    They are `versions`, `platform`, `devices`, `figures`, `rank`, `variables` and `taps`.
+    """
     about = provenance()
     try:
         rank = ranks.current_rank(environ)
@@ -38,6 +42,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "versions": about["versions"],
         "platform": platform.platform(),
         "devices": _devices(),
+        "figures": _figures(),
         "rank": where,
         "variables": {k: v for k, v in sorted(environ.items()) if k.startswith("GRAFT_")},
         "taps": _taps(environ, rank),
@@ -55,6 +60,12 @@ def _devices() -> list[str]:
     else:
         found.append("cuda: none that torch can use")
     return found
+
+
+def _figures() -> str:
+    if compiles():
+        return "compiled by TorchScript"
+    return "op by op, since this torch has no TorchScript: the same figures, but slower"
 
 
 def _taps(environ: Mapping[str, str], rank: ranks.Rank | None) -> list[dict[str, Any]]:
@@ -131,6 +142,7 @@ def print_report(facts: Mapping[str, Any], echo: Callable[[str], None]) -> None:
     echo(f"platform   {facts['platform']}")
     for device in facts["devices"]:
         echo(f"device     {device}")
+    echo(f"figures    {facts['figures']}")
     rank = facts["rank"]
     if "error" in rank:
         echo(f"rank       unknown: {rank['error']}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from typed import graft
 
 from recorder import tap
 from replayer.commands.doctor import examine
@@ -28,3 +29,12 @@ def test_identity_decides_where_no_recorded_tap_declares_dims(record, run):
 def test_a_transform_decides_where_one_is_named(record, run):
     record(lambda rank: tap("q", torch.ones(2, 3), dims="b h[tp]"))
     assert "transform math.hypot" in detail(run, GRAFT_REPLAY_TRANSFORM="math.hypot")
+
+
+def test_how_figures_are_made_is_said(monkeypatch):
+    def gone(function):
+        raise RuntimeError("removed")
+
+    assert "figures    compiled by TorchScript" in graft("doctor").stdout
+    monkeypatch.setattr(torch.jit, "script", gone)
+    assert "figures    op by op" in graft("doctor").stdout
