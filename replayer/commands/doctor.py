@@ -15,7 +15,6 @@ from recorder.commands.clicking import expected_errors
 from recorder.errors import GraftError, UsageError
 from recorder.job import Job
 from recorder.provenance import provenance
-from recorder.scripting import compiles
 from recorder.sizes import format_size
 from recorder.writing.claim import check_free
 
@@ -63,6 +62,8 @@ def _devices() -> list[str]:
 
 
 def _figures() -> str:
+    from recorder.scripting import compiles
+
     if compiles():
         return "compiled by TorchScript"
     return "op by op, since this torch has no TorchScript: the same figures, but slower"

@@ -1,0 +1,82 @@
+"""A command under `graft record` or `graft replay` as a function: repeated, silent, typed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from recorder import Recording
+from recorder.commands.outcome import recorded
+from recorder.errors import RecordingExists, UsageError
+from recorder.settings import RecordSettings
+from replayer.settings import ReplaySettings
+from replayer.trial import replayed
+
+JOB = """
+import sys, torch
+from recorder import tap
+x = torch.full((4,), float(sys.argv[1]))
+tap("x", x)
+tap("y", x * 2)
+sys.exit(int(sys.argv[2]) if x[0] != 1 else 0)
+"""
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture
+def command(tmp_path):
+    (tmp_path / "job.py").write_text(JOB)
+
+    def command(value: float, status: int = 0) -> list[str]:
+        return [sys.executable, str(tmp_path / "job.py"), str(value), str(status)]
+
+    return command
+
+
+def test_a_trial_can_be_repeated_and_prints_nothing(command, run, tmp_path, capfd):
+    outcome = recorded(run, RecordSettings(), command(1))
+    assert (outcome.command_status, outcome.problems, outcome.status) == (0, (), 0)
+    assert any("2 records from 1 rank" in note for note in outcome.notes)
+    baseline = Recording.open(run)
+    for filter, grafted in (('name == "y"', 1), ("True", 2), ('name == "nothing"', 0)):
+        trial = replayed(baseline, None, ReplaySettings.given({"filter": filter}), command(5))
+        assert trial.summary.outcomes.get("grafted", 0) == grafted
+        assert trial.status == (0 if grafted else 3) and bool(trial.problems) == (not grafted)
+    assert capfd.readouterr() == ("", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.py", "run"]
+
+
+def test_a_trial_tells_the_command_s_status_from_its_own(command, run):
+    recorded(run, RecordSettings(), command(1))
+    trial = replayed(
+        Recording.open(run), None, ReplaySettings.given({"filter": "name == 'y'"}), command(5, 7)
+    )
+    assert (trial.command_status, trial.status, trial.problems) == (7, 7, ())
+    outcome = recorded(run.with_name("other"), RecordSettings(), command(2, 9))
+    assert (outcome.command_status, outcome.status, outcome.problems) == (9, 9, ())
+
+
+def test_what_the_target_computed_is_recorded_beside(command, run, tmp_path):
+    recorded(run, RecordSettings(), command(1))
+    out = tmp_path / "out"
+    settings = ReplaySettings.given({"record": True})
+    trial = replayed(Recording.open(run), out, settings, command(5))
+    assert trial.recording is not None and trial.recording.problems == ()
+    assert Recording.open(out).load(rank=0, name="x").tolist() == [5.0] * 4
+    with pytest.raises(RecordingExists):
+        replayed(Recording.open(run), out, settings, command(5))
+    with pytest.raises(UsageError, match="give -o OUT"):
+        replayed(Recording.open(run), None, settings, command(5))
+
+
+def test_trials_run_beside_the_main_thread(command, run):
+    """Only the main thread may take signals; a trial beside it goes without."""
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(recorded(run, RecordSettings(), command(1)))
+    )
+    thread.start()
+    thread.join()
+    assert found and found[0].status == 0
