@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from recorder import Recording
@@ -118,6 +119,7 @@ RECEIVER = """
 """
 
 
+@pytest.mark.slow
 def test_every_placement_to_every_other_as_torch_redistributes(shell):
     """2 x 2 ranks to 3 and to 1 x 3: every placement of the first to ten of the others."""
     shell.write("sender.py", SHARED + SENDER)
