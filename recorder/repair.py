@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
-from .errors import RecordingError, RecordingExists
+from .errors import RecordingError
 from .format import disk
 from .format.claims import checked_meshes
 from .format.disk import PRIVATE, Access
@@ -48,11 +48,10 @@ def repair(
         How many records were written.
 
     Raises:
-        RecordingExists: `out` holds something.
-        RecordingError: it cannot be written.
+        RecordingError: `out` holds something, or cannot be written.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RecordingExists(out, "is not empty")
+        raise RecordingError(f"{out} is not empty; choose another folder for --repair")
     written = 0
     try:
         disk.make_folder(out, access)

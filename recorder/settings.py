@@ -104,7 +104,9 @@ class Option:
         if not text:
             return self.default
         if self.is_flag:
-            return text != "0" if self.default else text == "1"
+            if text not in ("0", "1"):
+                raise UsageError(f"{self.variable} is {text!r}; give 1 for yes, or 0 for no")
+            return text == "1"
         return self.checked(text, self.variable)
 
     def checked(self, value: Any, called: str) -> Any:

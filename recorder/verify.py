@@ -1,11 +1,10 @@
-"""Checks all of a recording, and saves what is whole of a damaged one.
+"""Checks all of a recording.
 
 1. `Checker.ranks` goes through the ranks; each part of the manifest is read by itself, so that a
    damaged one costs its own rows alone.
 2. Of each payload the digest is checked: in several threads, since reading and hashing leave the
    interpreter to others, and in pieces of a few megabytes each.
 3. What is wrong becomes a `Problem`: the rank, the file and, for a record, its key.
-4. `repair` writes the records that have no problem as a recording of its own.
 """
 
 from __future__ import annotations
@@ -101,9 +100,7 @@ class Checker:
 
     Args:
         run: the recording's folder.
-        threads: how many read at once; by default one per core.
         keep: whether reports are to hold the records that are whole, for `repair`.
-        progress: called with the bytes checked since it was last called, from any thread.
 
     Raises:
         NotARecording: the folder holds none.
@@ -115,15 +112,13 @@ class Checker:
         self,
         run: str | os.PathLike[str],
         *,
-        threads: int | None = None,
         keep: bool = False,
-        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.path = Path(run)
         self.about = read_description(self.path)
-        self._threads = threads or os.cpu_count() or 1
         self._keep = keep
-        self.progress = progress or (lambda nbytes: None)
+        self.progress: Callable[[int], None] = lambda nbytes: None
+        """Called with the bytes checked since it was last called, from any thread."""
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +132,7 @@ class Checker:
 
     def ranks(self) -> Iterator[RankReport]:
         """Check the ranks one after the other, and return a report of each."""
-        with ThreadPoolExecutor(self._threads, "graft-verify") as pool:
+        with ThreadPoolExecutor(os.cpu_count() or 1, "graft-verify") as pool:
             for rank, folder in rank_folders(self.path):
                 yield _RankCheck(self.path, rank, folder, self.about, self._keep).run(
                     pool, self.progress

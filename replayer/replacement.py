@@ -35,9 +35,9 @@ from .relayout import Declared, Relayout
 from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
-    import polars as pl
-
     from recorder.layouts.plan import Plan
+
+    from .settings import ReplaySettings
 
 
 _NEEDED = (
@@ -82,30 +82,26 @@ class Replacements:
 
     Attributes:
         recording: the baseline's.
-        frame: its manifest rows, which `matcher` numbers.
-        matcher: finds the records of a tap.
+        matcher: finds the records of a tap, by numbers of rows of its frame.
         transform: makes a replacement; None for what both sides' layouts say, else identity by
             rank; an error where it did not load.
         rank: the receiver.
-        metrics: whether to measure what a replacement changes.
-        check: whether to hold recorded tensors against their digests.
-        replicas: what to do with senders that should hold the same block and do not.
+        settings: whether to measure what a replacement changes and to check digests, and what to
+            do with replicas that differ.
         warn: hears of tags that contradict each other.
     """
 
     recording: Recording
-    frame: pl.DataFrame
     matcher: Matcher
     transform: Transform | TransformError | None
     rank: Rank
-    metrics: bool
-    check: bool
-    replicas: str
+    settings: ReplaySettings
     warn: Callable[[Selected, str], None]
 
     def __post_init__(self) -> None:
-        self._seqs = self.frame["seq"]
-        self._needed = self.frame.select(_NEEDED)
+        self._frame = self.matcher.frame
+        self._seqs = self._frame["seq"]
+        self._needed = self._frame.select(_NEEDED)
         self._plans: dict[Any, Plan] = {}
         self._meshes = MeshWatch()
 
@@ -163,7 +159,7 @@ class Replacements:
             assumed = ""
             if self.transform is not None:
                 received = self._load(rows, target.device)
-                g = self._input(selected, target, declared.dims, received, rows, relayout)
+                g = self._input(selected, target, declared, received, rows, relayout)
                 made = _apply(self.transform, g)
             elif relayout.decides:
                 made, assumed = relayout.block()
@@ -171,7 +167,7 @@ class Replacements:
                 received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
             new, cast_note = graft.check_replacement(made, target)
-            figures, unmeasured = _measured(target, new) if self.metrics else (None, "")
+            figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
         note = joined(match.warning, assumed, cast_note, unmeasured)
         return Replacement(new, note, figures)
 
@@ -188,8 +184,8 @@ class Replacements:
             target,
             declared,
             self.rank,
-            replicas=self.replicas,
-            check=self.check,
+            replicas=self.settings.replicas,
+            check=self.settings.check,
             plans=self._plans,
         )
 
@@ -200,7 +196,7 @@ class Replacements:
         """Say whether a value equals the recorded one."""
         rank = self.rank.rank
         sender = rank if rank in match.rows else min(match.rows)
-        recorded = row_at(self.frame, match.rows[sender])["value"]
+        recorded = row_at(self._frame, match.rows[sender])["value"]
         here = encode_value(value)
         verdict = "equal" if recorded == here else f"recorded {recorded}, here {here}"
         if sender != rank:
@@ -212,7 +208,7 @@ class Replacements:
     ) -> list[torch.Tensor | None]:
         """Return the sender slice on the receiver's device, from the manifest rows of senders."""
         return [
-            self.recording.read(rows[sender], check=self.check).to(device)
+            self.recording.read(rows[sender], check=self.settings.check).to(device)
             if sender in rows
             else None
             for sender in range(self.recording.world_size)
@@ -222,7 +218,7 @@ class Replacements:
         self,
         selected: Selected,
         target: torch.Tensor,
-        dims: str,
+        declared: Declared,
         received: list[torch.Tensor | None],
         rows: dict[int, ManifestRow],
         relayout: Relayout,
@@ -236,11 +232,11 @@ class Replacements:
                 json.loads(rows[sender]["extras"] or "{}") if sender in rows else None
                 for sender in range(self.recording.world_size)
             ],
-            key=selected.key,
+            key=selected.key._replace(kind=declared.kind),
             rank=self.rank.rank,
             world_size=self.rank.world_size,
             sender_world_size=self.recording.world_size,
-            dims=dims,
+            dims=declared.dims,
             sender_dims=next((row["dims"] for row in rows.values() if row["dims"]), ""),
         )
 

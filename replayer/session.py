@@ -108,8 +108,7 @@ class Replayer:
             raise UsageError("record needs a folder to record into; give out too")
         self.recording = Recording.open(path)
         self.out = None if out is None else Path(os.path.abspath(out))
-        self._transform: Transform | None = None
-        self._broken_transform: TransformError | None = None
+        self._transform: Transform | TransformError | None = None
         if transform is not None:
             self._transform = (
                 transforms.load(transform) if isinstance(transform, str) else Transform(transform)
@@ -308,13 +307,10 @@ class Replayer:
                 )
                 self._made = Replacements(
                     self.recording,
-                    self._frame,
                     self._matcher,
-                    self._broken_transform or self._transform,
+                    self._transform,
                     rank,
-                    settings.metrics,
-                    settings.check,
-                    settings.replicas,
+                    settings,
                     self._warn_of,
                 )
             except (GraftError, OSError) as err:
@@ -487,13 +483,13 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
     Raises:
         GraftError: a variable cannot be used, or the recording cannot be read.
     """
-    settings = {**vars(ReplaySettings.from_variables(environ))}
+    settings = ReplaySettings.from_variables(environ)
     path, out = environ["GRAFT_REPLAY"], environ.get("GRAFT_REPLAY_OUT") or None
-    transform = settings.pop("transform")
-    session = Replayer(path, out=out, **settings)
-    if transform is not None:
+    session = Replayer(path, out=out, **{**vars(settings), "transform": None})
+    session.settings = settings
+    if isinstance(settings.transform, str):
         try:
-            session._transform = transforms.load(transform)
+            session._transform = transforms.load(settings.transform)
         except TransformError as err:
-            session._broken_transform = err
+            session._transform = err
     return session.start(lazily=True)

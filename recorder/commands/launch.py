@@ -62,8 +62,8 @@ def run(command: Sequence[str], env: Mapping[str, str]) -> int:
             process = subprocess.Popen(list(command), env=dict(env))
         except FileNotFoundError:
             raise UsageError(
-                f"command not found: {command[0]}; write it after --, as in: "
-                "graft record -o RUN -- python train.py"
+                f"command not found: {command[0]}; write the command after --, as in: "
+                "-- python train.py"
             ) from None
         except OSError as err:
             raise UsageError(f"{command[0]} cannot be run: {err.strerror or err}") from None

@@ -20,6 +20,7 @@ from recorder.writing.claim import check_free
 
 if TYPE_CHECKING:
     from recorder import Recording
+    from recorder.filters import Filter
 
 
 def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -103,27 +104,31 @@ def _recording(environ: Mapping[str, str], rank: ranks.Rank) -> str:
     from recorder.session import from_environment
 
     (session,) = from_environment(environ)
-    if environ.get("GRAFT_RECORD_OVERWRITE") != "1":
+    settings = session.settings
+    if not settings.overwrite:
         check_free(session.path, rank.rank, rank.world_size, Job.from_environment(environ))
-    level = environ.get("GRAFT_RECORD_LEVEL") or "tensors"
-    which = _which(environ.get("GRAFT_RECORD_FILTER"))
-    return f"into {session.path} as rank {rank.rank} of {rank.world_size}, {level}, {which}"
-
-
-def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
-    from ..session import Replayer, from_environment
-
-    session = next(s for s in from_environment(environ) if isinstance(s, Replayer))
-    if session._broken_transform is not None:
-        raise session._broken_transform
-    how = _how(environ.get("GRAFT_REPLAY_TRANSFORM"), session.recording)
+    which = _which(settings.filter)
     return (
-        f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
-        f"{how}, {_which(environ.get('GRAFT_REPLAY_FILTER'))}"
+        f"into {session.path} as rank {rank.rank} of {rank.world_size}, {settings.level}, {which}"
     )
 
 
-def _how(transform: str | None, recording: Recording) -> str:
+def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
+    from .. import transforms
+    from ..session import Replayer, from_environment
+
+    session = next(s for s in from_environment(environ) if isinstance(s, Replayer))
+    settings = session.settings
+    if isinstance(settings.transform, str):
+        transforms.load(settings.transform)
+    how = _how(settings.transform, session.recording)
+    return (
+        f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
+        f"{how}, {_which(settings.filter)}"
+    )
+
+
+def _how(transform: object, recording: Recording) -> str:
     """Say what makes the tensor to write; layouts can where the recorded taps declare some."""
     if transform:
         return f"transform {transform}"
@@ -132,8 +137,8 @@ def _how(transform: str | None, recording: Recording) -> str:
     return "identity by rank, since no recorded tap declares dims"
 
 
-def _which(filter: str | None) -> str:
-    return f"taps that match {filter}" if filter else "every tap"
+def _which(filter: Filter | None) -> str:
+    return f"taps that match {filter.text}" if filter else "every tap"
 
 
 def print_report(facts: Mapping[str, Any], echo: Callable[[str], None]) -> None:

@@ -1,8 +1,8 @@
 """Measure the pairs that only their tensors can decide, on all cores.
 
 1. `Crew.measure` takes pairs, several at once, within a bound of memory.
-2. A pair's tensors are read (`tensors`), measured in segments that the crew's threads share
-   (`measures`), and become one or more rows.
+2. A pair's tensors are read (`by_rank`, `by_layout`), measured in segments that the crew's threads
+   share (`measures`), and become one or more rows.
 
 What a pair's rows hold depends on nothing but its tensors: not on threads, ranks or order.
 """
@@ -154,7 +154,7 @@ class Crew:
         return [{"pair": task.pair, **row} for row in found]
 
     def twos(self, task: Task) -> Iterator[Two | LayoutError]:
-        """Yield a pair's tensors; see `tensors`."""
+        """Yield a pair's tensors."""
         a, b = self._pairs.a.recording, self._pairs.b.recording
         check = self._options.check
         if task.how != LAYOUT:

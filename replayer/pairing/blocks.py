@@ -148,8 +148,8 @@ def by_layout(
     b: Recording,
     rows_b: Sequence[ManifestRow],
     *,
-    check: bool = True,
-    plans: tuple[dict[Any, Plan], dict[Any, Plan]] | None = None,
+    check: bool,
+    plans: tuple[dict[Any, Plan], dict[Any, Plan]],
 ) -> Iterator[Two | LayoutError]:
     """Put together what all ranks recorded of a key, on both sides.
 
@@ -167,7 +167,6 @@ def by_layout(
     Raises:
         DamagedRecording: bytes are not there, or not those that were written.
     """
-    plans = plans or ({}, {})
     try:
         parts = list(of_same_data(a, rows_a, b, rows_b))
     except LayoutError as err:

@@ -132,6 +132,16 @@ def test_a_wrong_value_is_refused_as_argument_and_as_variable(settings, name, wr
             settings.from_variables({option.variable: wrong})
 
 
+@pytest.mark.parametrize("text", ["true", "no", "2", " 1"])
+@pytest.mark.parametrize("name", ["strict", "check"])
+def test_a_flag_s_variable_is_0_or_1(name, text):
+    with pytest.raises(UsageError, match="give 1 for yes, or 0 for no"):
+        ReplaySettings.from_variables({f"GRAFT_REPLAY_{name.upper()}": text})
+    for given, meant in (("1", True), ("0", False)):
+        settings = ReplaySettings.from_variables({f"GRAFT_REPLAY_{name.upper()}": given})
+        assert getattr(settings, name) is meant
+
+
 def test_a_function_cannot_go_to_other_processes():
     settings = ReplaySettings.given({"transform": lambda g: g.target})
     with pytest.raises(UsageError, match="give its path"):

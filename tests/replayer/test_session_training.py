@@ -87,6 +87,22 @@ def test_gradients_are_grafted_where_their_tap_asked_for_them(record, replay):
     assert torch.equal(got[0], torch.full((2,), 100.0))
 
 
+def test_a_transform_is_told_whether_it_makes_a_gradient(record, replay):
+    kinds = []
+
+    def transform(g):
+        kinds.append(g.key.kind)
+        return g.received_list[g.rank]
+
+    def job(rank):
+        w = torch.ones(2, requires_grad=True)
+        tap("h", w * 1.0, grad=True).sum().backward()
+
+    record(job)
+    replay(job, transform=transform)
+    assert kinds == ["tensor", "grad"]
+
+
 def test_a_grafted_gradient_stays_in_its_graph(record, replay):
     w = torch.nn.Parameter(torch.tensor([2.0]))
 
