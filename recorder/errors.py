@@ -50,18 +50,26 @@ class FilterError(UsageError):
         reason: one fact, without the filter's text.
         column: 0-based offset of the place in `text`.
         width: how many characters the place covers, at least 1.
+        what: what the text is.
     """
 
-    def __init__(self, text: str, reason: str, column: int = 0, width: int = 1) -> None:
+    def __init__(
+        self, text: str, reason: str, column: int = 0, width: int = 1, what: str = "filter"
+    ) -> None:
         self.text = text
         self.reason = reason
         self.column = max(0, min(column, len(text)))
         self.width = max(1, min(width, len(text) - self.column))
-        super().__init__(text, reason, column, width)
+        self.what = what
+        super().__init__(text, reason, column, width, what)
 
     def __str__(self) -> str:
         marker = " " * self.column + "^" * self.width
-        return f"filter cannot be used: {self.reason}\n  {self.text}\n  {marker}"
+        return f"{self.what} cannot be used: {self.reason}\n  {self.text}\n  {marker}"
+
+    def of(self, what: str) -> FilterError:
+        """Return the same error of a text that is something else."""
+        return FilterError(self.text, self.reason, self.column, self.width, what)
 
 
 class RecordingError(GraftError):
@@ -91,7 +99,7 @@ class UnsupportedVersion(RecordingError):
     """Written by a format that this version does not read."""
 
     def __init__(self, path: object, got: object, expected: int) -> None:
-        self.path, self.got, self.expected = path, got, expected
+        self.path = path
         super().__init__(
             f"{path} has format version {got!r}, expected {expected}; "
             "read it with the version of tensorgraft that wrote it, or record again"

@@ -40,7 +40,9 @@ def layout_of(dims: str, kind: str) -> Dims:
     return replace(found, partial=()) if kind == "grad" and found.mesh is None else found
 
 
-def block_of(rank: int, dims: Dims, shape: Sequence[int], mesh: Any, extras: str | None) -> Block:
+def block_of(
+    rank: int, dims: Dims, shape: Sequence[int], mesh: FrozenMesh | None, extras: str | None
+) -> Block:
     """Return what is known of one rank's tensor; extras that say nothing of tokens are left out."""
     counts = TOKENS in dims.names or {"b", "s"} <= set(dims.names)
     return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts else "")

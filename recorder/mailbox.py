@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict
+
+from .filters import Filter
 
 VARIABLE = "GRAFT_REPORTS"
 
@@ -42,6 +45,23 @@ def write_report(report: Report) -> None:
         temporary.replace(path)
     except (OSError, TypeError, ValueError):
         pass  # the wrapper then judges by the recording or the log alone
+
+
+def failures_of(reports: Iterable[Report]) -> set[str]:
+    """Return why ranks failed or were refused, a line each."""
+    return {
+        f"rank {one.get('rank', '?')}: {one.get('reason')}"
+        for one in reports
+        if one.get("state") in ("refused", "failed")
+    }
+
+
+def why_nothing(filter: Filter | None, reports: Sequence[Report]) -> str:
+    """Say why a filter selected none of the taps that ranks saw; "" where it saw none."""
+    names = {name for one in reports for name in one.get("names_seen", ())}
+    if filter is None or not names:
+        return ""
+    return filter.why_nothing({tag for one in reports for tag in one.get("tags_seen", ())}, names)
 
 
 def read_reports(folder: Path) -> list[Report]:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .mailbox import VARIABLE
-from .sizes import format_size
+from .sizes import count, format_size
 
 SECONDS = 1.0
 """How often a rank tells how far it is."""
@@ -88,7 +88,7 @@ class Teller:
         if progress.held >= 0.1:
             parts.append(f"the job was held {progress.held:.1f} s")
         if progress.dropped:
-            parts.append(f"{progress.dropped} taps dropped")
+            parts.append(f"{count(progress.dropped, 'tap')} dropped")
         self._say(", ".join(parts))
         self._last, self._written = now, progress.written
         self._wait = min(2 * self._wait, _LONGEST)

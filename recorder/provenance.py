@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -42,10 +41,10 @@ def _git_revision() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def command_line(environ: Mapping[str, str] = os.environ) -> list[str]:
+def command_line() -> list[str]:
     """Return the command being recorded: the wrapper's, else this process's own."""
     try:
-        given = json.loads(environ.get("GRAFT_COMMAND", ""))
+        given = json.loads(os.environ.get("GRAFT_COMMAND", ""))
     except ValueError:
         given = None
     if isinstance(given, list) and all(isinstance(part, str) for part in given):

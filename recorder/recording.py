@@ -101,7 +101,7 @@ class Recording:
         return read_claims(self.path, self.meta)
 
     def incomplete(self) -> list[Incomplete]:
-        """Return the ranks whose records end early, each with the step from which on, and why."""
+        """Return the ranks whose records end early, each with the first step it lacks, and why."""
         import polars as pl
 
         rows = self.latest()
@@ -124,7 +124,7 @@ class Recording:
         return self._rows.filter(self._rows["attempt"] == attempt)
 
     def latest(self) -> pl.DataFrame:
-        """Return the rows of each rank's latest attempt, of the ranks there are since then.
+        """Return the rows of each rank's latest attempt.
 
         A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold.
         """
@@ -214,7 +214,7 @@ class Recording:
         raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
 
     def meshes(self, rank: int, attempt: int) -> list[tuple[int, FrozenMesh | None]]:
-        """Return where a rank stood, each with the seq from which on, in order."""
+        """Return where a rank stood, in order, each with the seq of the first tap there."""
         if self._meshes is None:
             self._meshes = {
                 (claim["rank"], claim["attempt"]): checked_meshes(claim.get("meshes", [])) or []

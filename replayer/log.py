@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from recorder.errors import RecordingExists
 from recorder.format import disk
 from recorder.format.journal import Journal, read_journal
-from recorder.format.schema import polars_schema
-from recorder.format.tables import read_parquet, write_parquet
+from recorder.format.tables import read_parquet, to_frame, write_parquet
 
 if TYPE_CHECKING:
     import polars as pl
@@ -117,7 +115,7 @@ class ReplayLog:
         import polars as pl
 
         with self._lock:
-            parts = [to_frame(self._rows)]
+            parts = [to_frame(self._rows, COLUMNS)]
             if self._path is not None:
                 parts.insert(0, _read_one(self._path))
         return pl.concat(parts)
@@ -155,22 +153,10 @@ def _read_one(journal: Path) -> pl.DataFrame:
     parquet = journal.with_suffix(".parquet")
     if not parquet.exists():
         try:
-            return to_frame(read_journal(journal))
+            return to_frame(read_journal(journal), COLUMNS)
         except FileNotFoundError:
             pass  # sealed in the meantime
     return read_parquet([parquet], COLUMNS)
-
-
-def to_frame(rows: Sequence[Mapping[str, object]]) -> pl.DataFrame:
-    """Return rows as a table with the log's columns."""
-    import polars as pl
-
-    return pl.DataFrame(
-        [[row.get(name) for row in rows] for name in COLUMNS],
-        schema=polars_schema(COLUMNS),
-        orient="col",
-        strict=False,
-    )
 
 
 def read_log(out: str | os.PathLike[str]) -> pl.DataFrame:
@@ -184,5 +170,5 @@ def read_log(out: str | os.PathLike[str]) -> pl.DataFrame:
     folder = Path(out) / FOLDER
     stems = {path.with_suffix(".journal") for path in folder.glob("*.parquet")}
     stems |= set(folder.glob("*.journal"))
-    parts = [to_frame([]), *(_read_one(journal) for journal in sorted(stems))]
+    parts = [to_frame([], COLUMNS), *(_read_one(journal) for journal in sorted(stems))]
     return pl.concat(parts).sort("rank", "seq")

@@ -20,6 +20,7 @@ from recorder.errors import MissingRecord, UsageError
 from recorder.filters import Filter
 from recorder.format.index import Group, Index, nearest, whole_key
 from recorder.format.rows import matching, parse_tags
+from recorder.sizes import count
 from recorder.tags import RECOMPUTE, TagValue, canonical, label
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ class Matcher:
         at_step = step if self.match_on.use_step else 0
         rows = self.index.find(kind, group, at_step, occurrence)
         if not rows:
-            raise MissingRecord(self._why_missing(selected, kind, group, at_step, occurrence))
+            raise MissingRecord(self._why_missing(kind, group, at_step, occurrence))
         if self._offsets is not None:
             rows = {rank: self._offsets[row] for rank, row in rows.items()}
         match = Match(rows, self._contradiction(selected, rows))
@@ -201,9 +202,7 @@ class Matcher:
             "or match on tags"
         )
 
-    def _why_missing(
-        self, selected: Selected, kind: str, group: Group, step: int, occurrence: int
-    ) -> str:
+    def _why_missing(self, kind: str, group: Group, step: int, occurrence: int) -> str:
         if self.match_on.order:
             total = len(self.index.places(kind, group))
             return (
@@ -213,10 +212,9 @@ class Matcher:
         places = self.index.places(kind, group)
         times = [o for s, o in places if s == step]
         if times and occurrence > max(times):
-            n = len(times)
             within = f" in step {step}" if self.match_on.use_step else ""
             return (
-                f"already replayed: it was recorded {n} time{'s' if n > 1 else ''}{within}, and "
+                f"already replayed: it was recorded {count(len(times), 'time')}{within}, and "
                 f"this is time {occurrence + 1}; nearest: {label(*group)} step={step} "
                 f"occurrence={max(times)}"
             )

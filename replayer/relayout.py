@@ -156,8 +156,8 @@ class Relayout:
         receiver = self._declared
         if not receiver.dims:
             raise LayoutError(
-                "the target's tap declares no dims; declare its layout, as in "
-                "tap(..., dims='b s h[tp]')"
+                "the target's tap declares no dims",
+                "declare its layout, as in tap(..., dims='b s h[tp]')",
             )
         extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
         dims = layout_of(receiver.dims, receiver.kind)

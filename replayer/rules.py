@@ -78,7 +78,7 @@ class Threshold:
         try:
             holds = Filter.parse(expression)
         except FilterError as err:
-            raise UsageError(f"threshold {str(err).removeprefix('filter ')}") from None
+            raise err.of("threshold") from None
         if not _is_boolean(ast.parse(holds.text, mode="eval").body):
             raise UsageError(
                 f"--threshold {text!r} is neither true nor false; compare, as in rel_diff < 1e-4"
@@ -99,7 +99,7 @@ class Threshold:
         """Compare it with what was tapped; return what to say of it.
 
         Raises:
-            UsageError: it speaks of what is no tag, but for its spelling a measure.
+            UsageError: a name in it is not a tag, and is nearly that of a measure.
         """
         unknown = self.holds.names - {*MEASURES, *tags, "name", "step", "rank", "kind"}
         for name in sorted(unknown):
@@ -186,7 +186,7 @@ class Rules:
         try:
             return threshold.holds(known)
         except FilterError as err:
-            raise UsageError(f"threshold {str(err).removeprefix('filter ')}") from None
+            raise err.of("threshold") from None
 
     def _is_rounding(self, row: Mapping[str, Any]) -> bool:
         """Whether the elements beyond tolerance are so few and so little off; see the module."""

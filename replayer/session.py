@@ -33,6 +33,7 @@ from recorder.errors import (
 )
 from recorder.filters import Filter
 from recorder.format.schema import rank_folder
+from recorder.format.tables import to_frame
 from recorder.job import Job
 from recorder.mailbox import write_report
 from recorder.mesh import FrozenMesh
@@ -161,9 +162,9 @@ class Replayer:
 
     def log(self) -> pl.DataFrame:
         """Return the log: one row per tap that was looked at."""
-        from .log import to_frame
+        from .log import COLUMNS
 
-        return self._log.frame() if self._log is not None else to_frame([])
+        return self._log.frame() if self._log is not None else to_frame([], COLUMNS)
 
     def problems(self) -> list[str]:
         """Return why the replay on this rank is not to be trusted; empty where it is."""
@@ -235,7 +236,7 @@ class Replayer:
     def _tell(self, call: Call, what: str) -> None:
         self._once((call.shown, what), f"tap {call.shown} at {call.site} {what}")
 
-    def fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> None:
         """End the replay as one that is not to be trusted."""
         if self.state == "running":
             self.state, self.reason = "failed", reason
@@ -280,7 +281,7 @@ class Replayer:
     def _confirm_rank(self) -> bool:
         wrong = self._ranks.contradiction(committed=self._matcher is not None)
         if wrong is not None:
-            self.fail(wrong)
+            self._fail(wrong)
             self._say(f"replaying ended, the job goes on: {wrong}")
         return wrong is None
 
@@ -314,7 +315,7 @@ class Replayer:
                     self._warn_of,
                 )
             except (GraftError, OSError) as err:
-                self.fail(str(err))
+                self._fail(str(err))
                 self._say(f"this rank is not grafted: {err}")
             return self._matcher is not None
 

@@ -55,7 +55,7 @@ class ReplaySettings(Settings):
         "skip", "What a tap without a record does to the job.", choices=("skip", "raise")
     )
     strict: bool = option(
-        False, "End with 3 if any selected tap was missed or any selected record never used."
+        False, "End with 3 if any selected tap was missed or any selected record was never used."
     )
     metrics: bool = option(
         True, "Log how the target's own values differ from those that replace them."

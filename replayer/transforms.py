@@ -152,8 +152,7 @@ class Transform:
             if len(required) == 2:
                 return False
             if len(required) == 1 or (not required and positional):
-                # Two positional of which one has a default could mean either; the contract's
-                # names decide.
+                # Two positional of which one has a default could mean either: names decide.
                 return [p.name for p in positional[:2]] != ["received_list", "target"]
             if has_rest and not required:
                 return True

@@ -20,11 +20,13 @@ from recorder.commands.outcome import prepare as prepare_recording
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.format import disk
 from recorder.format.schema import rank_folder
+from recorder.format.tables import to_frame
 from recorder.job import Job
+from recorder.mailbox import failures_of, why_nothing
 from recorder.progress import read_progress
 from recorder.settings import RecordSettings
 
-from .log import FOLDER, read_log, seal_leftovers, to_frame
+from .log import COLUMNS, FOLDER, read_log, seal_leftovers
 from .settings import ReplaySettings
 from .summary import Summary, summarize
 
@@ -143,16 +145,12 @@ def _concluded(
     status: int,
     beside: Outcome | None,
 ) -> Replayed:
-    wrong = {
-        f"rank {r.get('rank', '?')}: {r.get('reason')}"
-        for r in reports
-        if r.get("state") in ("failed", "refused")
-    }
+    wrong = failures_of(reports)
     try:
         seal_leftovers(folder)
         log = read_log(folder)
     except (DamagedRecording, OSError) as err:
-        log, wrong = to_frame([]), {*wrong, str(err)}
+        log, wrong = to_frame([], COLUMNS), {*wrong, str(err)}
     receivers = max((r.get("world_size", 1) for r in reports), default=1)
     last = log["rank"].max()
     if isinstance(last, int):
@@ -160,10 +158,8 @@ def _concluded(
     records = recording.latest()
     summary = summarize(log, records, settings.filter, receivers, settings.step_offset)
     notes = [f"replay: {summary.line()}"]
-    names = {name for r in reports for name in r.get("names_seen", ())}
-    if not log.height and settings.filter is not None and names:
-        tags = {tag for r in reports for tag in r.get("tags_seen", ())}
-        notes.append(settings.filter.why_nothing(tags, names))
+    if not log.height and (why := why_nothing(settings.filter, reports)):
+        notes.append(why)
     refused = sum(r.get("refused", 0) for r in reports)
     problems = (*sorted(wrong), *summary.problems(settings.strict, refused))
     return Replayed(status, problems, tuple(notes), log, summary, beside)

@@ -14,7 +14,7 @@ import pytest
 
 from recorder import Recorder, Recording
 from recorder.provenance import provenance
-from recorder.taps.sessions import active_sessions
+from recorder.taps import sessions
 from replayer import Replayer
 
 BIN = Path(sys.executable).parent
@@ -51,7 +51,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if name.startswith(("GRAFT_", "TORCHELASTIC_")) or name in _LAUNCHER:
             monkeypatch.delenv(name)
     yield
-    assert active_sessions() == ()
+    assert sessions.active == ()
 
 
 @pytest.fixture

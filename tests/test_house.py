@@ -13,6 +13,12 @@ import pytest
 
 import recorder
 from recorder import errors
+from recorder.format import schema
+from recorder.format.schema import ManifestRow
+from replayer import log
+from replayer.diffing import columns as diffing
+from replayer.diffing.columns import DiffRow
+from replayer.log import LogRow
 
 ROOT = Path(recorder.__file__).parent.parent
 FILES = sorted(path for name in ("recorder", "replayer") for path in (ROOT / name).rglob("*.py"))
@@ -218,6 +224,19 @@ def test_dicts_of_anything_are_few():
     """Data that passes between rooms has a type; what is left are edges: JSON, arguments."""
     count = sum(path.read_text().count("dict[str, Any]") for path in FILES)
     assert count < 30, count
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "beside"),
+    [
+        (ManifestRow, schema.COLUMNS, {"attempt", "offset"}),
+        (LogRow, log.COLUMNS, set()),
+        (DiffRow, diffing.COLUMNS, {"parts", "failed", "is_same"}),
+    ],
+    ids=["manifest", "log", "diff"],
+)
+def test_a_row_s_type_has_the_table_s_columns(row, columns, beside):
+    assert set(row.__annotations__) - beside == set(columns)
 
 
 def test_torch_s_private_names_are_used_in_one_file():

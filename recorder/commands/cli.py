@@ -25,8 +25,8 @@ from .tables import bar, terminal_width
 def record(run: str, command: tuple[str, ...], **options: Any) -> None:
     """Run COMMAND and keep every tensor it taps, from every rank, in RUN.
 
-    COMMAND keeps its stdin, stdout, signals and exit status. Under no wrapper, GRAFT_RECORD=RUN in
-    a rank's environment does the same.
+    COMMAND keeps its stdin, stdout, signals and exit status. Without the wrapper, GRAFT_RECORD=RUN
+    in a rank's environment does the same.
 
     \b
     Example:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..diagnostics import printable
 from ..errors import LayoutError
 from ..filters import Filter
-from ..format.rows import matching, parse_tags, rows_of
+from ..format.rows import decoded, matching, parse_tags, rows_of
 from ..format.schema import ManifestRow
 from ..layouts.parse import parse_dims
 from ..mesh import FrozenMesh
@@ -135,16 +135,6 @@ def records(recording: Recording, rows: pl.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def decoded(text: str) -> Any:
-    """Return the value of some JSON; the text itself where JSON proper does not have it."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        return text  # NaN and infinities stay as text: JSON proper has neither
-    return value
-
-
 def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -171,7 +161,7 @@ def print_taps(recording: Recording, rows: pl.DataFrame, found: list[Tap], width
     missing = sorted(set(range(recording.world_size)) - set(recording.ranks))
     absent = f", nothing from rank {' '.join(map(str, missing))}" if missing else ""
     attempts = max((c["attempt"] for c in claims), default=0)
-    again = f", restarted {attempts} time{'s' if attempts > 1 else ''}" if attempts else ""
+    again = f", restarted {count(attempts, 'time')}" if attempts else ""
     drops = [c["dropped"] for c in claims if isinstance(c.get("dropped"), int)]
     dropped = f", {count(sum(drops), 'tap')} dropped" if sum(drops) > 0 else ""
     command = " ".join(map(str, recording.meta.get("command") or []))

@@ -22,7 +22,7 @@ from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_li
 from ..format.disk import ACCESS
 from ..format.schema import RECORDING, rank_folder
 from ..job import Job
-from ..mailbox import Report, read_reports
+from ..mailbox import Report, failures_of, read_reports, why_nothing
 from ..progress import Progress, Watcher, read_progress
 from ..ranks import Rank
 from ..settings import RecordSettings
@@ -32,6 +32,10 @@ from . import launch
 
 UNTRUSTED = 3
 """Exit status of a command that ended well while its result is not to be trusted."""
+_NO_TAP = (
+    "nothing was recorded: COMMAND made no tap; check that it calls recorder.tap, and run "
+    "graft doctor in its place to see what reaches it"
+)
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,7 @@ def conclude(
         progress: how far they were, by rank and process id.
     """
     claims, notes = _claims_by(run, job)
-    wrong = {
-        f"rank {r.get('rank', '?')}: {r.get('reason')}"
-        for r in reports
-        if r.get("state") in ("refused", "failed")
-    }
+    wrong = failures_of(reports)
     wrong |= {f"rank {c['rank']}: {c.get('reason')}" for c in claims if c.get("state") == "failed"}
     is_open = [one for one in claims if one.get("state") == "running"]
     for one in is_open:
@@ -173,7 +173,7 @@ def conclude(
             "staged; record less with --filter, or give more room with --staging"
         )
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
-        notes.append(_why_nothing(reports, filter))
+        notes.append(why_nothing(filter, reports) or _NO_TAP)
     return sorted(wrong), notes
 
 
@@ -238,13 +238,3 @@ def _claims_by(folder: Path, job: str) -> tuple[list[ClaimData], list[str]]:
         except RecordingError as err:
             notes.append(str(err))
     return [c for c in found if c.get("job") == job], notes
-
-
-def _why_nothing(reports: Sequence[Report], filter: Filter | None) -> str:
-    names = {name for r in reports for name in r.get("names_seen", ())}
-    if filter is not None and names:
-        return filter.why_nothing({tag for r in reports for tag in r.get("tags_seen", ())}, names)
-    return (
-        "nothing was recorded: COMMAND made no tap; check that it calls recorder.tap, and run "
-        "graft doctor in its place to see what reaches it"
-    )

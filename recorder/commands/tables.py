@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from ..progress import is_terminal
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 
-def console_of(width: int) -> Any:
+def console_of(width: int) -> Console:
     """Return a console on stdout of some columns that takes no text for markup."""
     from rich.console import Console
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import DamagedRecording
-from ..tags import TagValue, is_recompute, key_tags
+from ..sizes import count
+from ..tags import TagValue, is_recompute, key_tags, label
 from .rows import parse_tags
 
 if TYPE_CHECKING:
@@ -186,13 +187,9 @@ def _sorted(column: pl.Series) -> pl.Series:
     return column.unique().sort()
 
 
-def nearest(
-    index: Index, kind: str, group: Group, step: int, occurrence: int, limit: int = 3
-) -> list[str]:
+def nearest(index: Index, kind: str, group: Group, step: int, occurrence: int) -> list[str]:
     """Describe the recorded keys closest to one that is not there, and what differs."""
     import difflib
-
-    from ..tags import label
 
     name, text = group
     wanted = _as_tags(text)
@@ -219,7 +216,7 @@ def nearest(
         near = occurrence if occurrence in times else max(times)
         if near != occurrence:
             facts.append(
-                f"it was recorded {len(times)} time{'s' if len(times) > 1 else ''} in that step, "
+                f"it was recorded {count(len(times), 'time')} in that step, "
                 f"asked for occurrence {occurrence}"
             )
         if not facts:
@@ -228,7 +225,7 @@ def nearest(
         where = f"{label(other, tags)} step={near_step} occurrence={near}"
         found.append((distance, f"{where} ({', '.join(facts)})"))
     found.sort()
-    return [text for _, text in found[:limit]]
+    return [text for _, text in found[:3]]
 
 
 def _as_tags(text: str) -> dict[str, TagValue]:

@@ -10,15 +10,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import DamagedRecording
 from . import disk
 from .disk import PRIVATE, Access
-
-if TYPE_CHECKING:
-    pass
-
 
 _MAX_LINE = 4 << 20  # of what a row may hold, the texts are a quarter of that each
 _encode = json.JSONEncoder(separators=(",", ":")).encode

@@ -95,17 +95,18 @@ def read_part(part: Part) -> tuple[pl.DataFrame, Places]:
     """
     import polars as pl
 
-    places: Places = {}
+    found: tuple[pl.DataFrame, Places] | None = None
     sealed = Part(part.folder, part.rank, part.attempt, part.index, is_sealed=True)
     try:
-        frame = None if part.is_sealed else _from_journal(part.path, places)
-    except FileNotFoundError:  # sealed since the folder was listed
-        frame = None
-    if frame is None:
+        found = None if part.is_sealed else _from_journal(part.path)
+    except FileNotFoundError:
+        pass  # sealed since the folder was listed
+    if found is None:
         try:
-            frame = read_parquet([sealed.path], COLUMNS)
+            found = read_parquet([sealed.path], COLUMNS), {}
         except FileNotFoundError:
             raise DamagedRecording(sealed.path, "it is missing") from None
+    frame, places = found
     _check_rows(frame, part.rank, part.path)
     return frame.with_columns(attempt=pl.lit(part.attempt, pl.Int32)), places
 
@@ -154,16 +155,17 @@ def shard_path(run: Path, shard: str, rank: int) -> Path:
     return run / folder / file
 
 
-def _from_journal(path: Path, places: Places) -> pl.DataFrame:
+def _from_journal(path: Path) -> tuple[pl.DataFrame, Places]:
     import polars as pl
 
     rows = read_journal(path)
+    places: Places = {}
     for row in rows:
         offset, nbytes = _size(row.get("offset")), _size(row.get("nbytes"))
         if offset is not None and nbytes is not None:
             places[str(row.get("shard")), str(row.get("tensor"))] = Place(offset, nbytes)
     try:
-        return pl.DataFrame(
+        frame = pl.DataFrame(
             [[row.get(name) for row in rows] for name in COLUMNS],
             schema=polars_schema(COLUMNS),
             orient="col",
@@ -172,6 +174,7 @@ def _from_journal(path: Path, places: Places) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, TypeError, OverflowError, ValueError) as err:
         fact = (str(err).splitlines() or [type(err).__name__])[0][:200]
         raise DamagedRecording(path, f"a row does not fit the manifest ({fact})") from None
+    return frame, places
 
 
 def _size(value: object) -> int | None:

@@ -114,3 +114,13 @@ def matching(
     table = unique.select(by).with_columns(pl.Series("keep", verdicts, pl.Boolean))
     joined = frame.select(by).join(table, on=by, how="left", maintain_order="left")
     return joined["keep"].fill_null(False)
+
+
+def decoded(text: str) -> Any:
+    """Return the value of some JSON; the text itself where JSON proper does not have it."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        return text  # NaN and infinities stay as text: JSON proper has neither
+    return value

@@ -56,7 +56,7 @@ def seal_journal(
         if frame.height != rows.height:
             raise ValueError("two lines add to one row")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError):
-        frame = _to_frame(read_journal(path), columns)
+        frame = to_frame(read_journal(path), columns)
     kept = frame.filter(pl.col("step") >= first_step) if first_step else frame
     _write_frame(path.with_suffix(".parquet"), kept, access, durable)
     disk.remove(path)
@@ -85,10 +85,11 @@ def write_parquet(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: dict[str, str], access: Access = PRIVATE
 ) -> None:
     """Write rows as a parquet file that appears whole or not at all."""
-    _write_frame(path, _to_frame(rows, columns), access)
+    _write_frame(path, to_frame(rows, columns), access)
 
 
-def _to_frame(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
+def to_frame(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
+    """Return rows as a table of these columns."""
     import polars as pl
 
     return pl.DataFrame(

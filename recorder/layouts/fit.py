@@ -125,7 +125,7 @@ def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Recei
     """Refuse sizes that hang on a block nobody recorded, unless the other side bears them out."""
     borne_out = [declared, receiver.whole(j)]
     if not senders.is_open:
-        # Too large it may be by less than a block; the receiver's are then as they would be.
+        # The sum may be too large by less than a block; the receiver's blocks are the same then.
         borne_out.append(receiver.even(j))
     if not (senders.is_open or senders.ends_open) or senders.total in borne_out:
         return

@@ -101,11 +101,6 @@ def _close_all() -> None:
         session.close()
 
 
-def active_sessions() -> tuple[Session, ...]:
-    """The sessions that listen now."""
-    return active
-
-
 def watch_environment() -> None:
     """Open what `GRAFT_*` asks for at the next tap or step; called once, on import."""
     if any(os.environ.get(variable) for variable, _ in _ENVIRONMENT):
@@ -146,7 +141,7 @@ def _opened() -> list[Session]:
         try:
             sessions = importlib.import_module(module).from_environment(os.environ)
         except Exception as err:
-            # Rule 2 again: the job goes on; the wrapper learns of it and ends with 3.
+            # The job goes on; the wrapper learns of it and ends with 3.
             fact = " ".join(str(err).split())
             if not isinstance(err, GraftError):
                 fact = f"{type(err).__name__}: {fact}"

@@ -204,7 +204,7 @@ def _fire_step() -> None:
     for session in sessions.active:
         try:
             session.on_step()
-        except Exception as err:  # rule 2
+        except Exception as err:  # the job comes first
             if is_from_the_job(err):
                 raise
             log.debug("at a step", exc_info=True)
@@ -250,7 +250,7 @@ def _dispatch(
                 session.on_tap(call)
             except ReplayError:
                 raise  # asked for: --on-error raise, --on-missing raise
-            except Exception as err:  # rule 2: the job comes first, and the other taps with it
+            except Exception as err:  # the job comes first, and so do the other taps
                 if is_from_the_job(err):
                     raise
                 log.debug("at a tap", exc_info=True)

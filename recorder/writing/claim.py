@@ -64,7 +64,7 @@ def _check_claims(run: Path, rank: int, job: Job) -> int:
     attempt = job.attempt
     for claim in claims_of(run, rank):
         if not job.is_same(claim):
-            raise RecordingExists(run, f"holds a recording of rank {rank} by another job already")
+            raise RecordingExists(run, f"already holds a recording of rank {rank} by another job")
         if claim["attempt"] < attempt:
             continue
         # Torchelastic restarts workers without counting when the number of nodes changes.

@@ -1,4 +1,4 @@
-"""Where this rank stands in its mesh, written into its claim from the tap on that it holds for."""
+"""Where this rank stands in its mesh: its claim is told, with the first tap that it holds for."""
 
 from __future__ import annotations
 

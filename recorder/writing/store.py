@@ -401,7 +401,7 @@ class Store:
             self._steps = _Steps(min(first, step), max(last, step))
 
     def _write(self, payload: Payload, data: memoryview, last: bool, number: int) -> None:
-        """Write a payload, or the next part of one, up to which all of it has a digest.
+        """Write a payload, or the next part of one; `number` is its digest up to there.
 
         As long as the parts are those that another payload began with, they are not written: if
         that goes on to the end, they need not be.

@@ -134,10 +134,10 @@ def diff(
 ) -> None:
     """Compare the recordings A (trusted) and B: which tensors differ, where first, how much.
 
-    Layouts are put together on both sides where declared, otherwise rank by rank. Ends with 0
-    where all is equal or within tolerance; with 1 where not, where a key is on one side only, or
-    where nothing matched; with 2 where a recording cannot be read. Under torchrun the ranks share
-    the work, on any number of machines.
+    Tensors are put together where layouts are declared, and compared rank by rank elsewhere. Ends
+    with 0 where all is equal or within tolerance; with 1 where not, where a key is on one side
+    only, or where nothing matched; with 2 where a recording cannot be read. Under torchrun the
+    ranks share the work, on any number of machines.
 
     \b
     Example:
@@ -162,7 +162,7 @@ def diff(
         found = compare(
             a, b, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
             manifest_only=manifest_only, rtol=rtol, atol=atol, threshold=threshold, floor=floor,
-            floor_factor=3.0 if floor_factor is None else floor_factor, by=by,
+            floor_factor=floor_factor, by=by,
             ignore_missing=ignore_missing, check=check, workers=workers, memory=memory,
             spread=True, bar=bar,
         )  # fmt: skip

@@ -17,7 +17,6 @@ from ..measuring.measures import tolerances
 from ..rules import slack
 
 _SLACK = 1e-9  # of the figures compared: they were rounded themselves
-STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
 
 
 def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.DataFrame:

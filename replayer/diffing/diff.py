@@ -164,7 +164,7 @@ def diff(
     atol: float | None = None,
     threshold: str | Sequence[str] = (),
     floor: Run | Sequence[Run] = (),
-    floor_factor: float = 3.0,
+    floor_factor: float | None = None,
     by: str | None = None,
     ignore_missing: bool = False,
     check: bool = True,
@@ -187,7 +187,7 @@ def diff(
         atol: absolute tolerance, likewise.
         threshold: `[PATTERN:] EXPR` over measures and tags that holds of what is within tolerance.
         floor: further runs of the baseline, whose differences from it are noise.
-        floor_factor: how many times the noise is still noise.
+        floor_factor: how many times the noise is still noise; 3 by default.
         by: a dim, by name or number, whose indices get rows of their own where a pair differs.
         ignore_missing: keys on one side alone are no difference.
         check: hold what is read against its digest.
@@ -215,7 +215,9 @@ def diff(
     thresholds = tuple(map(Threshold.parse, _listed(threshold)))
     if not noise and any("times_floor" in one.measures for one in thresholds):
         raise UsageError("--threshold speaks of times_floor, and there is no --floor; give one")
-    rules = Rules(rtol, atol, thresholds, None, floor_factor)
+    rules = Rules(rtol, atol, thresholds)
+    if floor_factor is not None:
+        rules = replace(rules, factor=floor_factor)
     options = Options(rtol, atol, by, check, workers, MEMORY if memory is None else memory)
     rank = launched(os.environ) if spread else ALONE
     comparison = _Comparison(options, manifest_only, bar or _no_bar, rank)
@@ -287,7 +289,7 @@ def _opened(run: Run) -> Recording:
 def _check(
     rtol: float | None,
     atol: float | None,
-    factor: float,
+    factor: float | None,
     offset: int,
     workers: int | None,
     memory: int | None,

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from recorder.format.rows import parse_tags, row_at, rows_of
-from recorder.format.schema import ManifestRow
+from recorder.format.schema import STATISTICS, ManifestRow
 
 from ..measuring.measures import measure
 from ..pairing.pairs import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
@@ -154,7 +154,7 @@ def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
         table: those pairs, of `base_of`.
         rules: how pairs are judged.
     """
-    columns = ["rank", "dtype", "shape", "dims", "extras", "digest", *bounds.STATISTICS]
+    columns = ["rank", "dtype", "shape", "dims", "extras", "digest", *STATISTICS]
     left, right = (
         side.frame.with_row_index(which).select(which, "key", *columns)
         for which, side in (("a", pairs.a), ("b", pairs.b))

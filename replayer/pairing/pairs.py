@@ -122,8 +122,8 @@ def pair(
     kept, notes = oriented(renames, *names)
     groups: dict[Group, int] = {}
     sides = [
-        _numbered(recording, frame, side, filter, match_on, groups)
-        for recording, frame, side in ((a, frames[0], []), (b, frames[1], kept))
+        _numbered(frame, side, filter, match_on, groups)
+        for frame, side in zip(frames, ([], kept), strict=True)
     ]
     keyed = _keyed(*sides)
     left, right = Side(a, keyed[0]), Side(b, keyed[1])
@@ -139,14 +139,16 @@ def pair(
 
 
 def _numbered(
-    recording: Recording,
     frame: pl.DataFrame,
     renames: Sequence[Rename],
     filter: Filter | None,
     match_on: MatchOn,
     groups: dict[Group, int],
 ) -> pl.DataFrame:
-    """Return a side's rows that the filter selects, with what counts of their key as numbers."""
+    """Return a side's rows that the filter selects, with what counts of their key as numbers.
+
+    `groups` numbers the keys of both sides, and gets those that are new.
+    """
     names = frame.select("name", "tags").unique(maintain_order=True)
     rows: list[tuple[Any, ...]] = []
     for name, text in names.iter_rows():
@@ -422,7 +424,10 @@ def _places(side: Side) -> dict[int, list[tuple[int, FrozenMesh | None]]]:
 
 
 def _skipped(name: str, side: Side) -> list[str]:
-    """Say what most ranks of a side recorded and not all: of a pipeline's stages, none are most."""
+    """Say what most ranks of a side recorded and some did not.
+
+    Fewer than most may be a stage of a pipeline, which is no fault.
+    """
     ranks = side.frame["rank"].unique()
     by_key = side.frame.group_by("key").agg(
         pl.col("rank").unique(), pl.col("name").first(), pl.col("tags").first(), pl.col("seq").min()

@@ -6,20 +6,22 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from recorder.commands.listing import decoded
 from recorder.commands.tables import console_of, natural_width, span, table_of
 from recorder.diagnostics import printable
-from recorder.format.rows import parse_tags
+from recorder.format.rows import decoded, parse_tags
 from recorder.sizes import count
 from recorder.tags import label
 
 from ..diffing.columns import DiffRow, rows_of
 from ..diffing.diff import Diff
 from .output import written
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WORDS = {
     "equal": "equal bit for bit",
@@ -157,10 +159,10 @@ def print_diff(diff: Diff, width: int, limit: int) -> None:
     _print_cells(console, cells, width)
     if rows.height > limit:
         console.print(f"... and {count(rows.height - limit, 'more pair')}, not equal; see --limit")
-    _print_by(console, diff, rows.head(_BY_ROWS), width)
+    _print_by(console, diff, rows.head(_BY_ROWS))
 
 
-def _print_cells(console: Any, cells: list[dict[str, str]], width: int) -> None:
+def _print_cells(console: Console, cells: list[dict[str, str]], width: int) -> None:
     columns = [c for c in cells[0] if any(cell[c] for cell in cells)]
     for least in _DROPPED:
         if least in columns and natural_width(columns, cells) > width:
@@ -202,7 +204,7 @@ def _cell(value: float | None) -> str:
     )
 
 
-def _print_by(console: Any, diff: Diff, rows: pl.DataFrame, width: int) -> None:
+def _print_by(console: Console, diff: Diff, rows: pl.DataFrame) -> None:
     """Print, for the worst pairs, which indices of the dim of `--by` are the worst."""
     detail = diff.table.filter(pl.col("by").is_not_null())
     if not detail.height:

@@ -7,17 +7,12 @@ import json
 import polars as pl
 import pytest
 import torch
+from diffs import only
 
 from recorder import step, tap
 from recorder.errors import UsageError
-from replayer import Diff, diff
+from replayer import diff
 from replayer.showing.lines import lines, objects
-
-
-def only(found: Diff) -> dict:
-    (row,) = found.pairs.iter_rows(named=True)
-    return row
-
 
 torch.manual_seed(0)
 X = torch.randn(6, 8, 16)  # tokens, heads, head dim
