@@ -17,14 +17,15 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import FilterError
 
 Env = Mapping[str, Any]
 Node = Callable[[Env], Any]
 
-_FUNCTIONS = ("search", "match", "fullmatch", "len")
+_SEARCHES = ("search", "match", "fullmatch")
+_FUNCTIONS = (*_SEARCHES, "len")
 _METHODS = ("startswith", "endswith")
 _MAX_TEXT = 10_000  # far past any real filter, and short enough for Python's parser to survive
 
@@ -211,6 +212,13 @@ class _Compiler:
         ):
             if isinstance(op, (ast.Is, ast.IsNot)) and not (_single(left) or _single(right)):
                 raise self.error(node, "`is` compares with None, True or False only; use ==")
+            searched = next((one for one in (left, right) if _is_search(one)), None)
+            if searched is not None and not (_is_none(left) or _is_none(right)):
+                raise self.error(
+                    node,
+                    f"{ast.unparse(searched.func)} gives a match or None; write it alone, with "
+                    "`not` before it, or with `is None` behind it",
+                )
         first = self.compile(node.left)
         rest = [
             (self.comparison(node, op), self.compile(right))
@@ -290,9 +298,10 @@ class _Compiler:
             raise self.error(pattern, f"the pattern is not a regular expression ({err})") from None
         subject = self.compile(node.args[1])
 
-        def found(env: Env) -> bool:
+        # A match or None, as `re` has it: many filters are written `search(...) is not None`.
+        def found(env: Env) -> Any:
             value = subject(env)
-            return value is not None and find(str(value)) is not None
+            return None if value is None else find(str(value))
 
         return found
 
@@ -316,6 +325,17 @@ class _Compiler:
             return function(*args)
         except (TypeError, ArithmeticError, ValueError) as err:
             raise self.error(node, str(err)) from None
+
+
+def _is_search(node: ast.expr) -> TypeGuard[ast.Call]:
+    """Whether an expression searches, and so gives a match or None."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+        return False
+    return node.func.id in _SEARCHES
+
+
+def _is_none(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is None
 
 
 def _single(node: ast.expr) -> bool:
