@@ -161,6 +161,26 @@ def has_statistics(dtype: torch.dtype) -> bool:
     }
 
 
+@functools.cache
+def why_not_by_value(one: torch.dtype, other: torch.dtype) -> str:
+    """Return why elements of two dtypes are not to be compared or cast, "" where they are.
+
+    Packed elements are no numbers to torch, and what one side has as bytes of 8 bits the other may
+    have as floats of 8 bits: the number is then not the value.
+    """
+    if one == other:
+        return ""
+    for a, b in ((one, other), (other, one)):
+        is_small = a.is_floating_point and a.itemsize == 1 and b in (torch.uint8, torch.int8)
+        if is_small or not has_statistics(a):
+            return (
+                f"{dtype_name(one)} and {dtype_name(other)} are not each other's values: one may "
+                "hold the other's bytes; tap bytes on both sides, as in x.view(torch.uint8), or "
+                "what they mean"
+            )
+    return ""
+
+
 def bytes_of(raw: torch.Tensor) -> memoryview:
     """Return a contiguous CPU tensor's bytes without copying; keep the tensor alive meanwhile."""
     nbytes = raw.numel() * raw.element_size()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recorder.bits import check, dtype_name, is_capturing
+from recorder.bits import check, dtype_name, is_capturing, why_not_by_value
 from recorder.errors import CaptureError, GraftRefused, TransformError
 
 
@@ -100,6 +100,8 @@ def check_replacement(new: Any, target: torch.Tensor) -> tuple[torch.Tensor, str
 
 def _cast(new: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
     note = f"cast from {dtype_name(new.dtype)} to {dtype_name(dtype)}"
+    if why := why_not_by_value(new.dtype, dtype):
+        raise GraftRefused(why)
     floats = new.dtype.is_floating_point and dtype.is_floating_point
     complexes = new.dtype.is_complex and dtype.is_complex
     widened = new.dtype.is_floating_point and dtype.is_complex

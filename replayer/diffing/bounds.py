@@ -13,6 +13,8 @@ import math
 import polars as pl
 import torch
 
+from recorder.bits import why_not_by_value
+
 from ..measuring.measures import tolerances
 from ..rules import slack
 
@@ -33,11 +35,13 @@ def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.Da
         for certain; null and false where there are no statistics.
     """
     kinds = pairs.select("dtype", "dtype_b").unique(maintain_order=True)
-    usual = [tolerances(*map(_dtype, pair)) for pair in kinds.iter_rows()]
+    dtypes = [(_dtype(a), _dtype(b)) for a, b in kinds.iter_rows()]
+    usual = [tolerances(*pair) for pair in dtypes]
     table = kinds.with_columns(
         pl.Series("rtol", [r if rtol is None else rtol for r, _ in usual], pl.Float64),
         pl.Series("atol", [a if atol is None else atol for _, a in usual], pl.Float64),
         pl.Series("each", [slack(r).each for r, _ in usual], pl.Float64),
+        pl.Series("by_value", [not why_not_by_value(*pair) for pair in dtypes], pl.Boolean),
     )
     joined = pairs.join(
         table, on=["dtype", "dtype_b"], how="left", nulls_equal=True, maintain_order="left"
@@ -65,8 +69,10 @@ def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.Da
     least = (pl.max_horizontal(*apart) - _SLACK * most).clip(lower_bound=0.0)
     rounding = pl.col("each") * rms if rtol is None and atol is None else pl.lit(0.0)
     beyond = least > pl.col("atol") + pl.col("rtol") * size + rounding
+    known = pl.col("by_value")
     return joined.select(
-        at_least=pl.when(finite).then(least), beyond=(beyond.fill_null(False) & finite) | odd
+        at_least=pl.when(finite & known).then(least),
+        beyond=((beyond.fill_null(False) & finite) | odd) & known,
     )
 
 

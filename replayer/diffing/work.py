@@ -25,7 +25,7 @@ from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
 
 from ..measuring.chunks import Map
-from ..measuring.measures import SEGMENT, Measures, measure
+from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
 from ..pairing.blocks import by_layout
 from ..pairing.pairs import LAYOUT, Pairs
 from ..pairing.tensors import Two, by_rank
@@ -148,7 +148,7 @@ class Crew:
             try:
                 for two in self.twos(task):
                     found += self._measured(two, run)
-            except (LayoutError, DamagedRecording) as err:
+            except Exception as err:  # one pair's failure is that pair's row, whatever it is
                 found.append(_failed(err))
         self._options.progress(task.nbytes)
         return [{"pair": task.pair, **row} for row in found]
@@ -212,7 +212,9 @@ def _failed(err: Exception) -> DiffRow:
     if isinstance(err, ShapesDiffer):
         return {"failed": "shape", "message": str(err)}
     what = "damaged" if isinstance(err, DamagedRecording) else "layout"
-    return {"failed": what, "message": str(err)}
+    is_foreseen = isinstance(err, (LayoutError, DamagedRecording, Incomparable))
+    text = str(err) if is_foreseen else f"not compared: {type(err).__name__}: {err}"
+    return {"failed": what, "message": " ".join(text.split())}
 
 
 def _unravelled(index: int | None, shape: Sequence[int]) -> list[int] | None:

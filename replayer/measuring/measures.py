@@ -44,7 +44,7 @@ from typing import Any
 
 import torch
 
-from recorder.bits import as_bits, has_statistics
+from recorder.bits import as_bits, has_statistics, why_not_by_value
 
 from .chunks import Figures, Map, Pair, Scanned, scan
 from .elements import apart, as_numbers, widened
@@ -104,6 +104,10 @@ class Measures:
     inf_b: int = 0
 
 
+class Incomparable(TypeError):
+    """Two tensors whose elements mean other things."""
+
+
 def tolerances(a: torch.dtype, b: torch.dtype) -> tuple[float, float]:
     """Return rtol and atol of a pair of dtypes: of either the larger, as torch.testing has it."""
     pairs = [_TOLERANCES.get(dtype, (0.0, 0.0)) for dtype in (a, b)]
@@ -129,7 +133,10 @@ def measure(
 
     Raises:
         ValueError: the shapes differ.
+        Incomparable: the dtypes are not each other's values.
     """
+    if why := why_not_by_value(a.dtype, b.dtype):
+        raise Incomparable(why)
     if a.shape != b.shape:
         raise ValueError(f"shapes {list(a.shape)} and {list(b.shape)} are not equal")
     usual = tolerances(a.dtype, b.dtype)
@@ -140,7 +147,7 @@ def measure(
     same = a.dtype == b.dtype
     bitwise = same and all(run(_same_bits, segments))
     if not (has_statistics(a.dtype) and has_statistics(b.dtype)):
-        changed = sum(run(_changed_bits, segments)) if same else a.numel()
+        changed = sum(run(_changed_bits, segments))
         return Measures(a.numel(), rtol, atol, bitwise, changed, changed)
     if a.numel() == 0:
         return Measures(0, rtol, atol, True, 0, 0, rel_diff=0.0, cosine=1.0, max_ulp=0)

@@ -48,6 +48,8 @@ def test_overlapping_memory_is_seen_exactly(make, overlapping):
         (torch.tensor([2]), torch.zeros(1, dtype=torch.bool), GraftRefused, "would lose values"),
         (torch.tensor([2**53 + 1]), torch.zeros(1).double(), GraftRefused, "would lose values"),
         (torch.ones(1, dtype=torch.complex64), torch.zeros(1), GraftRefused, "would lose values"),
+        (torch.ones(1).byte(), torch.zeros(1).to(torch.float8_e5m2), GraftRefused, "other's bytes"),
+        (torch.zeros(1).to(torch.float8_e5m2), torch.ones(1).char(), GraftRefused, "other's bytes"),
     ],
 )
 def test_what_is_not_faithful_is_refused_with_a_reason(new, target, error, message):

@@ -13,6 +13,8 @@ from recorder import tap
 from recorder.errors import UsageError
 from recorder.format.shard import read_header
 from replayer import diff
+from replayer.diffing import work
+from replayer.measuring.measures import measure
 from replayer.showing.lines import lines, objects
 
 
@@ -421,3 +423,49 @@ def test_other_zeros_are_found_without_a_mask_of_places(held, monkeypatch):
     y[2, 4, 1] = -0.0
     found = held(heads(zeros, 2), heads(y, 4), worlds=(2, 4), meshes=(over("tp", 2), over("tp", 4)))
     assert (only(found)["rank"], only(found)["ranks_differ"]) == (2, [2])
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+PACKED = [getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)]
+
+
+@pytest.mark.parametrize("manifest_only", [False, True])
+@pytest.mark.parametrize("dtype", [*FLOAT8, *PACKED], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_bytes_against_what_they_may_mean_are_an_error_of_that_pair(
+    held, dtype, swapped, manifest_only
+):
+    """Packed experts and 8-bit caches: one side has the dtype, the other uint8."""
+    raw = torch.arange(40, 48, dtype=torch.uint8)
+    sides = [raw.view(dtype), raw + 1]
+
+    def job(value, norm):
+        def tapped(rank):
+            tap("norm", norm)
+            tap("w", value)
+
+        return tapped
+
+    a, b = reversed(sides) if swapped else sides
+    found = held(job(a, X), job(b, X + 1), manifest_only=manifest_only)
+    outcomes = dict(found.pairs.select("name", "outcome").iter_rows())
+    if manifest_only:
+        assert outcomes["w"] == "unmeasured"
+    else:
+        assert outcomes == {"norm": "differs", "w": "error"}
+        (message,) = found.pairs.filter(name="w")["message"]
+        assert "one may hold the other's bytes" in message and "x.view(torch.uint8)" in message
+    assert found.status == 1
+
+
+def test_a_failure_that_nobody_foresaw_is_its_pair_s_row(held, monkeypatch):
+    def broken(a, b, **options):
+        if a.numel() == 3:
+            raise RuntimeError("no kernel\nfor this")
+        return measure(a, b, **options)
+
+    monkeypatch.setattr(work, "measure", broken)
+    found = held(each([X, X[0, 0, :3]]), each([X + 1, X[0, 0, :3] + 1]))
+    assert found.pairs["outcome"].to_list() == ["differs", "error"]
+    assert found.pairs["message"][1] == "not compared: RuntimeError: no kernel for this"
+    assert found.status == 1
