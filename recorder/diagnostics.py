@@ -23,6 +23,10 @@ def _is_own(package: object) -> bool:
     return name.startswith(_OWN) and not name.startswith(_EXAMPLES)
 
 
+NO_NUMPY = "Failed to initialize NumPy"
+"""What torch warns of at every start where there is no numpy, which nothing here uses."""
+
+
 def say(message: str, where: str = "") -> None:
     """Write one diagnostic line to stderr: `[graft rank=3 step=7] ...`."""
     prefix = f"[graft {where}]" if where else "[graft]"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import click
 
 from recorder.commands.cli import ls, record, show, verify
 from recorder.commands.clicking import Group
+from recorder.diagnostics import NO_NUMPY
 
 from .commands.demo import demo
 from .commands.diff import diff
@@ -25,6 +28,7 @@ def main() -> None:
       2  wrong usage, or an unreadable recording
       3  COMMAND ended well, but the recording or replay is not to be trusted
     """
+    warnings.filterwarnings("ignore", NO_NUMPY)
 
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,8 +148,6 @@ def diff(
     from ..showing.output import check_outputs
 
     check_outputs(outputs)
-    # Without numpy, which nothing here uses, torch says so at every start.
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     from recorder.commands.listing import incomplete_lines
 
     from ..diffing.diff import diff as compare

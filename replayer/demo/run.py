@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recorder import Recording
+from recorder.diagnostics import NO_NUMPY
 
 from ..measuring.compare import difference
 from .model import STEPS
@@ -64,6 +65,8 @@ def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
     if any(shutil.which(script.name) != str(script) for script in scripts):
         echo(f"$ export PATH={shlex.quote(str(BIN))}:$PATH")
         environment["PATH"] = f"{BIN}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    given = environment.get("PYTHONWARNINGS")  # of two that fit, the last one holds
+    environment["PYTHONWARNINGS"] = ",".join(filter(None, [given, f"ignore:{NO_NUMPY}"]))
     if "OMP_NUM_THREADS" not in environment:  # torchrun would choose 1 too, but with a warning
         echo("$ export OMP_NUM_THREADS=1")
         environment["OMP_NUM_THREADS"] = "1"

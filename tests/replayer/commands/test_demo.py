@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,20 @@ BEFORE_FAULT = 1 + 5 * 2  # the embedding and two layers of five taps
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder and the output of one run of the demo, as a user runs it."""
-    folder = tmp_path_factory.mktemp("demo") / "out"
+    base = tmp_path_factory.mktemp("demo")
+    folder = base / "out"
+    (base / "bare").mkdir()
+    (base / "bare" / "numpy.py").write_text("raise ModuleNotFoundError('numpy')")
     done = subprocess.run(
-        [GRAFT, "demo", "-o", folder], capture_output=True, text=True, check=False, timeout=300
+        [GRAFT, "demo", "-o", folder],
+        env={**os.environ, "PYTHONPATH": str(base / "bare")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "NumPy" not in done.stderr  # the story alone, where there is no numpy
     return folder, done.stdout
 
 
