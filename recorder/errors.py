@@ -90,9 +90,14 @@ class NotARecording(RecordingError):
 class RecordingExists(RecordingError):
     """The folder, or this rank's place in it, is taken."""
 
-    def __init__(self, path: object, what: str) -> None:
+    def __init__(
+        self,
+        path: object,
+        what: str,
+        advice: str = "choose another folder, or replace it with --overwrite",
+    ) -> None:
         self.path = path
-        super().__init__(f"{path} {what}; choose another folder, or replace it with --overwrite")
+        super().__init__(f"{path} {what}; {advice}")
 
 
 class UnsupportedVersion(RecordingError):

@@ -85,11 +85,12 @@ def claimed_ranks(run: Path) -> list[int]:
 
 def is_live(run: Path) -> bool:
     """Whether a process on this host is still recording into a folder."""
-    return any(
-        claim.get("state") == "running" and is_alive(claim)
-        for rank in claimed_ranks(run)
-        for claim in claims_of(run, rank)
-    )
+    return any(is_recording(claim) for rank in claimed_ranks(run) for claim in claims_of(run, rank))
+
+
+def is_recording(claim: ClaimData) -> bool:
+    """Whether a claim's process runs on this host and has not closed its recording."""
+    return claim.get("state") == "running" and is_alive(claim)
 
 
 def is_alive(claim: ClaimData) -> bool:

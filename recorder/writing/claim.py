@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..errors import RecordingError, RecordingExists
 from ..format import disk
-from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive
+from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_recording
 from ..format.disk import PRIVATE, Access
 from ..format.schema import (
     FORMAT_VERSION,
@@ -63,6 +63,20 @@ def _check_claims(run: Path, rank: int, job: Job) -> int:
     """Return the attempt to claim a rank with, or refuse if it is taken."""
     attempt = job.attempt
     for claim in claims_of(run, rank):
+        is_here = (claim.get("host"), claim.get("pid")) == (socket.gethostname(), os.getpid())
+        is_open = is_recording(claim)
+        if is_here and is_open:
+            raise RecordingExists(
+                run,
+                f"is being recorded into as rank {rank} by another session of this very process",
+                "close that one first, or choose another folder",
+            )
+        if is_open and not job.is_same(claim):
+            raise RecordingExists(
+                run,
+                f"is being recorded into as rank {rank} by pid {claim.get('pid')} of another job",
+                "wait until it ends, or choose another folder",
+            )
         if not job.is_same(claim):
             raise RecordingExists(run, f"already holds a recording of rank {rank} by another job")
         if claim["attempt"] < attempt:
@@ -72,8 +86,10 @@ def _check_claims(run: Path, rank: int, job: Job) -> int:
         if not again:
             raise RecordingExists(
                 run,
-                f"holds a recording of rank {rank} already, made by pid {claim.get('pid')}"
-                f" on {claim.get('host')}",
+                f"is taken: pid {claim.get('pid')} of this job (on {claim.get('host')}) "
+                f"{'records' if is_open else 'recorded'} as rank {rank} already",
+                "give this process a GRAFT_RANK of its own, with GRAFT_WORLD_SIZE, or keep the "
+                "other from tapping (--filter)",
             )
         attempt = claim["attempt"] + 1
     return attempt
@@ -98,7 +114,7 @@ def replace_rank(run: Path, rank: int, job: Job, *, own: bool = False) -> None:
         own: remove what this job left there too; for code that asks for it itself.
     """
     claims = claims_of(run, rank)
-    if any(is_alive(c) and c.get("state") == "running" for c in claims):
+    if any(map(is_recording, claims)):
         return  # the claim is then refused
     if any(not job.is_same(c) or (own and c["attempt"] >= job.attempt) for c in claims):
         disk.remove_tree(run / rank_folder(rank))
@@ -202,6 +218,8 @@ def claim_rank(
     """
     try:
         disk.make_folder(run, access)
+        if any(map(is_recording, claims_of(run, rank.rank))):
+            _check_claims(run, rank.rank, job)  # before `overwrite` changes anything of it
         meta = _join(run, rank, job, about, overwrite, access)
         folder = run / rank_folder(rank.rank)
         if overwrite:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
 
 from recorder import Recorder, Recording, step, tap
+from recorder.commands import outcome
 from recorder.errors import RecordingExists, UsageError
+from recorder.format import claims
 from recorder.format import shard as shard_module
 from recorder.session import from_environment
+from recorder.settings import RecordSettings
 from recorder.taps.sessions import activate
 from recorder.writing import claim
 
@@ -188,8 +193,64 @@ def test_a_restart_adds_an_attempt_and_the_recording_says_which_is_which(run, mo
     assert [c["attempt"] for c in back.claims()] == [0, 1, 2]
     assert [back.load(0, "x", attempt=a)[0].item() for a in range(3)] == [0, 1, 2]
     assert back.load(0, "x")[0] == 2  # the latest, unless told otherwise
-    with pytest.raises(RecordingExists), Recorder(run):
+    again = "of this job .* recorded as rank 0 already; give this process a GRAFT_RANK"
+    with pytest.raises(RecordingExists, match=again), Recorder(run):
         pass  # the same attempt again is another process
+
+
+def test_a_second_recorder_of_one_process_is_told_so(run, capsys):
+    said = "another session of this very process; close"
+    with Recorder(run):
+        tap("x", torch.ones(3))
+        with pytest.raises(RecordingExists, match=said), Recorder(run):
+            pass
+        with Recorder(run, overwrite=True) as second:
+            tap("x", torch.ones(3), i=1)
+        assert said in second.reason and said in capsys.readouterr().err
+    assert Recording.open(run).rows().height == 2
+
+
+@pytest.mark.processes
+def test_what_a_live_job_records_is_not_replaced(run, tmp_path):
+    """Two `graft record --overwrite` on one folder: the second is refused, the first is whole."""
+    go = tmp_path / "go"
+    job = (
+        "import sys, time, pathlib, torch; from recorder import tap; tap('x', torch.ones(3))\n"
+        f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
+        "tap('y', torch.ones(3))"
+    )
+    first: list[outcome.Outcome] = []
+    words = [sys.executable, "-c", job]
+    settings = RecordSettings(overwrite=True)
+    thread = threading.Thread(target=lambda: first.append(outcome.recorded(run, settings, words)))
+    thread.start()
+    while not run.exists() or not claims.is_live(run):
+        time.sleep(0.01)
+    tapping = "import torch; from recorder import tap; tap('z', torch.ones(3))"
+    second = outcome.recorded(run, settings, [sys.executable, "-c", tapping])
+    go.touch()
+    thread.join()
+    assert second.status == 3 and "by pid" in second.problems[0]
+    assert "wait until it ends" in second.problems[0]
+    assert first[0].status == 0
+    assert Recording.open(run).rows()["name"].to_list() == ["x", "y"]
+
+
+@pytest.mark.processes
+def test_a_child_of_a_tapping_parent_is_told_whose_rank_it_has(run):
+    """A server that taps a prompt, and then spawns the engine, which has the same rank."""
+    engine = "import torch; from recorder import tap; tap('hidden', torch.ones(4))"
+    serve = (
+        "import subprocess, sys, torch; from recorder import tap; tap('prompt', torch.ones(3)); "
+        f"sys.exit(subprocess.run([sys.executable, '-c', {engine!r}]).returncode)"
+    )
+    for overwrite in (False, True):
+        command = [sys.executable, "-c", serve]
+        done = outcome.recorded(run, RecordSettings(overwrite=overwrite), command)
+        assert done.status == 3
+        (problem,) = done.problems
+        assert "of this job" in problem and "records as rank 0 already" in problem
+        assert "give this process a GRAFT_RANK" in problem and "--overwrite" not in problem
 
 
 def test_a_restart_of_another_job_is_refused(record, run, monkeypatch):
