@@ -463,7 +463,11 @@ class Recorder:
             what = f"{where} is recorded, but cannot be cut or put together: {wrong}"
             self._once((where, wrong), what)
         here = mesh if row["kind"] == "grad" else self._standing.current(self._selection.step)
-        if self._claim is not None and self.state == "running":
+        if self._standing.is_noted(here):
+            return
+        with self._lock:
+            if self._claim is None or self.state != "running":
+                return
             try:
                 self._standing.note(self._claim, row["seq"], here)
             except OSError as err:

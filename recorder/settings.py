@@ -25,6 +25,7 @@ Check = Callable[[Any, str], Any]
 
 _MOST_STAGING = 1 << 50
 _STAGING = 256 << 20
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ class Option:
         if not text:
             return self.default
         if self.is_flag:
-            if text not in ("0", "1"):
+            word = text.strip().lower()
+            if word not in _YES and word not in _NO:
                 raise UsageError(f"{self.variable} is {text!r}; give 1 for yes, or 0 for no")
-            return text == "1"
+            return word in _YES
         return self.checked(text, self.variable)
 
     def checked(self, value: Any, called: str) -> Any:
@@ -119,8 +121,8 @@ class Option:
         Raises:
             UsageError: it cannot be used.
         """
-        if value is None or value is self.default:
-            return self.default
+        if value is self.default:
+            return value
         if self.choices and value not in self.choices:
             raise UsageError(f"{called} is {value!r}; choose one of {', '.join(self.choices)}")
         return self.check(value, called)

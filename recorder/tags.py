@@ -38,6 +38,10 @@ class Key(NamedTuple):
     occurrence: int
     kind: str = "tensor"
 
+    def __str__(self) -> str:
+        kind = "" if self.kind == "tensor" else f" ({self.kind})"
+        return f"{label(self.name, self.tags)} step={self.step} occurrence={self.occurrence}{kind}"
+
 
 def clean(name: str, value: object) -> TagValue:
     """Return `value` as a plain tag value; raise `BadTag` if it cannot be one."""

@@ -82,6 +82,7 @@ def replayed(
         RecordingError: the folder is taken, or cannot be written.
         UsageError: the settings do not fit together, or the command cannot be started.
     """
+    launch.check(command)
     if settings.record is not None and out is None:
         raise UsageError("--record needs a folder to record into; give -o OUT too")
     with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
@@ -149,8 +150,9 @@ def _concluded(
     try:
         seal_leftovers(folder)
         log = read_log(folder)
-    except (DamagedRecording, OSError) as err:
-        log, wrong = to_frame([], COLUMNS), {*wrong, str(err)}
+    except (DamagedRecording, OSError) as err:  # what it came to is not known then
+        problems, empty = (*sorted(wrong), str(err)), to_frame([], COLUMNS)
+        return Replayed(status, problems, (), empty, Summary({}, "", "", 0, 0, ()), beside)
     receivers = max((r.get("world_size", 1) for r in reports), default=1)
     last = log["rank"].max()
     if isinstance(last, int):

@@ -51,6 +51,16 @@ def environment(
     return new
 
 
+def check(command: Sequence[str]) -> None:
+    """Refuse a command that is none.
+
+    Raises:
+        UsageError: it has no first word.
+    """
+    if not command or not command[0]:
+        raise UsageError("there is no command to run; write it after --, as in: -- python train.py")
+
+
 def run(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run a command to its end and return its exit status; 128 + N where signal N ended it.
 

@@ -76,6 +76,7 @@ def recorded(
         RecordingError: the folder is taken, or cannot be written.
         UsageError: the command cannot be started.
     """
+    launch.check(command)
     folder = Path(os.path.abspath(run))
     prepare(folder, settings.overwrite, settings.access)
     with launch.reports_folder() as reports:

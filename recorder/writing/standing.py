@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from ..format.claims import MeshEntry
@@ -16,6 +15,9 @@ _MOST_AXES = 16_000  # of all meshes, so that the claim stays a small file
 class Standing:
     """Where one session's rank stands.
 
+    Whoever calls `note` holds the lock under which the session ends: a claim that was closed in the
+    meantime must not be written as one that is running.
+
     Args:
         warn: says once that a mesh cannot be written down, from (what it is about, the message).
     """
@@ -24,11 +26,14 @@ class Standing:
         self._warn = warn
         self._watch = MeshWatch()
         self._noted: Mesh | None = None
-        self._lock = threading.RLock()
 
     def current(self, step: int) -> Mesh | None:
         """Return where the rank stands now; None where nobody says."""
         return self._watch.current(step)
+
+    def is_noted(self, mesh: Mesh | None) -> bool:
+        """Whether that is where the rank was said to stand last."""
+        return mesh == self._noted
 
     def note(self, claim: Claim, seq: int, mesh: Mesh | None) -> None:
         """Write down where the rank stands from a tap on, if that was not known before.
@@ -43,22 +48,19 @@ class Standing:
         """
         if mesh == self._noted:
             return
-        with self._lock:
-            if mesh == self._noted:
+        known: list[MeshEntry] = claim.facts.get("meshes", [])
+        axes = None if mesh is None else {axis: [*place] for axis, place in mesh.items()}
+        if len(known) >= _MOST_MESHES or sum(len(m["axes"] or ()) for m in known) > _MOST_AXES:
+            self._warn(
+                ("meshes",),
+                f"the mesh has changed {len(known)} times, and what follows is recorded "
+                "without its place in it; declare all axes in one, under other names where "
+                "they cut other tensors",
+            )
+            if known[-1]["axes"] is None:
                 return
-            known: list[MeshEntry] = claim.facts.get("meshes", [])
-            axes = None if mesh is None else {axis: [*place] for axis, place in mesh.items()}
-            if len(known) >= _MOST_MESHES or sum(len(m["axes"] or ()) for m in known) > _MOST_AXES:
-                self._warn(
-                    ("meshes",),
-                    f"the mesh has changed {len(known)} times, and what follows is recorded "
-                    "without its place in it; declare all axes in one, under other names where "
-                    "they cut other tensors",
-                )
-                if known[-1]["axes"] is None:
-                    return
-                axes = None
-            self._noted = None if mesh is None else dict(mesh)
-            # Another thread's tap may have got its number before this one, and got here later.
-            seq = max(seq, known[-1]["seq"]) if known else seq
-            claim.update({"meshes": [*known, {"seq": seq, "axes": axes}]})
+            axes = None
+        self._noted = None if mesh is None else dict(mesh)
+        # Another thread's tap may have got its number before this one, and got here later.
+        seq = max(seq, known[-1]["seq"]) if known else seq
+        claim.update({"meshes": [*known, {"seq": seq, "axes": axes}]})

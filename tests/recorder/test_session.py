@@ -12,10 +12,10 @@ import time
 import pytest
 import torch
 
-from recorder import Recorder, Recording, step, tap
+from recorder import Recorder, Recording, declare_mesh, step, tap
 from recorder.commands import outcome
 from recorder.errors import RecordingExists, UsageError
-from recorder.format import claims
+from recorder.format import claims, disk
 from recorder.format import shard as shard_module
 from recorder.session import from_environment
 from recorder.settings import RecordSettings
@@ -196,6 +196,30 @@ def test_a_restart_adds_an_attempt_and_the_recording_says_which_is_which(run, mo
     again = "of this job .* recorded as rank 0 already; give this process a GRAFT_RANK"
     with pytest.raises(RecordingExists, match=again), Recorder(run):
         pass  # the same attempt again is another process
+
+
+def test_a_close_beside_a_tap_that_notes_its_mesh_is_not_undone(run, monkeypatch):
+    """As on SIGTERM, which closes from a thread, where the disk is slow."""
+    real = disk.replace
+    closing = []
+
+    def slow(path, data, *args, **kwargs):
+        if path.name.startswith("attempt-") and b"meshes" in bytes(data) and not closing:
+            closing.append(threading.Thread(target=recorder.close))
+            closing[0].start()
+            time.sleep(0.3)
+        return real(path, data, *args, **kwargs)
+
+    monkeypatch.setattr(disk, "replace", slow)
+    declare_mesh(tp=(0, 1))
+    recorder = Recorder(run)
+    with recorder:
+        tap("x", torch.ones(4), dims="a[tp]")
+        closing[0].join()
+    declare_mesh()
+    back = Recording.open(run)
+    assert [c["state"] for c in back.claims()] == ["complete"]
+    assert back.load(0, "x").sum() == 4
 
 
 def test_a_second_recorder_of_one_process_is_told_so(run, capsys):

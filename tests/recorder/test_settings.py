@@ -112,6 +112,10 @@ def test_text_means_the_same_as_argument_and_as_variable(settings: type[Settings
     ("settings", "name", "wrong"),
     [
         (RecordSettings, "level", "some"),
+        (RecordSettings, "level", None),
+        (RecordSettings, "staging", None),
+        (ReplaySettings, "on_error", None),
+        (ReplaySettings, "step_offset", None),
         (RecordSettings, "keep_last", "0"),
         (RecordSettings, "keep_last", True),
         (RecordSettings, "max_bytes", "much"),
@@ -132,12 +136,12 @@ def test_a_wrong_value_is_refused_as_argument_and_as_variable(settings, name, wr
             settings.from_variables({option.variable: wrong})
 
 
-@pytest.mark.parametrize("text", ["true", "no", "2", " 1"])
+@pytest.mark.parametrize("text", ["treu", "2", "10"])
 @pytest.mark.parametrize("name", ["strict", "check"])
-def test_a_flag_s_variable_is_0_or_1(name, text):
+def test_a_flag_s_variable_is_yes_or_no(name, text):
     with pytest.raises(UsageError, match="give 1 for yes, or 0 for no"):
         ReplaySettings.from_variables({f"GRAFT_REPLAY_{name.upper()}": text})
-    for given, meant in (("1", True), ("0", False)):
+    for given, meant in (("1", True), ("0", False), ("true", True), ("No", False), ("ON", True)):
         settings = ReplaySettings.from_variables({f"GRAFT_REPLAY_{name.upper()}": given})
         assert getattr(settings, name) is meant
 

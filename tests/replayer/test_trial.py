@@ -6,11 +6,13 @@ import sys
 import threading
 
 import pytest
+import torch
 
-from recorder import Recording
+from recorder import Recording, tap
 from recorder.commands.outcome import recorded
-from recorder.errors import RecordingExists, UsageError
+from recorder.errors import DamagedRecording, RecordingExists, UsageError
 from recorder.settings import RecordSettings
+from replayer import trial as trial_module
 from replayer.settings import ReplaySettings
 from replayer.trial import replayed
 
@@ -56,6 +58,29 @@ def test_a_trial_tells_the_command_s_status_from_its_own(command, run):
     assert (trial.command_status, trial.status, trial.problems) == (7, 7, ())
     outcome = recorded(run.with_name("other"), RecordSettings(), command(2, 9))
     assert (outcome.command_status, outcome.status, outcome.problems) == (9, 9, ())
+
+
+@pytest.mark.parametrize("words", [[], [""]])
+def test_no_command_is_refused_before_anything_is_made(run, tmp_path, record, words):
+    with pytest.raises(UsageError, match="no command to run"):
+        recorded(run, RecordSettings(), words)
+    assert not run.exists()
+    baseline = record(lambda rank: tap("x", torch.ones(2)))
+    with pytest.raises(UsageError, match="no command to run"):
+        replayed(baseline, tmp_path / "out", ReplaySettings(), words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_log_that_cannot_be_read_is_the_one_reason(command, run, monkeypatch):
+    recorded(run, RecordSettings(), command(1))
+
+    def damaged(folder):
+        raise DamagedRecording("rank-00000.parquet", "it is cut short")
+
+    monkeypatch.setattr(trial_module, "read_log", damaged)
+    trial = replayed(Recording.open(run), None, ReplaySettings(), command(5))
+    assert trial.status == 3 and trial.notes == () and len(trial.problems) == 1
+    assert "cut short" in trial.problems[0] and trial.log.is_empty()
 
 
 def test_what_the_target_computed_is_recorded_beside(command, run, tmp_path):
