@@ -32,7 +32,7 @@ from ..pairing.tensors import Two
 from ..rules import Rules, Threshold, floors_of
 from .columns import COLUMNS, OUTCOMES, DiffRow, rows_of
 from .indices import MOST_INDICES
-from .nothing import why_nothing
+from .nothing import over_nothing, why_nothing
 from .spread import ALONE, gathered, group, launched, share
 from .table import assembled, base_of, fingerprint, tasks_of, values_of
 from .work import MEMORY, Crew, Options, Task
@@ -61,6 +61,8 @@ class Diff:
         is_damaged: whether a tensor could not be read.
         is_incomplete: whether ranks ended early whose records nothing else would miss.
         why_nothing: why no pair has a record on both sides, "" where one has.
+        over_nothing: the rows that are equal or close although no number was compared, with
+            `empty`: for want of elements, else since all are NaN.
     """
 
     a: Recording
@@ -73,6 +75,7 @@ class Diff:
     is_damaged: bool
     is_incomplete: bool
     why_nothing: str
+    over_nothing: pl.DataFrame = field(repr=False)
     _crew: Crew = field(repr=False)
     _tasks: Mapping[int, Task] = field(repr=False)
 
@@ -122,9 +125,10 @@ class Diff:
 
     @property
     def status(self) -> int:
-        """0 where all pairs are within tolerance, 1 where not or where nothing matched.
+        """0 where all pairs are within tolerance, 1 where not or where nothing was compared.
 
-        It is 2 where a tensor could not be read.
+        Nothing was where no pair matched, or where none of them has a number. It is 2 where a
+        tensor could not be read.
         """
         if self.is_damaged:
             return 2
@@ -133,7 +137,7 @@ class Diff:
             bad = [name for name in bad if name not in _MISSING]
         wrong = self.pairs.filter(pl.col("outcome").is_in(bad)).height
         wrong += self.is_incomplete and not self.is_missing_fine
-        return 0 if self.compared and not wrong else 1
+        return 0 if self.compared > self.over_nothing.height and not wrong else 1
 
     def tensors(self, row: Mapping[str, Any]) -> Two | None:
         """Return both sides' tensors of a pair's row, put together as they were compared.
@@ -250,6 +254,7 @@ def diff(
         run_a.world_size != run_b.world_size
         and bool(pairs.skipped or run_a.incomplete() or run_b.incomplete()),
         "",
+        over_nothing(pairs, found.table),
         Crew(pairs, options),
         {task.pair: task for task in found.tasks},
     )

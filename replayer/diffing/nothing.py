@@ -1,4 +1,4 @@
-"""Why nothing matched, and what to try."""
+"""Why nothing matched, and what to try; what is equal over nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from recorder.format.rows import parse_tags
 from recorder.tags import label
 
 from ..pairing.pairs import Pairs
+from .bounds import numel_of
 
 
 def why_nothing(pairs: Pairs, filter: Filter | None) -> str:
@@ -40,6 +41,29 @@ def why_nothing(pairs: Pairs, filter: Filter | None) -> str:
         f"nothing matched: {'; '.join(facts)}; see --rename, --match-on and --step-offset, and "
         "graft ls"
     )
+
+
+def over_nothing(pairs: Pairs, table: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows that are equal or close although no number was compared.
+
+    Args:
+        pairs: what belongs together.
+        table: the diff's.
+
+    Returns:
+        The rows of tensors that have no element, or only NaN, with `empty`, whether it is the
+        former. Where statistics are not known, a tensor is taken to hold numbers.
+    """
+    rows = pairs.a.frame.filter(pl.col("kind") != "value")
+    rows = rows.with_columns(n=numel_of(rows["shape"]))
+    keys = rows.group_by("key").agg(
+        empty=(pl.col("n") == 0).all(),
+        nothing=((pl.col("n") == 0) | (pl.col("nan_count") == pl.col("n"))).fill_null(False).all(),
+    )
+    numbered = pairs.table.with_row_index("pair").select(pl.col("pair").cast(pl.Int64), "key")
+    wanted = numbered.join(keys.filter("nothing"), on="key").select("pair", "empty")
+    good = table.filter(pl.col("by").is_null() & pl.col("outcome").is_in(["equal", "close"]))
+    return good.join(wanted, on="pair", maintain_order="left")
 
 
 def _some(names: Sequence[str]) -> str:

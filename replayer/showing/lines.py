@@ -112,6 +112,7 @@ def lines(diff: Diff) -> list[str]:
     found.append(f"{count(diff.compared, 'pair')}: {', '.join([*outcomes, *sides])}")
     if not diff.compared:
         return found[:2] if not sides else found
+    found += _over_nothing(diff.over_nothing)
     for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
         row = diff.first(how)
         if row is None:
@@ -138,6 +139,16 @@ def lines(diff: Diff) -> list[str]:
             first = next(rows_of(rows))
             found.append(f"{words}: {rows.height}, the first {title(first)}{_why(words, first)}")
     return found
+
+
+def _over_nothing(rows: pl.DataFrame) -> list[str]:
+    if not rows.height:
+        return []
+    empty = int(rows["empty"].sum())
+    kinds = ((empty, "no element"), (rows.height - empty, "only NaN"))
+    facts = " and ".join(f"{what} in {n}" for n, what in kinds if n)
+    first = title(next(rows_of(rows)))
+    return [f"no number was compared in {count(rows.height, 'pair')}: {facts}, the first {first}"]
 
 
 def _why(words: str, row: DiffRow) -> str:

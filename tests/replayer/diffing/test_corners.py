@@ -469,3 +469,41 @@ def test_a_failure_that_nobody_foresaw_is_its_pair_s_row(held, monkeypatch):
     assert found.pairs["outcome"].to_list() == ["differs", "error"]
     assert found.pairs["message"][1] == "not compared: RuntimeError: no kernel for this"
     assert found.status == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"manifest_only": True}])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [(torch.full((4, 2), float("nan")), "only NaN"), (torch.ones(0, 3), "no element")],
+    ids=["nan", "empty"],
+)
+def test_green_over_nothing_is_said_and_is_not_green(held, value, what, how):
+    found = held(each([value, value]), each([value, value]), **how)
+    assert found.counts()["equal"] == 2 and found.status == 1
+    assert (
+        f"no number was compared in 2 pairs: {what} in 2, the first v i=0 step=0 rank=0"
+        in lines(found)
+    )
+    beside = held(each([value, X]), each([value, X]), **how)
+    assert beside.status == 0 and beside.over_nothing["tags"].to_list() == ['{"i":0}']
+    assert f"no number was compared in 1 pair: {what} in 1, the first v i=0 step=0 rank=0" in lines(
+        beside
+    )
+
+
+def test_nan_of_two_dtypes_is_nothing_and_some_numbers_beside_nan_are_something(held):
+    nan = torch.full((3,), float("nan"))
+    assert held(each([nan]), each([nan.bfloat16()])).status == 1
+    some = torch.tensor([float("nan"), 1.0])
+    for found in (held(each([some]), each([some])), held(each(["text"]), each(["text"]))):
+        assert found.status == 0 and found.over_nothing.is_empty()
+
+
+def test_ranks_of_which_some_hold_nothing_hold_something(recorded, tmp_path):
+    def job(rank):
+        tap("h", torch.ones(2 * (1 - rank), 3), dims="t[dp] h")
+
+    meshes = lambda rank: {"dp": (rank, 2)}  # noqa: E731
+    runs = [recorded(tmp_path / name, job, 2, meshes).path for name in "AB"]
+    found = diff(*runs)
+    assert found.over_nothing.is_empty() and found.status == 0
