@@ -193,7 +193,7 @@ def test_a_terminal_sees_progress_and_a_file_does_not(shell):
         """
         import time, torch
         from recorder import tap, step
-        for i in range(15):
+        for i in range(30):
             tap("x", torch.randn(1000), i=i)
             step()
             time.sleep(0.1)
