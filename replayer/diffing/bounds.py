@@ -16,7 +16,7 @@ import torch
 from recorder.bits import why_not_by_value
 
 from ..measuring.measures import tolerances
-from ..rules import slack
+from ..rules import allowance
 
 _SLACK = 1e-9  # of the figures compared: they were rounded themselves
 
@@ -40,7 +40,7 @@ def proven(pairs: pl.DataFrame, rtol: float | None, atol: float | None) -> pl.Da
     table = kinds.with_columns(
         pl.Series("rtol", [r if rtol is None else rtol for r, _ in usual], pl.Float64),
         pl.Series("atol", [a if atol is None else atol for _, a in usual], pl.Float64),
-        pl.Series("each", [slack(r).each for r, _ in usual], pl.Float64),
+        pl.Series("each", [allowance(r).element for r, _ in usual], pl.Float64),
         pl.Series("by_value", [not why_not_by_value(*pair) for pair in dtypes], pl.Boolean),
     )
     joined = pairs.join(

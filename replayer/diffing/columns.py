@@ -7,6 +7,8 @@ from typing import Any, TypedDict, cast
 
 import polars as pl
 
+from ..measuring.measures import Measures
+
 OUTCOMES = ("differs", "shape", "error", "unmeasured", "only_a", "only_b", "close", "equal")
 """From the worst on: `equal` is bit for bit, `close` within tolerance, `unmeasured` other bytes
 whose elements were not read."""
@@ -28,7 +30,10 @@ COLUMNS: dict[str, Any] = {
     "p99": pl.Float64, "p999": pl.Float64, "max_ulp": pl.Int64,
     "l2_a": pl.Float64, "l2_b": pl.Float64, "nan_a": pl.Int64,
     "nan_b": pl.Int64, "inf_a": pl.Int64, "inf_b": pl.Int64,
-    "odd_at": pl.List(pl.Int64), "at_least": pl.Float64,
+    "odd_at": pl.List(pl.Int64), "error": pl.Float64, "error_extreme": pl.Float64,
+    "error_row": pl.Float64, "error_row_at": pl.List(pl.Int64), "error_typical": pl.Float64,
+    "error_element": pl.Float64, "factor": pl.Float64, "offset": pl.Float64,
+    "fits_at": pl.List(pl.Int64), "growth": pl.Float64, "at_least": pl.Float64,
     "floor_rel_diff": pl.Float64, "floor_max_abs": pl.Float64, "times_floor": pl.Float64,
     "value_a": pl.String, "value_b": pl.String, "message": pl.String,
 }  # fmt: skip
@@ -98,6 +103,16 @@ class DiffRow(TypedDict, total=False):
     inf_a: int | None
     inf_b: int | None
     odd_at: list[int] | None
+    error: float | None
+    error_extreme: float | None
+    error_row: float | None
+    error_row_at: list[int] | None
+    error_typical: float | None
+    error_element: float | None
+    factor: float | None
+    offset: float | None
+    fits_at: list[int] | None
+    growth: float | None
     at_least: float | None
     floor_rel_diff: float | None
     floor_max_abs: float | None
@@ -116,6 +131,28 @@ def row_of(*parts: Mapping[str, Any]) -> DiffRow:
     for part in parts:
         row.update(part)
     return cast(DiffRow, row)
+
+
+def figures_of(found: Measures) -> DiffRow:
+    """Return what was measured of a pair as a part of its row."""
+    figures = {name: value for name, value in vars(found).items() if name != "profile"}
+    where = found.profile
+    if where is None:
+        return row_of(figures)
+    return row_of(
+        figures,
+        {
+            "error": where.whole,
+            "error_extreme": where.extreme,
+            "error_row": where.row,
+            "error_row_at": None if where.row_at is None else list(where.row_at),
+            "error_typical": where.typical,
+            "error_element": where.element,
+            "factor": where.factor,
+            "offset": where.offset,
+            "fits_at": None if where.along is None else list(where.along),
+        },
+    )
 
 
 def rows_of(table: pl.DataFrame) -> Iterator[DiffRow]:

@@ -19,9 +19,10 @@ from recorder.format.schema import STATISTICS, ManifestRow
 
 from ..measuring.measures import measure
 from ..pairing.pairs import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
-from ..rules import Rules
+from ..rules import History, Rules, odd_place
 from . import bounds
-from .columns import COLUMNS, DiffRow, row_of
+from .columns import COLUMNS, DiffRow, figures_of, row_of
+from .indices import dims_called
 from .work import Task
 
 _UNALIGNED = (
@@ -138,7 +139,7 @@ def _of_values(one: str | None, other: str | None) -> DiffRow:
         return {"bitwise": False, "numel": len(x), "changed": wrong, "mismatched": wrong}
     numbers = (torch.tensor(v, dtype=torch.float64, device="cpu") for v in (x, y))
     tolerance = 0.0 if kinds == {int} else None
-    found = vars(measure(*numbers, rtol=tolerance, atol=tolerance))
+    found = figures_of(measure(*numbers, rtol=tolerance, atol=tolerance))
     nowhere = dict.fromkeys(("max_abs_at", "max_rel_at", "max_beyond_at", "odd_at"))
     return row_of(found, {"bitwise": False}, nowhere)
 
@@ -275,20 +276,29 @@ def _with_columns(part: pl.DataFrame) -> pl.DataFrame:
 
 
 def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> pl.DataFrame:
-    """Return measured rows as a table, each with its outcome."""
+    """Return measured rows as a table, each with its outcome, judged in the order of execution."""
+    measured = sorted(measured, key=lambda row: row["pair"])
     numbers = pl.Series([row["pair"] for row in measured], dtype=pl.UInt32)
     about = table.select("name", "tags", "kind", "step", "rank")[numbers]
     parsed: dict[str, Mapping[str, Any]] = {}
-    rows = []
+    rows: list[DiffRow] = []
+    history = History()
+    whole: DiffRow = {}
     for row, known in zip(measured, about.iter_rows(named=True), strict=True):
         tags = parsed.get(known["tags"])
         if tags is None:
             tags = parsed[known["tags"]] = parse_tags(known["tags"])
         row = row_of(known, row)
-        judged = row_of(row, _outcome(row, tags, rules))
+        if row.get("by") is not None:
+            found = _outcome(row, tags, rules)
+            if _is_where(row, whole):
+                found["outcome"] = "differs"
+            rows.append(row_of(row, found))
+            continue
+        whole = row_of(row, _outcome_after(row, tags, rules, history))
         if row.get("parts"):
-            judged["ranks_differ"] = _ranks_that_differ(judged, tags, rules)
-        rows.append(judged)
+            whole["ranks_differ"] = _ranks_that_differ(whole, tags, rules)
+        rows.append(whole)
     own = {*table.columns} - {*_REPLACED}
     schema = {**{c: t for c, t in COLUMNS.items() if c not in own}, "pair": pl.UInt32}
     made: list[Mapping[str, Any]] = [*rows]
@@ -306,6 +316,31 @@ def _outcome(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> DiffRow:
         return row_of({"outcome": "equal"}, floor)
     within = rules.is_within(row_of(row, floor), tags)
     return row_of({"outcome": "close" if within else "differs"}, floor)
+
+
+def _outcome_after(
+    row: DiffRow, tags: Mapping[str, Any], rules: Rules, history: History
+) -> DiffRow:
+    """Return a pair's outcome as the pairs before it have it, and take it in among them."""
+    found = _outcome(row, tags, rules)
+    if found["outcome"] not in ("close", "differs"):
+        return found
+    if found["outcome"] == "differs" and rules.is_within(
+        row_of(row, found), tags, history.known(row)
+    ):
+        found |= {"outcome": "close", "growth": history.growth(row)}
+    judged = row_of(row, found)
+    history.add(judged, found["outcome"] == "close", rules.goes_by_rounding(judged))
+    return found
+
+
+def _is_where(row: DiffRow, whole: DiffRow) -> bool:
+    """Whether an index is in the place by which the whole pair is known to be no rounding."""
+    place = odd_place(whole) if whole.get("outcome") == "differs" else None
+    dim = dims_called(row["by"] or "", row["dim_names"] or ())
+    if place is None or dim is None or row["bitwise"]:
+        return False
+    return place[dim] in (-1, row["index"])
 
 
 def _ranks_that_differ(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> list[int]:

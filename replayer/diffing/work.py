@@ -24,12 +24,11 @@ from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
 
-from ..measuring.chunks import Map
 from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
 from ..pairing.blocks import by_layout
 from ..pairing.pairs import LAYOUT, Pairs
 from ..pairing.tensors import Two, by_rank
-from .columns import DiffRow, row_of
+from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
 
 MEMORY = 2 << 30
@@ -147,7 +146,7 @@ class Crew:
             found: list[DiffRow] = []
             try:
                 for two in self.twos(task):
-                    found += self._measured(two, run)
+                    found += self._measured(two, task.a[0]["kind"] == "grad", run)
             except Exception as err:  # one pair's failure is that pair's row, whatever it is
                 found.append(_failed(err))
         self._options.progress(task.nbytes)
@@ -164,13 +163,19 @@ class Crew:
         plans = self._of_thread.__dict__.setdefault("plans", ({}, {}))
         yield from by_layout(a, task.a, b, task.b, check=check, plans=plans)
 
-    def _measured(self, two: Two | LayoutError, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
+    def _measured(
+        self, two: Two | LayoutError, is_gradient: bool, run: Callable[..., Iterator[Any]]
+    ) -> list[DiffRow]:
         if isinstance(two, LayoutError):
             return [_failed(two)]
         rtol, atol = self._options.rtol, self._options.atol
         # Threads are for what is large; small pairs are done side by side as they are.
         how = run if two.a.numel() > SEGMENT else map
-        found = measure(two.a, two.b, rtol=rtol, atol=atol, run=how)
+
+        def figures(a: torch.Tensor, b: torch.Tensor) -> Measures:
+            return measure(a, b, rtol=rtol, atol=atol, is_gradient=is_gradient, run=how)
+
+        found = figures(two.a, two.b)
         places = {
             name: _unravelled(getattr(found, name), two.a.shape)
             for name in ("max_beyond_at", "odd_at", "max_abs_at", "max_rel_at")
@@ -185,9 +190,9 @@ class Crew:
             "shape_a": list(two.a.shape),
             "dim_names": list(two.dim_names),
             "message": two.note,
-            "parts": [] if found.bitwise else list(_parts(two, found, how)),
+            "parts": [] if found.bitwise else list(_parts(two, figures)),
         }
-        row = row_of(vars(found), places, about)
+        row = row_of(figures_of(found), places, about)
         rows = [row]
         if self._options.by is not None and not found.bitwise:
             rows += rows_of_index(two, self._options.by, found, row)
@@ -227,15 +232,17 @@ def _unravelled(index: int | None, shape: Sequence[int]) -> list[int] | None:
     return found[::-1]
 
 
-def _parts(two: Two, found: Measures, run: Map) -> Iterator[tuple[list[int], DiffRow]]:
+def _parts(
+    two: Two, figures: Callable[[torch.Tensor, torch.Tensor], Measures]
+) -> Iterator[tuple[list[int], DiffRow]]:
     """Yield what each of the target's ranks holds: the ranks, and the figures of that part."""
     parts = list(two.parts())
     for ranks, one, other in parts:
         if len(parts) == 1:
             yield ranks, {"is_same": False}
             return
-        part = measure(one, other, rtol=found.rtol, atol=found.atol, run=run)
-        yield ranks, row_of(vars(part), {"is_same": part.bitwise})
+        part = figures(one, other)
+        yield ranks, row_of(figures_of(part), {"is_same": part.bitwise})
 
 
 def _first_other_bits(two: Two) -> list[int] | None:

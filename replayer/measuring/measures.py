@@ -26,11 +26,13 @@ max_ulp       greatest distance in units in the last place (Goldberg, "What Ever
               greatest difference; at most 2^63 - 1
 nan_a nan_b   elements NaN on that side alone; inf_a and inf_b: infinite on that side and not the
               same infinity on the other; odd_at is the first such element
+profile       where the error lies, see `profile`; None of what is exact, and where no element is
+              more than one step off
 
 1. Both tensors are cut into segments of the same size on any machine; `chunks.scan` does each, on
    several threads where there are some.
 2. `_merged` adds the segments' figures up, in order.
-3. `quantiles.percentiles` goes over them again.
+3. `quantiles.percentiles` goes over them again, and `profile` once more.
 """
 
 from __future__ import annotations
@@ -48,12 +50,14 @@ from recorder.bits import as_bits, has_statistics, why_not_by_value
 
 from .chunks import Figures, Map, Pair, Scanned, scan
 from .elements import apart, as_numbers, widened
+from .profile import Profile, profile
 from .quantiles import percentiles
 
 SEGMENT = 1 << 22
 """Elements that one thread does at a time."""
 _CANCELLED = 1e-5  # of the mean |y - x|; a bias below that is added up again, exactly
 _SUM_CHUNK = 1 << 18
+_SIXTEEN = torch.finfo(torch.float16).eps
 
 # torch.testing.assert_close: rtol, atol; others 0, 0
 _TOLERANCES = {
@@ -102,6 +106,7 @@ class Measures:
     nan_b: int = 0
     inf_a: int = 0
     inf_b: int = 0
+    profile: Profile | None = None
 
 
 class Incomparable(TypeError):
@@ -114,12 +119,24 @@ def tolerances(a: torch.dtype, b: torch.dtype) -> tuple[float, float]:
     return max(rtol for rtol, _ in pairs), max(atol for _, atol in pairs)
 
 
+def units(a: torch.dtype, b: torch.dtype) -> tuple[float, float]:
+    """Return, of the coarser of two dtypes, the unit of rounding, and of a factor that is none.
+
+    The latter is the unit of 16 bits, which is rounded to by every operation; wider floats may have
+    been computed with less than they can hold, as torch's tolerances take it.
+    """
+    floats = [t for t in (a, b) if t.is_floating_point or t.is_complex]
+    eps = max(torch.finfo(t).eps for t in floats)
+    return eps, max(eps, tolerances(a, b)[0] if eps < _SIXTEEN else 0.0)
+
+
 def measure(
     a: torch.Tensor,
     b: torch.Tensor,
     *,
     rtol: float | None = None,
     atol: float | None = None,
+    is_gradient: bool = False,
     run: Map = map,
 ) -> Measures:
     """Compare two tensors on the CPU.
@@ -129,6 +146,7 @@ def measure(
         b: the target's, of the same shape; of another dtype it is compared by value.
         rtol: relative tolerance; by default torch's for the pair of dtypes.
         atol: absolute tolerance, likewise.
+        is_gradient: whether they are gradients, whose rows are sums of larger numbers.
         run: like `map`, over segments of the tensors, perhaps on several threads.
 
     Raises:
@@ -158,6 +176,10 @@ def measure(
     changed = int(sum(figure.changed for figure in figures))
     if not same and not changed:
         bitwise = all(run(_same_signs, segments))
+    merged = _merged(segments, figures, parts, run)
+    is_rounded = a.dtype in _TOLERANCES or b.dtype in _TOLERANCES
+    if changed and is_rounded and merged.get("max_ulp", 0) > 1:
+        merged["profile"] = profile(a, b, *units(a.dtype, b.dtype), is_gradient=is_gradient)
     return Measures(
         a.numel(),
         rtol,
@@ -170,7 +192,7 @@ def measure(
         inf_a=sum(figure.inf_a for figure in figures),
         inf_b=sum(figure.inf_b for figure in figures),
         odd_at=next((int(figure.odd_at) for figure in figures if figure.odd_at >= 0), None),
-        **_merged(segments, figures, parts, run),
+        **merged,
     )
 
 

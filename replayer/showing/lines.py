@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ _DROPPED = ("p99", "cosine", "mismatched", "max_abs", "times_floor")
 """Columns that a narrow terminal goes without, the first of them first."""
 _BY_ROWS = 5
 _LONG = 60  # characters of a value
+_OUTSTANDING = 4.0  # times the median row's error
 
 
 def title(row: DiffRow) -> str:
@@ -65,6 +66,7 @@ def figures(row: DiffRow) -> str:
     facts.append(f"{row['mismatched']} of {count(row['numel'], 'element')} beyond tolerance")
     if row["max_beyond_at"] not in (None, row["max_abs_at"]):
         facts[-1] += f", the farthest by {_text(row['max_beyond'])} at {row['max_beyond_at']}"
+    facts += filter(None, [shape_of_error(row)])
     odd = [
         f"{n} {what} alone"
         for n, what in (
@@ -88,6 +90,38 @@ def figures(row: DiffRow) -> str:
     if row["message"]:
         facts.append(row["message"])
     return ", ".join(facts)
+
+
+def shape_of_error(row: DiffRow) -> str:
+    """Say by what a pair is known to be no rounding, "" where its size alone tells."""
+    if row["outcome"] != "differs":
+        return ""
+    if row["fits_at"] is not None:
+        factor, offset = row["factor"], row["offset"]
+        what = f"B is A {offset:+.4g}" if factor is None else f"B is {_factor(factor)} x A"
+        return what + _place(row["fits_at"], row["dim_names"])
+    if row["error_row_at"] is None or row["error_row"] is None or len(row["error_row_at"]) < 2:
+        return ""
+    typical = row["error_typical"] or 0.0
+    if row["error_row"] < _OUTSTANDING * typical:
+        return ""
+    where = _place(row["error_row_at"], row["dim_names"])
+    return f"the error{where} is {row['error_row']:.3g} of its size, that of others {typical:.2g}"
+
+
+def _factor(factor: float) -> str:
+    return f"{factor:.4f}" if abs(factor - 1) >= 1e-3 else f"{factor:.9f}".rstrip("0")
+
+
+def _place(at: Sequence[int], names: Sequence[str] | None) -> str:
+    """Say which part of a tensor is meant: `at` is an index, -1 for whole dims."""
+    dims = [i for i, index in enumerate(at) if index >= 0]
+    called = [str(i) if names is None else names[i] for i in dims]
+    if not dims:
+        return ""
+    if len(dims) == 1:
+        return f" at index {at[dims[0]]} of dim {called[0]}"
+    return f" at {[at[i] for i in dims]} of dims {', '.join(called)}"
 
 
 def _short(text: str | None) -> str:
@@ -125,6 +159,7 @@ def lines(diff: Diff) -> list[str]:
             same = how == "tolerance" and row["first"] == "both"
             facts = "the same" if same else figures(row)
             found.append(f"first divergence {words}: {title(row)}: {facts}")
+    found += _accumulated(diff)
     apart = pl.col("dtype_a") != pl.col("dtype_b")
     for words, which in (
         ("only in A", pl.col("outcome") == "only_a"),
@@ -139,6 +174,20 @@ def lines(diff: Diff) -> list[str]:
             first = next(rows_of(rows))
             found.append(f"{words}: {rows.height}, the first {title(first)}{_why(words, first)}")
     return found
+
+
+def _accumulated(diff: Diff) -> list[str]:
+    rows = diff.pairs.filter(pl.col("growth").is_not_null()).sort(
+        "growth", descending=True, maintain_order=True
+    )
+    if not rows.height:
+        return []
+    most = next(rows_of(rows))
+    return [
+        f"rounding accumulates in {count(rows.height, 'pair')} without a jump: by at most "
+        f"{most['growth']:.3g}x from one to the next, at {title(most)}; to be sure, give --floor a "
+        "second run of A, or replay with everything grafted"
+    ]
 
 
 def _over_nothing(rows: pl.DataFrame) -> list[str]:
@@ -170,6 +219,7 @@ def print_diff(diff: Diff, width: int, limit: int) -> None:
     _print_cells(console, cells, width)
     if rows.height > limit:
         console.print(f"... and {count(rows.height - limit, 'more pair')}, not equal; see --limit")
+    _print_shapes(console, rows.head(limit))
     _print_by(console, diff, rows.head(_BY_ROWS))
 
 
@@ -203,6 +253,18 @@ def _cells(row: DiffRow) -> dict[str, str]:
         "NaN Inf": str(odd) if odd else "",
         "times_floor": _cell(row["times_floor"]),
     }
+
+
+def _print_shapes(console: Console, rows: pl.DataFrame) -> None:
+    """Print, of some pairs, by what they are known to be no rounding; not of the first, again."""
+    first = pl.col("first").is_in(["both", "tolerance"]).fill_null(False)
+    told = [(row, shape_of_error(row)) for row in rows_of(rows.filter(~first))]
+    told = [(row, text) for row, text in told if text]
+    for row, text in told[:_BY_ROWS]:
+        console.print(printable(f"{title(row)}: {text}"), soft_wrap=True)
+    if len(told) > _BY_ROWS:
+        more = count(len(told) - _BY_ROWS, "more pair")
+        console.print(f"... the like of {more}; see factor and error_row of --json")
 
 
 def _share(part: float) -> str:

@@ -22,7 +22,7 @@ from ..diffing.diff import Diff, worst_first
 from ..measuring.by import measure_rows
 from ..measuring.elements import as_numbers
 from ..pairing.tensors import Two
-from .lines import lines, rows_by
+from .lines import lines, rows_by, shape_of_error
 from .output import written
 from .page import render
 
@@ -107,7 +107,7 @@ def _row(row: DiffRow) -> PageData:
         "nan": (row["nan_a"] or 0) + (row["nan_b"] or 0),
         "inf": (row["inf_a"] or 0) + (row["inf_b"] or 0),
         "where": _where(row),
-        "message": row["message"] or "",
+        "message": "; ".join(filter(None, [shape_of_error(row), row["message"]])),
         "ranks_differ": row["ranks_differ"] or [],
     }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from replayer.diffing.bounds import proven
-from replayer.rules import Rules, Threshold, floors_of, slack
+from replayer.rules import Rules, Threshold, allowance, floors_of
 
 # The noise floor
 
@@ -85,7 +85,7 @@ def test_not_over_a_measure_that_there_is_none_of_does_not_hold():
 # What statistics prove
 
 STATISTICS = {"min": 1.0, "max": 1.0, "mean": 1.0, "std": 0.0, "l2": 2.0}  # of four ones
-FLOAT32 = 1e-5 + 1.3e-6 + slack(1.3e-6).each  # how far off one of them may be
+FLOAT32 = 1e-5 + 1.3e-6 + allowance(1.3e-6).element  # how far off one of them may be
 
 
 def judged(rtol=None, atol=None, dtype="float32", **other):
@@ -128,7 +128,7 @@ def test_tolerances_that_are_given_leave_no_room_for_rounding(tolerances, edge):
 
 
 def test_sixteen_bits_may_be_further_off():
-    edge = 1e-5 + 1.6e-2 + slack(1.6e-2).each
+    edge = 1e-5 + 1.6e-2 + allowance(1.6e-2).element
     assert judged(dtype="bfloat16", max=1.0 + 0.999 * edge)[1] is False
     assert judged(dtype="bfloat16", max=1.0 + 1.001 * edge)[1] is True
 
