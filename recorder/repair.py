@@ -72,11 +72,13 @@ def repair(
 def _write_rank(
     out: Path, found: RankReport, identity: str, about: Description, access: Access
 ) -> int:
-    """Write one rank's whole records, each attempt as it was."""
+    """Write one rank's whole records, each attempt as it was; nothing where there is nothing."""
+    if not found.whole and not set(found.claims) - found.foreign:
+        return 0
     folder = out / rank_folder(found.rank)
     disk.make_folder(folder, access)
     written = 0
-    attempts = {stored.row["attempt"] for stored in found.whole} | set(found.claims) or {0}
+    attempts = {stored.row["attempt"] for stored in found.whole} | set(found.claims)
     for attempt in sorted(attempts - found.foreign):
         store = Store(folder, attempt, Limits(access=access))
         kept = (stored for stored in found.whole if stored.row["attempt"] == attempt)

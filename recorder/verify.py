@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .format.shard import Place, read_header
 from .tags import label
 
 _PIECE = 4 << 20
+_LISTINGS = 8  # of a folder that parts leave while they are checked
 
 
 @dataclass(frozen=True)
@@ -153,9 +154,12 @@ class _RankCheck:
 
     def run(self, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> RankReport:
         self._read_claims()
-        is_ring = any(claim.get("keep_last") for claim in self._report.claims.values())
+        rings = [claim for claim in self._report.claims.values() if claim.get("keep_last")]
+        if any(claim.get("state") == "running" for claim in rings):
+            self._check_live_ring(pool, progress)
+            return self._report
         parts = self._try(
-            self._folder, lambda: parts_of(self._report.rank, self._folder, is_ring=is_ring)
+            self._folder, lambda: parts_of(self._report.rank, self._folder, is_ring=bool(rings))
         )
         if parts is None:  # a shard has lost its part of the manifest; the others are left
             parts = parts_of(self._report.rank, self._folder, is_ring=True)
@@ -163,6 +167,24 @@ class _RankCheck:
             self._check_part(part, pool, progress)
         self._check_count()
         return self._report
+
+    def _check_live_ring(self, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> None:
+        """Check what a ring holds that is perhaps being written: a part that goes is none."""
+        seen: set[tuple[int, int]] = set()
+        for _ in range(_LISTINGS):
+            parts = parts_of(self._report.rank, self._folder, is_ring=True)
+            new = [part for part in parts if (part.attempt, part.index) not in seen]
+            seen |= {(part.attempt, part.index) for part in new}
+            report, gone = self._report, False
+            for part in new:
+                before = replace(report, problems=[*report.problems], whole=[*report.whole])
+                self._check_part(part, pool, progress)
+                sealed = replace(part, is_sealed=True)
+                if not part.path.exists() and not sealed.path.exists():
+                    vars(report).update(vars(before))
+                    gone = True
+            if not gone:
+                return
 
     def _read_claims(self) -> None:
         for number, path in attempt_files(self._folder):

@@ -156,10 +156,10 @@ def print_taps(recording: Recording, rows: pl.DataFrame, found: list[Tap], width
     """Print a recording's head line and one line per tap."""
     console = console_of(width)
     claims = recording.claims()
-    open_ranks = [str(c["rank"]) for c in claims if c.get("state") in ("running", "killed")]
-    state = f", not closed on rank {' '.join(open_ranks)}" if open_ranks else ""
+    open_ranks = sorted(c["rank"] for c in claims if c.get("state") in ("running", "killed"))
+    state = f", not closed on rank {span(open_ranks)}" if open_ranks else ""
     missing = sorted(set(range(recording.world_size)) - set(recording.ranks))
-    absent = f", nothing from rank {' '.join(map(str, missing))}" if missing else ""
+    absent = f", nothing from rank {span(missing)}" if missing else ""
     attempts = max((c["attempt"] for c in claims), default=0)
     again = f", restarted {count(attempts, 'time')}" if attempts else ""
     drops = [c["dropped"] for c in claims if isinstance(c.get("dropped"), int)]

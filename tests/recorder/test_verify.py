@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from recorder import Recorder, Recording, step, tap
+from recorder import Recorder, Recording, step, tap, verify
 from recorder.errors import RecordingError
 from recorder.repair import repair
 from recorder.verify import Checker
@@ -213,3 +213,37 @@ def test_a_repaired_recording_opens_whatever_its_meshes_were(run, tmp_path, mesh
     claim.write_text(json.dumps({**json.loads(claim.read_text()), "meshes": meshes}))
     assert repair(Checker(run, keep=True), tmp_path / "out", lambda report: None) == 1
     assert Recording.open(tmp_path / "out").rows().height == 1
+
+
+def test_what_a_ring_lets_go_of_while_it_is_checked_is_no_damage(run, monkeypatch):
+    monkeypatch.setattr("recorder.writing.store._RING_BYTES", 1)  # a shard for each step
+    with Recorder(run, keep_last=4):
+        for s in range(4):
+            tap("x", torch.full((40_000,), float(s)))
+            step()
+    claim = run / "rank-00000" / "attempt-0.json"
+    claim.write_text(json.dumps({**json.loads(claim.read_text()), "state": "running"}))
+    folder, real, gone = claim.parent, verify.read_part, []
+
+    def read(part):
+        if not gone:  # the writer drops the oldest, and seals nothing new
+            gone.append(part)
+            for path in folder.glob(f"{part.path.stem}.*"):
+                path.unlink()
+        return real(part)
+
+    monkeypatch.setattr(verify, "read_part", read)
+    (report,) = Checker(run).ranks()
+    assert gone and report.problems == [] and report.damaged == 0
+    monkeypatch.setattr(verify, "read_part", real)
+    last = sorted(folder.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    assert [problem.fact[:16] for problem in problems(run)] == ["its shard ends a"]
+
+
+def test_a_rank_without_anything_is_not_there_in_the_repaired_recording(made, tmp_path):
+    for rank in (2, 3):
+        (made.path / f"rank-{rank:05d}").mkdir()
+    out = tmp_path / "out"
+    assert repair(Checker(made.path, keep=True), out, lambda report: None)
+    assert sorted(p.name for p in out.glob("rank-*")) == ["rank-00000", "rank-00001"]
