@@ -23,7 +23,7 @@ import xxhash
 from .errors import DamagedRecording, MixedRecordings, RecordingError, UnsupportedVersion
 from .format import disk
 from .format.claims import ClaimData, attempt_files, check_claim, read_claim
-from .format.members import rank_folders
+from .format.members import LINKED, linked_folders, own_folders
 from .format.parts import Part, Places, parts_of, read_part, shard_path
 from .format.payload import parse_dtype
 from .format.rows import parse_tags, rows_of
@@ -126,7 +126,7 @@ class Checker:
         """Bytes of the shards there are: about what there is to be checked."""
         return sum(
             path.lstat().st_blocks * 512
-            for _, folder in rank_folders(self.path)
+            for _, folder in own_folders(self.path)
             for path in folder.iterdir()
             if path.suffix in (".safetensors", ".partial")
         )
@@ -134,7 +134,9 @@ class Checker:
     def ranks(self) -> Iterator[RankReport]:
         """Check the ranks one after the other, and return a report of each."""
         with ThreadPoolExecutor(os.cpu_count() or 1, "graft-verify") as pool:
-            for rank, folder in rank_folders(self.path):
+            for rank, folder in linked_folders(self.path):
+                yield RankReport(rank, problems=[Problem(rank, folder.name, LINKED)])
+            for rank, folder in own_folders(self.path):
                 yield _RankCheck(self.path, rank, folder, self.about, self._keep).run(
                     pool, self.progress
                 )

@@ -15,6 +15,8 @@ from ..errors import DamagedRecording
 from .claims import ClaimData, attempt_files, check_claim, read_claim
 from .schema import RANK_FOLDER, Description, rank_folder
 
+LINKED = "it is a symbolic link, and may lead out of the recording"
+
 
 class Incomplete(NamedTuple):
     """A rank whose records end before those of others, or before it closed them.
@@ -38,16 +40,30 @@ def rank_folders(run: Path) -> list[tuple[int, Path]]:
     Raises:
         DamagedRecording: one is a symbolic link, which may lead anywhere.
     """
-    found = []
-    for path in sorted(run.iterdir()):
-        match = RANK_FOLDER.fullmatch(path.name)
-        if match and path.name != rank_folder(int(match[1])):
-            continue  # another name for a rank that has one
-        if match and path.is_symlink():
-            raise DamagedRecording(path, "it is a symbolic link, and may lead out of the recording")
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    for _, path in linked_folders(run):
+        raise DamagedRecording(path, LINKED)
+    return own_folders(run)
+
+
+def own_folders(run: Path) -> list[tuple[int, Path]]:
+    """Return the ranks that have a folder in the recording's own, sorted, and these."""
+    named = _named_folders(run)
+    return [(rank, path) for rank, path in named if not path.is_symlink() and path.is_dir()]
+
+
+def linked_folders(run: Path) -> list[tuple[int, Path]]:
+    """Return the ranks whose folder is a symbolic link, sorted, and these."""
+    return [(rank, path) for rank, path in _named_folders(run) if path.is_symlink()]
+
+
+def _named_folders(run: Path) -> list[tuple[int, Path]]:
+    found = ((RANK_FOLDER.fullmatch(path.name), path) for path in run.iterdir())
+    # Any other name is another one for a rank that has one.
+    return sorted(
+        (int(match[1]), path)
+        for match, path in found
+        if match and path.name == rank_folder(int(match[1]))
+    )
 
 
 def read_claims(run: Path, about: Description) -> list[ClaimData]:

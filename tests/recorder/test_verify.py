@@ -247,3 +247,15 @@ def test_a_rank_without_anything_is_not_there_in_the_repaired_recording(made, tm
     out = tmp_path / "out"
     assert repair(Checker(made.path, keep=True), out, lambda report: None)
     assert sorted(p.name for p in out.glob("rank-*")) == ["rank-00000", "rank-00001"]
+
+
+def test_a_rank_folder_that_is_a_link_is_one_problem_among_others(made, tmp_path):
+    (made.path / "rank-00001").rename(tmp_path / "elsewhere")
+    (made.path / "rank-00001").symlink_to(tmp_path / "elsewhere")
+    found = problems(made.path)
+    assert [str(problem) for problem in found] == [
+        "rank 1: it is a symbolic link, and may lead out of the recording (rank-00001)"
+    ]
+    out = tmp_path / "out"
+    assert repair(Checker(made.path, keep=True), out, lambda report: None)
+    assert Recording.open(out).ranks == [0]
