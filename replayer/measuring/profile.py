@@ -5,7 +5,7 @@ as itself, and the error has no direction: it is no multiple of x, and no consta
 
 whole     |d| / |x|, the root of a ratio of sums of squares, without extremes
 extreme   the same of the extremes alone, 0 where there are none
-row       the greatest |d| / max(|x|, |y|) of a row, without extremes
+row       the greatest |d| / max(|x|, |y|) of a row, without its extremes, or of these
 typical   the median of that, over the rows that are not all zero
 element   the greatest |d| of an element, over |x| or the root mean square of its row, or of the
           median row, whichever is larger
@@ -47,7 +47,7 @@ _MOST_FILLS = 4
 _SAFE = (2.0**-200, 2.0**200)  # fourth powers of numbers between these add up in float64
 _SMALL = 0.75  # of the median row's root mean square
 _SMALL_ERROR = 8.0  # times the median row's error
-_LEFT_OF_GRADIENT = 16.0  # the same, of gradients, whatever the row's size
+_LEFT_OF_GRADIENT = 20.0  # the same, of gradients, whatever the row's size
 _ODD, _ODD_GRADIENT = 12.0, 100.0  # times the median row's error, that a row's own direction has
 _UNITS = 4.0  # of rounding at the median row's size, that a small row may be off by
 _SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
@@ -57,7 +57,7 @@ _LEAST_LEFT = 1e-6  # of |d|^2, that any direction leaves
 _ODDS = 30.0  # natural logarithm of the odds against a direction by chance
 
 # Columns of what is added up, of a row
-XX, YY, XD, DD, D, X4, N, SIZED, XX_EXTREME, DD_EXTREME, ELEMENT = range(11)
+XX, YY, XD, DD, D, X4, N, XX_EXTREME, YY_EXTREME, DD_EXTREME, ELEMENT = range(11)
 
 
 @dataclass(frozen=True)
@@ -241,11 +241,13 @@ def _sums(
     n = used.sum(1)
     inner = d
     xx_extreme = torch.zeros_like(d[:, 0])
+    yy_extreme = xx_extreme
     dd_extreme = xx_extreme
     is_extreme = (w > most) & (y.abs() > most)
     if bool(is_extreme.any()):
         outer = is_extreme.to(torch.float64)
         xx_extreme = (x * outer).square().sum(1)
+        yy_extreme = (y * outer).square().sum(1)
         dd_extreme = (d * outer).square().sum(1)
         n = n - is_extreme.sum(1)
         sized = sized - is_extreme.sum(1)
@@ -265,8 +267,8 @@ def _sums(
             inner.sum(1),
             square.square().sum(1),
             n.to(torch.float64),
-            sized.to(torch.float64),
             xx_extreme,
+            yy_extreme,
             dd_extreme,
             by_size.amax(1),
         ],
@@ -295,12 +297,16 @@ def _judged(sums: torch.Tensor, eps: float, is_gradient: bool) -> _Rows:
     n = sums[:, N].clamp(min=1)
     large, off = (square / n).sqrt(), (sums[:, DD] / n).sqrt()
     usual, usually = (float(values[there].median()) for values in (large, off))
-    times, size = (_LEFT_OF_GRADIENT, math.inf) if is_gradient else (_SMALL_ERROR, _SMALL)
-    left = (large <= size * usual) & (off <= max(times * usually, _UNITS * eps * usual))
+    times, most = (_LEFT_OF_GRADIENT, math.inf) if is_gradient else (_SMALL_ERROR, _SMALL)
+    left = (large <= most * usual) & (off <= max(times * usually, _UNITS * eps * usual))
     typical = float(error[there].median())
     # An element of a small row is small beside those of others, too.
     element = sums[:, ELEMENT] * (large / usual).clamp(max=1.0)
-    return _Rows(error.masked_fill(left, 0.0), element.masked_fill(left, 0.0), typical)
+    error, element = error.masked_fill(left, 0.0), element.masked_fill(left, 0.0)
+    if not is_gradient:  # whose extremes are left of larger numbers, too
+        size = torch.maximum(sums[:, XX_EXTREME], sums[:, YY_EXTREME])
+        error = torch.maximum(error, (sums[:, DD_EXTREME] / size).sqrt().nan_to_num(0.0))
+    return _Rows(error, element, typical)
 
 
 class _Fit(NamedTuple):
