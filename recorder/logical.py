@@ -14,7 +14,8 @@ from .format.payload import parse_dtype
 from .format.schema import ManifestRow
 from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
-from .layouts.dims import TOKENS, Dims
+from .layouts.dims import Dims
+from .layouts.lengths import counts_tokens
 from .layouts.parse import parse_dims
 from .layouts.plan import Plan, plan, whole
 from .mesh import FrozenMesh
@@ -44,8 +45,7 @@ def block_of(
     rank: int, dims: Dims, shape: Sequence[int], mesh: FrozenMesh | None, extras: str | None
 ) -> Block:
     """Return what is known of one rank's tensor; extras that say nothing of tokens are left out."""
-    counts = TOKENS in dims.names or {"b", "s"} <= set(dims.names)
-    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts else "")
+    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts_tokens(dims) else "")
 
 
 class Source(Protocol):

@@ -18,6 +18,7 @@ from recorder.format.schema import ManifestRow
 from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS
+from recorder.layouts.lengths import counts_tokens, lengths_in, padding_side
 from recorder.layouts.parse import parse_dims
 from recorder.layouts.plan import Plan, plan, whole
 from recorder.logical import Recorded, block_of, layout_of
@@ -83,7 +84,7 @@ class Relayout:
         receiver = self._declared
         if not (receiver.dims and all(row["dims"] for row in self._rows)):
             return False
-        if self._is_padded():
+        if self._is_padded() or self._is_contradicted():
             return True
         senders = [row for row in self._rows if row["rank"] == self._rank.rank]
         return not (
@@ -104,6 +105,21 @@ class Relayout:
         counts = TOKENS in dims.names
         lengths = counts and any((row["extras"] or "{}") != "{}" for row in self._rows)
         return bool(dims.sizes or dims.padded or lengths or (counts and self._declared.extras))
+
+    def _is_contradicted(self) -> bool:
+        """Whether both taps tell of sequences, and not of the same."""
+        try:
+            dims = layout_of(self._declared.dims, self._declared.kind)
+            texts = {self._receiver().extras, *(row["extras"] or "" for row in self._rows)}
+            told = [
+                (lengths_in(text, dims), padding_side(text))
+                for text in texts
+                if counts_tokens(dims)
+            ]
+        except LayoutError:
+            return True  # and says so
+        lengths = {one.real for one, _ in told if one is not None}
+        return len(lengths) > 1 or len({side for _, side in told if side}) > 1
 
     def block(self) -> tuple[torch.Tensor, str]:
         """Return the receiver's block, and a note on what was taken for granted.

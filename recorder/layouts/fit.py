@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
 from .align import BATCH, MEND, SEQUENCE, Pair
-from .blocks import Receiver, Sizes
-from .dims import TOKENS, Dim, Dims
+from .blocks import Sizes
+from .cutting import declared
+from .dims import TOKENS, Dims
 from .groups import Flattened, Fused, Group, Same, Sized
 from .lengths import Lengths
+from .receiver import Receiver
 
 _MOST_SEQUENCES = 1 << 20
 
@@ -27,6 +30,7 @@ def group_of(
     sizes: Sequence[Sizes],
     receiver: Receiver,
     lengths: Lengths | None,
+    rows: Lengths | None,
 ) -> Group:
     """Return how both sides count the indices of a pair of dims.
 
@@ -36,6 +40,7 @@ def group_of(
         sizes: the sizes of their blocks along each of its dims.
         receiver: the receiver's block.
         lengths: of the sequences in flattened tokens, as the senders say.
+        rows: of the sequences in a batch that both sides have.
 
     Raises:
         LayoutError: the sizes contradict each other, or do not say enough.
@@ -44,36 +49,20 @@ def group_of(
     sender_names = [sender_dims.dims[i].names for i in pair.senders]
     receiver_names = [receiver_dims.dims[j].names for j in pair.receivers]
     if len(sender_names) == len(receiver_names) == 1 and sender_names == receiver_names:
-        return _same(pair, sender_dims, sizes[pair.senders[0]], receiver)
+        return _same(pair, sender_dims, sizes[pair.senders[0]], receiver, rows)
     names = {name for dim in (*sender_names, *receiver_names) for name in dim}
-    padded = names & (sender_dims.padded | receiver_dims.padded)
-    for i in pair.senders:
-        declared = _declared_size(sender_dims.dims[i], {**receiver_dims.sizes, **sender_dims.sizes})
-        if declared is not None and declared < sizes[i].total:
-            padded |= set(sender_dims.dims[i].names)
-    for j in pair.receivers:
-        declared = _declared_size(
-            receiver_dims.dims[j], {**sender_dims.sizes, **receiver_dims.sizes}
-        )
-        if declared is not None and declared < (receiver.whole(j) or 0):
-            padded |= set(receiver_dims.dims[j].names)
-    if padded:
-        raise LayoutError(
-            f"dim {min(padded)} is padded, and fused or taken apart on one side", MEND
-        )
     if [(TOKENS,)] in (sender_names, receiver_names) and names != {TOKENS}:
         return _flattened(pair, sender_dims, sizes, receiver, lengths)
-    return _fused(pair, sender_dims, sizes, receiver)
+    return _fused(pair, sender_dims, sizes, receiver, rows)
 
 
-def _declared_size(dim: Dim, declared: Mapping[str, int]) -> int | None:
-    """Return the size that a dim was declared to have without padding, if it was."""
-    if not all(name in declared for name in dim.names):
-        return None
-    return math.prod(declared[name] for name in dim.names)
+def _padded_apart(name: str) -> LayoutError:
+    return LayoutError(f"dim {name} is padded, and fused or taken apart on one side", MEND)
 
 
-def _same(pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver) -> Same:
+def _same(
+    pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver, rows: Lengths | None
+) -> Same:
     (j,) = pair.receivers
     dim, have, receiver_dims = receiver.dims.dims[j], senders.total, receiver.dims
     name = dim.names[0] if len(dim.names) == 1 else ""
@@ -101,16 +90,16 @@ def _same(pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver) -> 
             f"{'declared' if declared is not None else 'of $receiver'}",
             MEND,
         )
-    found = receiver.indices(j, size, padded)
-    if found is None:
-        cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
-        more = f" ({size} without padding)" if size != have else ""
-        raise LayoutError(
-            f"dim {dim.label}: $senders have {have} in all{more}, and $receiver's block has "
-            f"{receiver.shape[j]}{cut}",
-            f"declare padding with '# {name or 'DIM'}=SIZE', or {MEND}",
-        )
-    total, runs = found
+    alike = _cut_alike(senders, receiver, j) if size == have else None
+    if alike is not None:
+        total, runs = have, alike
+    else:
+        others = _other_sizes(receiver, j, size, rows) if declared is None else ()
+        is_left = rows is not None and rows.side == "left" and bool(others)
+        found = receiver.indices(j, size, padded, others, is_left=is_left)
+        if found is None:
+            raise _no_block(j, have, size, receiver)
+        total, runs = found
     receiver_lengths = None
     if senders.lengths is not None and receiver.lengths is not None:
         receiver_lengths = receiver.lengths.fitted(total)
@@ -118,6 +107,58 @@ def _same(pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver) -> 
         pair,
         _segments(have, size, senders.lengths),
         r.located(runs, _segments(total, size, receiver_lengths)),
+        "" if alike is None else f"dim {dim} has blocks of unequal sizes: taken rank by rank",
+    )
+
+
+def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
+    """Return what the sender at the receiver's place has, where only that can tell.
+
+    Blocks whose sizes hang on data begin where no rule tells; between two jobs that are cut alike,
+    one of the same size at the same place is the same.
+    """
+    cuts = receiver.cuts(j)
+    if not cuts or receiver.whole(j) is not None or senders.is_open or senders.ends_open:
+        return None
+    if not senders.cuts_as(cuts, receiver.places) or senders.is_regular:
+        return None
+    key = senders.key(receiver.places)
+    return senders.runs(key) if senders.at(key) == receiver.shape[j] else None
+
+
+def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) -> tuple[int, ...]:
+    """Return which other sizes the receiver's sequences may have with their padding.
+
+    Where the senders pad, nobody says that the receiver pads as much.
+    """
+    names = receiver.dims.dims[j].names
+    if rows is None or SEQUENCE not in names or not {*names} <= {BATCH, SEQUENCE}:
+        return ()
+    least = max(rows.real, default=0) * (len(rows.real) if BATCH in names else 1)
+    return tuple(n for n in (least, receiver.even(j)) if least <= n != size)
+
+
+def _no_block(j: int, have: int, size: int, receiver: Receiver) -> LayoutError:
+    """Say that no whole of the senders' size has such a block, and what may be the reason."""
+    dim, cuts = receiver.dims.dims[j], receiver.cuts(j)
+    cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
+    more = f" ({size} without padding)" if size != have else ""
+    fact = (
+        f"dim {dim.label}: $senders have {have} in all{more}, and $receiver's block has "
+        f"{receiver.shape[j]}{cut}"
+    )
+    name = dim.label if len(dim.names) == 1 else "DIM"
+    shared = receiver.shared(j, size)
+    if shared is not None:
+        return LayoutError(
+            fact,
+            f"if {shared.share} ranks hold the same, write "
+            f"{declared(dim, cuts, (), shared.share)} at $receiver's tap, else {MEND}",
+        )
+    uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
+    return LayoutError(
+        f"{fact}{': its blocks are of unequal sizes' if uneven else ''}",
+        f"declare padding with '# {name}=SIZE', or {MEND}",
     )
 
 
@@ -177,8 +218,16 @@ def _flattened(
     rows = tuple(sorted(rows, key=lambda j: dims.dims[j].names != (BATCH,)))
     order = tuple("*".join(dims.dims[j].names) for j in rows)  # batch first: rows follow then
     pair = Pair(pair.senders, rows) if flat else Pair(rows, pair.receivers)
-    totals = [_whole(receiver, j) if flat else sizes[j].total for j in rows]
     of_tokens = sizes[pair.senders[0]].lengths if flat else lengths
+    notes: list[str] = []
+    runs: list[r.Runs] = []
+    if flat:
+        held = [_row(receiver, j, of_tokens, notes) for j in rows]
+        totals, runs = [total for total, _ in held], [found for _, found in held]
+    else:
+        totals = [sizes[i].total for i in rows]
+    for j, total in zip(rows, totals, strict=True):
+        _check_no_padding(dims, j, total, of_tokens)
     if len(order) == 2:
         batch, size = (totals[order.index(name)] for name in (BATCH, SEQUENCE))
     else:
@@ -205,15 +254,65 @@ def _flattened(
         )
     if flat:
         segments = of_tokens.segments(sizes[pair.senders[0]].total)
-        runs = [
-            _indices(receiver, j, total) for j, total in zip(pair.receivers, totals, strict=True)
-        ]
     else:
         total, found = _tokens(receiver, pair.receivers[0], sum(real))
         segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
         runs = [found]
     starts = [0, *itertools.accumulate(real)][:batch]
-    return Flattened(pair, flat, segments, len(order) == 1, starts, real, size, runs)
+    of_rows = receiver.lengths if flat else lengths
+    side = "" if of_rows is None or of_rows.is_borrowed else of_rows.side
+    if not side and any(n < size for n in real):
+        notes.append(
+            "padding was taken to stand behind each sequence; if it stands before, say so at the "
+            "tap with extras={'padding': 'left'}"
+        )
+    return Flattened(
+        pair, flat, segments, len(order) == 1, starts, real, size, runs, side == "left",
+        "; ".join(notes),
+    )  # fmt: skip
+
+
+def _check_no_padding(dims: Dims, j: int, total: int, lengths: Lengths | None) -> None:
+    """Refuse batch or sequence with padding that no lengths tell apart."""
+    names = dims.dims[j].names
+    if lengths is not None and names != (BATCH,):
+        return
+    if len(names) == 1 and (names[0] in dims.padded or dims.sizes.get(names[0], total) < total):
+        raise _padded_apart(names[0])
+
+
+def _row(
+    receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]
+) -> tuple[int, r.Runs]:
+    """Return the receiver's whole along a dim of batch or sequence, and what its block has of it.
+
+    Adds to `notes` what was taken for granted.
+    """
+    dim, whole = receiver.dims.dims[j], receiver.whole(j)
+    if whole is not None:
+        return _indices(receiver, j, whole)
+    name = dim.names[0] if len(dim.names) == 1 else ""
+    if name in receiver.dims.sizes:
+        is_left = receiver.lengths is not None and receiver.lengths.side == "left"
+        size = receiver.dims.sizes[name]
+        return _indices(receiver, j, size, padded=name == SEQUENCE, is_left=is_left)
+    if lengths is not None and name == BATCH:
+        return _indices(receiver, j, len(lengths.real))
+    even, longest = receiver.even(j), max(lengths.real, default=0) if lengths is not None else 0
+    if not name and lengths is not None:
+        batch = len(lengths.real)
+        longest = batch * longest if batch and even % batch == 0 else even + 1
+    own = receiver.lengths is not None and not receiver.lengths.is_borrowed
+    is_known = (
+        lengths is not None
+        and even >= longest
+        and receiver.is_even(j)
+        and not any(cut.rule for cut in receiver.cuts(j))  # which only what is uneven needs
+    )
+    if not is_known or (receiver.is_last(j) and not own):
+        return _indices(receiver, j, _whole(receiver, j))
+    notes.append(f"{dim.label} was taken to have {even} in all, as blocks of one size make it")
+    return _indices(receiver, j, even)
 
 
 def _whole(receiver: Receiver, j: int) -> int:
@@ -243,69 +342,125 @@ def _tokens(receiver: Receiver, j: int, size: int) -> tuple[int, r.Runs]:
     return found
 
 
-def _indices(receiver: Receiver, j: int, total: int) -> r.Runs:
-    """Return the receiver's indices along a dim whose whole is known."""
-    found = receiver.indices(j, total)
+def _indices(
+    receiver: Receiver,
+    j: int,
+    size: int,
+    padded: bool = False,
+    others: Sequence[int] = (),
+    *,
+    is_left: bool = False,
+) -> tuple[int, r.Runs]:
+    """Return the receiver's whole along a dim of known size, and which indices its block has."""
+    found = receiver.indices(j, size, padded, others, is_left=is_left)
     if found is None:
         raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: {total} in all have no block of {receiver.shape[j]} "
+            f"dim {receiver.dims.dims[j]}: {size} in all have no block of {receiver.shape[j]} "
             f"there",
             MEND,
         )
-    return found[1]
+    return found
 
 
-def _fused(pair: Pair, sender_dims: Dims, sizes: Sequence[Sizes], receiver: Receiver) -> Fused:
-    sender_sized = [(sender_dims.dims[i], sizes[i].total) for i in pair.senders]
-    have = math.prod(total for _, total in sender_sized)
-    in_order = [name for dim, _ in sender_sized for name in dim.names]
+def _fused(
+    pair: Pair,
+    sender_dims: Dims,
+    sizes: Sequence[Sizes],
+    receiver: Receiver,
+    rows: Lengths | None,
+) -> Fused:
+    explicit = {**receiver.dims.sizes, **sender_dims.sizes}
+    senders = [_sender_sized(sender_dims, i, sizes[i].total, explicit) for i in pair.senders]
+    have = math.prod(one.real for one in senders)
+    in_order = [name for one in senders for name in one.dim.names]
     places = {name: i for i, name in enumerate(in_order)}
-    receivers = sorted(
+    order = sorted(
         pair.receivers,
         key=lambda j: min(places.get(name, -1) for name in receiver.dims.dims[j].names),
     )
-    pair = Pair(pair.senders, tuple(receivers))
-    declared = {**receiver.dims.sizes, **sender_dims.sizes}
-    declared |= {dim.names[0]: size for dim, size in sender_sized if len(dim.names) == 1}
-    totals = {j: _known(receiver, j, declared) for j in pair.receivers}
-    unknown = [j for j, total in totals.items() if total is None]
-    rest = math.prod(total for total in totals.values() if total is not None)
+    pair = Pair(pair.senders, tuple(order))
+    known = explicit | {one.dim.names[0]: one.real for one in senders if len(one.dim.names) == 1}
+    if rows is not None and rows.real:
+        known = {BATCH: len(rows.real)} | known
+    reals = {j: _real(receiver, j, known, explicit) for j in order}
+    unknown = [j for j, real in reals.items() if real is None]
+    rest = math.prod(real for real in reals.values() if real is not None)
     if len(unknown) == 1 and rest and have % rest == 0:
-        totals[unknown[0]] = have // rest  # it has what the others leave
+        reals[unknown[0]] = have // rest  # it has what the others leave
     elif unknown:
         _whole(receiver, unknown[0])
-    receiver_sized = [(receiver.dims.dims[j], total or 0) for j, total in totals.items()]
-    if math.prod(total for _, total in receiver_sized) != have:
+    receivers = []
+    for j in order:
+        real, whole = reals[j] or 0, receiver.whole(j)
+        receivers.append(Sized(receiver.dims.dims[j], real if whole is None else whole, real))
+    if math.prod(one.real for one in receivers) != have:
+        odd = [one.dim.names[0] for one in (*senders, *receivers) if one.real != one.total]
+        if odd:
+            raise _padded_apart(min(odd))
         raise LayoutError(
-            f"dims {_labels(sender_sized)}: $senders have {have} in all, $receiver's "
-            f"{_labels(receiver_sized)} {' x '.join(str(total) for _, total in receiver_sized)}",
+            f"dims {_labels(senders)}: $senders have {have} in all, $receiver's "
+            f"{_labels(receivers)} {' x '.join(str(one.real) for one in receivers)}",
             MEND,
         )
-    names, receiver_order = _names(sender_sized), _names(receiver_sized)
-    known: dict[str, int] | None = _sizes_of_names(declared, sender_sized, receiver_sized)
+    names, receiver_order = _names(senders), _names(receivers)
+    all_known: dict[str, int] | None = _sizes_of_names(known, senders, receivers)
     if names == receiver_order:
-        known = None
+        all_known = None
     else:
-        _check_all_known(known or {}, sender_sized, receiver_sized)
+        _check_all_known(all_known or {}, senders, receivers)
         names = (*names, *(name for name in receiver_order if name not in names))
-    runs = [_indices(receiver, j, total or 0) for j, total in totals.items()]
-    return Fused(pair, names, known, sender_sized, receiver_sized, runs)
+    runs = []
+    for place, j in enumerate(order):
+        one = receivers[place]
+        others = _other_sizes(receiver, j, one.real, rows)
+        may_pad = _may_pad(receiver, j, explicit)
+        is_left = rows is not None and rows.side == "left" and bool(others)
+        total, held = _indices(receiver, j, one.real, may_pad, others, is_left=is_left)
+        receivers[place] = replace(one, total=total)
+        runs.append(held)
+    return Fused(pair, names, all_known, senders, receivers, runs)
 
 
-def _known(receiver: Receiver, j: int, declared: Mapping[str, int]) -> int | None:
-    """Return the size of the receiver's whole along a dim, where it is known."""
-    whole = receiver.whole(j)
-    if whole is None and all(name in declared for name in receiver.dims.dims[j].names):
-        whole = math.prod(declared[name] for name in receiver.dims.dims[j].names)
-    return whole
+def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -> Sized:
+    """Return a senders' dim with its size, and that without padding where it was declared."""
+    dim = dims.dims[i]
+    if not all(name in explicit for name in dim.names):
+        if not dims.padded.isdisjoint(dim.names):
+            raise _padded_apart(min(dims.padded.intersection(dim.names)))
+        return Sized(dim, total, total)
+    real = math.prod(explicit[name] for name in dim.names)
+    if real < total and len(dim.names) > 1:
+        raise _padded_apart(min(dim.names))
+    return Sized(dim, total, min(real, total) if len(dim.names) == 1 else total)
+
+
+def _may_pad(receiver: Receiver, j: int, explicit: Mapping[str, int]) -> bool:
+    """Whether padding may stand behind the end of the receiver's dim."""
+    names = receiver.dims.dims[j].names
+    return len(names) == 1 and (names[0] in explicit or names[0] in receiver.dims.padded)
+
+
+def _real(
+    receiver: Receiver, j: int, known: Mapping[str, int], explicit: Mapping[str, int]
+) -> int | None:
+    """Return the size of the receiver's whole along a dim without padding, where it is known."""
+    names, whole = receiver.dims.dims[j].names, receiver.whole(j)
+    real = math.prod(known[name] for name in names) if all(n in known for n in names) else None
+    if _may_pad(receiver, j, explicit):
+        return real if whole is None or real is None else min(whole, real)
+    if whole is not None and real is not None and real < whole and len(names) > 1:
+        padded = sorted({*names} & {*explicit})
+        if padded:
+            raise _padded_apart(padded[0])
+    return real if whole is None else whole
 
 
 def _names(dims: Sequence[Sized]) -> tuple[str, ...]:
-    return tuple(name for dim, _ in dims for name in dim.names)
+    return tuple(name for one in dims for name in one.dim.names)
 
 
 def _labels(dims: Sequence[Sized]) -> str:
-    return " ".join(dim.label for dim, _ in dims)
+    return " ".join(one.dim.label for one in dims)
 
 
 def _sizes_of_names(
@@ -313,8 +468,9 @@ def _sizes_of_names(
 ) -> dict[str, int]:
     """Return the size of each name as far as it is known, all of it held together."""
     known = dict(declared)
-    both = sorted([*senders, *receivers], key=lambda one: len(one[0].names))
-    for dim, size in [*both, *both]:  # what the second time around is new, the first made known
+    both = sorted([*senders, *receivers], key=lambda one: len(one.dim.names))
+    for one in [*both, *both]:  # what the second time around is new, the first made known
+        dim, size = one.dim, one.real
         unknown = [name for name in dim.names if name not in known]
         rest = math.prod(known.get(name, 1) for name in dim.names)
         if len(unknown) == 1 and rest and size % rest == 0:

@@ -2,15 +2,17 @@
 
     layout    = { dim } [ "#" { fact } ]
     dim       = "1" | NAME [ cuts ] | "(" NAME { "*" NAME } ")" [ cuts ]
-    cuts      = "[" AXIS [ ":" qualifier { "+" qualifier } ] { "," ... } "]", the outermost first
+    cuts      = "[" cut { "," cut } "]", the outermost first
+    cut       = AXIS [ "/" NUMBER ] [ ":" qualifier { "+" qualifier } ]
     qualifier = "natural" | "sharded" | "zigzag" | "partial" | "chunk" | "split"
     fact      = AXIS ":replicated" | "dp:=" AXIS | NAME "=" SIZE | NAME ":padded"
                 | NAME ":fill=" NUMBER
 
 The grammar up to `partial` and `dp:=` is the one of sglang's dump comparator
 (`sglang/srt/debug_utils/comparator/dims_spec`). `chunk` and `split` say how a dim that an axis does
-not divide is cut: as `torch.chunk` does, or as `torch.tensor_split`. `NAME=SIZE` is the size
-without padding. What a DTensor says of itself stands behind all this, see `dtensor`.
+not divide is cut: as `torch.chunk` does, or as `torch.tensor_split`; with `zigzag`, so are the 2n
+chunks. `AXIS/NUMBER` says how many neighbours along the axis hold the same block. `NAME=SIZE` is
+the size without padding. What a DTensor says of itself stands behind all this, see `dtensor`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .dtensor import DTENSOR, with_placements
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _DIM = re.compile(r"\s*(?:(1)|([A-Za-z_]\w*)|\(([^()]*)\))(?:\[([^\[\]]*)\])?(?=\s|$)")
+_RULES = {"chunk", "split"}
 _QUALIFIERS = ("natural", "sharded", "zigzag", "partial", "chunk", "split")
 _MOST_DIMS = 64
 _LONGEST = 4_000  # characters
@@ -98,18 +101,29 @@ def _named(text: str, named: str) -> Dims:
 def _cuts(text: str, cuts: str | None) -> Iterator[tuple[Cut, bool]]:
     """Yield each axis in brackets, and whether ranks along it hold partial results."""
     for part in cuts.split(",") if cuts is not None else ():
-        axis, _, rest = (piece.strip() for piece in part.partition(":"))
+        place, _, rest = (piece.strip() for piece in part.partition(":"))
+        axis, slash, shared = (piece.strip() for piece in place.partition("/"))
         qualifiers = [word.strip() for word in rest.split("+") if word.strip()]
         if not _NAME.fullmatch(axis):
             raise _unreadable(text, f"{part.strip()!r:.60} names no axis")
+        if slash and not re.fullmatch(r"[1-9][0-9]{0,8}", shared):
+            raise _unreadable(
+                text, f"{place!r:.60} does not say how many ranks share a block, as in 'tp/2'"
+            )
+        share = int(shared) if slash else 1
         odd = [word for word in qualifiers if word not in _QUALIFIERS]
         if odd:
             raise _unreadable(text, f"{odd[0]!r:.60} is not one of {', '.join(_QUALIFIERS)}")
         said = {word for word in qualifiers if word not in ("natural", "sharded")}
-        if len(said) > 1 or (said and "natural" in qualifiers and said & {"zigzag"}):
+        rules = said & _RULES
+        if (
+            len(rules) > 1
+            or ("partial" in said and (len(said) > 1 or share > 1))
+            or ({"zigzag", "natural"} <= set(qualifiers))
+        ):
             raise _unreadable(text, f"{part.strip()!r:.60} contradicts itself")
-        rule = next(iter(said & {"chunk", "split"}), "")
-        yield Cut(axis, "zigzag" in said, rule), "partial" in said
+        rule = next(iter(rules), "")
+        yield Cut(axis, "zigzag" in said, rule, share), "partial" in said
 
 
 def _with_facts(text: str, found: Dims, facts: str) -> Dims:

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
-from .align import MEND, Pair, align
-from .blocks import Block, Places, Receiver, Sizes, coordinates
+from .align import BATCH, MEND, SEQUENCE, Pair, align
+from .blocks import Block, Sizes, placed
+from .cutting import SEQUENCES_OVER, Places
 from .dims import TOKENS, Dims
 from .fit import group_of
 from .groups import Group
-from .lengths import Lengths, lengths_in
+from .lengths import Lengths, lengths_in, padding_side
+from .receiver import Receiver
 from .runs import Piece, Runs
 
 
@@ -111,16 +113,19 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         and not sender_dims.is_named
     ):
         sender_dims = sender_dims.renamed(receiver_dims)
-    at = {block.rank: coordinates(block, sender_world) for block in senders}
-    here = coordinates(receiver, receiver_world)
+    at = {block.rank: placed(block, sender_world) for block in senders}
+    here = placed(receiver, receiver_world)
     axes = _axes(sender_dims, at, sender_world)
     chosen = _of_same_data(senders, sender_dims, receiver_dims, at, here)
     lengths, receiver_lengths = _lengths(chosen, sender_dims, receiver, receiver_dims)
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
-    placed = Receiver(receiver_dims, receiver.shape, here, receiver_lengths)
-    even = [placed.even(j) for j in range(len(receiver_dims.dims))]
+    rows = None
+    if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
+        rows = _rows(chosen, sender_dims, sizes, receiver)
+    block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths)
+    even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
-    groups = [group_of(pair, sender_dims, sizes, placed, lengths) for pair in pairs]
+    groups = [group_of(pair, sender_dims, sizes, block, lengths, rows) for pair in pairs]
     pairs = [group.pair for group in groups]
     into = [group.into() for group in groups]
     reduction, zero, chosen = _partial(sender_dims, receiver_dims, at, here, axes, chosen)
@@ -142,6 +147,7 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
                     _assumed(senders, sender_dims, sender_world, "the senders' ranks")
                     or _assumed([receiver], receiver_dims, receiver_world, "the target's ranks"),
                     _one_line(sender_dims, axes, lengths),
+                    *(group.note for group in groups),
                 ),
             )
         ),
@@ -160,7 +166,7 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
         LayoutError: as `plan`.
     """
     sender_dims = _agreed(senders)
-    at = {block.rank: coordinates(block, world_size) for block in senders}
+    at = {block.rank: placed(block, world_size) for block in senders}
     lengths = _given(senders, sender_dims) if TOKENS in sender_dims.names else None
     sizes = _sizes(senders, sender_dims, _axes(sender_dims, at, world_size), at, lengths)
     extras = ""
@@ -201,7 +207,7 @@ def _one_line(dims: Dims, axes: Mapping[str, int], lengths: Lengths | None) -> s
         dim.names == (TOKENS,) and [c.axis for c in dim.cuts if axes[c.axis] > 1][:1] == ["cp"]
         for dim in dims.dims
     )
-    if not cut or lengths is not None or dims.mesh is not None:
+    if not cut or lengths is not None or dims.mesh is not None or dims.is_line:
         return ""
     return "t was taken to be cut over cp as one sequence: the extras give no lengths"
 
@@ -276,20 +282,90 @@ def _lengths(
         _given(senders, sender_dims),
         lengths_in(receiver.extras, receiver_dims),
     )
-    if (
-        sender_lengths is not None
-        and receiver_lengths is not None
-        and sender_lengths.real != receiver_lengths.real
-    ):
-        raise LayoutError(
-            f"$senders' sequences have the lengths {list(sender_lengths.real)!s:.120}, "
-            f"$receiver's {list(receiver_lengths.real)!s:.120}",
-            "feed both the same input",
-        )
-    return (
-        sender_lengths or (receiver_lengths and receiver_lengths._replace(is_borrowed=True)),
-        receiver_lengths or (sender_lengths and sender_lengths._replace(is_borrowed=True)),
+    if sender_lengths is not None and receiver_lengths is not None:
+        _check_alike(sender_lengths, receiver_lengths)
+    both = (
+        sender_lengths or (receiver_lengths and receiver_lengths.lent()),
+        receiver_lengths or (sender_lengths and sender_lengths.lent()),
     )
+    return _in_line(both[0], sender_dims), _in_line(both[1], receiver_dims)
+
+
+def _check_alike(senders: Lengths, receiver: Lengths) -> None:
+    """Refuse sequences of which the two sides say other lengths."""
+    if senders.real != receiver.real:
+        raise LayoutError(
+            f"$senders' sequences have the lengths {list(senders.real)!s:.120}, "
+            f"$receiver's {list(receiver.real)!s:.120}",
+            "feed both the same input, in the same order",
+        )
+
+
+def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
+    """Return lengths as they are for a side that calls its tokens `s`."""
+    if lengths is None or not dims.is_line:
+        return lengths
+    (line,) = [dim for dim in dims.dims if TOKENS in dim.names]
+    if len(lengths.real) > 1 and line.cuts and line.cuts[0].axis == SEQUENCES_OVER:
+        raise LayoutError(
+            f"dim s is cut over {SEQUENCES_OVER}, and the extras give {len(lengths.real)} "
+            f"sequences, of which nobody says whether each is cut by itself",
+            "call the dim t if each is",
+        )
+    return lengths._replace(is_line=True)
+
+
+def _rows(
+    senders: Sequence[Block], sender_dims: Dims, sizes: Sequence[Sizes], receiver: Block
+) -> Lengths | None:
+    """Return the lengths of the sequences in a batch that both sides have, where they are given.
+
+    Raises:
+        LayoutError: the two sides contradict each other.
+    """
+    rows = [
+        (dim.names, size.total)
+        for dim, size in zip(sender_dims.dims, sizes, strict=True)
+        if {BATCH, SEQUENCE} & {*dim.names}
+    ]
+    names = [name for names, _ in rows for name in names]
+    if SEQUENCE not in receiver.dims.names or sorted(names) not in (
+        [SEQUENCE], [BATCH, SEQUENCE],
+    ):  # fmt: skip
+        return None
+    total = math.prod(size for _, size in rows)
+    batch = next((size for names, size in rows if names == (BATCH,)), None)
+    given = [_given(senders, sender_dims), lengths_in(receiver.extras, receiver.dims)]
+    of_senders, of_receiver = (
+        _of_rows(one, total, batch if BATCH in names else 1) for one in given
+    )
+    if of_senders is not None and of_receiver is not None:
+        _check_alike(of_senders, of_receiver)
+    known = of_senders or of_receiver
+    is_full = known is not None and sum(known.real) == total
+    sides = [padding_side(block.extras) for block in (senders[0], receiver)]
+    if sides[0] != sides[1] and "left" in sides and not is_full:
+        words = [
+            f"{whose} padding stands on the {side}" if side else f"nobody says where {whose} stands"
+            for whose, side in zip(("$senders'", "$receiver's"), sides, strict=True)
+        ]
+        raise LayoutError(
+            " and ".join(words),
+            "pad both alike, or say at both taps that they are, as extras={'padding': 'left'}",
+        )
+    side = "left" if "left" in sides else ""
+    return Lengths((), (), side) if known is None and side else known and known._replace(side=side)
+
+
+def _of_rows(lengths: Lengths | None, total: int, batch: int | None) -> Lengths | None:
+    """Return lengths if they can be those of a batch; None where they are of other tokens.
+
+    Those may be all that a decode step attends to.
+    """
+    if lengths is None or not lengths.real or batch not in (None, len(lengths.real)):
+        return None
+    longest, rest = divmod(total, len(lengths.real))
+    return lengths if not rest and max(lengths.real) <= longest else None
 
 
 def _given(senders: Sequence[Block], dims: Dims) -> Lengths | None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from recorder.errors import LayoutError
 from recorder.format.schema import ManifestRow
-from recorder.layouts.blocks import Places, coordinates
+from recorder.layouts.blocks import coordinates
+from recorder.layouts.cutting import Places
 from recorder.logical import Recorded
 from recorder.recording import Recording
 
