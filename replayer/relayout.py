@@ -53,6 +53,9 @@ class Relayout:
         replicas: what to do with senders that should hold the same block and do not.
         check: whether to hold what is read against its digest.
         plans: plans made before, and to be added to.
+
+    Attributes:
+        guesses: what of the note on the latest `block` only a declaration can make certain.
     """
 
     def __init__(
@@ -73,13 +76,15 @@ class Relayout:
         self._declared = declared
         self._rank = rank
         self._replicas, self._check, self._plans = replicas, check, plans
+        self.guesses = ""
 
     @property
     def decides(self) -> bool:
         """Whether both sides declare a layout, and it is not one that identity by rank follows.
 
         Two jobs of as many ranks whose ranks declare the same, and neither of them where they
-        stand, have the same blocks on the same ranks, if all are alike and have no padding.
+        stand, have the same blocks on the same ranks, if all are alike and have no padding; or if
+        nothing is cut, so that a rank with another shape had data of its own.
         """
         receiver = self._declared
         if not (receiver.dims and all(row["dims"] for row in self._rows)):
@@ -92,9 +97,18 @@ class Relayout:
             and self._recording.world_size == self._rank.world_size
             and len(senders) == 1
             and senders[0]["dims"] == receiver.dims
-            and all(list(row["shape"] or ()) == list(self._target.shape) for row in self._rows)
+            and self._is_alike(senders[0])
             and all(self._recording.mesh_of(row) is None for row in self._rows)
         )
+
+    def _is_alike(self, sender: ManifestRow) -> bool:
+        """Whether the shapes let the block of the sender at this rank be the target's."""
+        shapes = {tuple(row["shape"] or ()) for row in self._rows}
+        target = tuple(self._target.shape)
+        if shapes == {target}:
+            return True
+        is_cut = bool(parse_dims(self._declared.dims).axes)
+        return not is_cut and tuple(sender["shape"] or ()) == target
 
     def _is_padded(self) -> bool:
         """Whether the target's tap says anything of padding, or of sequences' lengths."""
@@ -134,6 +148,7 @@ class Relayout:
         senders, receiver = self._senders(), self._receiver()
         plan = senders.plan(receiver, self._rank.world_size)
         made, cast = self._finished(senders.block(receiver, plan), plan)
+        self.guesses = plan.guesses
         return made, joined(plan.note, senders.note, cast)
 
     def logical(self) -> torch.Tensor:

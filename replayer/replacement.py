@@ -88,7 +88,8 @@ class Replacements:
         rank: the receiver.
         settings: whether to measure what a replacement changes and to check digests, and what to
             do with replicas that differ.
-        warn: hears of tags that contradict each other.
+        warn: hears of tags that contradict each other, and of what layouts leave to guess; and
+            which of the two it is.
     """
 
     recording: Recording
@@ -96,7 +97,7 @@ class Replacements:
     transform: Transform | TransformError | None
     rank: Rank
     settings: ReplaySettings
-    warn: Callable[[Selected, str], None]
+    warn: Callable[[Selected, str, str], None]
 
     def __post_init__(self) -> None:
         self._frame = self.matcher.frame
@@ -113,7 +114,7 @@ class Replacements:
         """
         match = self.matcher.find(selected, kind)
         if match.warning:
-            self.warn(selected, match.warning)
+            self.warn(selected, match.warning, "order")
         return match
 
     def senders(self, match: Match) -> list[int | None]:
@@ -163,6 +164,8 @@ class Replacements:
                 made = _apply(self.transform, g)
             elif relayout.decides:
                 made, assumed = relayout.block()
+                if relayout.guesses:
+                    self.warn(selected, relayout.guesses, "guess")
             else:
                 received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)

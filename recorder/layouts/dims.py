@@ -124,6 +124,7 @@ class Dims:
             text=f"whole {self.text}",
             dims=tuple(Dim(dim.names) for dim in self.dims),
             partial=(),
+            data=frozenset(),
             sizes={name: n for name, n in sizes.items() if name in self.sizes},
             padded=frozenset(),
             fills={},

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
-from .align import BATCH, MEND, SEQUENCE, Pair, align
+from .agreeing import given_by, lengths_of, rows_of
+from .align import MEND, Pair, align
 from .blocks import Block, Sizes, placed
-from .cutting import SEQUENCES_OVER, Places
+from .cutting import Places
+from .data import busy, of_same_data
 from .dims import TOKENS, Dims
 from .fit import group_of
 from .groups import Group
-from .lengths import Lengths, lengths_in, padding_side
+from .lengths import Lengths
 from .receiver import Receiver
 from .runs import Piece, Runs
 
@@ -61,6 +63,7 @@ class Plan:
         padding: along each group the receiver's indices that are padding: (start, length).
         fills: for each group what its padding is to hold; None to leave it as it is.
         note: what was taken for granted, "" where nothing was.
+        guesses: what of it should be said aloud: what only a declaration can make certain.
     """
 
     pairs: tuple[Pair, ...]
@@ -70,6 +73,7 @@ class Plan:
     padding: tuple[tuple[tuple[int, int], ...], ...]
     fills: tuple[float | None, ...]
     note: str = ""
+    guesses: str = ""
 
     @property
     def has_padding(self) -> bool:
@@ -116,12 +120,14 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     at = {block.rank: placed(block, sender_world) for block in senders}
     here = placed(receiver, receiver_world)
     axes = _axes(sender_dims, at, sender_world)
-    chosen = _of_same_data(senders, sender_dims, receiver_dims, at, here)
-    lengths, receiver_lengths = _lengths(chosen, sender_dims, receiver, receiver_dims)
+    if 0 in receiver.shape:
+        return _nothing(receiver.shape)
+    chosen, guesses = of_same_data(senders, sender_dims, receiver_dims, at, here)
+    lengths, receiver_lengths = lengths_of(chosen, sender_dims, receiver, receiver_dims)
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
     rows = None
     if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
-        rows = _rows(chosen, sender_dims, sizes, receiver)
+        rows = rows_of(chosen, sender_dims, sizes, receiver)
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
@@ -133,6 +139,11 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     wanted = math.prod(sum(n for start, n in runs if start != r.PADDING) for runs in into)
     if not zero and sum(move.elements for move in moves) != wanted:
         raise _uncovered(sender_dims, pairs, into, moves, [b.rank for b in senders], sender_world)
+    assumed = _assumed(senders, sender_dims, sender_world, "the senders' ranks") or _assumed(
+        [receiver], receiver_dims, receiver_world, "the target's ranks"
+    )
+    guesses += [_one_line(sender_dims, axes, lengths), *(group.note for group in groups)]
+    guesses = [guess for guess in guesses if guess]
     return Plan(
         tuple(pairs),
         tuple(moves),
@@ -140,18 +151,15 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         tuple(r.length(runs) for runs in into),
         tuple(_padding(runs) for runs in into),
         tuple(_fill(receiver_dims, pair) for pair in pairs),
-        "; ".join(
-            filter(
-                None,
-                (
-                    _assumed(senders, sender_dims, sender_world, "the senders' ranks")
-                    or _assumed([receiver], receiver_dims, receiver_world, "the target's ranks"),
-                    _one_line(sender_dims, axes, lengths),
-                    *(group.note for group in groups),
-                ),
-            )
-        ),
+        "; ".join(filter(None, [assumed, *guesses])),
+        "; ".join(guesses),
     )
+
+
+def _nothing(shape: Sequence[int]) -> Plan:
+    """Return the plan for a block without elements, such as that of a rank without tokens."""
+    pairs = tuple(Pair((), (j,)) for j in range(len(shape)))
+    return Plan(pairs, (), "", tuple(shape), ((),) * len(shape), (None,) * len(shape))
 
 
 def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None = None) -> Block:
@@ -167,7 +175,8 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
     """
     sender_dims = _agreed(senders)
     at = {block.rank: placed(block, world_size) for block in senders}
-    lengths = _given(senders, sender_dims) if TOKENS in sender_dims.names else None
+    senders = busy(list(senders), sender_dims, at)
+    lengths = given_by(senders, sender_dims) if TOKENS in sender_dims.names else None
     sizes = _sizes(senders, sender_dims, _axes(sender_dims, at, world_size), at, lengths)
     extras = ""
     found = []
@@ -245,141 +254,6 @@ def _axes(dims: Dims, at: Mapping[int, Places], world_size: int) -> dict[str, in
             "mend the mesh",
         )
     return axes
-
-
-def _of_same_data(
-    senders: Sequence[Block],
-    sender_dims: Dims,
-    receiver_dims: Dims,
-    at: Mapping[int, Places],
-    here: Places,
-) -> list[Block]:
-    """Leave out senders that had other data, or other layers, where both sides say which."""
-    kept = list(senders)
-    for axis in sorted(
-        (sender_dims.data & receiver_dims.data) - {*sender_dims.axes, *receiver_dims.axes}
-    ):
-        k, n = here.get(axis, (0, 1))
-        if n > 1 and {at[block.rank].get(axis, (0, 1))[1] for block in kept} == {n}:
-            same = [block for block in kept if at[block.rank][axis][0] == k]
-            if not same and axis != "pp":
-                raise LayoutError(
-                    f"no $sender at {axis}={k} recorded it, and those elsewhere on {axis} have "
-                    f"other data",
-                    f"record them, or declare '# {axis}:replicated' if they have not",
-                )
-            kept = same or kept  # a stage of the pipeline has what no other has
-    return kept
-
-
-def _lengths(
-    senders: Sequence[Block], sender_dims: Dims, receiver: Block, receiver_dims: Dims
-) -> tuple[Lengths | None, Lengths | None]:
-    """Return the sequences' lengths on either side; one that says nothing borrows the other's."""
-    if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
-        return None, None
-    sender_lengths, receiver_lengths = (
-        _given(senders, sender_dims),
-        lengths_in(receiver.extras, receiver_dims),
-    )
-    if sender_lengths is not None and receiver_lengths is not None:
-        _check_alike(sender_lengths, receiver_lengths)
-    both = (
-        sender_lengths or (receiver_lengths and receiver_lengths.lent()),
-        receiver_lengths or (sender_lengths and sender_lengths.lent()),
-    )
-    return _in_line(both[0], sender_dims), _in_line(both[1], receiver_dims)
-
-
-def _check_alike(senders: Lengths, receiver: Lengths) -> None:
-    """Refuse sequences of which the two sides say other lengths."""
-    if senders.real != receiver.real:
-        raise LayoutError(
-            f"$senders' sequences have the lengths {list(senders.real)!s:.120}, "
-            f"$receiver's {list(receiver.real)!s:.120}",
-            "feed both the same input, in the same order",
-        )
-
-
-def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
-    """Return lengths as they are for a side that calls its tokens `s`."""
-    if lengths is None or not dims.is_line:
-        return lengths
-    (line,) = [dim for dim in dims.dims if TOKENS in dim.names]
-    if len(lengths.real) > 1 and line.cuts and line.cuts[0].axis == SEQUENCES_OVER:
-        raise LayoutError(
-            f"dim s is cut over {SEQUENCES_OVER}, and the extras give {len(lengths.real)} "
-            f"sequences, of which nobody says whether each is cut by itself",
-            "call the dim t if each is",
-        )
-    return lengths._replace(is_line=True)
-
-
-def _rows(
-    senders: Sequence[Block], sender_dims: Dims, sizes: Sequence[Sizes], receiver: Block
-) -> Lengths | None:
-    """Return the lengths of the sequences in a batch that both sides have, where they are given.
-
-    Raises:
-        LayoutError: the two sides contradict each other.
-    """
-    rows = [
-        (dim.names, size.total)
-        for dim, size in zip(sender_dims.dims, sizes, strict=True)
-        if {BATCH, SEQUENCE} & {*dim.names}
-    ]
-    names = [name for names, _ in rows for name in names]
-    if SEQUENCE not in receiver.dims.names or sorted(names) not in (
-        [SEQUENCE], [BATCH, SEQUENCE],
-    ):  # fmt: skip
-        return None
-    total = math.prod(size for _, size in rows)
-    batch = next((size for names, size in rows if names == (BATCH,)), None)
-    given = [_given(senders, sender_dims), lengths_in(receiver.extras, receiver.dims)]
-    of_senders, of_receiver = (
-        _of_rows(one, total, batch if BATCH in names else 1) for one in given
-    )
-    if of_senders is not None and of_receiver is not None:
-        _check_alike(of_senders, of_receiver)
-    known = of_senders or of_receiver
-    is_full = known is not None and sum(known.real) == total
-    sides = [padding_side(block.extras) for block in (senders[0], receiver)]
-    if sides[0] != sides[1] and "left" in sides and not is_full:
-        words = [
-            f"{whose} padding stands on the {side}" if side else f"nobody says where {whose} stands"
-            for whose, side in zip(("$senders'", "$receiver's"), sides, strict=True)
-        ]
-        raise LayoutError(
-            " and ".join(words),
-            "pad both alike, or say at both taps that they are, as extras={'padding': 'left'}",
-        )
-    side = "left" if "left" in sides else ""
-    return Lengths((), (), side) if known is None and side else known and known._replace(side=side)
-
-
-def _of_rows(lengths: Lengths | None, total: int, batch: int | None) -> Lengths | None:
-    """Return lengths if they can be those of a batch; None where they are of other tokens.
-
-    Those may be all that a decode step attends to.
-    """
-    if lengths is None or not lengths.real or batch not in (None, len(lengths.real)):
-        return None
-    longest, rest = divmod(total, len(lengths.real))
-    return lengths if not rest and max(lengths.real) <= longest else None
-
-
-def _given(senders: Sequence[Block], dims: Dims) -> Lengths | None:
-    """Return the sequences' lengths as the senders say."""
-    texts = {block.extras: block.rank for block in senders}
-    given = {lengths_in(text, dims): rank for text, rank in texts.items()}
-    given.pop(None, None)
-    if len(given) > 1:
-        (_, one), (_, other), *_ = given.items()
-        raise LayoutError(
-            f"${{rank}}s {one} and {other} give different sequence lengths in their extras",
-            "give those of the whole on every rank",
-        )
-    return next(iter(given), None)
 
 
 def _sizes(

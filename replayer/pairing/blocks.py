@@ -174,7 +174,8 @@ def by_layout(
         yield err
         return
     for part_a, part_b, at in parts:
-        where = at if len(parts) > 1 else ""
+        all_of_it = len(part_a) == len(rows_a) and len(part_b) == len(rows_b)
+        where = at if len(parts) > 1 or not all_of_it else ""
         if not part_a or not part_b:
             side = "A" if part_b else "B"
             yield LayoutError(f"no rank of {side} at {at} recorded it")
