@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import DamagedRecording, LayoutError, UsageError
+from .errors import DamagedRecording, LayoutError, ReplicasDiffer, UsageError
 from .format.payload import parse_dtype
 from .format.schema import ManifestRow
 from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
 from .layouts.dims import Dims
 from .layouts.lengths import counts_tokens
-from .layouts.parse import parse_dims
+from .layouts.parse import gradient_dims, parse_dims
 from .layouts.plan import Plan, plan, whole
 from .mesh import FrozenMesh
 from .tags import label
@@ -31,14 +31,38 @@ def layout_of(dims: str, kind: str) -> Dims:
 
     Args:
         dims: as declared.
-        kind: `tensor` or `grad`. The gradient of a summand is that of the sum: nothing is partial
-            about it, whatever was declared of the tensor. A DTensor's gradient says so itself.
+        kind: `tensor` or `grad`. Where nothing is said of the gradient, it is laid out as its
+            value; but the gradient of a summand is that of the sum: nothing is partial about it. A
+            DTensor's gradient says so itself.
 
     Raises:
         LayoutError: it cannot be read.
     """
+    if kind != "grad":
+        return parse_dims(dims)
+    if declared := gradient_dims(dims):
+        return parse_dims(declared)
     found = parse_dims(dims)
-    return replace(found, partial=()) if kind == "grad" and found.mesh is None else found
+    return replace(found, partial=()) if found.mesh is None else found
+
+
+def with_gradient(dims: Dims, axis: str) -> str:
+    """Return a layout as it is written where its gradient is partial over an axis."""
+    words = [
+        dim.label + (f"[{','.join(map(str, dim.cuts))}]" * bool(dim.cuts)) for dim in dims.dims
+    ]
+    named = next((i for i, dim in enumerate(dims.dims) if dim.names), None)
+    if named is not None:
+        cuts = [*map(str, dims.dims[named].cuts), f"{axis}:partial"]
+        words[named] = f"{dims.dims[named].label}[{','.join(cuts)}]"
+    return f"{dims.text.partition('#')[0].strip()} # grad: {' '.join(words)}"
+
+
+def open_axes(block: Block) -> list[str]:
+    """Return the axes along which ranks hold the same, as far as a layout says."""
+    known = {**dict(block.mesh or ()), **(block.dims.mesh or {})}
+    over = {*block.dims.axes, *block.dims.data}
+    return sorted(axis for axis, (_, n) in known.items() if n > 1 and axis not in over)
 
 
 def block_of(
@@ -160,14 +184,35 @@ class Recorded:
             plan: what to copy for it.
         """
         self._in_part = []
-        return assemble(
-            plan,
-            self.blocks,
-            receiver,
-            self._read,
-            lambda rank: f"{self._rows[rank]['dtype']} {self._rows[rank]['digest']}",
-            self._replicas,
-        )
+        try:
+            return assemble(
+                plan,
+                self.blocks,
+                receiver,
+                self._read,
+                lambda rank: f"{self._rows[rank]['dtype']} {self._rows[rank]['digest']}",
+                self._replicas,
+            )
+        except ReplicasDiffer as err:
+            if not self.is_open_gradient:
+                raise
+            raise ReplicasDiffer(
+                err.fact,
+                "if each holds a summand of the gradient, say so at the tap, as in "
+                f"dims={self.as_summands()!r}",
+            ) from None
+
+    @property
+    def is_open_gradient(self) -> bool:
+        """Whether these are gradients of which nobody says how they are laid out."""
+        first = self._rows[self.blocks[0].rank]
+        said = self.blocks[0].dims.mesh is not None or gradient_dims(first["dims"] or "")
+        return first["kind"] == "grad" and not said
+
+    def as_summands(self) -> str:
+        """Return the layout as written where each rank holds a summand of the gradient."""
+        block = self.blocks[0]
+        return with_gradient(block.dims, next(iter(open_axes(block)), "tp"))
 
     def plan(self, receiver: Block, world_size: int) -> Plan:
         """Return what to copy for a receiver.

@@ -19,9 +19,9 @@ from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS
 from recorder.layouts.lengths import counts_tokens, lengths_in, padding_side
-from recorder.layouts.parse import parse_dims
+from recorder.layouts.parse import gradient_dims
 from recorder.layouts.plan import Plan, plan, whole
-from recorder.logical import Recorded, block_of, layout_of
+from recorder.logical import Recorded, block_of, layout_of, open_axes, with_gradient
 from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.recording import Recording
@@ -107,13 +107,13 @@ class Relayout:
         target = tuple(self._target.shape)
         if shapes == {target}:
             return True
-        is_cut = bool(parse_dims(self._declared.dims).axes)
+        is_cut = bool(layout_of(self._declared.dims, self._declared.kind).axes)
         return not is_cut and tuple(sender["shape"] or ()) == target
 
     def _is_padded(self) -> bool:
         """Whether the target's tap says anything of padding, or of sequences' lengths."""
         try:
-            dims = parse_dims(self._declared.dims)
+            dims = layout_of(self._declared.dims, self._declared.kind)
         except LayoutError:
             return True  # and says so
         counts = TOKENS in dims.names
@@ -146,10 +146,40 @@ class Relayout:
             GraftRefused: padding is to be kept, and a cast to the target's dtype would lose.
         """
         senders, receiver = self._senders(), self._receiver()
+        self._check_gradient(senders, receiver)
         plan = senders.plan(receiver, self._rank.world_size)
         made, cast = self._finished(senders.block(receiver, plan), plan)
         self.guesses = plan.guesses
         return made, joined(plan.note, senders.note, cast)
+
+    def _check_gradient(self, senders: Recorded, receiver: Block) -> None:
+        """Refuse a gradient that several ranks hold, where each may hold the whole or a summand.
+
+        Their values are alike, and that says nothing of it. Where the senders were several as
+        well, and all had the same, it was the whole there.
+        """
+        declared = self._declared
+        is_said = receiver.dims.mesh is not None or gradient_dims(declared.dims)
+        if declared.kind != "grad" or is_said:
+            return
+        axes = open_axes(receiver)
+        if receiver.mesh is None and not receiver.dims.axes and self._rank.world_size > 1:
+            axes = ["tp"]  # or what it may be called
+        for axis in axes:
+            sizes = {
+                self._recording.world_size if block.mesh is None else dict(block.mesh)[axis][1]
+                for block in senders.blocks
+                if block.mesh is None or axis in dict(block.mesh)
+            }
+            if sizes and min(sizes) > 1 and axis not in senders.blocks[0].dims.axes:
+                continue
+            plain = receiver.dims.text.partition("#")[0].strip()
+            raise LayoutError(
+                f"of the gradient of {plain!r:.200}, ranks along {axis} may each hold the whole or "
+                "a summand, and the dims do not say which",
+                f"say it at $receiver's tap: {f'{plain} # grad: {plain}'!r} or "
+                f"{with_gradient(receiver.dims, axis)!r}",
+            )
 
     def logical(self) -> torch.Tensor:
         """See `GraftInput.logical`."""

@@ -1,6 +1,6 @@
 """Read the text of a layout, once: `"b s[cp:zigzag,sp] h[tp] d # ep:replicated"`.
 
-    layout    = { dim } [ "#" { fact } ]
+    layout    = { dim } [ "#" { fact } ] [ "#" "grad:" layout ]
     dim       = "1" | NAME [ cuts ] | "(" NAME { "*" NAME } ")" [ cuts ]
     cuts      = "[" cut { "," cut } "]", the outermost first
     cut       = AXIS [ "/" NUMBER ] [ ":" qualifier { "+" qualifier } ]
@@ -12,7 +12,8 @@ The grammar up to `partial` and `dp:=` is the one of sglang's dump comparator
 (`sglang/srt/debug_utils/comparator/dims_spec`). `chunk` and `split` say how a dim that an axis does
 not divide is cut: as `torch.chunk` does, or as `torch.tensor_split`; with `zigzag`, so are the 2n
 chunks. `AXIS/NUMBER` says how many neighbours along the axis hold the same block. `NAME=SIZE` is
-the size without padding. What a DTensor says of itself stands behind all this, see `dtensor`.
+the size without padding. Behind `grad:` stands the layout of the gradient, where it is another.
+What a DTensor says of itself stands behind all this, see `dtensor`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _DIM = re.compile(r"\s*(?:(1)|([A-Za-z_]\w*)|\(([^()]*)\))(?:\[([^\[\]]*)\])?(?=\s|$)")
 _RULES = {"chunk", "split"}
 _QUALIFIERS = ("natural", "sharded", "zigzag", "partial", "chunk", "split")
+_GRAD = re.compile(r"#\s*grad\s*:")
 _MOST_DIMS = 64
 _LONGEST = 4_000  # characters
 
@@ -44,7 +46,11 @@ def parse_dims(text: str) -> Dims:
     if len(text) > _LONGEST:
         raise _unreadable(text, f"it has {len(text)} characters, expected at most {_LONGEST}")
     placed = DTENSOR.search(text)
-    declared = text if placed is None else text[: placed.start()].rstrip().removesuffix("#")
+    declared, grad = _parted(text)
+    if grad is not None:
+        if _GRAD.search(grad):
+            raise _unreadable(text, "it has the layout of a gradient twice")
+        parse_dims(grad)
     named, _, facts = declared.partition("#")
     found = _with_facts(text, _named(text, named), facts)
     for what, words in (("dim", found.names), ("axis", found.axes)):
@@ -57,6 +63,26 @@ def parse_dims(text: str) -> Dims:
     if both:
         raise _unreadable(text, f"the axis {both[0]!r} both cuts and is replicated")
     return found if placed is None else with_placements(text, found, placed)
+
+
+def gradient_dims(text: str) -> str:
+    """Return the layout of a gradient where it is declared apart from its value's, else "".
+
+    What a DTensor says stands behind either: it is then that of the gradient.
+    """
+    _, grad = _parted(text)
+    placed = DTENSOR.search(text)
+    return f"{grad} # {text[placed.start() :]}" if grad and placed is not None else grad or ""
+
+
+def _parted(text: str) -> tuple[str, str | None]:
+    """Return what is declared of a value and of its gradient; None where nothing is of that."""
+    placed = DTENSOR.search(text)
+    declared = text if placed is None else text[: placed.start()].rstrip().removesuffix("#")
+    found = _GRAD.search(declared)
+    if found is None:
+        return declared, None
+    return declared[: found.start()], declared[found.end() :].strip()
 
 
 def _unreadable(text: str, fact: str) -> LayoutError:

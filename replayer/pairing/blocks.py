@@ -202,6 +202,12 @@ def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
         y, plan = b.tensor(other, receiver)
         taken = [f"{side}: {p.note}" for side, p in (("A", how), ("B", plan)) if p.note]
         said = [where, note, *taken, *_replica_notes(choices, one, other)]
+        for side, all_of_it in zip((a, b), choices, strict=True):
+            if len(all_of_it) > 1 and side.recorded.is_open_gradient:
+                said.append(
+                    f"if each rank of {side.name} holds a summand of this gradient, say so at the "
+                    f"tap, as in dims={side.recorded.as_summands()!r}"
+                )
         dim_names = tuple(dim.label for dim in receiver.dims.dims)
         yield Two(
             x, y, dim_names, one.ranks, other.ranks, "; ".join(filter(None, said)), plan,
