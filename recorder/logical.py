@@ -18,7 +18,7 @@ from .layouts.dims import Dims
 from .layouts.lengths import counts_tokens
 from .layouts.parse import gradient_dims, parse_dims
 from .layouts.plan import Plan, plan, whole
-from .mesh import FrozenMesh
+from .mesh import PIPELINE, FrozenMesh
 from .tags import label
 
 _MOST_PLANS = 256
@@ -194,6 +194,12 @@ class Recorded:
                 self._replicas,
             )
         except ReplicasDiffer as err:
+            if len({dict(block.mesh or ()).get(PIPELINE) for block in self.blocks}) > 1:
+                raise ReplicasDiffer(
+                    f"several stages of the pipeline recorded it; {err.fact}",
+                    "if each numbers its layers from 0, tag the global one at the tap: "
+                    "layer=recorder.global_layer(i)",
+                ) from None
             if not self.is_open_gradient:
                 raise
             raise ReplicasDiffer(

@@ -10,11 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ..errors import LayoutError
+from ..mesh import PIPELINE
 from .blocks import Block
 from .cutting import Places
 from .dims import Dims
-
-_PIPELINE = "pp"
 
 
 def of_same_data(
@@ -40,14 +39,14 @@ def of_same_data(
             if axis not in sender_dims.data:
                 continue
             same = [block for block in kept if at[block.rank][axis][0] == k]
-            if not same and axis != _PIPELINE:
+            if not same and axis != PIPELINE:
                 raise LayoutError(
                     f"no $sender at {axis}={k} recorded it, and those elsewhere on {axis} have "
                     f"other data",
                     f"record them, or declare '# {axis}:replicated' if they have not",
                 )
             kept = same or kept  # a stage of the pipeline has what no other has
-        elif len(places) == 1 and axis != _PIPELINE:
+        elif len(places) == 1 and axis != PIPELINE:
             ((there, size),) = places
             told = f"{size} of {axis} sent and {n} receive, which hold other data"
             if there != k:

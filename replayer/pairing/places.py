@@ -9,9 +9,10 @@ from recorder.format.schema import ManifestRow
 from recorder.layouts.blocks import coordinates
 from recorder.layouts.cutting import Places
 from recorder.logical import Recorded
+from recorder.mesh import PIPELINE
 from recorder.recording import Recording
 
-_PIPELINE = "pp"
+SEVERAL_STAGES = "recorded by several stages; if each numbers its layers from 0, tag the global one"
 
 
 def of_same_data(
@@ -29,7 +30,7 @@ def of_same_data(
         axis: [{p[axis][1] if axis in p else 1 for p in places} for places in (a_places, b_places)]
         for axis in axes
     }
-    fixed = [axis for axis in axes if axis != _PIPELINE and sizes[axis][0] == sizes[axis][1]]
+    fixed = [axis for axis in axes if axis != PIPELINE and sizes[axis][0] == sizes[axis][1]]
     free = [axis for axis in axes if axis not in fixed]
     parts_a, parts_b = _grouped(rows_a, a_places, fixed), _grouped(rows_b, b_places, fixed)
     busy = [_busy(parts) for parts in (parts_a, parts_b)]
@@ -52,7 +53,10 @@ def of_same_data(
             for there, part_b in (inner_b or {(): ([], [])}).items():
                 if not one_each or here == there:
                     place = here if len(inner_a) > 1 else there or here
-                    yield part_a[0], part_b[0], _where([*fixed, *free], (*at, *place))
+                    where = _where([*fixed, *free], (*at, *place))
+                    if PIPELINE in free and len(inner_a) != len(inner_b):
+                        where += f" ({SEVERAL_STAGES})"
+                    yield part_a[0], part_b[0], where
 
 
 def _where(axes: Sequence[str], at: tuple[int, ...]) -> str:
