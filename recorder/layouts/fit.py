@@ -19,7 +19,7 @@ from .cutting import declared
 from .dims import TOKENS, Dims
 from .groups import Flattened, Fused, Group, Same, Sized
 from .lengths import Lengths
-from .receiver import Receiver
+from .receiver import Found, Receiver
 
 _MOST_SEQUENCES = 1 << 20
 
@@ -46,6 +46,13 @@ def group_of(
         LayoutError: the sizes contradict each other, or do not say enough.
     """
     receiver_dims = receiver.dims
+    for name in sorted(sender_dims.sizes.keys() & receiver_dims.sizes.keys()):
+        if sender_dims.sizes[name] != receiver_dims.sizes[name]:
+            raise LayoutError(
+                f"dim {name} is declared to have {sender_dims.sizes[name]} without padding by "
+                f"$senders and {receiver_dims.sizes[name]} by $receiver",
+                MEND,
+            )
     sender_names = [sender_dims.dims[i].names for i in pair.senders]
     receiver_names = [receiver_dims.dims[j].names for j in pair.receivers]
     if len(sender_names) == len(receiver_names) == 1 and sender_names == receiver_names:
@@ -67,12 +74,6 @@ def _same(
     dim, have, receiver_dims = receiver.dims.dims[j], senders.total, receiver.dims
     name = dim.names[0] if len(dim.names) == 1 else ""
     both = sender_dims.sizes.get(name), receiver_dims.sizes.get(name)
-    if None not in both and both[0] != both[1]:
-        raise LayoutError(
-            f"dim {name} is declared to have {both[0]} without padding by $senders and "
-            f"{both[1]} by $receiver",
-            MEND,
-        )
     declared = both[0] if both[0] is not None else both[1]
     _check_certain(senders, j, declared, receiver)
     if declared is None and senders.lengths is not None:
@@ -91,15 +92,17 @@ def _same(
             MEND,
         )
     alike = _cut_alike(senders, receiver, j) if size == have else None
+    note = ""
     if alike is not None:
         total, runs = have, alike
+        note = f"dim {dim} has blocks of unequal sizes: taken rank by rank"
     else:
         others = _other_sizes(receiver, j, size, rows) if declared is None else ()
         is_left = rows is not None and rows.side == "left" and bool(others)
         found = receiver.indices(j, size, padded, others, is_left=is_left)
         if found is None:
             raise _no_block(j, have, size, receiver)
-        total, runs = found
+        total, runs, note = found
     receiver_lengths = None
     if senders.lengths is not None and receiver.lengths is not None:
         receiver_lengths = receiver.lengths.fitted(total)
@@ -107,7 +110,7 @@ def _same(
         pair,
         _segments(have, size, senders.lengths),
         r.located(runs, _segments(total, size, receiver_lengths)),
-        "" if alike is None else f"dim {dim} has blocks of unequal sizes: taken rank by rank",
+        note,
     )
 
 
@@ -223,7 +226,8 @@ def _flattened(
     runs: list[r.Runs] = []
     if flat:
         held = [_row(receiver, j, of_tokens, notes) for j in rows]
-        totals, runs = [total for total, _ in held], [found for _, found in held]
+        totals, runs = [one.total for one in held], [one.runs for one in held]
+        notes += [one.note for one in held if one.note]
     else:
         totals = [sizes[i].total for i in rows]
     for j, total in zip(rows, totals, strict=True):
@@ -255,7 +259,7 @@ def _flattened(
     if flat:
         segments = of_tokens.segments(sizes[pair.senders[0]].total)
     else:
-        total, found = _tokens(receiver, pair.receivers[0], sum(real))
+        total, found, _ = _tokens(receiver, pair.receivers[0], sum(real))
         segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
         runs = [found]
     starts = [0, *itertools.accumulate(real)][:batch]
@@ -281,9 +285,7 @@ def _check_no_padding(dims: Dims, j: int, total: int, lengths: Lengths | None) -
         raise _padded_apart(names[0])
 
 
-def _row(
-    receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]
-) -> tuple[int, r.Runs]:
+def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) -> Found:
     """Return the receiver's whole along a dim of batch or sequence, and what its block has of it.
 
     Adds to `notes` what was taken for granted.
@@ -330,7 +332,7 @@ def _whole(receiver: Receiver, j: int) -> int:
     return whole
 
 
-def _tokens(receiver: Receiver, j: int, size: int) -> tuple[int, r.Runs]:
+def _tokens(receiver: Receiver, j: int, size: int) -> Found:
     """Return how many flattened tokens the receiver has in all, and which its block holds."""
     found = receiver.indices(j, size, padded=True)
     if found is None:
@@ -350,7 +352,7 @@ def _indices(
     others: Sequence[int] = (),
     *,
     is_left: bool = False,
-) -> tuple[int, r.Runs]:
+) -> Found:
     """Return the receiver's whole along a dim of known size, and which indices its block has."""
     found = receiver.indices(j, size, padded, others, is_left=is_left)
     if found is None:
@@ -409,16 +411,17 @@ def _fused(
     else:
         _check_all_known(all_known or {}, senders, receivers)
         names = (*names, *(name for name in receiver_order if name not in names))
-    runs = []
+    runs, notes = [], []
     for place, j in enumerate(order):
         one = receivers[place]
         others = _other_sizes(receiver, j, one.real, rows)
         may_pad = _may_pad(receiver, j, explicit)
         is_left = rows is not None and rows.side == "left" and bool(others)
-        total, held = _indices(receiver, j, one.real, may_pad, others, is_left=is_left)
-        receivers[place] = replace(one, total=total)
-        runs.append(held)
-    return Fused(pair, names, all_known, senders, receivers, runs)
+        found = _indices(receiver, j, one.real, may_pad, others, is_left=is_left)
+        receivers[place] = replace(one, total=found.total)
+        runs.append(found.runs)
+        notes += [found.note] * bool(found.note)
+    return Fused(pair, names, all_known, senders, receivers, runs, "; ".join(notes))
 
 
 def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -> Sized:

@@ -128,7 +128,8 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     rows = None
     if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
         rows = rows_of(chosen, sender_dims, sizes, receiver)
-    block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths)
+    sized = frozenset((*sender_dims.sizes, *receiver_dims.sizes))
+    block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
     groups = [group_of(pair, sender_dims, sizes, block, lengths, rows) for pair in pairs]

@@ -19,6 +19,14 @@ from .lengths import Lengths
 from .runs import Runs
 
 
+class Found(NamedTuple):
+    """What a block has of a whole: how large that is, which indices, and what was guessed."""
+
+    total: int
+    runs: Runs
+    note: str = ""
+
+
 class _Reading(NamedTuple):
     """One way to understand how a receiver's dim is cut.
 
@@ -57,12 +65,14 @@ class Receiver:
         shape: its sizes.
         places: where it stands.
         lengths: of the sequences in its flattened tokens.
+        sized: the names whose sizes without padding are declared, on either side.
     """
 
     dims: Dims
     shape: tuple[int, ...]
     places: Places
     lengths: Lengths | None
+    sized: frozenset[str] = frozenset()
 
     def cuts(self, j: int) -> list[Cut]:
         """Return the axes that cut its dim `j`."""
@@ -95,8 +105,11 @@ class Receiver:
         others: Sequence[int] = (),
         *,
         is_left: bool = False,
-    ) -> tuple[int, Runs] | None:
+    ) -> Found | None:
         """Return the size of the whole along dim `j`, and which of its indices the block has.
+
+        A size that was declared is that without padding to a multiple: where no rule says that the
+        dim is cut unevenly, it is taken to be padded, and said where it need not be.
 
         Args:
             j: the dim.
@@ -130,9 +143,19 @@ class Receiver:
             if is_left:
                 held = (*held, (one.total, 0))
             distinct.setdefault(held, one)
+        first, open_one = readings[0], None
         if len(distinct) > 1:
-            raise self._open(j, size, list(distinct.values()))
-        return readings[0].total, readings[0].runs
+            open_one = self._open(j, size, list(distinct.values()))
+            if not (first.is_padded and self._is_sized(j)) or is_left:
+                raise open_one
+        note = ""
+        if open_one is not None:
+            others_said = " or ".join(self._options(j, size, list(distinct.values())[1:]))
+            note = (
+                f"dim {self.dims.dims[j]}: taken to be padded to {first.total}; if it is not, "
+                f"write {others_said}"
+            )
+        return Found(first.total, first.runs, note)
 
     def _readings(self, j: int, size: int, padded: bool) -> list[_Reading]:
         """Return how the whole can be cut to have this block, if all that is declared is so."""
@@ -146,11 +169,17 @@ class Receiver:
         evenly = [one._replace(is_padded=True) for one in self._cuttings(j, even, evenly=True)]
         if evenly and self._is_padded(j):
             return evenly
-        is_declared = not self.dims.sizes.keys().isdisjoint(self.dims.dims[j].names)
+        is_declared = not self.sized.isdisjoint(self.dims.dims[j].names)
         is_tokens = self.dims.dims[j].names == (TOKENS,)
         if plain and any(cut.rule for cut in cuts) and (is_declared or not is_tokens):
             return plain  # what is padded to a multiple needs no rule
         return [*evenly, *plain]
+
+    def _is_sized(self, j: int) -> bool:
+        """Whether either side declares the size of dim `j`, and no rule how it is cut."""
+        names = self.dims.dims[j].names
+        is_declared = len(names) == 1 and names[0] in self.sized
+        return is_declared and not any(cut.rule for cut in self.cuts(j))
 
     def _is_padded(self, j: int) -> bool:
         """Whether dim `j` was said to be padded, more than by its size without padding."""
@@ -196,13 +225,22 @@ class Receiver:
 
     def _open(self, j: int, size: int, readings: Sequence[_Reading]) -> LayoutError:
         """Say between which readings of its layout only a declaration can decide."""
-        dim, cuts = self.dims.dims[j], self.cuts(j)
+        dim = self.dims.dims[j]
         starts = [one.runs[0][0] if one.runs else 0 for one in readings]
         told = len(set(starts)) == len(starts)
         words = []
         for start, one in zip(starts, readings, strict=True):
             how = one.how if one.total == size else f"where it has {one.total} in all"
             words.append(f"at {start}, {how}" if told else how)
+        return LayoutError(
+            f"dim {dim}: of {size}, a block of {self.shape[j]} can "
+            f"{'begin' if told else 'be cut'} {', or '.join(dict.fromkeys(words))}",
+            f"declare which at $receiver's tap: {' or '.join(self._options(j, size, readings))}",
+        )
+
+    def _options(self, j: int, size: int, readings: Sequence[_Reading]) -> list[str]:
+        """Return how each reading can be declared."""
+        dim, cuts = self.dims.dims[j], self.cuts(j)
         as_it_is = f" # {dim.label}={size}" if dim.names == (TOKENS,) else ""
         options = [
             f"'# {dim.label}:padded'"
@@ -212,11 +250,7 @@ class Receiver:
             else declared(dim, cuts, one.rules, one.share) + as_it_is
             for one in readings
         ]
-        return LayoutError(
-            f"dim {dim}: of {size}, a block of {self.shape[j]} can "
-            f"{'begin' if told else 'be cut'} {', or '.join(dict.fromkeys(words))}",
-            f"declare which at $receiver's tap: {' or '.join(dict.fromkeys(options))}",
-        )
+        return list(dict.fromkeys(options))
 
     def _lengths_of(self, j: int) -> Lengths | None:
         """Return the lengths of the sequences in dim `j`, if it is one of flattened tokens."""

@@ -157,11 +157,21 @@ def readings(side, i, sizes, at, length, *, may_pad, must_pad=False):
     ):
         padded = Side(side.mesh, side.dims, side.cuts, {i: length * parts - whole})
         held = padded.held(i, sizes, at)
-        if must_pad and len(held) == length:
+        plain = not any(cut.said for cut in cuts)  # a declared size is one without padding
+        if (must_pad or plain) and len(held) == length and _is_even(side, i, length * parts):
             return [held]
         add(held)
     add(shared(side, i, sizes, at, length))
     return found
+
+
+def _is_even(side, i, total):
+    for cut in side.cuts[i]:
+        n = side.mesh[cut.axis] // cut.share
+        if total % (2 * n if cut.zigzag and n > 1 else n):
+            return False
+        total //= n
+    return True
 
 
 def shared(side, i, sizes, at, length):

@@ -166,7 +166,7 @@ class Case:
             wanted = self.wanted(at, held)
             if self.same(got.flatten().tolist(), wanted):
                 counts["right"] += 1
-            elif "was taken to have" in made.note:
+            elif "was taken to have" in made.note or "taken to be padded" in made.note:
                 counts["wrong, and said"] += 1
             else:
                 raise AssertionError(
@@ -230,6 +230,11 @@ def plain_case(seed):
     sizes = {n: rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 12)) for n in "hdev"[: rng.randint(1, 3)]}
     sender = random_side(rng, sizes, is_receiver=False)
     receiver = random_side(rng, sizes, is_receiver=True)
+    declared = {f.split("=")[0] for side in (sender, receiver) for f in side.facts if "=" in f}
+    for i, dim in enumerate(receiver.dims):
+        if len(dim) == 1 and dim[0] in declared and not receiver.padded.get(i):
+            for cut in receiver.cuts[i]:
+                cut.said = True  # else a size that is declared is that without padding
     return Case(seed, sizes, sender, receiver)
 
 
@@ -240,7 +245,7 @@ def test_plain_dims_against_the_oracle(extent):
     for seed in range(first, first + count):
         plain_case(seed).run(counts, is_open)
     report(first, count, counts)
-    assert counts["right"] > 3 * count
+    assert counts["right"] > 3 * count and not counts["wrong, and said"]
 
 
 def random_tokens(rng, real, *, is_receiver):
@@ -278,6 +283,11 @@ def random_tokens(rng, real, *, is_receiver):
         if form == "s" and is_receiver and made.steps("s") and longest % parts["s"]:
             longest = max(real)
         made.room = [longest] * len(real)
+        for name in ("s", "(b*s)"):  # what is uneven says so
+            whole = longest * (1 if name == "s" else len(real))
+            if is_receiver and form != "s" and name in parts and whole % parts[name]:
+                for cut in made.steps(name):
+                    cut.said = True
         if form in ("b s", "s b") and rng.random() < 0.3:
             made.facts.append(f"s={longest}")
     return made
@@ -352,6 +362,13 @@ def is_open_tokens(case, at, block):
     lengths = case.sizes
     if receiver.form == "t" and receiver.steps("t"):
         return bool(receiver.tail)
+    rows = receiver.form in ("b s", "s b")
+    if (
+        rows
+        and receiver.left
+        and receiver.room[0] % math.prod(receiver.mesh[cut.axis] for cut in receiver.steps("s"))
+    ):
+        return True  # tokens count from the end of a row, and how long that is hangs on padding
     if receiver.form in ("b s", "s b", "(b*s)"):
         name = "s" if " " in receiver.form else "(b*s)"
         cuts = receiver.steps(name)
@@ -372,4 +389,4 @@ def test_tokens_against_the_oracle(extent):
     for seed in range(first, first + count):
         tokens_case(seed).run(counts, is_open_tokens)
     report(first, count, counts)
-    assert counts["right"] > 2 * count and counts["wrong, and said"] < 0.01 * counts["right"]
+    assert counts["right"] > 2 * count and not counts["wrong, and said"]

@@ -63,13 +63,17 @@ def test_two_axes_that_cut_unevenly_as_declared():
 
 
 def test_two_axes_and_a_size_that_say_neither_padding_nor_how_it_is_cut():
+    """A size that is declared is that without padding; that it was taken so is said."""
     senders, at = sent("d", [torch.arange(12.0)]), {"cp": (1, 2), "sp": (0, 4)}
-    said = "can begin at 8, where it has 16 in all, or at 6, as torch.chunk cuts"
-    refused(senders, block(4, "d[cp,sp] # d=12", (2,), **at), said, 8)
-    assert carried(senders, block(4, "d[cp,sp] # d=12 d:padded", (2,), **at), 8)[0] == [8, 9]
+    got, note = carried(senders, block(4, "d[cp,sp] # d=12", (2,), **at), 8)
+    assert got == [8, 9] and note == (
+        "dim d[cp,sp]: taken to be padded to 16; if it is not, write d[cp:chunk,sp:chunk]"
+    )
+    got, note = carried(senders, block(4, "d[cp,sp] # d=12 d:padded", (2,), **at), 8)
+    assert got == [8, 9] and note == ""
     # The first block begins at the first index, whichever it is.
     at = {"cp": (0, 2), "sp": (0, 4)}
-    assert carried(senders, block(0, "d[cp,sp] # d=12", (2,), **at), 8)[0] == [0, 1]
+    assert carried(senders, block(0, "d[cp,sp] # d=12", (2,), **at), 8) == ([0, 1], "")
 
 
 def test_padding_of_a_dim_that_the_other_side_has_fused():
@@ -77,8 +81,10 @@ def test_padding_of_a_dim_that_the_other_side_has_fused():
     senders = sent("(e*b)", [whole.flatten()])
     got = []
     for k, at in enumerate(over(cp=2, tp=2)):
-        receiver = block(k, "e[cp,tp] b # e=6 e:padded", (2, 2), **at)
-        got += carried(senders, receiver, 4)[0]
+        for facts in ("e=6", "e=6 e:padded"):
+            receiver = block(k, f"e[cp,tp] b # {facts}", (2, 2), **at)
+            rows = carried(senders, receiver, 4)[0]
+        got += rows
     assert got == [*whole.tolist(), [KEPT, KEPT], [KEPT, KEPT]], "the last block is padding alone"
     padded = torch.cat([whole, torch.full((2, 2), 99.0)])
     back = sent("e[cp,tp] b # e=6", list(padded.chunk(4)), over(cp=2, tp=2))
@@ -173,7 +179,8 @@ def test_key_heads_that_are_fewer_than_the_ranks():
     for k in (2, 3):
         receiver = block(k, "kv[tp]", (1,), tp=(k, 4))
         refused(senders, receiver, "if 2 ranks hold the same, write kv[tp/2]", 4)
-    refused(senders, block(1, "kv[tp] # kv=2", (1,), tp=(1, 4)), "or kv[tp/2]", 4)
+    _, note = carried(senders, block(1, "kv[tp] # kv=2", (1,), tp=(1, 4)), 4)
+    assert note == "dim kv[tp]: taken to be padded to 4; if it is not, write kv[tp/2]"
     for k in range(4):
         receiver = block(k, "kv[tp/2]", (1,), tp=(k, 4))
         assert carried(senders, receiver, 4)[0] == [k // 2]
