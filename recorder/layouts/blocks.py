@@ -126,6 +126,8 @@ class Sizes:
         lengths: of the sequences, if the dim is one of flattened tokens.
 
     Attributes:
+        dim: the dim.
+        cuts: the axes that do cut it.
         total: the size of the whole.
         is_open: whether where blocks begin hangs on the size of one that nobody recorded.
         ends_open: whether the size of the whole does.
@@ -144,9 +146,10 @@ class Sizes:
     ) -> None:
         self.dim = dim
         self._axes = axes
-        self._cuts = cuts_of(dim, axes)
+        self.cuts = cuts_of(dim, axes)
         self._local: dict[tuple[int, ...], int] = {}
         self._totals: dict[tuple[int, ...], int] = {}
+        self._ending: set[tuple[int, ...]] = set()  # those whose last block nobody recorded
         self._runs: dict[tuple[int, ...], Runs] = {}
         first: dict[tuple[int, ...], int] = {}
         for places, size, rank in local:
@@ -164,7 +167,7 @@ class Sizes:
         self.total = total if total is not None else self._add_up(()) or 0
         self.lengths = lengths.fitted(self.total) if lengths and dim.names == (TOKENS,) else None
         if self.lengths is not None and sum(self.lengths.room) > self.total:
-            if self._cuts and self._cuts[0].axis == SEQUENCES_OVER:
+            if self.cuts and self.cuts[0].axis == SEQUENCES_OVER:
                 raise LayoutError(
                     f"dim {dim}: $senders have {self.total} tokens in all, and the extras give "
                     f"sequences of {sum(self.lengths.room)}",
@@ -174,7 +177,7 @@ class Sizes:
 
     def key(self, places: Places) -> tuple[int, ...]:
         """Return the coordinates that matter along this dim."""
-        return tuple(places[cut.axis][0] for cut in self._cuts)
+        return tuple(places[cut.axis][0] for cut in self.cuts)
 
     def runs(self, key: tuple[int, ...]) -> Runs:
         """Return the indices of the whole that the block at some coordinates has.
@@ -191,9 +194,9 @@ class Sizes:
         lengths = None if self._known else self.lengths  # a placement cuts the line of them
         by_rule: dict[tuple[str, ...], dict[tuple[int, ...], Runs]] = {}
         wrong: LayoutError | None = None
-        for rules in rules_of(self._cuts, lambda i, cut: cut.zigzag or self._is_by_sequence(i)):
+        for rules in rules_of(self.cuts, lambda i, cut: cut.zigzag or self._is_by_sequence(i)):
             cut = {
-                key: cut_up(self._cuts, key, self._axes, self.total, rules, lengths, self._part)
+                key: cut_up(self.cuts, key, self._axes, self.total, rules, lengths, self._part)
                 for key in self._local
             }
             odd = next((key for key in cut if r.length(cut[key]) != self._local[key]), None)
@@ -204,7 +207,7 @@ class Sizes:
         if not by_rule and wrong is not None:
             raise wrong
         if len(by_rule) > 1:
-            options = [declared(self.dim, self._cuts, rules) for rules in by_rule]
+            options = [declared(self.dim, self.cuts, rules) for rules in by_rule]
             raise LayoutError(
                 f"dim {self.dim}: blocks of $senders' sizes are others where they are cut as "
                 "torch.chunk does than as torch.tensor_split does",
@@ -218,31 +221,43 @@ class Sizes:
 
         Else their sizes hang on data, as those of the tokens that each expert gets.
         """
-        if self._known or any(cut.zigzag for cut in self._cuts) or self._is_by_sequence(0):
+        if self._known or any(cut.zigzag for cut in self.cuts) or self._is_by_sequence(0):
             return True
         return any(
             all(
-                r.length(cut_up(self._cuts, key, self._axes, self.total, rules, None)) == size
+                r.length(cut_up(self.cuts, key, self._axes, self.total, rules, None)) == size
                 for key, size in self._local.items()
             )
-            for rules in rules_of(self._cuts, lambda i, cut: True)
+            for rules in rules_of(self.cuts, lambda i, cut: True)
         )
 
     def at(self, key: tuple[int, ...]) -> int | None:
         """Return the size of the block at some coordinates, None where nobody recorded it."""
         return self._local.get(key)
 
+    def shared(self, size: int) -> int:
+        """Return how many neighbours may hold the same block, if a whole is to have some size.
+
+        0 where that does not explain it.
+        """
+        copies, rest = divmod(self.total, size) if size else (0, 0)
+        plain = bool(self.cuts) and not any(c.zigzag or c.rule or c.share > 1 for c in self.cuts)
+        if rest or copies < 2 or not plain or self._known:
+            return 0
+        alike = len({*self._local.values()}) == 1
+        return copies if alike and self._axes[self.cuts[-1].axis] % copies == 0 else 0
+
     def cuts_as(self, cuts: Sequence[Cut], places: Places) -> bool:
         """Whether another layout's cuts, over axes of its own, are the same."""
-        over = [(cut, self._axes[cut.axis]) for cut in self._cuts]
+        over = [(cut, self._axes[cut.axis]) for cut in self.cuts]
         return over == [(cut, places[cut.axis][1]) for cut in cuts]
 
     def _is_by_sequence(self, i: int) -> bool:
-        return is_by_sequence(self._cuts, i, None if self._known else self.lengths)
+        return is_by_sequence(self.cuts, i, None if self._known else self.lengths)
 
     def _misfit(self, key: tuple[int, ...], size: int) -> LayoutError:
         where = " ".join(
-            f"{cut.axis}={k}/{self._axes[cut.axis]}" for cut, k in zip(self._cuts, key, strict=True)
+            f"{cut.axis}={k}/{self._axes[cut.axis]}" for cut, k in zip(self.cuts, key, strict=True)
         )
         return LayoutError(
             f"dim {self.dim}: the block at {where} has {self._local[key]}, and {self.total} in all "
@@ -252,40 +267,56 @@ class Sizes:
 
     def _part(self, prefix: tuple[int, ...], k: int, n: int) -> tuple[int, int]:
         if self._known:
-            return r.chunk(n, self._axes[self._cuts[len(prefix)].axis], k)
+            return r.chunk(n, self._axes[self.cuts[len(prefix)].axis], k)
         before = sum(self._totals[(*prefix, j)] for j in range(k))
         return before, self._totals[(*prefix, k)]
 
     def _add_up(self, prefix: tuple[int, ...]) -> int | None:
         """Return the size of all blocks at coordinates that begin so; None where there are none.
 
-        A block that is not there is taken to be as large as its largest sibling.
+        A block that is not there is taken to be as large as the one before it, or as the largest
+        where there is none before.
         """
-        if len(prefix) == len(self._cuts):
+        if len(prefix) == len(self.cuts):
             return self._local.get(prefix)
-        parts = [
-            self._add_up((*prefix, k)) for k in range(self._axes[self._cuts[len(prefix)].axis])
-        ]
+        cut = self.cuts[len(prefix)]
+        parts = [self._add_up((*prefix, k)) for k in range(self._axes[cut.axis])]
         largest = max((n for n in parts if n is not None), default=None)
         if largest is None:
             return None
-        self._look_for_gaps(parts)
-        sizes = [largest if n is None else n for n in parts]
+        sizes: list[int] = []
+        for size in parts:
+            before = sizes[-1] if sizes and not cut.zigzag else largest
+            sizes.append(before if size is None else size)
+        self._look_for_gaps(prefix, parts, is_zigzag=cut.zigzag)
         self._totals.update({(*prefix, k): n for k, n in enumerate(sizes)})
         return sum(sizes)
 
-    def _look_for_gaps(self, parts: Sequence[int | None]) -> None:
+    def _look_for_gaps(
+        self, prefix: tuple[int, ...], parts: Sequence[int | None], *, is_zigzag: bool
+    ) -> None:
         """Note what hangs on the size of blocks that are not there.
 
         Blocks never grow along an axis, whether cut as `torch.chunk` or as `torch.tensor_split`:
-        between two of one size all have it.
+        between two of one size all have it, and what lacks its last block has at most that size.
         """
         before: int | None = None
         gap = False
-        for size in parts:
-            gap = gap or size is None
-            if gap and size is not None:
+        for k, size in enumerate(parts):
+            if size is None:
+                gap = True
+                continue
+            if gap:
                 self.is_open |= before != size
                 gap = False
-            before = size if size is not None else before
-        self.ends_open |= gap
+            before = size
+            if (*prefix, k) in self._ending:
+                later = [n for n in parts[k + 1 :] if n is not None]
+                if later:
+                    self.is_open |= is_zigzag or size not in later
+                else:
+                    gap = True
+        if gap and prefix:
+            self._ending.add(prefix)
+        elif gap:
+            self.ends_open = True

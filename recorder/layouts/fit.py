@@ -6,22 +6,27 @@ names the dim and both sizes.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..errors import BlocksMissing, LayoutError
+from ..errors import LayoutError
 from . import runs as r
 from .align import BATCH, MEND, SEQUENCE, Pair
 from .blocks import Sizes
 from .cutting import declared
 from .dims import TOKENS, Dims
-from .groups import Flattened, Fused, Group, Same, Sized
+from .groups import Fused, Group, Same, Sized
 from .lengths import Lengths
-from .receiver import Found, Receiver
-
-_MOST_SEQUENCES = 1 << 20
+from .receiver import Receiver
+from .tokens import (
+    blocks_missing,
+    check_all_there,
+    flattened,
+    indices_of,
+    padded_apart,
+    whole_of,
+)
 
 
 def group_of(
@@ -59,12 +64,8 @@ def group_of(
         return _same(pair, sender_dims, sizes[pair.senders[0]], receiver, rows)
     names = {name for dim in (*sender_names, *receiver_names) for name in dim}
     if [(TOKENS,)] in (sender_names, receiver_names) and names != {TOKENS}:
-        return _flattened(pair, sender_dims, sizes, receiver, lengths)
+        return flattened(pair, sender_dims, sizes, receiver, lengths)
     return _fused(pair, sender_dims, sizes, receiver, rows)
-
-
-def _padded_apart(name: str) -> LayoutError:
-    return LayoutError(f"dim {name} is padded, and fused or taken apart on one side", MEND)
 
 
 def _same(
@@ -101,7 +102,7 @@ def _same(
         is_left = rows is not None and rows.side == "left" and bool(others)
         found = receiver.indices(j, size, padded, others, is_left=is_left)
         if found is None:
-            raise _no_block(j, have, size, receiver)
+            raise _no_block(j, senders, size, receiver)
         total, runs, note = found
     receiver_lengths = None
     if senders.lengths is not None and receiver.lengths is not None:
@@ -121,12 +122,12 @@ def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
     one of the same size at the same place is the same.
     """
     cuts = receiver.cuts(j)
-    if not cuts or receiver.whole(j) is not None or senders.is_open or senders.ends_open:
-        return None
-    if not senders.cuts_as(cuts, receiver.places) or senders.is_regular:
+    if not cuts or receiver.whole(j) is not None or not senders.cuts_as(cuts, receiver.places):
         return None
     key = senders.key(receiver.places)
-    return senders.runs(key) if senders.at(key) == receiver.shape[j] else None
+    if senders.at(key) != receiver.shape[j] or senders.is_open or senders.ends_open:
+        return None
+    return None if senders.is_regular else senders.runs(key)
 
 
 def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) -> tuple[int, ...]:
@@ -141,9 +142,9 @@ def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) ->
     return tuple(n for n in (least, receiver.even(j)) if least <= n != size)
 
 
-def _no_block(j: int, have: int, size: int, receiver: Receiver) -> LayoutError:
+def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutError:
     """Say that no whole of the senders' size has such a block, and what may be the reason."""
-    dim, cuts = receiver.dims.dims[j], receiver.cuts(j)
+    have, dim, cuts = senders.total, receiver.dims.dims[j], receiver.cuts(j)
     cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
     more = f" ({size} without padding)" if size != have else ""
     fact = (
@@ -157,6 +158,14 @@ def _no_block(j: int, have: int, size: int, receiver: Receiver) -> LayoutError:
             fact,
             f"if {shared.share} ranks hold the same, write "
             f"{declared(dim, cuts, (), shared.share)} at $receiver's tap, else {MEND}",
+        )
+    copies = senders.shared(receiver.even(j))
+    if copies:
+        return LayoutError(
+            fact,
+            f"if {copies} ranks of $senders hold the same, write "
+            f"{declared(senders.dim, senders.cuts, (), copies)} where they are recorded, else "
+            f"{MEND}",
         )
     uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
     return LayoutError(
@@ -173,11 +182,7 @@ def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Recei
         borne_out.append(receiver.even(j))
     if not (senders.is_open or senders.ends_open) or senders.total in borne_out:
         return
-    raise BlocksMissing(
-        f"dim {senders.dim}: not all of its blocks were recorded, so that nobody knows where the "
-        f"others begin, and $receiver's block of {receiver.shape[j]} does not tell",
-        f"record all ranks, or declare the size in all, as in '# {senders.dim.label}=SIZE'",
-    )
+    raise blocks_missing(senders, f"$receiver's block of {receiver.shape[j]}")
 
 
 def _without_padding(name: str, have: int, j: int, receiver: Receiver) -> int:
@@ -200,168 +205,6 @@ def _segments(total: int, size: int, lengths: Lengths | None) -> list[tuple[int,
         return lengths.segments(total)
     found = [(0, min(size, total), 0), (size, total - size, r.PADDING)]
     return [segment for segment in found if segment[1] > 0]
-
-
-def _flattened(
-    pair: Pair,
-    sender_dims: Dims,
-    sizes: Sequence[Sizes],
-    receiver: Receiver,
-    lengths: Lengths | None,
-) -> Flattened:
-    flat = len(pair.senders) == 1 and sender_dims.dims[pair.senders[0]].names == (TOKENS,)
-    dims, rows = (receiver.dims, pair.receivers) if flat else (sender_dims, pair.senders)
-    order = tuple("*".join(dims.dims[j].names) for j in rows)
-    if set(order) not in ({BATCH, SEQUENCE}, {f"{BATCH}*{SEQUENCE}"}):
-        raise LayoutError(
-            f"tokens (t) on one side are {' '.join(order)} on the other, which is neither b and s "
-            f"nor (b*s)",
-            MEND,
-        )
-    rows = tuple(sorted(rows, key=lambda j: dims.dims[j].names != (BATCH,)))
-    order = tuple("*".join(dims.dims[j].names) for j in rows)  # batch first: rows follow then
-    pair = Pair(pair.senders, rows) if flat else Pair(rows, pair.receivers)
-    of_tokens = sizes[pair.senders[0]].lengths if flat else lengths
-    notes: list[str] = []
-    runs: list[r.Runs] = []
-    if flat:
-        held = [_row(receiver, j, of_tokens, notes) for j in rows]
-        totals, runs = [one.total for one in held], [one.runs for one in held]
-        notes += [one.note for one in held if one.note]
-    else:
-        totals = [sizes[i].total for i in rows]
-    for j, total in zip(rows, totals, strict=True):
-        _check_no_padding(dims, j, total, of_tokens)
-    if len(order) == 2:
-        batch, size = (totals[order.index(name)] for name in (BATCH, SEQUENCE))
-    else:
-        batch = len(of_tokens.real) if of_tokens is not None else 1
-        size = totals[0] // max(batch, 1)
-    if batch > _MOST_SEQUENCES:
-        raise LayoutError(f"{batch} sequences are more than can be told apart", MEND)
-    if batch * size != math.prod(totals):
-        raise LayoutError(f"{totals[0]} of (b*s) do not make {batch} sequences of one length", MEND)
-    tokens = sizes[pair.senders[0]].total if flat else receiver.whole(pair.receivers[0])
-    if of_tokens is None:
-        of_tokens = Lengths((size,) * batch, (size,) * batch)
-        if tokens is not None and batch * size != tokens:
-            raise LayoutError(
-                f"one side has {tokens} tokens (t), and the other {batch} sequences of {size}",
-                "give their lengths in the extras of a tap, as extras={'seq_lens': [...]}",
-            )
-    real = of_tokens.real
-    if len(real) != batch or any(n > size for n in real):
-        raise LayoutError(
-            f"the sequences have the lengths {list(real)!s:.120}, and one side has {batch} of "
-            f"{size}",
-            "give the lengths of this input in the extras",
-        )
-    if flat:
-        segments = of_tokens.segments(sizes[pair.senders[0]].total)
-    else:
-        total, found, _ = _tokens(receiver, pair.receivers[0], sum(real))
-        segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
-        runs = [found]
-    starts = [0, *itertools.accumulate(real)][:batch]
-    of_rows = receiver.lengths if flat else lengths
-    side = "" if of_rows is None or of_rows.is_borrowed else of_rows.side
-    if not side and any(n < size for n in real):
-        notes.append(
-            "padding was taken to stand behind each sequence; if it stands before, say so at the "
-            "tap with extras={'padding': 'left'}"
-        )
-    return Flattened(
-        pair, flat, segments, len(order) == 1, starts, real, size, runs, side == "left",
-        "; ".join(notes),
-    )  # fmt: skip
-
-
-def _check_no_padding(dims: Dims, j: int, total: int, lengths: Lengths | None) -> None:
-    """Refuse batch or sequence with padding that no lengths tell apart."""
-    names = dims.dims[j].names
-    if lengths is not None and names != (BATCH,):
-        return
-    if len(names) == 1 and (names[0] in dims.padded or dims.sizes.get(names[0], total) < total):
-        raise _padded_apart(names[0])
-
-
-def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) -> Found:
-    """Return the receiver's whole along a dim of batch or sequence, and what its block has of it.
-
-    Adds to `notes` what was taken for granted.
-    """
-    dim, whole = receiver.dims.dims[j], receiver.whole(j)
-    if whole is not None:
-        return _indices(receiver, j, whole)
-    name = dim.names[0] if len(dim.names) == 1 else ""
-    if name in receiver.dims.sizes:
-        is_left = receiver.lengths is not None and receiver.lengths.side == "left"
-        size = receiver.dims.sizes[name]
-        return _indices(receiver, j, size, padded=name == SEQUENCE, is_left=is_left)
-    if lengths is not None and name == BATCH:
-        return _indices(receiver, j, len(lengths.real))
-    even, longest = receiver.even(j), max(lengths.real, default=0) if lengths is not None else 0
-    if not name and lengths is not None:
-        batch = len(lengths.real)
-        longest = batch * longest if batch and even % batch == 0 else even + 1
-    own = receiver.lengths is not None and not receiver.lengths.is_borrowed
-    is_known = (
-        lengths is not None
-        and even >= longest
-        and receiver.is_even(j)
-        and not any(cut.rule for cut in receiver.cuts(j))  # which only what is uneven needs
-    )
-    if not is_known or (receiver.is_last(j) and not own):
-        return _indices(receiver, j, _whole(receiver, j))
-    notes.append(f"{dim.label} was taken to have {even} in all, as blocks of one size make it")
-    return _indices(receiver, j, even)
-
-
-def _whole(receiver: Receiver, j: int) -> int:
-    """Return the size of the receiver's whole along a dim that the senders do not have."""
-    dim = receiver.dims.dims[j]
-    whole = receiver.whole(j)
-    if whole is None and len(dim.names) == 1:
-        whole = receiver.dims.sizes.get(dim.names[0])
-    if whole is None:
-        raise LayoutError(
-            f"dim {dim}: $receiver's block has {receiver.shape[j]}, which does not tell how many "
-            f"there are in all",
-            f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
-        )
-    return whole
-
-
-def _tokens(receiver: Receiver, j: int, size: int) -> Found:
-    """Return how many flattened tokens the receiver has in all, and which its block holds."""
-    found = receiver.indices(j, size, padded=True)
-    if found is None:
-        raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: $senders have {size} tokens, and $receiver's block "
-            f"{receiver.shape[j]}",
-            MEND,
-        )
-    return found
-
-
-def _indices(
-    receiver: Receiver,
-    j: int,
-    size: int,
-    padded: bool = False,
-    others: Sequence[int] = (),
-    *,
-    is_left: bool = False,
-) -> Found:
-    """Return the receiver's whole along a dim of known size, and which indices its block has."""
-    found = receiver.indices(j, size, padded, others, is_left=is_left)
-    if found is None:
-        raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: {size} in all have no block of {receiver.shape[j]} "
-            f"there",
-            MEND,
-        )
-    return found
 
 
 def _fused(
@@ -390,7 +233,7 @@ def _fused(
     if len(unknown) == 1 and rest and have % rest == 0:
         reals[unknown[0]] = have // rest  # it has what the others leave
     elif unknown:
-        _whole(receiver, unknown[0])
+        whole_of(receiver, unknown[0])
     receivers = []
     for j in order:
         real, whole = reals[j] or 0, receiver.whole(j)
@@ -398,12 +241,17 @@ def _fused(
     if math.prod(one.real for one in receivers) != have:
         odd = [one.dim.names[0] for one in (*senders, *receivers) if one.real != one.total]
         if odd:
-            raise _padded_apart(min(odd))
+            raise padded_apart(min(odd))
         raise LayoutError(
             f"dims {_labels(senders)}: $senders have {have} in all, $receiver's "
             f"{_labels(receivers)} {' x '.join(str(one.real) for one in receivers)}",
             MEND,
         )
+    if any(receiver.whole(j) is None for j in order):
+        for i, one in zip(pair.senders, senders, strict=True):
+            is_declared = all(name in explicit for name in one.dim.names)
+            if not is_declared or one.real != one.total:
+                check_all_there(sizes[i])
     names, receiver_order = _names(senders), _names(receivers)
     all_known: dict[str, int] | None = _sizes_of_names(known, senders, receivers)
     if names == receiver_order:
@@ -417,7 +265,7 @@ def _fused(
         others = _other_sizes(receiver, j, one.real, rows)
         may_pad = _may_pad(receiver, j, explicit)
         is_left = rows is not None and rows.side == "left" and bool(others)
-        found = _indices(receiver, j, one.real, may_pad, others, is_left=is_left)
+        found = indices_of(receiver, j, one.real, may_pad, others, is_left=is_left)
         receivers[place] = replace(one, total=found.total)
         runs.append(found.runs)
         notes += [found.note] * bool(found.note)
@@ -429,11 +277,11 @@ def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -
     dim = dims.dims[i]
     if not all(name in explicit for name in dim.names):
         if not dims.padded.isdisjoint(dim.names):
-            raise _padded_apart(min(dims.padded.intersection(dim.names)))
+            raise padded_apart(min(dims.padded.intersection(dim.names)))
         return Sized(dim, total, total)
     real = math.prod(explicit[name] for name in dim.names)
     if real < total and len(dim.names) > 1:
-        raise _padded_apart(min(dim.names))
+        raise padded_apart(min(dim.names))
     return Sized(dim, total, min(real, total) if len(dim.names) == 1 else total)
 
 
@@ -454,7 +302,7 @@ def _real(
     if whole is not None and real is not None and real < whole and len(names) > 1:
         padded = sorted({*names} & {*explicit})
         if padded:
-            raise _padded_apart(padded[0])
+            raise padded_apart(padded[0])
     return real if whole is None else whole
 
 

@@ -148,15 +148,19 @@ class Case:
     def same(self, got, wanted):
         return got == wanted
 
-    def run(self, counts, is_ambiguous):
+    def run(self, counts, is_ambiguous, lost=None):
+        """Count what comes of each receiver; `lost` is a sender that recorded nothing."""
         blocks, tensors = self.sent()
+        world = len(blocks)
+        blocks = [block for block in blocks if block.rank != lost]
         receivers = self.blocks(self.receiver)
         for block, at, held in receivers:
             try:
-                made = plan(blocks, len(blocks), block, len(receivers))
+                made = plan(blocks, world, block, len(receivers))
             except LayoutError as err:
                 kind = kind_of(str(err))
-                assert is_ambiguous(self, at, block), f"{self.about}, rank {block.rank}: {err}"
+                plain = lost is None and not is_ambiguous(self, at, block)
+                assert not plain, f"{self.about}, rank {block.rank}: {err}"
                 counts[f"refused: {kind}"] += 1
                 continue
             got = assemble(
@@ -380,6 +384,19 @@ def is_open_tokens(case, at, block):
             said = any(cut.said for cut in cuts)  # then it may be uneven
             return not even or said or (last and not receiver.extras)
     return False
+
+
+@pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])
+def test_a_sender_that_recorded_nothing_never_shifts_the_others(extent):
+    first, count = (500_000, 1_000) if extent == "short" else (5_000_000, 40_000)
+    counts = collections.Counter()
+    for seed in range(first, first + count):
+        case = plain_case(seed) if seed % 2 else tokens_case(seed)
+        ranks = len(case.sender.ranks())
+        if ranks > 1:
+            case.run(counts, is_open, lost=seed % ranks)
+    report(first, count, counts)
+    assert counts["right"] > count // 2
 
 
 @pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])
