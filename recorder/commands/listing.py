@@ -263,7 +263,12 @@ def _layout(text: str, kind: str, mesh: FrozenMesh | None) -> str:
 
     words = []
     for dim in dims.dims:
-        cuts = [place(cut.axis) + (" zigzag" if cut.zigzag else "") for cut in dim.cuts]
+        cuts = [
+            place(cut.axis)
+            + (f" /{cut.share}" if cut.share > 1 else "")
+            + (" zigzag" if cut.zigzag else "")
+            for cut in dim.cuts
+        ]
         words.append(dim.label + (f"[{', '.join(cuts)}]" if cuts else ""))
     partial = [f"{place(axis)} {how}" for axis, how in dims.partial]
     return " ".join(words) + (f" (partial: {', '.join(partial)})" if partial else "")

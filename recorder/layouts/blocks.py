@@ -209,8 +209,8 @@ class Sizes:
         if len(by_rule) > 1:
             options = [declared(self.dim, self.cuts, rules) for rules in by_rule]
             raise LayoutError(
-                f"dim {self.dim}: blocks of $senders' sizes are others where they are cut as "
-                "torch.chunk does than as torch.tensor_split does",
+                f"dim {self.dim}: blocks of these sizes come of torch.chunk and of "
+                "torch.tensor_split, which cut it at other places",
                 f"declare which at the tap: {' or '.join(options)}",
             )
         return next(iter(by_rule.values()))

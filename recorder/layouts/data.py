@@ -48,7 +48,10 @@ def of_same_data(
             kept = same or kept  # a stage of the pipeline has what no other has
         elif len(places) == 1 and axis != PIPELINE:
             ((there, size),) = places
-            told = f"{size} of {axis} sent and {n} receive, which hold other data"
+            told = (
+                f"{axis} has size {size} at the senders and {n} at the target, and its ranks hold "
+                "other data"
+            )
             if there != k:
                 raise LayoutError(
                     f"{told}: nobody sent for {axis}={k}",

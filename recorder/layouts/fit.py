@@ -170,7 +170,7 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
     uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
     return LayoutError(
         f"{fact}{': its blocks are of unequal sizes' if uneven else ''}",
-        f"declare padding with '# {name}=SIZE', or {MEND}",
+        f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}",
     )
 
 

@@ -50,11 +50,12 @@ def test_a_data_parallel_rank_that_nobody_sent_for_is_not_given_another_s(run, m
     found = replay(run, targets, "b s", over(dp=2))
     assert found[1][0] == "error" and (targets[1] == -1).all()
     assert found[1][1].startswith(
-        "1 of dp sent and 2 receive, which hold other data: nobody sent for dp=1; declare "
-        "'# dp:replicated' at a tap if they hold the same, or nothing; else run both with one size"
+        "dp has size 1 at the senders and 2 at the target, and its ranks hold other data: nobody "
+        "sent for dp=1; declare '# dp:replicated' at a tap if they hold the same, or nothing; else "
+        "run both with one size of dp, or name a transform"
     )
-    told = "1 of dp sent and 2 receive, which hold other data: what dp=0 sent was taken to be this"
-    assert found[0][0] == "grafted" and found[0][1].startswith(told)
+    told = "and its ranks hold other data: what dp=0 sent was taken to be this rank's"
+    assert found[0][0] == "grafted" and told in found[0][1]
     assert told in capsys.readouterr().err
     for dims in ("b s # dp:replicated",):
         assert [o for o, _ in replay(run, targets, dims, over(dp=2))] == ["grafted"] * 2
