@@ -14,7 +14,7 @@ from .format.payload import parse_dtype
 from .format.schema import ManifestRow
 from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
-from .layouts.dims import Dims
+from .layouts.dims import TOKENS, Dims
 from .layouts.lengths import counts_tokens
 from .layouts.parse import gradient_dims, parse_dims
 from .layouts.plan import Plan, plan, whole
@@ -61,7 +61,8 @@ def with_gradient(dims: Dims, axis: str) -> str:
 def open_axes(block: Block) -> list[str]:
     """Return the axes along which ranks hold the same, as far as a layout says."""
     known = {**dict(block.mesh or ()), **(block.dims.mesh or {})}
-    over = {*block.dims.axes, *block.dims.data}
+    has_data = bool({"b", TOKENS} & {*block.dims.names})  # else they are replicas along dp too
+    over = {*block.dims.axes, PIPELINE, *(block.dims.data if has_data else ())}
     return sorted(axis for axis, (_, n) in known.items() if n > 1 and axis not in over)
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import LayoutError
 from ..mesh import PIPELINE
+from .align import BATCH
 from .blocks import Block
 from .cutting import Places
-from .dims import Dims
+from .dims import TOKENS, Dims
 
 
 def of_same_data(
@@ -52,14 +53,19 @@ def of_same_data(
                 f"{axis} has size {size} at the senders and {n} at the target, and its ranks hold "
                 "other data"
             )
-            if there != k:
+            if there != k and _has_data(sender_dims, receiver_dims):
                 raise LayoutError(
                     f"{told}: nobody sent for {axis}={k}",
                     f"declare '# {axis}:replicated' at a tap if they hold the same, or nothing; "
                     f"else run both with one size of {axis}",
                 )
-            notes.append(f"{told}: what {axis}={k} sent was taken to be this rank's")
+            notes.append(f"{told}: what {axis}={there} sent was taken to be this rank's")
     return busy(kept, sender_dims, at), notes
+
+
+def _has_data(*layouts: Dims) -> bool:
+    """Whether a tensor has a dim of batch or of tokens: weights, which have none, are replicas."""
+    return any({BATCH, TOKENS} & {*dims.names} for dims in layouts)
 
 
 def busy(blocks: list[Block], dims: Dims, at: Mapping[int, Places]) -> list[Block]:

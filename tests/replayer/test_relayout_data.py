@@ -69,6 +69,15 @@ def test_what_the_senders_say_is_replicated_goes_to_all(run):
     assert (targets[1] == 1).all()
 
 
+def test_a_weight_goes_to_all_data_parallel_ranks_and_that_is_said(run, capsys):
+    record(run, [torch.ones(2)], "h", [{}])
+    targets = [torch.zeros(2) for _ in range(2)]
+    found = replay(run, targets, "h", over(dp=2))
+    assert [o for o, _ in found] == ["grafted"] * 2 and (targets[1] == 1).all()
+    assert "what dp=0 sent was taken to be this rank's" in found[1][1]
+    assert "what dp=0 sent was taken to be this rank's" in capsys.readouterr().err
+
+
 def test_replicas_in_fact_go_to_any_number_of_data_parallel_ranks(run):
     record(run, [torch.ones(2)] * 2, "h", over(dp=2))
     targets = [torch.zeros(2) for _ in range(3)]
