@@ -138,6 +138,8 @@ def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) ->
     names = receiver.dims.dims[j].names
     if rows is None or SEQUENCE not in names or not {*names} <= {BATCH, SEQUENCE}:
         return ()
+    if receiver.even(j) == size and receiver.is_even(j):
+        return ()  # as large as the senders', in blocks of one size
     least = max(rows.real, default=0) * (len(rows.real) if BATCH in names else 1)
     return tuple(n for n in (least, receiver.even(j)) if least <= n != size)
 

@@ -353,11 +353,26 @@ class TokensCase(Case):
         return all(b in (KEPT, a) for a, b in zip(got, wanted, strict=True))
 
 
+def is_open_batch(sender, receiver, at):
+    """Whether anything of two batches depends on what nobody says."""
+    forms = {sender.form, receiver.form}
+    sides = {side.extras.get("padding", "") for side in (sender, receiver)}
+    parts = math.prod(receiver.mesh[cut.axis] * (1 + cut.zigzag) for cut in receiver.steps("s"))
+    return (
+        not forms <= {"b s", "s b"}
+        or sender.room != receiver.room
+        or (len(sides) > 1 and "left" in sides)
+        or len(sender.readings()) > 1
+        or len(receiver.readings(at)) > 1
+        or bool(receiver.room and receiver.room[0] % parts)
+    )
+
+
 def is_open_tokens(case, at, block):
     """Whether anything of a case depends on what nobody says."""
     sender, receiver = case.sender, case.receiver
     if "t" not in (sender.form, receiver.form):
-        return True  # batches are compared as plain dims
+        return is_open_batch(sender, receiver, at)
     if len(sender.readings()) > 1 or len(receiver.readings(at)) > 1:
         return True
     for side, other in ((sender, receiver), (receiver, sender)):
