@@ -178,10 +178,12 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
 
 def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Receiver) -> None:
     """Refuse sizes that hang on a block nobody recorded, unless the other side bears them out."""
-    borne_out = [declared, receiver.whole(j)]
-    if not senders.is_open:
-        # The sum may be too large by less than a block; the receiver's blocks are the same then.
-        borne_out.append(receiver.even(j))
+    borne_out = [declared]
+    if receiver.dims.padded.isdisjoint(receiver.dims.dims[j].names):
+        borne_out.append(receiver.whole(j))
+        if not senders.is_open and len(receiver.cuts(j)) == 1:
+            # The sum may be too large by less than a block; the receiver's is the same then.
+            borne_out.append(receiver.even(j))
     if not (senders.is_open or senders.ends_open) or senders.total in borne_out:
         return
     raise blocks_missing(senders, f"$receiver's block of {receiver.shape[j]}")
