@@ -53,6 +53,8 @@ def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
             f"sequences, of which nobody says whether each is cut by itself",
             "call the dim t if each is",
         )
+    if len(lengths.real) == 1:
+        lengths = lengths._replace(room=lengths.real)  # however much padding there is, is its own
     return lengths._replace(is_line=True)
 
 
