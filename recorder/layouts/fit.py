@@ -17,7 +17,7 @@ from .blocks import Sizes
 from .cutting import declared
 from .dims import TOKENS, Dims
 from .groups import Fused, Group, Same, Sized
-from .lengths import Lengths
+from .lengths import PADDED_BEHIND, Lengths
 from .receiver import Receiver
 from .tokens import (
     blocks_missing,
@@ -74,8 +74,7 @@ def _same(
     (j,) = pair.receivers
     dim, have, receiver_dims = receiver.dims.dims[j], senders.total, receiver.dims
     name = dim.names[0] if len(dim.names) == 1 else ""
-    both = sender_dims.sizes.get(name), receiver_dims.sizes.get(name)
-    declared = both[0] if both[0] is not None else both[1]
+    declared = {**receiver_dims.sizes, **sender_dims.sizes}.get(name)
     _check_certain(senders, j, declared, receiver)
     if declared is None and senders.lengths is not None:
         declared = sum(senders.lengths.real)
@@ -104,6 +103,9 @@ def _same(
         if found is None:
             raise _no_block(j, senders, size, receiver)
         total, runs, note = found
+    both = ((senders.lengths, have), (receiver.lengths, total))
+    if any(one is not None and one.guesses_side(n) for one, n in both):
+        note = f"{note}; {PADDED_BEHIND}" if note else PADDED_BEHIND
     receiver_lengths = None
     if senders.lengths is not None and receiver.lengths is not None:
         receiver_lengths = receiver.lengths.fitted(total)

@@ -12,6 +12,10 @@ from . import runs as r
 from .dims import TOKENS, Dims
 
 _REAL = ("seq_lens", "cu_seqlens", "cu_seqlens_q")
+PADDED_BEHIND = (
+    "padding was taken to stand behind each sequence; if it stands before, say so at the tap with "
+    "extras={'padding': 'left'}"
+)
 _SIDE = ("padding", "padding_side")
 _ROOM = ("padded_seq_lens", "cu_seqlens_padded", "cu_seqlens_q_padded")
 
@@ -55,6 +59,10 @@ class Lengths(NamedTuple):
                 "give the extras of both taps their lengths",
             )
         return self._replace(room=self.real)
+
+    def guesses_side(self, total: int) -> bool:
+        """Whether a sequence without a batch has padding of which nobody says where it stands."""
+        return self.is_line and len(self.real) == 1 and self.real[0] < total and not self.side
 
     def segments(self, total: int) -> list[tuple[int, int, int]]:
         """Return where tokens stand among all that are real, for `runs.located`."""

@@ -12,7 +12,7 @@ from .align import BATCH, MEND, SEQUENCE, Pair
 from .blocks import Sizes
 from .dims import TOKENS, Dims
 from .groups import Flattened
-from .lengths import Lengths
+from .lengths import PADDED_BEHIND, Lengths
 from .receiver import Found, Receiver
 
 _MOST_SEQUENCES = 1 << 20
@@ -102,10 +102,7 @@ def flattened(
     of_rows = receiver.lengths if flat else lengths
     side = "" if of_rows is None or of_rows.is_borrowed else of_rows.side
     if not side and any(n < size for n in real):
-        notes.append(
-            "padding was taken to stand behind each sequence; if it stands before, say so at the "
-            "tap with extras={'padding': 'left'}"
-        )
+        notes.append(PADDED_BEHIND)
     return Flattened(
         pair, flat, segments, len(order) == 1, starts, real, size, runs, side == "left",
         "; ".join(notes),

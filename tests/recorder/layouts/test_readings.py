@@ -137,7 +137,8 @@ def test_one_padded_sequence_without_a_batch():
     extras = {"seq_lens": [2]}
     tokens = torch.tensor([1.0, 2.0, 99.0, 99.0])
     senders = sent("s[cp]", list(tokens.chunk(2)), over(cp=2), extras)
-    assert carried(senders, block(0, "t", (2,)))[0] == [1, 2]
+    got, note = carried(senders, block(0, "t", (2,)))
+    assert got == [1, 2] and note.startswith("padding was taken to stand behind each sequence")
     zigzag = [tokens[[0, 3]], tokens[[1, 2]]]
     senders = sent("s[cp:zigzag]", zigzag, over(cp=2), extras)
     assert carried(senders, block(0, "t", (2,), extras))[0] == [1, 2]
