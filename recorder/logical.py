@@ -58,11 +58,18 @@ def with_gradient(dims: Dims, axis: str) -> str:
     return f"{dims.text.partition('#')[0].strip()} # grad: {' '.join(words)}"
 
 
-def open_axes(block: Block) -> list[str]:
-    """Return the axes along which ranks hold the same, as far as a layout says."""
+def open_axes(block: Block, world_size: int) -> list[str]:
+    """Return the axes along which ranks hold the same, as far as a layout says.
+
+    An axis may be another's second name, as sequence parallelism's is tensor parallelism's: where
+    there are more places on all axes than ranks, one that is cut stands for those at its place.
+    """
     known = {**dict(block.mesh or ()), **(block.dims.mesh or {})}
     has_data = bool({"b", TOKENS} & {*block.dims.names})  # else they are replicas along dp too
     over = {*block.dims.axes, PIPELINE, *(block.dims.data if has_data else ())}
+    if math.prod(n for _, n in known.values()) > world_size:
+        cut = {known[axis] for axis in block.dims.axes if axis in known}
+        over |= {axis for axis, place in known.items() if place in cut}
     return sorted(axis for axis, (_, n) in known.items() if n > 1 and axis not in over)
 
 
@@ -219,7 +226,7 @@ class Recorded:
     def as_summands(self) -> str:
         """Return the layout as written where each rank holds a summand of the gradient."""
         block = self.blocks[0]
-        return with_gradient(block.dims, next(iter(open_axes(block)), "tp"))
+        return with_gradient(block.dims, next(iter(open_axes(block, self.world_size)), "tp"))
 
     def plan(self, receiver: Block, world_size: int) -> Plan:
         """Return what to copy for a receiver.

@@ -162,7 +162,7 @@ class Relayout:
         is_said = receiver.dims.mesh is not None or gradient_dims(declared.dims)
         if declared.kind != "grad" or is_said:
             return
-        axes = open_axes(receiver)
+        axes = open_axes(receiver, self._rank.world_size)
         if receiver.mesh is None and not receiver.dims.axes and self._rank.world_size > 1:
             axes = ["tp"]  # or what it may be called
         for axis in axes:

@@ -127,6 +127,20 @@ def test_the_gradient_of_a_cut_value_is_cut_alike_and_needs_no_word(run):
     ]
 
 
+def test_an_axis_with_a_second_name_is_cut_by_either(run):
+    """Sequence parallelism cuts over tensor parallelism's ranks: they are no axis of their own."""
+    with Recorder(run):
+        x = torch.ones(4, requires_grad=True)
+        (tap("x", x * 1, dims="t", grad=True) * torch.arange(4.0)).sum().backward()
+    for rank in range(2):
+        declare_mesh(tp=(rank, 2), sp=(rank, 2))
+        with Replayer(run, rank=rank, world_size=2) as session:
+            x = torch.ones(2, requires_grad=True)
+            tap("x", x * 1, dims="t[sp]", grad=True).sum().backward()
+        assert session.log()["outcome"].to_list() == ["grafted"] * 2
+        assert x.grad.tolist() == [2.0 * rank, 2.0 * rank + 1]
+
+
 def test_the_text_of_a_gradient_s_layout():
     text = "b s h # tp:replicated # grad: b s[cp] h[tp:partial] # s=8"
     assert parse_dims(text).replicated == {"tp"} and not parse_dims(text).partial
