@@ -231,6 +231,11 @@ class Sizes:
             for rules in rules_of(self.cuts, lambda i, cut: True)
         )
 
+    @property
+    def recorded(self) -> int:
+        """How many indices the blocks have that were recorded."""
+        return sum(self._local.values())
+
     def at(self, key: tuple[int, ...]) -> int | None:
         """Return the size of the block at some coordinates, None where nobody recorded it."""
         return self._local.get(key)

@@ -160,6 +160,7 @@ def test_a_diff_of_a_side_whose_last_block_is_padding_alone(run, tmp_path):
     a = record(run, blocks, "v[tp] # v=6", over(tp=4))
     b = record(tmp_path / "b", [whole], "v", [{}])
     assert diff(a.path, b.path).status == diff(b.path, a.path).status == 0
+    assert torch.equal(a.load_logical("x"), whole)
     target = torch.zeros(6)
     assert replay(run, [target], "v", [{}]) == [("grafted", "")] and torch.equal(target, whole)
     targets = [torch.full((2,), -7.0) for _ in range(4)]
@@ -167,3 +168,14 @@ def test_a_diff_of_a_side_whose_last_block_is_padding_alone(run, tmp_path):
         "grafted"
     ] * 4
     assert torch.cat(targets).tolist() == [0, 1, 2, 3, 4, 5, -7, -7]
+
+
+def test_a_last_block_of_padding_alone_need_not_be_recorded(run):
+    whole = torch.arange(6.0)
+    for rank in (0, 1, 2):
+        declare_mesh(tp=(rank, 4))
+        with Recorder(run, rank=rank, world_size=4):
+            tap("x", whole.chunk(3)[rank], dims="v[tp] # v=6")
+    target = torch.zeros(6)
+    assert replay(run, [target], "v", [{}]) == [("grafted", "")] and torch.equal(target, whole)
+    assert torch.equal(Recording.open(run).load_logical("x"), whole)
