@@ -321,7 +321,9 @@ class Sizes:
                     self.is_open |= is_zigzag or size not in later
                 else:
                     gap = True
-        if gap and prefix:
+        if gap and is_zigzag:  # whose last block may be the largest
+            self.is_open = True
+        elif gap and prefix:
             self._ending.add(prefix)
         elif gap:
             self.ends_open = True

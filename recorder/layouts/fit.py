@@ -15,7 +15,7 @@ from . import runs as r
 from .align import BATCH, MEND, SEQUENCE, Pair
 from .blocks import Sizes
 from .cutting import declared
-from .dims import TOKENS, Dims
+from .dims import TOKENS, Dim, Dims
 from .groups import Fused, Group, Same, Sized
 from .lengths import PADDED_BEHIND, Lengths
 from .receiver import Receiver
@@ -86,11 +86,7 @@ def _same(
     else:
         size = have
     if have < size:
-        raise LayoutError(
-            f"dim {dim.label}: $senders have {have} in all, fewer than the {size} "
-            f"{'declared' if declared is not None else 'of $receiver'}",
-            MEND,
-        )
+        raise _too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
     alike = _cut_alike(senders, receiver, j) if size == have else None
     note = ""
     if alike is not None:
@@ -288,9 +284,17 @@ def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -
             raise padded_apart(min(dims.padded.intersection(dim.names)))
         return Sized(dim, total, total)
     real = math.prod(explicit[name] for name in dim.names)
+    if real > total and len(dim.names) == 1:
+        raise _too_few(dim, total, real, "declared")
     if real < total and len(dim.names) > 1:
         raise padded_apart(min(dim.names))
-    return Sized(dim, total, min(real, total) if len(dim.names) == 1 else total)
+    return Sized(dim, total, real if len(dim.names) == 1 else total)
+
+
+def _too_few(dim: Dim, have: int, size: int, whose: str) -> LayoutError:
+    return LayoutError(
+        f"dim {dim.label}: $senders have {have} in all, fewer than the {size} {whose}", MEND
+    )
 
 
 def _may_pad(receiver: Receiver, j: int, explicit: Mapping[str, int]) -> bool:

@@ -71,6 +71,7 @@ class Side:
     facts: list = field(default_factory=list)
     partial: str = ""
     extras: dict = field(default_factory=dict)
+    form: str = ""
 
     def ranks(self):
         """Return each rank's coordinates."""
