@@ -69,8 +69,10 @@ def flattened(
         known = {*sender_dims.dims[i].names} <= sender_dims.sizes.keys()
         names = sender_dims.dims[i].names
         told = [math.prod(sender_dims.sizes[name] for name in names)] if known else []
-        if of_tokens is not None:
-            told += [sum(of_tokens.room)] * (names == (TOKENS,)) + [batch] * (names == (BATCH,))
+        if of_tokens is not None and names == (BATCH,):
+            told.append(batch)
+        elif of_tokens is not None and names == (TOKENS,) and not sizes[i].is_open:
+            told.append(sum(of_tokens.room))  # there may be padding behind them, at the end
         if sizes[i].total not in told:
             check_all_there(sizes[i])
     if batch > _MOST_SEQUENCES:
