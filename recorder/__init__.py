@@ -10,7 +10,7 @@ from .taps.tap import context, step, tap
 if TYPE_CHECKING:
     from .errors import GraftError
     from .filters import Filter
-    from .mesh import declare_mesh
+    from .mesh import declare_mesh, global_layer
     from .recording import Recording
     from .session import Recorder
 
@@ -22,6 +22,7 @@ _LAZY = {
     "Recorder": "recorder.session",
     "Recording": "recorder.recording",
     "declare_mesh": "recorder.mesh",
+    "global_layer": "recorder.mesh",
 }
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Recording",
     "context",
     "declare_mesh",
+    "global_layer",
     "step",
     "tap",
 ]

@@ -9,15 +9,16 @@ from typing import Any, Protocol
 
 import torch
 
-from .errors import DamagedRecording, LayoutError, UsageError
+from .errors import DamagedRecording, LayoutError, ReplicasDiffer, UsageError
 from .format.payload import parse_dtype
 from .format.schema import ManifestRow
 from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
 from .layouts.dims import TOKENS, Dims
-from .layouts.parse import parse_dims
+from .layouts.lengths import counts_tokens
+from .layouts.parse import gradient_dims, parse_dims
 from .layouts.plan import Plan, plan, whole
-from .mesh import FrozenMesh
+from .mesh import PIPELINE, FrozenMesh
 from .tags import label
 
 _MOST_PLANS = 256
@@ -30,22 +31,53 @@ def layout_of(dims: str, kind: str) -> Dims:
 
     Args:
         dims: as declared.
-        kind: `tensor` or `grad`. The gradient of a summand is that of the sum: nothing is partial
-            about it, whatever was declared of the tensor. A DTensor's gradient says so itself.
+        kind: `tensor` or `grad`. Where nothing is said of the gradient, it is laid out as its
+            value; but the gradient of a summand is that of the sum: nothing is partial about it. A
+            DTensor's gradient says so itself.
 
     Raises:
         LayoutError: it cannot be read.
     """
+    if kind != "grad":
+        return parse_dims(dims)
+    if declared := gradient_dims(dims):
+        return parse_dims(declared)
     found = parse_dims(dims)
-    return replace(found, partial=()) if kind == "grad" and found.mesh is None else found
+    return replace(found, partial=()) if found.mesh is None else found
+
+
+def with_gradient(dims: Dims, axis: str) -> str:
+    """Return a layout as it is written where its gradient is partial over an axis."""
+    words = [
+        dim.label + (f"[{','.join(map(str, dim.cuts))}]" * bool(dim.cuts)) for dim in dims.dims
+    ]
+    named = next((i for i, dim in enumerate(dims.dims) if dim.names), None)
+    if named is not None:
+        cuts = [*map(str, dims.dims[named].cuts), f"{axis}:partial"]
+        words[named] = f"{dims.dims[named].label}[{','.join(cuts)}]"
+    return f"{dims.text.partition('#')[0].strip()} # grad: {' '.join(words)}"
+
+
+def open_axes(block: Block, world_size: int) -> list[str]:
+    """Return the axes along which ranks hold the same, as far as a layout says.
+
+    An axis may be another's second name, as sequence parallelism's is tensor parallelism's: where
+    there are more places on all axes than ranks, one that is cut stands for those at its place.
+    """
+    known = {**dict(block.mesh or ()), **(block.dims.mesh or {})}
+    has_data = bool({"b", TOKENS} & {*block.dims.names})  # else they are replicas along dp too
+    over = {*block.dims.axes, PIPELINE, *(block.dims.data if has_data else ())}
+    if math.prod(n for _, n in known.values()) > world_size:
+        cut = {known[axis] for axis in block.dims.axes if axis in known}
+        over |= {axis for axis, place in known.items() if place in cut}
+    return sorted(axis for axis, (_, n) in known.items() if n > 1 and axis not in over)
 
 
 def block_of(
     rank: int, dims: Dims, shape: Sequence[int], mesh: FrozenMesh | None, extras: str | None
 ) -> Block:
     """Return what is known of one rank's tensor; extras that say nothing of tokens are left out."""
-    counts = TOKENS in dims.names or {"b", "s"} <= set(dims.names)
-    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts else "")
+    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts_tokens(dims) else "")
 
 
 class Source(Protocol):
@@ -160,14 +192,41 @@ class Recorded:
             plan: what to copy for it.
         """
         self._in_part = []
-        return assemble(
-            plan,
-            self.blocks,
-            receiver,
-            self._read,
-            lambda rank: f"{self._rows[rank]['dtype']} {self._rows[rank]['digest']}",
-            self._replicas,
-        )
+        try:
+            return assemble(
+                plan,
+                self.blocks,
+                receiver,
+                self._read,
+                lambda rank: f"{self._rows[rank]['dtype']} {self._rows[rank]['digest']}",
+                self._replicas,
+            )
+        except ReplicasDiffer as err:
+            if len({dict(block.mesh or ()).get(PIPELINE) for block in self.blocks}) > 1:
+                raise ReplicasDiffer(
+                    f"several stages of the pipeline recorded it; {err.fact}",
+                    "if each numbers its layers from 0, tag the global one at the tap: "
+                    "layer=recorder.global_layer(i)",
+                ) from None
+            if not self.is_open_gradient:
+                raise
+            raise ReplicasDiffer(
+                err.fact,
+                "if each holds a summand of the gradient, say so at the tap, as in "
+                f"dims={self.as_summands()!r}",
+            ) from None
+
+    @property
+    def is_open_gradient(self) -> bool:
+        """Whether these are gradients of which nobody says how they are laid out."""
+        first = self._rows[self.blocks[0].rank]
+        said = self.blocks[0].dims.mesh is not None or gradient_dims(first["dims"] or "")
+        return first["kind"] == "grad" and not said
+
+    def as_summands(self) -> str:
+        """Return the layout as written where each rank holds a summand of the gradient."""
+        block = self.blocks[0]
+        return with_gradient(block.dims, next(iter(open_axes(block, self.world_size)), "tp"))
 
     def plan(self, receiver: Block, world_size: int) -> Plan:
         """Return what to copy for a receiver.

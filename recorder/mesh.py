@@ -3,6 +3,7 @@
 1. `declare_mesh` says it; what it said last holds.
 2. Without that `current_mesh` asks whichever of Megatron-Core, vLLM and sglang has its parallel
    groups up in this process, by what each calls its axes. Nothing is imported for that.
+3. `global_layer` numbers a pipeline stage's layers through all stages.
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ MOST_RANKS = 1 << 40
 _LONGEST = 64  # characters of a name
 _HOW = "give each axis as declare_mesh(tp=(rank, size)), or a DeviceMesh with mesh_dim_names"
 
+PIPELINE = "pp"
+"""The axis whose ranks hold other layers."""
+
 _declared: Mesh | None = None
+_layer_offset: int | None = None
 
 
-def declare_mesh(mesh: Any = None, /, **axes: tuple[int, int]) -> None:
+def declare_mesh(
+    mesh: Any = None, /, *, layer_offset: int | None = None, **axes: tuple[int, int]
+) -> None:
     """Say where this rank stands, for the taps that declare `dims`.
 
     ```python
@@ -41,13 +48,19 @@ def declare_mesh(mesh: Any = None, /, **axes: tuple[int, int]) -> None:
 
     Args:
         mesh: a torch `DeviceMesh` whose dims have names.
+        layer_offset: how many layers earlier stages of the pipeline have, for `global_layer`.
         **axes: for each axis this rank's coordinate on it, from 0, and the axis's size.
 
     Raises:
         UsageError: a coordinate does not lie on its axis, or the mesh has no names, or this rank is
             not in it.
     """
-    global _declared
+    global _declared, _layer_offset
+    if layer_offset is not None and (type(layer_offset) is not int or layer_offset < 0):
+        raise UsageError(
+            f"declare_mesh: layer_offset is {layer_offset!r}; give the number of layers that "
+            "earlier stages have"
+        )
     found = {} if mesh is None else _of_device_mesh(mesh)
     for axis, place in axes.items():
         found[axis] = _checked(axis, place)
@@ -57,6 +70,35 @@ def declare_mesh(mesh: Any = None, /, **axes: tuple[int, int]) -> None:
             "characters"
         )
     _declared = found if mesh is not None or axes else None
+    _layer_offset = layer_offset
+
+
+def global_layer(layer: int, of: int | None = None) -> int:
+    """Return the number of a layer among those of all pipeline stages, from this stage's own.
+
+    ```python
+    tap("attn_out", h, layer=global_layer(i))
+    ```
+
+    Args:
+        layer: its number on this stage, from 0.
+        of: how many layers there are in all, where every stage has as many and
+            `declare_mesh(layer_offset=...)` does not say how many earlier ones have.
+
+    Raises:
+        UsageError: there are several stages, and nobody says how many layers earlier ones have.
+    """
+    if _layer_offset is not None:
+        return layer + _layer_offset
+    stage, stages = (current_mesh() or {}).get(PIPELINE, (0, 1))
+    if stage == 0:
+        return layer
+    if of is None or of % stages:
+        raise UsageError(
+            f"global_layer: nobody says how many layers come before stage {stage} of {stages}; "
+            "declare it: recorder.declare_mesh(..., layer_offset=N)"
+        )
+    return layer + stage * (of // stages)
 
 
 def current_mesh() -> Mesh | None:

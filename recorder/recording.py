@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from .errors import DamagedRecording, NoSuchRecord, UsageError
 from .format.claims import ClaimData, checked_meshes
 from .format.index import Group, Index, nearest, whole_key
-from .format.members import Incomplete, incomplete, rank_folders, read_claims
+from .format.members import (
+    Incomplete,
+    incomplete,
+    latest_attempts,
+    rank_folders,
+    read_claims,
+)
 from .format.parts import Part, parts_of, read_part, read_sealed, shard_path
 from .format.rows import row_at, tag_columns
 from .format.schema import (
@@ -124,18 +130,18 @@ class Recording:
         return self._rows.filter(self._rows["attempt"] == attempt)
 
     def latest(self) -> pl.DataFrame:
-        """Return the rows of each rank's latest attempt.
+        """Return the rows of the job's latest attempt.
 
-        A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold.
+        A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold; nor
+        has one that had not begun when others had, after a restart.
         """
         import polars as pl
 
         rows = self.rows()
-        last = {claim["rank"]: claim["attempt"] for claim in self._claims}  # sorted by attempt
-        if not any(last.values()):
+        if not any(claim["attempt"] for claim in self._claims):
             return rows
         kept = pl.DataFrame(
-            [(rank, attempt) for rank, attempt in last.items() if rank < self.world_size],
+            list(latest_attempts(self._claims, self.world_size).items()),
             schema={"rank": pl.Int32, "attempt": pl.Int32},
             orient="row",
         )

@@ -27,7 +27,7 @@ from .format.claims import ClaimData
 from .format.disk import ACCESS
 from .format.schema import Description, ManifestRow
 from .job import Job
-from .layouts.parse import parse_dims
+from .logical import layout_of
 from .mailbox import write_report
 from .mesh import Mesh
 from .progress import Progress, Publisher
@@ -451,7 +451,7 @@ class Recorder:
     def _note_layout(self, call: Call, row: ManifestRow, ndim: int, mesh: Mesh | None) -> None:
         """Write down where the rank stands, and say at once what no replay could make sense of."""
         try:
-            named = len(parse_dims(row["dims"]).dims)
+            named = len(layout_of(row["dims"] or "", row["kind"]).dims)
             if named == ndim:
                 wrong = ""
             else:

@@ -20,7 +20,7 @@ from recorder.capture import dims_text
 from recorder.errors import TransformError
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
-from recorder.mesh import FrozenMesh, MeshWatch, frozen
+from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.recording import Recording
 from recorder.taps.call import Call
@@ -88,7 +88,8 @@ class Replacements:
         rank: the receiver.
         settings: whether to measure what a replacement changes and to check digests, and what to
             do with replicas that differ.
-        warn: hears of tags that contradict each other.
+        warn: hears of tags that contradict each other, and of what layouts leave to guess; and
+            which of the two it is.
     """
 
     recording: Recording
@@ -96,7 +97,7 @@ class Replacements:
     transform: Transform | TransformError | None
     rank: Rank
     settings: ReplaySettings
-    warn: Callable[[Selected, str], None]
+    warn: Callable[[Selected, str, str], None]
 
     def __post_init__(self) -> None:
         self._frame = self.matcher.frame
@@ -104,6 +105,7 @@ class Replacements:
         self._needed = self._frame.select(_NEEDED)
         self._plans: dict[Any, Plan] = {}
         self._meshes = MeshWatch()
+        self._numbered_anew: set[str] = set()  # names whose layers a later stage numbers from 0
 
     def find(self, selected: Selected, kind: str) -> Match:
         """Return the records that belong to a tap.
@@ -113,7 +115,7 @@ class Replacements:
         """
         match = self.matcher.find(selected, kind)
         if match.warning:
-            self.warn(selected, match.warning)
+            self.warn(selected, match.warning, "order")
         return match
 
     def senders(self, match: Match) -> list[int | None]:
@@ -163,13 +165,46 @@ class Replacements:
                 made = _apply(self.transform, g)
             elif relayout.decides:
                 made, assumed = relayout.block()
+                if relayout.guesses:
+                    self.warn(selected, relayout.guesses, "guess")
             else:
                 received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
-        note = joined(match.warning, assumed, cast_note, unmeasured)
+        stages = self._of_other_stage(selected, mesh, rows)
+        if stages:
+            self.warn(selected, stages, "stages")
+        note = joined(match.warning, assumed, stages, cast_note, unmeasured)
         return Replacement(new, note, figures)
+
+    def _of_other_stage(
+        self, selected: Selected, mesh: FrozenMesh | None, rows: dict[int, ManifestRow]
+    ) -> str:
+        """Say that a later stage of a pipeline takes the first layer, which is another stage's.
+
+        Then each stage numbers its layers from 0, and several take the same records.
+        """
+        stage, stages = dict(mesh or ()).get(PIPELINE, (0, 1))
+        layers = {
+            tag: value
+            for tag, value in selected.tags.items()
+            if tag.lower().startswith("layer") and type(value) is int
+        }
+        if stage == 0 or not layers:
+            return ""
+        places = {dict(self.recording.mesh_of(row) or ()).get(PIPELINE) for row in rows.values()}
+        if (stage, stages) in places:
+            return ""
+        tag, layer = next(iter(layers.items()))
+        if layer == 0:
+            self._numbered_anew.add(selected.key.name)
+        if selected.key.name not in self._numbered_anew:
+            return ""
+        return (
+            f"stage {stage} of {stages} took {tag}={layer}, and so does stage 0: if each stage "
+            f"numbers its layers from 0, tag the global one, {tag}=recorder.global_layer(i)"
+        )
 
     def mesh(self, selected: Selected) -> FrozenMesh | None:
         """Return where the receiver stands now."""

@@ -12,7 +12,7 @@ from ..errors import LayoutError
 from ..filters import Filter
 from ..format.rows import decoded, matching, parse_tags, rows_of
 from ..format.schema import ManifestRow
-from ..layouts.parse import parse_dims
+from ..logical import layout_of
 from ..mesh import FrozenMesh
 from ..recording import Recording
 from ..sizes import count, format_size
@@ -240,7 +240,7 @@ def _cells(row: ManifestRow, mesh: FrozenMesh | None) -> dict[str, str]:
         "tap": label(row["name"], row["tags"]) + kind,
         "occ": str(row["occurrence"]),
         "dtype and shape": what,
-        "layout": _layout(row["dims"], mesh) if row["dims"] else "",
+        "layout": _layout(row["dims"], row["kind"], mesh) if row["dims"] else "",
         "min": number(row["min"]),
         "max": number(row["max"]),
         "mean": number(row["mean"]),
@@ -249,10 +249,10 @@ def _cells(row: ManifestRow, mesh: FrozenMesh | None) -> dict[str, str]:
     }
 
 
-def _layout(text: str, mesh: FrozenMesh | None) -> str:
+def _layout(text: str, kind: str, mesh: FrozenMesh | None) -> str:
     """Return a layout with the rank's place on each axis that cuts: `b s[cp 0/2] h[tp 1/4]`."""
     try:
-        dims = parse_dims(text)
+        dims = layout_of(text, kind)
     except LayoutError:
         return text
     places: dict[str, tuple[int | None, int]] = {**dict(mesh or ()), **(dims.mesh or {})}
@@ -263,7 +263,12 @@ def _layout(text: str, mesh: FrozenMesh | None) -> str:
 
     words = []
     for dim in dims.dims:
-        cuts = [place(cut.axis) + (" zigzag" if cut.zigzag else "") for cut in dim.cuts]
+        cuts = [
+            place(cut.axis)
+            + (f" /{cut.share}" if cut.share > 1 else "")
+            + (" zigzag" if cut.zigzag else "")
+            for cut in dim.cuts
+        ]
         words.append(dim.label + (f"[{', '.join(cuts)}]" if cuts else ""))
     partial = [f"{place(axis)} {how}" for axis, how in dims.partial]
     return " ".join(words) + (f" (partial: {', '.join(partial)})" if partial else "")

@@ -30,6 +30,8 @@ class ClaimData(TypedDict, total=False):
     world_size: int
     rank_source: str
     attempt: int
+    restarts: int
+    """How often the launcher says that it had restarted the job; not there in older ones."""
     agent: str
     job: str
     launcher: str

@@ -83,6 +83,27 @@ def read_claims(run: Path, about: Description) -> list[ClaimData]:
     return found
 
 
+def latest_attempts(claims: Sequence[ClaimData], world_size: int) -> dict[int, int]:
+    """Return each rank's attempt of the job's latest start; ranks that had not begun it have none.
+
+    A launcher restarts all ranks at once. One that died before its first tap then has claims of
+    earlier starts alone, which are no part of what the others recorded after.
+
+    Args:
+        claims: as `read_claims` returns them.
+        world_size: how many ranks there were.
+    """
+    latest = {claim["rank"]: claim for claim in claims if claim["rank"] < world_size}
+    starts = {rank: _restarts(claim) for rank, claim in latest.items()}
+    last = max(starts.values(), default=0)
+    return {rank: claim["attempt"] for rank, claim in latest.items() if starts[rank] == last}
+
+
+def _restarts(claim: ClaimData) -> int:
+    found = claim.get("restarts")
+    return found if isinstance(found, int) else claim["attempt"]
+
+
 def incomplete(
     world_size: int, claims: Sequence[ClaimData], last_steps: Mapping[int, int]
 ) -> list[Incomplete]:
@@ -94,12 +115,18 @@ def incomplete(
         last_steps: of each rank that has records in its latest attempt, the last step of these.
     """
     latest = {claim["rank"]: claim for claim in claims}
+    begun = latest_attempts(claims, world_size)
     furthest = max(last_steps.values(), default=-1)
     found = []
     for rank in range(world_size):
         claim, last = latest.get(rank), last_steps.get(rank, -1)
         if claim is None:
             found.append(Incomplete(rank, "missing", 0, "has no folder here"))
+            continue
+        if rank not in begun:
+            which = f"of attempt {claim['attempt']}, those of others of {max(begun.values())}"
+            reason = f"had no tap since the job restarted: its records are {which}"
+            found.append(Incomplete(rank, "missing", 0, reason))
             continue
         state = claim["state"]
         where = f"its records end in step {last}" if last >= 0 else "it has no records"

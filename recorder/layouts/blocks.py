@@ -1,30 +1,22 @@
-"""One rank's block of a tensor, and the indices of the whole that lie in each of its dims.
+"""The blocks of ranks, and the indices of the whole that each of the senders' has.
 
-1. `coordinates` says where the block's rank stands on the axes that its layout names.
+1. `coordinates` says where a block's rank stands on the axes that its layout names, and `placed`
+   which block of them all it has.
 2. `Sizes` knows the size of every sender's block and so where each begins, however uneven they are.
-3. Of receivers one block is known; `Receiver.indices` finds how the whole is cut to have it.
-4. Both cut the whole by one axis after another, the outermost first, in `_cut`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
 from ..mesh import FrozenMesh
 from . import runs as r
+from .cutting import SEQUENCES_OVER, Places, cut_up, cuts_of, declared, is_by_sequence, rules_of
 from .dims import TOKENS, Cut, Dim, Dims
 from .lengths import Lengths
 from .runs import Runs
-
-SEQUENCES_OVER = "cp"
-"""The axis that cuts each sequence of flattened tokens, and not the line of them."""
-Places = Mapping[str, tuple[int, int]]
-"""Axis -> a rank's coordinate and the axis's size."""
-_RULES = {"chunk": r.chunk, "split": r.split}
-_Part = Callable[[tuple[int, ...], int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +78,27 @@ def coordinates(block: Block, world_size: int) -> Places:
     return _complete(block, dict.fromkeys(dims.axes, (None, world_size)), world_size)
 
 
+def placed(block: Block, world_size: int) -> Places:
+    """Return `coordinates` with neighbours that share a block at one place.
+
+    Raises:
+        LayoutError: nobody says where the rank stands, or an axis does not divide so.
+    """
+    found = dict(coordinates(block, world_size))
+    for dim in block.dims.dims:
+        for cut in dim.cuts:
+            k, n = found[cut.axis]
+            if n > 1 and n % cut.share:
+                raise LayoutError(
+                    f"dim {dim}: the axis {cut.axis} has {n} ranks, which do not make groups of "
+                    f"{cut.share} that share a block",
+                    "mend the dims at the tap",
+                )
+            if n > 1:
+                found[cut.axis] = (k // cut.share, n // cut.share)
+    return found
+
+
 def _complete(
     block: Block, known: Mapping[str, tuple[int | None, int]], world_size: int
 ) -> dict[str, tuple[int, int]]:
@@ -102,11 +115,6 @@ def _complete(
     return found
 
 
-def _cuts_of(dim: Dim, sizes: Mapping[str, int]) -> list[Cut]:
-    """Return the axes that do cut a dim: those of more than one rank."""
-    return [cut for cut in dim.cuts if sizes[cut.axis] > 1]
-
-
 class Sizes:
     """The sizes of all senders' blocks along one dim: where each begins, where the whole ends.
 
@@ -118,6 +126,8 @@ class Sizes:
         lengths: of the sequences, if the dim is one of flattened tokens.
 
     Attributes:
+        dim: the dim.
+        cuts: the axes that do cut it.
         total: the size of the whole.
         is_open: whether where blocks begin hangs on the size of one that nobody recorded.
         ends_open: whether the size of the whole does.
@@ -136,9 +146,10 @@ class Sizes:
     ) -> None:
         self.dim = dim
         self._axes = axes
-        self._cuts = _cuts_of(dim, axes)
+        self.cuts = cuts_of(dim, axes)
         self._local: dict[tuple[int, ...], int] = {}
         self._totals: dict[tuple[int, ...], int] = {}
+        self._ending: set[tuple[int, ...]] = set()  # those whose last block nobody recorded
         self._runs: dict[tuple[int, ...], Runs] = {}
         first: dict[tuple[int, ...], int] = {}
         for places, size, rank in local:
@@ -156,7 +167,7 @@ class Sizes:
         self.total = total if total is not None else self._add_up(()) or 0
         self.lengths = lengths.fitted(self.total) if lengths and dim.names == (TOKENS,) else None
         if self.lengths is not None and sum(self.lengths.room) > self.total:
-            if self._cuts and self._cuts[0].axis == SEQUENCES_OVER:
+            if self.cuts and self.cuts[0].axis == SEQUENCES_OVER:
                 raise LayoutError(
                     f"dim {dim}: $senders have {self.total} tokens in all, and the extras give "
                     f"sequences of {sum(self.lengths.room)}",
@@ -166,207 +177,153 @@ class Sizes:
 
     def key(self, places: Places) -> tuple[int, ...]:
         """Return the coordinates that matter along this dim."""
-        return tuple(places[cut.axis][0] for cut in self._cuts)
+        return tuple(places[cut.axis][0] for cut in self.cuts)
 
     def runs(self, key: tuple[int, ...]) -> Runs:
         """Return the indices of the whole that the block at some coordinates has.
 
         Raises:
-            LayoutError: its size is not what its layout says.
+            LayoutError: its size is not what its layout says, or that leaves more than one.
         """
-        if key not in self._runs:
-            lengths = None if self._known else self.lengths  # a placement cuts the line of them
-            found = _cut(self._cuts, key, self._axes, self.total, self._part, lengths)
-            if r.length(found) != self._local[key]:
-                where = " ".join(
-                    f"{cut.axis}={k}/{self._axes[cut.axis]}"
-                    for cut, k in zip(self._cuts, key, strict=True)
-                )
-                raise LayoutError(
-                    f"dim {self.dim}: the block at {where} has {self._local[key]}, and "
-                    f"{self.total} in all give it {r.length(found)}",
-                    "mend the dims at the tap",
-                )
-            self._runs[key] = found
+        if not self._runs:
+            self._runs = self._placed()
         return self._runs[key]
+
+    def _placed(self) -> dict[tuple[int, ...], Runs]:
+        """Return the indices of each block, where all their sizes together tell which."""
+        lengths = None if self._known else self.lengths  # a placement cuts the line of them
+        by_rule: dict[tuple[str, ...], dict[tuple[int, ...], Runs]] = {}
+        wrong: LayoutError | None = None
+        for rules in rules_of(self.cuts, lambda i, cut: cut.zigzag or self._is_by_sequence(i)):
+            cut = {
+                key: cut_up(self.cuts, key, self._axes, self.total, rules, lengths, self._part)
+                for key in self._local
+            }
+            odd = next((key for key in cut if r.length(cut[key]) != self._local[key]), None)
+            if odd is not None:
+                wrong = wrong or self._misfit(odd, r.length(cut[odd]))
+            elif cut not in by_rule.values():
+                by_rule[rules] = cut
+        if not by_rule and wrong is not None:
+            raise wrong
+        if len(by_rule) > 1:
+            options = [declared(self.dim, self.cuts, rules) for rules in by_rule]
+            raise LayoutError(
+                f"dim {self.dim}: blocks of these sizes come of torch.chunk and of "
+                "torch.tensor_split, which cut it at other places",
+                f"declare which at the tap: {' or '.join(options)}",
+            )
+        return next(iter(by_rule.values()))
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether blocks of these sizes come of cutting the whole by a rule.
+
+        Else their sizes hang on data, as those of the tokens that each expert gets.
+        """
+        if self._known or any(cut.zigzag for cut in self.cuts) or self._is_by_sequence(0):
+            return True
+        return any(
+            all(
+                r.length(cut_up(self.cuts, key, self._axes, self.total, rules, None)) == size
+                for key, size in self._local.items()
+            )
+            for rules in rules_of(self.cuts, lambda i, cut: True)
+        )
+
+    @property
+    def recorded(self) -> int:
+        """How many indices the blocks have that were recorded."""
+        return sum(self._local.values())
+
+    def at(self, key: tuple[int, ...]) -> int | None:
+        """Return the size of the block at some coordinates, None where nobody recorded it."""
+        return self._local.get(key)
+
+    def shared(self, size: int) -> int:
+        """Return how many neighbours may hold the same block, if a whole is to have some size.
+
+        0 where that does not explain it.
+        """
+        copies, rest = divmod(self.total, size) if size else (0, 0)
+        plain = bool(self.cuts) and not any(c.zigzag or c.rule or c.share > 1 for c in self.cuts)
+        if rest or copies < 2 or not plain or self._known:
+            return 0
+        alike = len({*self._local.values()}) == 1
+        return copies if alike and self._axes[self.cuts[-1].axis] % copies == 0 else 0
+
+    def cuts_as(self, cuts: Sequence[Cut], places: Places) -> bool:
+        """Whether another layout's cuts, over axes of its own, are the same."""
+        over = [(cut, self._axes[cut.axis]) for cut in self.cuts]
+        return over == [(cut, places[cut.axis][1]) for cut in cuts]
+
+    def _is_by_sequence(self, i: int) -> bool:
+        return is_by_sequence(self.cuts, i, None if self._known else self.lengths)
+
+    def _misfit(self, key: tuple[int, ...], size: int) -> LayoutError:
+        where = " ".join(
+            f"{cut.axis}={k}/{self._axes[cut.axis]}" for cut, k in zip(self.cuts, key, strict=True)
+        )
+        return LayoutError(
+            f"dim {self.dim}: the block at {where} has {self._local[key]}, and {self.total} in all "
+            f"give it {size}",
+            "mend the dims at the tap",
+        )
 
     def _part(self, prefix: tuple[int, ...], k: int, n: int) -> tuple[int, int]:
         if self._known:
-            return r.chunk(n, self._axes[self._cuts[len(prefix)].axis], k)
+            return r.chunk(n, self._axes[self.cuts[len(prefix)].axis], k)
         before = sum(self._totals[(*prefix, j)] for j in range(k))
         return before, self._totals[(*prefix, k)]
 
     def _add_up(self, prefix: tuple[int, ...]) -> int | None:
         """Return the size of all blocks at coordinates that begin so; None where there are none.
 
-        A block that is not there is taken to be as large as its largest sibling.
+        A block that is not there is taken to be as large as the one before it, or as the largest
+        where there is none before.
         """
-        if len(prefix) == len(self._cuts):
+        if len(prefix) == len(self.cuts):
             return self._local.get(prefix)
-        parts = [
-            self._add_up((*prefix, k)) for k in range(self._axes[self._cuts[len(prefix)].axis])
-        ]
+        cut = self.cuts[len(prefix)]
+        parts = [self._add_up((*prefix, k)) for k in range(self._axes[cut.axis])]
         largest = max((n for n in parts if n is not None), default=None)
         if largest is None:
             return None
-        self._look_for_gaps(parts)
-        sizes = [largest if n is None else n for n in parts]
+        sizes: list[int] = []
+        for size in parts:
+            before = sizes[-1] if sizes and not cut.zigzag else largest
+            sizes.append(before if size is None else size)
+        self._look_for_gaps(prefix, parts, is_zigzag=cut.zigzag)
         self._totals.update({(*prefix, k): n for k, n in enumerate(sizes)})
         return sum(sizes)
 
-    def _look_for_gaps(self, parts: Sequence[int | None]) -> None:
+    def _look_for_gaps(
+        self, prefix: tuple[int, ...], parts: Sequence[int | None], *, is_zigzag: bool
+    ) -> None:
         """Note what hangs on the size of blocks that are not there.
 
         Blocks never grow along an axis, whether cut as `torch.chunk` or as `torch.tensor_split`:
-        between two of one size all have it.
+        between two of one size all have it, and what lacks its last block has at most that size.
         """
         before: int | None = None
         gap = False
-        for size in parts:
-            gap = gap or size is None
-            if gap and size is not None:
+        for k, size in enumerate(parts):
+            if size is None:
+                gap = True
+                continue
+            if gap:
                 self.is_open |= before != size
                 gap = False
-            before = size if size is not None else before
-        self.ends_open |= gap
-
-
-@dataclass(frozen=True)
-class Receiver:
-    """A receiver's block, placed.
-
-    Attributes:
-        dims: its layout.
-        shape: its sizes.
-        places: where it stands.
-        lengths: of the sequences in its flattened tokens.
-    """
-
-    dims: Dims
-    shape: tuple[int, ...]
-    places: Places
-    lengths: Lengths | None
-
-    def cuts(self, j: int) -> list[Cut]:
-        """Return the axes that cut its dim `j`."""
-        return _cuts_of(self.dims.dims[j], {axis: n for axis, (_, n) in self.places.items()})
-
-    def whole(self, j: int) -> int | None:
-        """Return the size of the whole along dim `j` where this block alone tells, else None."""
-        if self.dims.shape is not None:
-            return self.dims.shape[j]
-        return None if self.cuts(j) else self.shape[j]
-
-    def even(self, j: int) -> int:
-        """Return the size of a whole whose blocks along dim `j` are all as large as this one."""
-        return self.shape[j] * math.prod(self.places[cut.axis][1] for cut in self.cuts(j))
-
-    def indices(self, j: int, size: int, padded: bool = False) -> tuple[int, Runs] | None:
-        """Return the size of the whole along dim `j`, and which of its indices the block has.
-
-        Args:
-            j: the dim.
-            size: what the whole is to have, its padding left out.
-            padded: whether it may have padding behind that.
-
-        Returns:
-            None where no whole of that size has such a block.
-
-        Raises:
-            LayoutError: it depends on how the dim is cut, which was not declared.
-        """
-        whole, even = self.whole(j), self.even(j)
-        lengths = self._lengths_over(j)
-        if lengths is not None and not lengths.is_borrowed:
-            size = max(size, sum(lengths.room))
-        if whole is not None:
-            totals = [whole] if whole == size or (padded and whole > size) else []
-        else:
-            # Padded to a multiple, or cut unevenly: where both are possible, both begin there.
-            totals = [even, size] if padded and even > size else [size]
-        for total in totals:
-            found = self._cut(j, total)
-            if found is not None:
-                return total, found
-        return None
-
-    def _lengths_over(self, j: int) -> Lengths | None:
-        """Return the lengths of the sequences that dim `j` is cut by, each by itself."""
-        cuts = self.cuts(j)
-        if self.dims.dims[j].names != (TOKENS,) or self.dims.mesh is not None:
-            return None
-        return self.lengths if cuts and cuts[0].axis == SEQUENCES_OVER else None
-
-    def _cut(self, j: int, total: int) -> Runs | None:
-        dim, cuts = self.dims.dims[j], self.cuts(j)
-        axes = {axis: n for axis, (_, n) in self.places.items()}
-        key = tuple(self.places[cut.axis][0] for cut in cuts)
-        lengths = self._lengths_over(j)
-        if lengths is not None:
-            lengths = lengths.fitted(total)
-            if sum(lengths.room) > total:
-                return None
-        found: dict[str, Runs] = {}
-        for rule in _RULES:
-
-            def part(prefix: tuple[int, ...], k: int, n: int, rule: str = rule) -> tuple[int, int]:
-                cut = cuts[len(prefix)]
-                return _RULES[cut.rule or rule](n, axes[cut.axis], k)
-
-            got = _cut(cuts, key, axes, total, part, lengths)
-            if r.length(got) == self.shape[j] and got not in found.values():
-                found[rule] = got
-        if len(found) > 1:
-            first, axis = {rule: got[0][0] for rule, got in found.items()}, cuts[0].axis
-            raise LayoutError(
-                f"dim {dim}: of {total}, a block of {self.shape[j]} can begin at {first['chunk']}, "
-                f"as torch.chunk cuts, or at {first['split']}, as torch.tensor_split",
-                "declare "
-                f"which at $receiver's tap: {dim.label}[{axis}:chunk] or {dim.label}[{axis}:split]",
-            )
-        return next(iter(found.values()), None)
-
-
-def _cut(
-    cuts: Sequence[Cut],
-    key: tuple[int, ...],
-    axes: Mapping[str, int],
-    total: int,
-    part: _Part,
-    lengths: Lengths | None,
-) -> Runs:
-    """Cut the indices 0 to `total` by one axis after another.
-
-    Args:
-        cuts: the axes of more than one rank, the outermost first.
-        key: the coordinate on each.
-        axes: axis -> size.
-        total: how many indices there are.
-        part: (coordinates so far, coordinate, size of what is cut) -> start and length, for an axis
-            in natural order.
-        lengths: of the sequences, which an axis `cp` cuts each by itself.
-    """
-    found: Runs = [(0, total)]
-    for i, (cut, k) in enumerate(zip(cuts, key, strict=True)):
-        n = axes[cut.axis]
-        if i == 0 and lengths is not None and cut.axis == SEQUENCES_OVER:
-            pieces = _of_sequences(total, lengths.room, n, k, cut.zigzag)
-        elif cut.zigzag:
-            pieces = r.zigzag(r.length(found), n, k)
-        else:
-            pieces = [part(key[:i], k, r.length(found))]
-        found = r.merged(run for piece in pieces for run in r.sliced(found, *piece))
-    return r.merged(found)
-
-
-def _of_sequences(
-    total: int, rooms: Sequence[int], parts: int, k: int, zigzag: bool
-) -> list[tuple[int, int]]:
-    """Return the positions of rank `k`'s part of each sequence, and of what lies behind them."""
-    found, at = [], 0
-    for room in rooms:
-        pieces = r.zigzag(room, parts, k) if zigzag else [r.chunk(room, parts, k)]
-        found += [(at + start, n) for start, n in pieces]
-        at += room
-    start, n = r.chunk(max(0, total - at), parts, k)
-    return [*found, (at + start, n)]
+            before = size
+            if (*prefix, k) in self._ending:
+                later = [n for n in parts[k + 1 :] if n is not None]
+                if later:
+                    self.is_open |= is_zigzag or size not in later
+                else:
+                    gap = True
+        if gap and is_zigzag:  # whose last block may be the largest
+            self.is_open = True
+        elif gap and prefix:
+            self._ending.add(prefix)
+        elif gap:
+            self.ends_open = True

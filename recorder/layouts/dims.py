@@ -20,31 +20,46 @@ class Cut:
         zigzag: whether rank k of n gets chunks k and 2n-1-k of 2n, as context parallelism does to
             balance causal attention; else chunk k of n.
         rule: `chunk` or `split` where that was declared, else "".
+        share: how many neighbours along the axis hold the same block.
     """
 
     axis: str
     zigzag: bool = False
     rule: str = ""
+    share: int = 1
+
+    def __str__(self) -> str:
+        return self.declared("")
+
+    def declared(self, rule: str) -> str:
+        """Return it as written, with a rule."""
+        axis = f"{self.axis}/{self.share}" if self.share > 1 else self.axis
+        words = ["zigzag"] * self.zigzag + [rule] * bool(rule)
+        return f"{axis}:{'+'.join(words)}" if words else axis
 
 
 @dataclass(frozen=True)
 class Dim:
-    """One dim of a tensor: no names for a `1`, several for a fused dim, outermost first."""
+    """One dim of a tensor: no names for a `1`, several for a fused dim, outermost first.
+
+    `called` is what its tap calls it, where that is not its names.
+    """
 
     names: tuple[str, ...]
     cuts: tuple[Cut, ...] = ()
+    called: str = ""
 
     def __str__(self) -> str:
         text = self.label
         if self.cuts:
-            text += f"[{','.join(c.axis + (':zigzag' if c.zigzag else '') for c in self.cuts)}]"
+            text += f"[{','.join(map(str, self.cuts))}]"
         return text
 
     @property
     def label(self) -> str:
         """Its name as declared, without the cuts."""
-        if len(self.names) == 1:
-            return self.names[0]
+        if self.called or len(self.names) == 1:
+            return self.called or self.names[0]
         return f"({'*'.join(self.names)})" if self.names else "1"
 
 
@@ -64,6 +79,7 @@ class Dims:
         mesh: a DTensor's: axis -> this rank's coordinate (None where not known) and the size.
         shape: a DTensor's whole shape.
         is_named: whether the dims' names were declared, and not just counted.
+        is_line: whether its `t` was declared as `s`, see `with_tokens`.
     """
 
     text: str
@@ -77,6 +93,7 @@ class Dims:
     mesh: Mapping[str, tuple[int | None, int]] | None = field(default=None, hash=False)
     shape: tuple[int, ...] | None = None
     is_named: bool = True
+    is_line: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -107,6 +124,7 @@ class Dims:
             text=f"whole {self.text}",
             dims=tuple(Dim(dim.names) for dim in self.dims),
             partial=(),
+            data=frozenset(),
             sizes={name: n for name, n in sizes.items() if name in self.sizes},
             padded=frozenset(),
             fills={},
@@ -121,12 +139,17 @@ class Dims:
             return self
         renamed = {"s": TOKENS}
         dims = tuple(
-            replace(dim, names=tuple(renamed.get(name, name) for name in dim.names))
+            replace(
+                dim,
+                names=tuple(renamed.get(name, name) for name in dim.names),
+                called=dim.label if "s" in dim.names else "",
+            )
             for dim in self.dims
         )
         return replace(
             self,
             dims=dims,
+            is_line=True,
             sizes={renamed.get(name, name): size for name, size in self.sizes.items()},
             padded=frozenset(renamed.get(name, name) for name in self.padded),
             fills={renamed.get(name, name): fill for name, fill in self.fills.items()},

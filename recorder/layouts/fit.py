@@ -6,19 +6,27 @@ names the dim and both sizes.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from ..errors import BlocksMissing, LayoutError
+from ..errors import LayoutError
 from . import runs as r
 from .align import BATCH, MEND, SEQUENCE, Pair
-from .blocks import Receiver, Sizes
+from .blocks import Sizes
+from .cutting import declared
 from .dims import TOKENS, Dim, Dims
-from .groups import Flattened, Fused, Group, Same, Sized
-from .lengths import Lengths
-
-_MOST_SEQUENCES = 1 << 20
+from .groups import Fused, Group, Same, Sized
+from .lengths import PADDED_BEHIND, Lengths
+from .receiver import Receiver
+from .tokens import (
+    blocks_missing,
+    check_all_there,
+    flattened,
+    indices_of,
+    padded_apart,
+    whole_of,
+)
 
 
 def group_of(
@@ -27,6 +35,7 @@ def group_of(
     sizes: Sequence[Sizes],
     receiver: Receiver,
     lengths: Lengths | None,
+    rows: Lengths | None,
 ) -> Group:
     """Return how both sides count the indices of a pair of dims.
 
@@ -36,55 +45,36 @@ def group_of(
         sizes: the sizes of their blocks along each of its dims.
         receiver: the receiver's block.
         lengths: of the sequences in flattened tokens, as the senders say.
+        rows: of the sequences in a batch that both sides have.
 
     Raises:
         LayoutError: the sizes contradict each other, or do not say enough.
     """
     receiver_dims = receiver.dims
+    for name in sorted(sender_dims.sizes.keys() & receiver_dims.sizes.keys()):
+        if sender_dims.sizes[name] != receiver_dims.sizes[name]:
+            raise LayoutError(
+                f"dim {name} is declared to have {sender_dims.sizes[name]} without padding by "
+                f"$senders and {receiver_dims.sizes[name]} by $receiver",
+                MEND,
+            )
     sender_names = [sender_dims.dims[i].names for i in pair.senders]
     receiver_names = [receiver_dims.dims[j].names for j in pair.receivers]
     if len(sender_names) == len(receiver_names) == 1 and sender_names == receiver_names:
-        return _same(pair, sender_dims, sizes[pair.senders[0]], receiver)
+        return _same(pair, sender_dims, sizes[pair.senders[0]], receiver, rows)
     names = {name for dim in (*sender_names, *receiver_names) for name in dim}
-    padded = names & (sender_dims.padded | receiver_dims.padded)
-    for i in pair.senders:
-        declared = _declared_size(sender_dims.dims[i], {**receiver_dims.sizes, **sender_dims.sizes})
-        if declared is not None and declared < sizes[i].total:
-            padded |= set(sender_dims.dims[i].names)
-    for j in pair.receivers:
-        declared = _declared_size(
-            receiver_dims.dims[j], {**sender_dims.sizes, **receiver_dims.sizes}
-        )
-        if declared is not None and declared < (receiver.whole(j) or 0):
-            padded |= set(receiver_dims.dims[j].names)
-    if padded:
-        raise LayoutError(
-            f"dim {min(padded)} is padded, and fused or taken apart on one side", MEND
-        )
     if [(TOKENS,)] in (sender_names, receiver_names) and names != {TOKENS}:
-        return _flattened(pair, sender_dims, sizes, receiver, lengths)
-    return _fused(pair, sender_dims, sizes, receiver)
+        return flattened(pair, sender_dims, sizes, receiver, lengths)
+    return _fused(pair, sender_dims, sizes, receiver, rows)
 
 
-def _declared_size(dim: Dim, declared: Mapping[str, int]) -> int | None:
-    """Return the size that a dim was declared to have without padding, if it was."""
-    if not all(name in declared for name in dim.names):
-        return None
-    return math.prod(declared[name] for name in dim.names)
-
-
-def _same(pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver) -> Same:
+def _same(
+    pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver, rows: Lengths | None
+) -> Same:
     (j,) = pair.receivers
     dim, have, receiver_dims = receiver.dims.dims[j], senders.total, receiver.dims
     name = dim.names[0] if len(dim.names) == 1 else ""
-    both = sender_dims.sizes.get(name), receiver_dims.sizes.get(name)
-    if None not in both and both[0] != both[1]:
-        raise LayoutError(
-            f"dim {name} is declared to have {both[0]} without padding by $senders and "
-            f"{both[1]} by $receiver",
-            MEND,
-        )
-    declared = both[0] if both[0] is not None else both[1]
+    declared = {**receiver_dims.sizes, **sender_dims.sizes}.get(name)
     _check_certain(senders, j, declared, receiver)
     if declared is None and senders.lengths is not None:
         declared = sum(senders.lengths.real)
@@ -96,21 +86,22 @@ def _same(pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver) -> 
     else:
         size = have
     if have < size:
-        raise LayoutError(
-            f"dim {dim.label}: $senders have {have} in all, fewer than the {size} "
-            f"{'declared' if declared is not None else 'of $receiver'}",
-            MEND,
-        )
-    found = receiver.indices(j, size, padded)
-    if found is None:
-        cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
-        more = f" ({size} without padding)" if size != have else ""
-        raise LayoutError(
-            f"dim {dim.label}: $senders have {have} in all{more}, and $receiver's block has "
-            f"{receiver.shape[j]}{cut}",
-            f"declare padding with '# {name or 'DIM'}=SIZE', or {MEND}",
-        )
-    total, runs = found
+        raise _too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
+    alike = _cut_alike(senders, receiver, j) if size == have else None
+    note = ""
+    if alike is not None:
+        total, runs = have, alike
+        note = f"dim {dim} has blocks of unequal sizes: taken rank by rank"
+    else:
+        others = _other_sizes(receiver, j, size, rows) if declared is None else ()
+        is_left = rows is not None and rows.side == "left" and bool(others)
+        found = receiver.indices(j, size, padded, others, is_left=is_left)
+        if found is None:
+            raise _no_block(j, senders, size, receiver)
+        total, runs, note = found
+    both = ((senders.lengths, have), (receiver.lengths, total))
+    if any(one is not None and one.guesses_side(n) for one, n in both):
+        note = f"{note}; {PADDED_BEHIND}" if note else PADDED_BEHIND
     receiver_lengths = None
     if senders.lengths is not None and receiver.lengths is not None:
         receiver_lengths = receiver.lengths.fitted(total)
@@ -118,22 +109,84 @@ def _same(pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver) -> 
         pair,
         _segments(have, size, senders.lengths),
         r.located(runs, _segments(total, size, receiver_lengths)),
+        note,
+    )
+
+
+def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
+    """Return what the sender at the receiver's place has, where only that can tell.
+
+    Blocks whose sizes hang on data begin where no rule tells; between two jobs that are cut alike,
+    one of the same size at the same place is the same.
+    """
+    cuts = receiver.cuts(j)
+    if not cuts or receiver.whole(j) is not None or not senders.cuts_as(cuts, receiver.places):
+        return None
+    key = senders.key(receiver.places)
+    if senders.at(key) != receiver.shape[j] or senders.is_open or senders.ends_open:
+        return None
+    return None if senders.is_regular else senders.runs(key)
+
+
+def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) -> tuple[int, ...]:
+    """Return which other sizes the receiver's sequences may have with their padding.
+
+    Where the senders pad, nobody says that the receiver pads as much.
+    """
+    names = receiver.dims.dims[j].names
+    if rows is None or SEQUENCE not in names or not {*names} <= {BATCH, SEQUENCE}:
+        return ()
+    if receiver.even(j) == size and receiver.is_even(j):
+        return ()  # as large as the senders', in blocks of one size
+    least = max(rows.real, default=0) * (len(rows.real) if BATCH in names else 1)
+    return tuple(n for n in (least, receiver.even(j)) if least <= n != size)
+
+
+def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutError:
+    """Say that no whole of the senders' size has such a block, and what may be the reason."""
+    have, dim, cuts = senders.total, receiver.dims.dims[j], receiver.cuts(j)
+    cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
+    more = f" ({size} without padding)" if size != have else ""
+    fact = (
+        f"dim {dim.label}: $senders have {have} in all{more}, and $receiver's block has "
+        f"{receiver.shape[j]}{cut}"
+    )
+    name = dim.label if len(dim.names) == 1 else "DIM"
+    shared = receiver.shared(j, size)
+    if shared is not None:
+        return LayoutError(
+            fact,
+            f"if {shared.share} ranks hold the same, write "
+            f"{declared(dim, cuts, (), shared.share)} at $receiver's tap, else {MEND}",
+        )
+    copies = senders.shared(receiver.even(j))
+    if copies:
+        return LayoutError(
+            fact,
+            f"if {copies} ranks of $senders hold the same, write "
+            f"{declared(senders.dim, senders.cuts, (), copies)} where they are recorded, else "
+            f"{MEND}",
+        )
+    uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
+    return LayoutError(
+        f"{fact}{': its blocks are of unequal sizes' if uneven else ''}",
+        f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}",
     )
 
 
 def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Receiver) -> None:
     """Refuse sizes that hang on a block nobody recorded, unless the other side bears them out."""
-    borne_out = [declared, receiver.whole(j)]
-    if not senders.is_open:
-        # The sum may be too large by less than a block; the receiver's blocks are the same then.
-        borne_out.append(receiver.even(j))
+    borne_out = [declared]
+    if receiver.dims.padded.isdisjoint(receiver.dims.dims[j].names):
+        borne_out.append(receiver.whole(j))
+        if not senders.is_open and len(receiver.cuts(j)) == 1:
+            # The sum may be too large by less than a block; the receiver's is the same then.
+            borne_out.append(receiver.even(j))
     if not (senders.is_open or senders.ends_open) or senders.total in borne_out:
         return
-    raise BlocksMissing(
-        f"dim {senders.dim}: not all of its blocks were recorded, so that nobody knows where the "
-        f"others begin, and $receiver's block of {receiver.shape[j]} does not tell",
-        f"record all ranks, or declare the size in all, as in '# {senders.dim.label}=SIZE'",
-    )
+    if declared is not None and not senders.is_open and declared <= senders.recorded:
+        return  # what is missing at the end is padding alone
+    raise blocks_missing(senders, f"$receiver's block of {receiver.shape[j]}")
 
 
 def _without_padding(name: str, have: int, j: int, receiver: Receiver) -> int:
@@ -158,154 +211,119 @@ def _segments(total: int, size: int, lengths: Lengths | None) -> list[tuple[int,
     return [segment for segment in found if segment[1] > 0]
 
 
-def _flattened(
+def _fused(
     pair: Pair,
     sender_dims: Dims,
     sizes: Sequence[Sizes],
     receiver: Receiver,
-    lengths: Lengths | None,
-) -> Flattened:
-    flat = len(pair.senders) == 1 and sender_dims.dims[pair.senders[0]].names == (TOKENS,)
-    dims, rows = (receiver.dims, pair.receivers) if flat else (sender_dims, pair.senders)
-    order = tuple("*".join(dims.dims[j].names) for j in rows)
-    if set(order) not in ({BATCH, SEQUENCE}, {f"{BATCH}*{SEQUENCE}"}):
-        raise LayoutError(
-            f"tokens (t) on one side are {' '.join(order)} on the other, which is neither b and s "
-            f"nor (b*s)",
-            MEND,
-        )
-    rows = tuple(sorted(rows, key=lambda j: dims.dims[j].names != (BATCH,)))
-    order = tuple("*".join(dims.dims[j].names) for j in rows)  # batch first: rows follow then
-    pair = Pair(pair.senders, rows) if flat else Pair(rows, pair.receivers)
-    totals = [_whole(receiver, j) if flat else sizes[j].total for j in rows]
-    of_tokens = sizes[pair.senders[0]].lengths if flat else lengths
-    if len(order) == 2:
-        batch, size = (totals[order.index(name)] for name in (BATCH, SEQUENCE))
-    else:
-        batch = len(of_tokens.real) if of_tokens is not None else 1
-        size = totals[0] // max(batch, 1)
-    if batch > _MOST_SEQUENCES:
-        raise LayoutError(f"{batch} sequences are more than can be told apart", MEND)
-    if batch * size != math.prod(totals):
-        raise LayoutError(f"{totals[0]} of (b*s) do not make {batch} sequences of one length", MEND)
-    tokens = sizes[pair.senders[0]].total if flat else receiver.whole(pair.receivers[0])
-    if of_tokens is None:
-        of_tokens = Lengths((size,) * batch, (size,) * batch)
-        if tokens is not None and batch * size != tokens:
-            raise LayoutError(
-                f"one side has {tokens} tokens (t), and the other {batch} sequences of {size}",
-                "give their lengths in the extras of a tap, as extras={'seq_lens': [...]}",
-            )
-    real = of_tokens.real
-    if len(real) != batch or any(n > size for n in real):
-        raise LayoutError(
-            f"the sequences have the lengths {list(real)!s:.120}, and one side has {batch} of "
-            f"{size}",
-            "give the lengths of this input in the extras",
-        )
-    if flat:
-        segments = of_tokens.segments(sizes[pair.senders[0]].total)
-        runs = [
-            _indices(receiver, j, total) for j, total in zip(pair.receivers, totals, strict=True)
-        ]
-    else:
-        total, found = _tokens(receiver, pair.receivers[0], sum(real))
-        segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
-        runs = [found]
-    starts = [0, *itertools.accumulate(real)][:batch]
-    return Flattened(pair, flat, segments, len(order) == 1, starts, real, size, runs)
-
-
-def _whole(receiver: Receiver, j: int) -> int:
-    """Return the size of the receiver's whole along a dim that the senders do not have."""
-    dim = receiver.dims.dims[j]
-    whole = receiver.whole(j)
-    if whole is None and len(dim.names) == 1:
-        whole = receiver.dims.sizes.get(dim.names[0])
-    if whole is None:
-        raise LayoutError(
-            f"dim {dim}: $receiver's block has {receiver.shape[j]}, which does not tell how many "
-            f"there are in all",
-            f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
-        )
-    return whole
-
-
-def _tokens(receiver: Receiver, j: int, size: int) -> tuple[int, r.Runs]:
-    """Return how many flattened tokens the receiver has in all, and which its block holds."""
-    found = receiver.indices(j, size, padded=True)
-    if found is None:
-        raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: $senders have {size} tokens, and $receiver's block "
-            f"{receiver.shape[j]}",
-            MEND,
-        )
-    return found
-
-
-def _indices(receiver: Receiver, j: int, total: int) -> r.Runs:
-    """Return the receiver's indices along a dim whose whole is known."""
-    found = receiver.indices(j, total)
-    if found is None:
-        raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: {total} in all have no block of {receiver.shape[j]} "
-            f"there",
-            MEND,
-        )
-    return found[1]
-
-
-def _fused(pair: Pair, sender_dims: Dims, sizes: Sequence[Sizes], receiver: Receiver) -> Fused:
-    sender_sized = [(sender_dims.dims[i], sizes[i].total) for i in pair.senders]
-    have = math.prod(total for _, total in sender_sized)
-    in_order = [name for dim, _ in sender_sized for name in dim.names]
+    rows: Lengths | None,
+) -> Fused:
+    explicit = {**receiver.dims.sizes, **sender_dims.sizes}
+    senders = [_sender_sized(sender_dims, i, sizes[i].total, explicit) for i in pair.senders]
+    have = math.prod(one.real for one in senders)
+    in_order = [name for one in senders for name in one.dim.names]
     places = {name: i for i, name in enumerate(in_order)}
-    receivers = sorted(
+    order = sorted(
         pair.receivers,
         key=lambda j: min(places.get(name, -1) for name in receiver.dims.dims[j].names),
     )
-    pair = Pair(pair.senders, tuple(receivers))
-    declared = {**receiver.dims.sizes, **sender_dims.sizes}
-    declared |= {dim.names[0]: size for dim, size in sender_sized if len(dim.names) == 1}
-    totals = {j: _known(receiver, j, declared) for j in pair.receivers}
-    unknown = [j for j, total in totals.items() if total is None]
-    rest = math.prod(total for total in totals.values() if total is not None)
+    pair = Pair(pair.senders, tuple(order))
+    known = explicit | {one.dim.names[0]: one.real for one in senders if len(one.dim.names) == 1}
+    if rows is not None and rows.real:
+        known = {BATCH: len(rows.real)} | known
+    reals = {j: _real(receiver, j, known, explicit) for j in order}
+    unknown = [j for j, real in reals.items() if real is None]
+    rest = math.prod(real for real in reals.values() if real is not None)
     if len(unknown) == 1 and rest and have % rest == 0:
-        totals[unknown[0]] = have // rest  # it has what the others leave
+        reals[unknown[0]] = have // rest  # it has what the others leave
     elif unknown:
-        _whole(receiver, unknown[0])
-    receiver_sized = [(receiver.dims.dims[j], total or 0) for j, total in totals.items()]
-    if math.prod(total for _, total in receiver_sized) != have:
+        whole_of(receiver, unknown[0])
+    receivers = []
+    for j in order:
+        real, whole = reals[j] or 0, receiver.whole(j)
+        receivers.append(Sized(receiver.dims.dims[j], real if whole is None else whole, real))
+    if math.prod(one.real for one in receivers) != have:
+        odd = [one.dim.names[0] for one in (*senders, *receivers) if one.real != one.total]
+        if odd:
+            raise padded_apart(min(odd))
         raise LayoutError(
-            f"dims {_labels(sender_sized)}: $senders have {have} in all, $receiver's "
-            f"{_labels(receiver_sized)} {' x '.join(str(total) for _, total in receiver_sized)}",
+            f"dims {_labels(senders)}: $senders have {have} in all, $receiver's "
+            f"{_labels(receivers)} {' x '.join(str(one.real) for one in receivers)}",
             MEND,
         )
-    names, receiver_order = _names(sender_sized), _names(receiver_sized)
-    known: dict[str, int] | None = _sizes_of_names(declared, sender_sized, receiver_sized)
+    if any(receiver.whole(j) is None for j in order):
+        for i, one in zip(pair.senders, senders, strict=True):
+            is_declared = all(name in explicit for name in one.dim.names)
+            if not is_declared or one.real != one.total:
+                check_all_there(sizes[i])
+    names, receiver_order = _names(senders), _names(receivers)
+    all_known: dict[str, int] | None = _sizes_of_names(known, senders, receivers)
     if names == receiver_order:
-        known = None
+        all_known = None
     else:
-        _check_all_known(known or {}, sender_sized, receiver_sized)
+        _check_all_known(all_known or {}, senders, receivers)
         names = (*names, *(name for name in receiver_order if name not in names))
-    runs = [_indices(receiver, j, total or 0) for j, total in totals.items()]
-    return Fused(pair, names, known, sender_sized, receiver_sized, runs)
+    runs, notes = [], []
+    for place, j in enumerate(order):
+        one = receivers[place]
+        others = _other_sizes(receiver, j, one.real, rows)
+        may_pad = _may_pad(receiver, j, explicit)
+        is_left = rows is not None and rows.side == "left" and bool(others)
+        found = indices_of(receiver, j, one.real, may_pad, others, is_left=is_left)
+        receivers[place] = replace(one, total=found.total)
+        runs.append(found.runs)
+        notes += [found.note] * bool(found.note)
+    return Fused(pair, names, all_known, senders, receivers, runs, "; ".join(notes))
 
 
-def _known(receiver: Receiver, j: int, declared: Mapping[str, int]) -> int | None:
-    """Return the size of the receiver's whole along a dim, where it is known."""
-    whole = receiver.whole(j)
-    if whole is None and all(name in declared for name in receiver.dims.dims[j].names):
-        whole = math.prod(declared[name] for name in receiver.dims.dims[j].names)
-    return whole
+def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -> Sized:
+    """Return a senders' dim with its size, and that without padding where it was declared."""
+    dim = dims.dims[i]
+    if not all(name in explicit for name in dim.names):
+        if not dims.padded.isdisjoint(dim.names):
+            raise padded_apart(min(dims.padded.intersection(dim.names)))
+        return Sized(dim, total, total)
+    real = math.prod(explicit[name] for name in dim.names)
+    if real > total and len(dim.names) == 1:
+        raise _too_few(dim, total, real, "declared")
+    if real < total and len(dim.names) > 1:
+        raise padded_apart(min(dim.names))
+    return Sized(dim, total, real if len(dim.names) == 1 else total)
+
+
+def _too_few(dim: Dim, have: int, size: int, whose: str) -> LayoutError:
+    return LayoutError(
+        f"dim {dim.label}: $senders have {have} in all, fewer than the {size} {whose}", MEND
+    )
+
+
+def _may_pad(receiver: Receiver, j: int, explicit: Mapping[str, int]) -> bool:
+    """Whether padding may stand behind the end of the receiver's dim."""
+    names = receiver.dims.dims[j].names
+    return len(names) == 1 and (names[0] in explicit or names[0] in receiver.dims.padded)
+
+
+def _real(
+    receiver: Receiver, j: int, known: Mapping[str, int], explicit: Mapping[str, int]
+) -> int | None:
+    """Return the size of the receiver's whole along a dim without padding, where it is known."""
+    names, whole = receiver.dims.dims[j].names, receiver.whole(j)
+    real = math.prod(known[name] for name in names) if all(n in known for n in names) else None
+    if _may_pad(receiver, j, explicit):
+        return real if whole is None or real is None else min(whole, real)
+    if whole is not None and real is not None and real < whole and len(names) > 1:
+        padded = sorted({*names} & {*explicit})
+        if padded:
+            raise padded_apart(padded[0])
+    return real if whole is None else whole
 
 
 def _names(dims: Sequence[Sized]) -> tuple[str, ...]:
-    return tuple(name for dim, _ in dims for name in dim.names)
+    return tuple(name for one in dims for name in one.dim.names)
 
 
 def _labels(dims: Sequence[Sized]) -> str:
-    return " ".join(dim.label for dim, _ in dims)
+    return " ".join(one.dim.label for one in dims)
 
 
 def _sizes_of_names(
@@ -313,8 +331,9 @@ def _sizes_of_names(
 ) -> dict[str, int]:
     """Return the size of each name as far as it is known, all of it held together."""
     known = dict(declared)
-    both = sorted([*senders, *receivers], key=lambda one: len(one[0].names))
-    for dim, size in [*both, *both]:  # what the second time around is new, the first made known
+    both = sorted([*senders, *receivers], key=lambda one: len(one.dim.names))
+    for one in [*both, *both]:  # what the second time around is new, the first made known
+        dim, size = one.dim, one.real
         unknown = [name for name in dim.names if name not in known]
         rest = math.prod(known.get(name, 1) for name in dim.names)
         if len(unknown) == 1 and rest and size % rest == 0:

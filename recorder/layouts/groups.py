@@ -18,15 +18,36 @@ from .align import Pair
 from .dims import Dim
 from .runs import Runs
 
-Sized = tuple[Dim, int]
-"""A dim, and the size of the whole along it."""
+
+@dataclass(frozen=True)
+class Sized:
+    """A dim of the whole.
+
+    Attributes:
+        dim: the dim.
+        total: its size.
+        real: its size without the padding behind its end.
+    """
+
+    dim: Dim
+    total: int
+    real: int
+
+    def located(self, runs: Runs) -> Runs:
+        """Return a block's indices along it, padding told apart."""
+        if self.real == self.total:
+            return runs
+        return r.located(runs, [(0, self.real, 0), (self.real, self.total - self.real, r.PADDING)])
+
+
 _MOST_RUNS = 1 << 20
 
 
 class Group(Protocol):
-    """A pair's indices as both sides hold them."""
+    """A pair's indices as both sides hold them, and a note on what was taken for granted."""
 
     pair: Pair
+    note: str
 
     def out_of(self, runs: Sequence[Runs]) -> Runs:
         """Return which indices a sender's block holds, from the runs along each of its dims."""
@@ -42,6 +63,7 @@ class Same:
     pair: Pair
     segments: list[tuple[int, int, int]]
     receiver: Runs
+    note: str = ""
 
     def out_of(self, runs: Sequence[Runs]) -> Runs:
         """See `Group`."""
@@ -60,8 +82,8 @@ class Fused:
         names: all names, in that order.
         sizes: the size of the whole along each name; None where the two orders are the same, and
             nobody needs to know.
-        senders: the senders' dims, each with its size.
-        receivers: the receiver's, likewise.
+        senders: the senders' dims.
+        receivers: the receiver's.
         receiver: the runs along each of these.
     """
 
@@ -71,39 +93,47 @@ class Fused:
     senders: list[Sized]
     receivers: list[Sized]
     receiver: list[Runs]
+    note: str = ""
 
     def out_of(self, runs: Sequence[Runs]) -> Runs:
         """See `Group`."""
-        return _in_order([size for _, size in self.senders], runs)
+        return _in_order(self.senders, runs)
 
     def into(self) -> Runs:
         """See `Group`."""
         if self.sizes is None:
-            return _in_order([size for _, size in self.receivers], self.receiver)
-        return _reordered(self.names, self.sizes, [dim for dim, _ in self.receivers], self.receiver)
+            return _in_order(self.receivers, self.receiver)
+        return _reordered(self.names, self.sizes, self.receivers, self.receiver)
 
 
-def _in_order(sizes: Sequence[int], runs: Sequence[Runs]) -> Runs:
+def _in_order(dims: Sequence[Sized], runs: Sequence[Runs]) -> Runs:
     """Return the indices, counted in the order of the dims, of a block of several dims."""
     found: Runs = [(0, 1)]
     inner = 1
-    for size, outer in zip(reversed(sizes), reversed(runs), strict=True):
+    for one, held in zip(reversed(dims), reversed(runs), strict=True):
+        outer = one.located(held)
         if found == [(0, inner)]:
-            found = [(start * inner, n * inner) for start, n in outer]
+            found = [(r.PADDING if at == r.PADDING else at * inner, n * inner) for at, n in outer]
         else:
             _check_count(len(found) * r.length(outer))
-            found = r.merged(
-                (at * inner + start, n)
-                for first, count in outer
-                for at in range(first, first + count)
-                for start, n in found
-            )
-        inner *= size
+            found = r.merged(list(_within(outer, found, inner)))
+        inner *= one.real
     return r.merged(found)
 
 
+def _within(outer: Runs, found: Runs, inner: int) -> Iterator[tuple[int, int]]:
+    """Yield what is found within each index of a dim outside it, of so many in all."""
+    for first, count in outer:
+        if first == r.PADDING:
+            yield r.PADDING, count * r.length(found)
+            continue
+        for at in range(first, first + count):
+            for start, n in found:
+                yield r.PADDING if start == r.PADDING else at * inner + start, n
+
+
 def _reordered(
-    names: Sequence[str], sizes: Mapping[str, int], dims: Sequence[Dim], runs: Sequence[Runs]
+    names: Sequence[str], sizes: Mapping[str, int], dims: Sequence[Sized], runs: Sequence[Runs]
 ) -> Runs:
     """Return the indices, counted in the order of `names`, of a block whose dims are otherwise."""
     strides, stride = {}, 1
@@ -111,20 +141,28 @@ def _reordered(
         strides[name] = stride
         stride *= sizes[name]
     _check_count(math.prod(map(r.length, runs)))
-    each: list[list[int]] = []
-    for dim, held in zip(dims, runs, strict=True):
-        counts = [sizes[name] for name in dim.names]
-        each.append(
-            [
-                sum(
-                    at * strides[name]
-                    for at, name in zip(_digits(i, counts), dim.names, strict=True)
-                )
-                for start, n in held
-                for i in range(start, start + n)
-            ]
-        )
-    return r.merged((sum(place), 1) for place in itertools.product(*each))
+    each: list[list[int | None]] = []
+    for one, held in zip(dims, runs, strict=True):
+        counts = [sizes[name] for name in one.dim.names]
+        places: list[int | None] = []
+        for start, n in one.located(held):
+            if start == r.PADDING:
+                places += [None] * n
+                continue
+            for i in range(start, start + n):
+                at = zip(_digits(i, counts), one.dim.names, strict=True)
+                places.append(sum(k * strides[name] for k, name in at))
+        each.append(places)
+    return r.merged((_sum(place), 1) for place in itertools.product(*each))
+
+
+def _sum(place: Sequence[int | None]) -> int:
+    total = 0
+    for part in place:
+        if part is None:
+            return r.PADDING
+        total += part
+    return total
 
 
 def _digits(i: int, counts: Sequence[int]) -> Iterable[int]:
@@ -156,6 +194,7 @@ class Flattened:
         real: for each sequence how many it has.
         size: how many each has with its padding.
         receiver: the runs along each of the receiver's dims.
+        left: whether the padding of a sequence stands before its tokens.
     """
 
     pair: Pair
@@ -166,6 +205,8 @@ class Flattened:
     real: Sequence[int]
     size: int
     receiver: list[Runs]
+    left: bool = False
+    note: str = ""
 
     def out_of(self, runs: Sequence[Runs]) -> Runs:
         """See `Group`."""
@@ -190,4 +231,7 @@ class Flattened:
     def _row(self, i: int, at: int) -> list[tuple[int, int, int]]:
         real = self.real[i]
         found = [(at, real, self.starts[i]), (at + real, self.size - real, r.PADDING)]
+        if self.left:
+            pad = self.size - real
+            found = [(at, pad, r.PADDING), (at + pad, real, self.starts[i])]
         return [segment for segment in found if segment[1] > 0]

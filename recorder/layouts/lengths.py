@@ -12,6 +12,11 @@ from . import runs as r
 from .dims import TOKENS, Dims
 
 _REAL = ("seq_lens", "cu_seqlens", "cu_seqlens_q")
+PADDED_BEHIND = (
+    "padding was taken to stand behind each sequence; if it stands before, say so at the tap with "
+    "extras={'padding': 'left'}"
+)
+_SIDE = ("padding", "padding_side")
 _ROOM = ("padded_seq_lens", "cu_seqlens_padded", "cu_seqlens_q_padded")
 
 
@@ -21,12 +26,21 @@ class Lengths(NamedTuple):
     Attributes:
         real: how many tokens each has.
         room: how many it takes with padding of its own.
+        side: where that padding stands, `left` or `right`; "" where nobody says.
         is_borrowed: whether the other side gave them, whose room need not be this side's.
+        is_line: whether this side has no packed tokens, but sequences without a batch; if it is
+            one sequence, all of its padding is its own.
     """
 
     real: tuple[int, ...]
     room: tuple[int, ...]
+    side: str = ""
     is_borrowed: bool = False
+    is_line: bool = False
+
+    def lent(self) -> Lengths:
+        """Return these lengths for the other side, which gives none."""
+        return self._replace(is_borrowed=True, is_line=False, side="")
 
     def fitted(self, total: int) -> Lengths:
         """Return these lengths for a side that has so many tokens in all.
@@ -34,6 +48,8 @@ class Lengths(NamedTuple):
         Raises:
             LayoutError: it cannot be told whether its sequences are padded as the other side's.
         """
+        if self.is_line and len(self.real) == 1:
+            return self._replace(room=(max(total, *self.real),))
         if not self.is_borrowed or self.real == self.room or total == sum(self.room):
             return self
         if total != sum(self.real):
@@ -44,11 +60,19 @@ class Lengths(NamedTuple):
             )
         return self._replace(room=self.real)
 
+    def guesses_side(self, total: int) -> bool:
+        """Whether a sequence without a batch has padding of which nobody says where it stands."""
+        return self.is_line and len(self.real) == 1 and self.real[0] < total and not self.side
+
     def segments(self, total: int) -> list[tuple[int, int, int]]:
         """Return where tokens stand among all that are real, for `runs.located`."""
         found, at, number = [], 0, 0
         for real, room in zip(self.real, self.room, strict=True):
-            found += [(at, real, number), (at + real, room - real, r.PADDING)]
+            pad = room - real
+            if self.side == "left":
+                found += [(at, pad, r.PADDING), (at + pad, real, number)]
+            else:
+                found += [(at, real, number), (at + real, pad, r.PADDING)]
             at, number = at + room, number + real
         found.append((at, total - at, r.PADDING))
         return [segment for segment in found if segment[1] > 0]
@@ -67,14 +91,9 @@ def lengths_in(extras: str | None, dims: Dims) -> Lengths | None:
     Raises:
         LayoutError: they are there, and are no lengths.
     """
-    if not extras or not (TOKENS in dims.names or {"b", "s"} <= set(dims.names)):
+    if not extras or not counts_tokens(dims):
         return None
-    try:
-        found = json.loads(extras)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise LayoutError(f"the extras are {extras!r:.80}, expected a JSON object")
+    found = _loaded(extras)
     real = _read(found, _REAL)
     if real is None:
         return None
@@ -85,7 +104,40 @@ def lengths_in(extras: str | None, dims: Dims) -> Lengths | None:
             f"for {len(room)} of {sum(room)}",
             "give as many of each, none longer than its room",
         )
-    return Lengths(real, room)
+    return Lengths(real, room, padding_side(extras))
+
+
+def padding_side(extras: str | None) -> str:
+    """Return where a tap's extras say that padding stands, `left` or `right`, else "".
+
+    Raises:
+        LayoutError: they say something else.
+    """
+    if not extras:
+        return ""
+    found = _loaded(extras)
+    for name in _SIDE:
+        side = found.get(name)
+        if isinstance(side, str):
+            if side not in ("left", "right"):
+                raise LayoutError(f"extras[{name!r}] is {side!r:.80}, expected 'left' or 'right'")
+            return side
+    return ""
+
+
+def counts_tokens(dims: Dims) -> bool:
+    """Whether a layout has to do with tokens, so that a tap's extras are read."""
+    return TOKENS in dims.names or "s" in dims.names
+
+
+def _loaded(extras: str) -> dict[str, Any]:
+    try:
+        found = json.loads(extras)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise LayoutError(f"the extras are {extras!r:.80}, expected a JSON object")
+    return found
 
 
 def _read(extras: Mapping[str, Any], names: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -1,16 +1,19 @@
 """Read the text of a layout, once: `"b s[cp:zigzag,sp] h[tp] d # ep:replicated"`.
 
-    layout    = { dim } [ "#" { fact } ]
+    layout    = { dim } [ "#" { fact } ] [ "#" "grad:" layout ]
     dim       = "1" | NAME [ cuts ] | "(" NAME { "*" NAME } ")" [ cuts ]
-    cuts      = "[" AXIS [ ":" qualifier { "+" qualifier } ] { "," ... } "]", the outermost first
+    cuts      = "[" cut { "," cut } "]", the outermost first
+    cut       = AXIS [ "/" NUMBER ] [ ":" qualifier { "+" qualifier } ]
     qualifier = "natural" | "sharded" | "zigzag" | "partial" | "chunk" | "split"
     fact      = AXIS ":replicated" | "dp:=" AXIS | NAME "=" SIZE | NAME ":padded"
                 | NAME ":fill=" NUMBER
 
 The grammar up to `partial` and `dp:=` is the one of sglang's dump comparator
 (`sglang/srt/debug_utils/comparator/dims_spec`). `chunk` and `split` say how a dim that an axis does
-not divide is cut: as `torch.chunk` does, or as `torch.tensor_split`. `NAME=SIZE` is the size
-without padding. What a DTensor says of itself stands behind all this, see `dtensor`.
+not divide is cut: as `torch.chunk` does, or as `torch.tensor_split`; with `zigzag`, so are the 2n
+chunks. `AXIS/NUMBER` says how many neighbours along the axis hold the same block. `NAME=SIZE` is
+the size without padding. Behind `grad:` stands the layout of the gradient, where it is another.
+What a DTensor says of itself stands behind all this, see `dtensor`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from .dtensor import DTENSOR, with_placements
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _DIM = re.compile(r"\s*(?:(1)|([A-Za-z_]\w*)|\(([^()]*)\))(?:\[([^\[\]]*)\])?(?=\s|$)")
+_RULES = {"chunk", "split"}
 _QUALIFIERS = ("natural", "sharded", "zigzag", "partial", "chunk", "split")
+_GRAD = re.compile(r"#\s*grad\s*:")
 _MOST_DIMS = 64
 _LONGEST = 4_000  # characters
 
@@ -41,7 +46,11 @@ def parse_dims(text: str) -> Dims:
     if len(text) > _LONGEST:
         raise _unreadable(text, f"it has {len(text)} characters, expected at most {_LONGEST}")
     placed = DTENSOR.search(text)
-    declared = text if placed is None else text[: placed.start()].rstrip().removesuffix("#")
+    declared, grad = _parted(text)
+    if grad is not None:
+        if _GRAD.search(grad):
+            raise _unreadable(text, "it has the layout of a gradient twice")
+        parse_dims(grad)
     named, _, facts = declared.partition("#")
     found = _with_facts(text, _named(text, named), facts)
     for what, words in (("dim", found.names), ("axis", found.axes)):
@@ -54,6 +63,26 @@ def parse_dims(text: str) -> Dims:
     if both:
         raise _unreadable(text, f"the axis {both[0]!r} both cuts and is replicated")
     return found if placed is None else with_placements(text, found, placed)
+
+
+def gradient_dims(text: str) -> str:
+    """Return the layout of a gradient where it is declared apart from its value's, else "".
+
+    What a DTensor says stands behind either: it is then that of the gradient.
+    """
+    _, grad = _parted(text)
+    placed = DTENSOR.search(text)
+    return f"{grad} # {text[placed.start() :]}" if grad and placed is not None else grad or ""
+
+
+def _parted(text: str) -> tuple[str, str | None]:
+    """Return what is declared of a value and of its gradient; None where nothing is of that."""
+    placed = DTENSOR.search(text)
+    declared = text if placed is None else text[: placed.start()].rstrip().removesuffix("#")
+    found = _GRAD.search(declared)
+    if found is None:
+        return declared, None
+    return declared[: found.start()], declared[found.end() :].strip()
 
 
 def _unreadable(text: str, fact: str) -> LayoutError:
@@ -98,18 +127,29 @@ def _named(text: str, named: str) -> Dims:
 def _cuts(text: str, cuts: str | None) -> Iterator[tuple[Cut, bool]]:
     """Yield each axis in brackets, and whether ranks along it hold partial results."""
     for part in cuts.split(",") if cuts is not None else ():
-        axis, _, rest = (piece.strip() for piece in part.partition(":"))
+        place, _, rest = (piece.strip() for piece in part.partition(":"))
+        axis, slash, shared = (piece.strip() for piece in place.partition("/"))
         qualifiers = [word.strip() for word in rest.split("+") if word.strip()]
         if not _NAME.fullmatch(axis):
             raise _unreadable(text, f"{part.strip()!r:.60} names no axis")
+        if slash and not re.fullmatch(r"[1-9][0-9]{0,8}", shared):
+            raise _unreadable(
+                text, f"{place!r:.60} does not say how many ranks share a block, as in 'tp/2'"
+            )
+        share = int(shared) if slash else 1
         odd = [word for word in qualifiers if word not in _QUALIFIERS]
         if odd:
             raise _unreadable(text, f"{odd[0]!r:.60} is not one of {', '.join(_QUALIFIERS)}")
         said = {word for word in qualifiers if word not in ("natural", "sharded")}
-        if len(said) > 1 or (said and "natural" in qualifiers and said & {"zigzag"}):
+        rules = said & _RULES
+        if (
+            len(rules) > 1
+            or ("partial" in said and (len(said) > 1 or share > 1))
+            or ({"zigzag", "natural"} <= set(qualifiers))
+        ):
             raise _unreadable(text, f"{part.strip()!r:.60} contradicts itself")
-        rule = next(iter(said & {"chunk", "split"}), "")
-        yield Cut(axis, "zigzag" in said, rule), "partial" in said
+        rule = next(iter(rules), "")
+        yield Cut(axis, "zigzag" in said, rule, share), "partial" in said
 
 
 def _with_facts(text: str, found: Dims, facts: str) -> Dims:

@@ -18,12 +18,16 @@ from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
+from .agreeing import given_by, lengths_of, rows_of
 from .align import MEND, Pair, align
-from .blocks import Block, Places, Receiver, Sizes, coordinates
+from .blocks import Block, Sizes, placed
+from .cutting import Places
+from .data import busy, of_same_data
 from .dims import TOKENS, Dims
 from .fit import group_of
 from .groups import Group
-from .lengths import Lengths, lengths_in
+from .lengths import Lengths
+from .receiver import Receiver
 from .runs import Piece, Runs
 
 
@@ -59,6 +63,7 @@ class Plan:
         padding: along each group the receiver's indices that are padding: (start, length).
         fills: for each group what its padding is to hold; None to leave it as it is.
         note: what was taken for granted, "" where nothing was.
+        guesses: what of it should be said aloud: what only a declaration can make certain.
     """
 
     pairs: tuple[Pair, ...]
@@ -68,6 +73,7 @@ class Plan:
     padding: tuple[tuple[tuple[int, int], ...], ...]
     fills: tuple[float | None, ...]
     note: str = ""
+    guesses: str = ""
 
     @property
     def has_padding(self) -> bool:
@@ -111,16 +117,22 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         and not sender_dims.is_named
     ):
         sender_dims = sender_dims.renamed(receiver_dims)
-    at = {block.rank: coordinates(block, sender_world) for block in senders}
-    here = coordinates(receiver, receiver_world)
+    at = {block.rank: placed(block, sender_world) for block in senders}
+    here = placed(receiver, receiver_world)
     axes = _axes(sender_dims, at, sender_world)
-    chosen = _of_same_data(senders, sender_dims, receiver_dims, at, here)
-    lengths, receiver_lengths = _lengths(chosen, sender_dims, receiver, receiver_dims)
+    if 0 in receiver.shape:
+        return _nothing(receiver.shape)
+    chosen, guesses = of_same_data(senders, sender_dims, receiver_dims, at, here)
+    lengths, receiver_lengths = lengths_of(chosen, sender_dims, receiver, receiver_dims)
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
-    placed = Receiver(receiver_dims, receiver.shape, here, receiver_lengths)
-    even = [placed.even(j) for j in range(len(receiver_dims.dims))]
+    rows = None
+    if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
+        rows = rows_of(chosen, sender_dims, sizes, receiver)
+    sized = frozenset((*sender_dims.sizes, *receiver_dims.sizes))
+    block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
+    even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
-    groups = [group_of(pair, sender_dims, sizes, placed, lengths) for pair in pairs]
+    groups = [group_of(pair, sender_dims, sizes, block, lengths, rows) for pair in pairs]
     pairs = [group.pair for group in groups]
     into = [group.into() for group in groups]
     reduction, zero, chosen = _partial(sender_dims, receiver_dims, at, here, axes, chosen)
@@ -128,6 +140,11 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     wanted = math.prod(sum(n for start, n in runs if start != r.PADDING) for runs in into)
     if not zero and sum(move.elements for move in moves) != wanted:
         raise _uncovered(sender_dims, pairs, into, moves, [b.rank for b in senders], sender_world)
+    assumed = _assumed(senders, sender_dims, sender_world, "the senders' ranks") or _assumed(
+        [receiver], receiver_dims, receiver_world, "the target's ranks"
+    )
+    guesses += [_one_line(sender_dims, axes, lengths), *(group.note for group in groups)]
+    guesses = [guess for guess in guesses if guess]
     return Plan(
         tuple(pairs),
         tuple(moves),
@@ -135,17 +152,15 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         tuple(r.length(runs) for runs in into),
         tuple(_padding(runs) for runs in into),
         tuple(_fill(receiver_dims, pair) for pair in pairs),
-        "; ".join(
-            filter(
-                None,
-                (
-                    _assumed(senders, sender_dims, sender_world, "the senders' ranks")
-                    or _assumed([receiver], receiver_dims, receiver_world, "the target's ranks"),
-                    _one_line(sender_dims, axes, lengths),
-                ),
-            )
-        ),
+        "; ".join(filter(None, [assumed, *guesses])),
+        "; ".join(guesses),
     )
+
+
+def _nothing(shape: Sequence[int]) -> Plan:
+    """Return the plan for a block without elements, such as that of a rank without tokens."""
+    pairs = tuple(Pair((), (j,)) for j in range(len(shape)))
+    return Plan(pairs, (), "", tuple(shape), ((),) * len(shape), (None,) * len(shape))
 
 
 def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None = None) -> Block:
@@ -160,8 +175,9 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
         LayoutError: as `plan`.
     """
     sender_dims = _agreed(senders)
-    at = {block.rank: coordinates(block, world_size) for block in senders}
-    lengths = _given(senders, sender_dims) if TOKENS in sender_dims.names else None
+    at = {block.rank: placed(block, world_size) for block in senders}
+    senders = busy(list(senders), sender_dims, at)
+    lengths = given_by(senders, sender_dims) if TOKENS in sender_dims.names else None
     sizes = _sizes(senders, sender_dims, _axes(sender_dims, at, world_size), at, lengths)
     extras = ""
     found = []
@@ -201,7 +217,7 @@ def _one_line(dims: Dims, axes: Mapping[str, int], lengths: Lengths | None) -> s
         dim.names == (TOKENS,) and [c.axis for c in dim.cuts if axes[c.axis] > 1][:1] == ["cp"]
         for dim in dims.dims
     )
-    if not cut or lengths is not None or dims.mesh is not None:
+    if not cut or lengths is not None or dims.mesh is not None or dims.is_line:
         return ""
     return "t was taken to be cut over cp as one sequence: the extras give no lengths"
 
@@ -239,71 +255,6 @@ def _axes(dims: Dims, at: Mapping[int, Places], world_size: int) -> dict[str, in
             "mend the mesh",
         )
     return axes
-
-
-def _of_same_data(
-    senders: Sequence[Block],
-    sender_dims: Dims,
-    receiver_dims: Dims,
-    at: Mapping[int, Places],
-    here: Places,
-) -> list[Block]:
-    """Leave out senders that had other data, or other layers, where both sides say which."""
-    kept = list(senders)
-    for axis in sorted(
-        (sender_dims.data & receiver_dims.data) - {*sender_dims.axes, *receiver_dims.axes}
-    ):
-        k, n = here.get(axis, (0, 1))
-        if n > 1 and {at[block.rank].get(axis, (0, 1))[1] for block in kept} == {n}:
-            same = [block for block in kept if at[block.rank][axis][0] == k]
-            if not same and axis != "pp":
-                raise LayoutError(
-                    f"no $sender at {axis}={k} recorded it, and those elsewhere on {axis} have "
-                    f"other data",
-                    f"record them, or declare '# {axis}:replicated' if they have not",
-                )
-            kept = same or kept  # a stage of the pipeline has what no other has
-    return kept
-
-
-def _lengths(
-    senders: Sequence[Block], sender_dims: Dims, receiver: Block, receiver_dims: Dims
-) -> tuple[Lengths | None, Lengths | None]:
-    """Return the sequences' lengths on either side; one that says nothing borrows the other's."""
-    if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
-        return None, None
-    sender_lengths, receiver_lengths = (
-        _given(senders, sender_dims),
-        lengths_in(receiver.extras, receiver_dims),
-    )
-    if (
-        sender_lengths is not None
-        and receiver_lengths is not None
-        and sender_lengths.real != receiver_lengths.real
-    ):
-        raise LayoutError(
-            f"$senders' sequences have the lengths {list(sender_lengths.real)!s:.120}, "
-            f"$receiver's {list(receiver_lengths.real)!s:.120}",
-            "feed both the same input",
-        )
-    return (
-        sender_lengths or (receiver_lengths and receiver_lengths._replace(is_borrowed=True)),
-        receiver_lengths or (sender_lengths and sender_lengths._replace(is_borrowed=True)),
-    )
-
-
-def _given(senders: Sequence[Block], dims: Dims) -> Lengths | None:
-    """Return the sequences' lengths as the senders say."""
-    texts = {block.extras: block.rank for block in senders}
-    given = {lengths_in(text, dims): rank for text, rank in texts.items()}
-    given.pop(None, None)
-    if len(given) > 1:
-        (_, one), (_, other), *_ = given.items()
-        raise LayoutError(
-            f"${{rank}}s {one} and {other} give different sequence lengths in their extras",
-            "give those of the whole on every rank",
-        )
-    return next(iter(given), None)
 
 
 def _sizes(

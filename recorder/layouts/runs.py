@@ -68,9 +68,13 @@ def split(n: int, parts: int, k: int) -> tuple[int, int]:
     return k * size + min(k, longer), size + (k < longer)
 
 
-def zigzag(n: int, parts: int, k: int) -> Runs:
+RULES = {"chunk": chunk, "split": split}
+"""How a dim is cut that an axis does not divide."""
+
+
+def zigzag(n: int, parts: int, k: int, rule: str) -> Runs:
     """Return the positions of rank `k` that holds chunks k and 2 parts - 1 - k of 2 parts."""
-    return [chunk(n, 2 * parts, k), chunk(n, 2 * parts, 2 * parts - 1 - k)]
+    return [RULES[rule](n, 2 * parts, i) for i in (k, 2 * parts - 1 - k)]
 
 
 def located(runs: Runs, segments: Sequence[tuple[int, int, int]]) -> Runs:

@@ -123,6 +123,8 @@ class Selection:
             if call.grad:
                 grad = self.filter({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):
+                with self._lock:  # of one key, a filter by kind may want some taps and not others
+                    self._counts[call.name, site.key_text, site.recompute] += 1
                 return None
         counted = (call.name, site.key_text, site.recompute)
         with self._lock:

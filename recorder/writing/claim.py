@@ -234,6 +234,7 @@ def claim_rank(
             "world_size": rank.world_size,
             "rank_source": rank.source,
             "attempt": attempt,
+            "restarts": job.attempt,
             "agent": job.agent,
             "job": job.id,
             "launcher": job.launcher,

@@ -39,16 +39,14 @@ _SIDES = {"senders": "the ranks", "sender": "rank", "rank": "rank", "receiver": 
 
 @dataclass(frozen=True)
 class _Variant:
-    """One choice among replicas: the rows to read, and what is in them."""
+    """One choice among replicas: the ranks to read, and what is in them."""
 
-    rows: tuple[ManifestRow, ...]
+    ranks: tuple[int, ...]
     digests: tuple[str, ...]
+    others: frozenset[int] = frozenset()
+    """The ranks that hold a block of another choice, and are left out of this one."""
     alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Each rank that is read -> the ranks that hold the same in its place."""
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(row["rank"] for row in self.rows)
 
 
 class _Blocks:
@@ -122,22 +120,25 @@ class _Blocks:
         rows = {row["rank"]: row for row in self.rows}
         held = [ranks for move in self.plan(receiver).moves for ranks in move.ranks]
         if not held:
-            return [_Variant(self.rows, ())]
+            return [_Variant(tuple(rows), ())]
         found = []
         for k in range(max(map(len, held))):
             chosen = tuple(rows[ranks[min(k, len(ranks) - 1)]] for ranks in held)
-            one = tuple({row["rank"]: row for row in chosen}.values())
+            one = tuple(dict.fromkeys(row["rank"] for row in chosen))
+            others = frozenset(rank for ranks in held for rank in ranks).difference(one)
             alike = {
                 row["rank"]: tuple(r for r in ranks if rows[r]["digest"] == row["digest"])
                 for row, ranks in zip(chosen, held, strict=True)
             }
-            found.append(_Variant(one, tuple(f"{r['dtype']} {r['digest']}" for r in chosen), alike))
+            digests = tuple(f"{row['dtype']} {row['digest']}" for row in chosen)
+            found.append(_Variant(one, digests, others, alike))
         return found if len({one.digests for one in found}) > 1 else found[:1]
 
     def tensor(self, variant: _Variant, receiver: Block) -> tuple[torch.Tensor, Plan]:
         """Return what a choice among replicas is put together to, and how."""
         with self._worded():
-            recorded = self._of(variant.rows)
+            # Blocks that give nothing, empty ones or all padding, tell where the others begin.
+            recorded = self._of([row for row in self.rows if row["rank"] not in variant.others])
             plan = recorded.plan(receiver, 1)
             return recorded.block(receiver, plan), plan
 
@@ -173,7 +174,8 @@ def by_layout(
         yield err
         return
     for part_a, part_b, at in parts:
-        where = at if len(parts) > 1 else ""
+        all_of_it = len(part_a) == len(rows_a) and len(part_b) == len(rows_b)
+        where = at if len(parts) > 1 or not all_of_it else ""
         if not part_a or not part_b:
             side = "A" if part_b else "B"
             yield LayoutError(f"no rank of {side} at {at} recorded it")
@@ -200,6 +202,12 @@ def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
         y, plan = b.tensor(other, receiver)
         taken = [f"{side}: {p.note}" for side, p in (("A", how), ("B", plan)) if p.note]
         said = [where, note, *taken, *_replica_notes(choices, one, other)]
+        for side, all_of_it in zip((a, b), choices, strict=True):
+            if len(all_of_it) > 1 and side.recorded.is_open_gradient:
+                said.append(
+                    f"if each rank of {side.name} holds a summand of this gradient, say so at the "
+                    f"tap, as in dims={side.recorded.as_summands()!r}"
+                )
         dim_names = tuple(dim.label for dim in receiver.dims.dims)
         yield Two(
             x, y, dim_names, one.ranks, other.ranks, "; ".join(filter(None, said)), plan,

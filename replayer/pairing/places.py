@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from recorder.errors import LayoutError
 from recorder.format.schema import ManifestRow
-from recorder.layouts.blocks import Places, coordinates
+from recorder.layouts.blocks import coordinates
+from recorder.layouts.cutting import Places
 from recorder.logical import Recorded
+from recorder.mesh import PIPELINE
 from recorder.recording import Recording
 
-_PIPELINE = "pp"
+SEVERAL_STAGES = "recorded by several stages; if each numbers its layers from 0, tag the global one"
 
 
 def of_same_data(
@@ -20,7 +22,7 @@ def of_same_data(
 
     An axis of one size on both sides, but for a pipeline's, has the same data at the same place: a
     part is empty where nobody stood there. Else, where one side's ranks are all at one place, that
-    side has what each of the other's parts is compared with.
+    side has what each of the other's parts is compared with. Ranks that had no data are left out.
     """
     a_places, b_places = _places(a, rows_a), _places(b, rows_b)
     axes = sorted({axis for places in (*a_places, *b_places) for axis in places})
@@ -28,12 +30,18 @@ def of_same_data(
         axis: [{p[axis][1] if axis in p else 1 for p in places} for places in (a_places, b_places)]
         for axis in axes
     }
-    fixed = [axis for axis in axes if axis != _PIPELINE and sizes[axis][0] == sizes[axis][1]]
+    fixed = [axis for axis in axes if axis != PIPELINE and sizes[axis][0] == sizes[axis][1]]
     free = [axis for axis in axes if axis not in fixed]
     parts_a, parts_b = _grouped(rows_a, a_places, fixed), _grouped(rows_b, b_places, fixed)
+    busy = [_busy(parts) for parts in (parts_a, parts_b)]
+    if len(busy[0]) == len(busy[1]) == 1 and {*busy[0]} != {*busy[1]}:
+        # One rank of a server has all the tokens, and another in the other job.
+        ((there, one),), ((here, other),) = busy[0].items(), busy[1].items()
+        yield one[0], other[0], f"{_where(fixed, there)} of A, {_where(fixed, here)} of B"
+        return
     for at in sorted({*parts_a, *parts_b}):
-        inner_a = _grouped(*parts_a.get(at, ([], [])), free)
-        inner_b = _grouped(*parts_b.get(at, ([], [])), free)
+        inner_a = _busy_or_all(_grouped(*parts_a.get(at, ([], [])), free))
+        inner_b = _busy_or_all(_grouped(*parts_b.get(at, ([], [])), free))
         if len(inner_a) > 1 and len(inner_b) > 1 and {*inner_a} != {*inner_b}:
             raise LayoutError(
                 f"ranks had data of their own over {' and '.join(free)}, and stood at other places "
@@ -45,7 +53,10 @@ def of_same_data(
             for there, part_b in (inner_b or {(): ([], [])}).items():
                 if not one_each or here == there:
                     place = here if len(inner_a) > 1 else there or here
-                    yield part_a[0], part_b[0], _where([*fixed, *free], (*at, *place))
+                    where = _where([*fixed, *free], (*at, *place))
+                    if PIPELINE in free and len(inner_a) != len(inner_b):
+                        where += f" ({SEVERAL_STAGES})"
+                    yield part_a[0], part_b[0], where
 
 
 def _where(axes: Sequence[str], at: tuple[int, ...]) -> str:
@@ -65,6 +76,19 @@ def _grouped(
         part[0].append(row)
         part[1].append(place)
     return found
+
+
+def _busy(parts: dict[tuple[int, ...], Part]) -> dict[tuple[int, ...], Part]:
+    """Return the parts of ranks that had data: an empty tensor is that of a rank without any."""
+    return {
+        at: part
+        for at, part in parts.items()
+        if any(0 not in (row["shape"] or ()) for row in part[0])
+    }
+
+
+def _busy_or_all(parts: dict[tuple[int, ...], Part]) -> dict[tuple[int, ...], Part]:
+    return _busy(parts) or parts
 
 
 def _places(recording: Recording, rows: Sequence[ManifestRow]) -> list[Places]:

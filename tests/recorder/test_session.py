@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import sys
@@ -14,13 +15,14 @@ import torch
 
 from recorder import Recorder, Recording, declare_mesh, step, tap
 from recorder.commands import outcome
-from recorder.errors import RecordingExists, UsageError
+from recorder.errors import LayoutError, NoSuchRecord, RecordingExists, UsageError
 from recorder.format import claims, disk
 from recorder.format import shard as shard_module
 from recorder.session import from_environment
 from recorder.settings import RecordSettings
 from recorder.taps.sessions import activate
 from recorder.writing import claim
+from replayer import Replayer, diff
 
 
 def one(rank=0):
@@ -423,3 +425,44 @@ def test_an_uncounted_restart_by_the_same_agent_is_the_next_attempt(run, monkeyp
     back = Recording.open(run)
     assert back.manifest()["attempt"].to_list() == [0, 1]
     assert back.load(0, "x", attempt=0)[0] == 0 and back.load(0, "x")[0] == 1
+
+
+def test_attempts_of_a_restarted_job_are_never_put_together(run, monkeypatch, tmp_path):
+    """Rank 1 dies before its first tap of attempt 1: what it holds is of attempt 0."""
+
+    def attempt(folder, number, ranks):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-run")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        for rank in ranks:
+            declare_mesh(tp=(rank, 2))
+            with Recorder(folder, rank=rank, world_size=2):
+                tap("x", torch.full((2,), 10.0 * number + rank), dims="h[tp]")
+        declare_mesh()
+
+    attempt(run, 0, (0, 1))
+    attempt(run, 1, (0,))
+    back = Recording.open(run)
+    assert back.latest().select("rank", "attempt").rows() == [(0, 1)]
+    with pytest.raises(LayoutError, match="recorded none|not all of its blocks were recorded"):
+        back.load_logical("x")
+    assert back.load_logical("x", attempt=0).tolist() == [0, 0, 1, 1]
+    assert back.load(1, "x", attempt=0).tolist() == [1, 1]
+    with pytest.raises(NoSuchRecord):
+        back.load(1, "x")
+    ((rank, state, _, reason),) = back.incomplete()
+    assert (rank, state) == (1, "missing") and reason == (
+        "had no tap since the job restarted: its records are of attempt 0, those of others of 1"
+    )
+    target = torch.zeros(4)
+    with Replayer(run) as replay:
+        tap("x", target, dims="h")
+    assert replay.log()["outcome"].to_list() == ["error"] and not target.any()
+    attempt(tmp_path / "whole", 0, (0, 1))
+    assert diff(run, tmp_path / "whole").status == 1
+    attempt(run, 1, (1,))  # it came late, and is there now
+    assert Recording.open(run).load_logical("x").tolist() == [10, 10, 11, 11]
+    for path in run.glob("rank-*/attempt-*.json"):  # as an earlier version wrote them
+        facts = json.loads(path.read_text())
+        del facts["restarts"]
+        path.write_text(json.dumps(facts))
+    assert Recording.open(run).load_logical("x").tolist() == [10, 10, 11, 11]

@@ -95,3 +95,20 @@ def test_both_firings_of_a_recomputed_tap_get_the_same_record(record, replay, ma
     target = job(True, lambda layer: -1)
     replay(target, match_on=match_on)
     assert target.got == [1, 2, 2, 1]
+
+
+def test_a_filter_by_kind_counts_the_same_occurrences_as_none(record, replay):
+    """A key is tapped as a number, then as a tensor, which is its second occurrence."""
+
+    def job(scale, seen=None):
+        for number in (1.0, 2.0):
+            tap("x", number)
+            x = tap("x", torch.full((2,), number * scale))
+            if seen is not None:
+                seen.append(x[0].item())
+
+    seen = []
+    record(lambda rank: job(1.0))
+    (session,) = replay(lambda rank: job(100.0, seen), filter='kind == "tensor"')
+    assert seen == [1.0, 2.0]
+    assert session.log()["occurrence"].to_list() == [1, 3]

@@ -1,0 +1,223 @@
+"""Flattened tokens on one side, batch and sequence on the other: which index is which token."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from ..errors import BlocksMissing, LayoutError
+from . import runs as r
+from .align import BATCH, MEND, SEQUENCE, Pair
+from .blocks import Sizes
+from .dims import TOKENS, Dims
+from .groups import Flattened
+from .lengths import PADDED_BEHIND, Lengths
+from .receiver import Found, Receiver
+
+_MOST_SEQUENCES = 1 << 20
+
+
+def flattened(
+    pair: Pair,
+    sender_dims: Dims,
+    sizes: Sequence[Sizes],
+    receiver: Receiver,
+    lengths: Lengths | None,
+) -> Flattened:
+    """Return how both sides count tokens, where one has batch and sequence in their place.
+
+    Args:
+        pair: the dims, by position.
+        sender_dims: the senders' layout.
+        sizes: the sizes of their blocks along each of its dims.
+        receiver: the receiver's block.
+        lengths: of the sequences, as the senders say.
+
+    Raises:
+        LayoutError: the sizes contradict each other, or do not say enough.
+    """
+    flat = len(pair.senders) == 1 and sender_dims.dims[pair.senders[0]].names == (TOKENS,)
+    dims, rows = (receiver.dims, pair.receivers) if flat else (sender_dims, pair.senders)
+    order = tuple("*".join(dims.dims[j].names) for j in rows)
+    if set(order) not in ({BATCH, SEQUENCE}, {f"{BATCH}*{SEQUENCE}"}):
+        raise LayoutError(
+            f"tokens (t) on one side are {' '.join(order)} on the other, which is neither b and s "
+            f"nor (b*s)",
+            MEND,
+        )
+    rows = tuple(sorted(rows, key=lambda j: dims.dims[j].names != (BATCH,)))
+    order = tuple("*".join(dims.dims[j].names) for j in rows)  # batch first: rows follow then
+    pair = Pair(pair.senders, rows) if flat else Pair(rows, pair.receivers)
+    of_tokens = sizes[pair.senders[0]].lengths if flat else lengths
+    notes: list[str] = []
+    runs: list[r.Runs] = []
+    if flat:
+        held = [_row(receiver, j, of_tokens, notes) for j in rows]
+        totals, runs = [one.total for one in held], [one.runs for one in held]
+        notes += [one.note for one in held if one.note]
+    else:
+        totals = [sizes[i].total for i in rows]
+    for j, total in zip(rows, totals, strict=True):
+        _check_no_padding(dims, j, total, of_tokens)
+    if len(order) == 2:
+        batch, size = (totals[order.index(name)] for name in (BATCH, SEQUENCE))
+    else:
+        batch = len(of_tokens.real) if of_tokens is not None else 1
+        size = totals[0] // max(batch, 1)
+    for i in pair.senders:
+        known = {*sender_dims.dims[i].names} <= sender_dims.sizes.keys()
+        names = sender_dims.dims[i].names
+        told = [math.prod(sender_dims.sizes[name] for name in names)] if known else []
+        if of_tokens is not None and names == (BATCH,):
+            told.append(batch)
+        elif of_tokens is not None and names == (TOKENS,) and not sizes[i].is_open:
+            told.append(sum(of_tokens.room))  # there may be padding behind them, at the end
+        if sizes[i].total not in told:
+            check_all_there(sizes[i])
+    if batch > _MOST_SEQUENCES:
+        raise LayoutError(f"{batch} sequences are more than can be told apart", MEND)
+    if batch * size != math.prod(totals):
+        raise LayoutError(f"{totals[0]} of (b*s) do not make {batch} sequences of one length", MEND)
+    tokens = sizes[pair.senders[0]].total if flat else receiver.whole(pair.receivers[0])
+    if of_tokens is None:
+        of_tokens = Lengths((size,) * batch, (size,) * batch)
+        if tokens is not None and batch * size != tokens:
+            raise LayoutError(
+                f"one side has {tokens} tokens (t), and the other {batch} sequences of {size}",
+                "give their lengths in the extras of a tap, as extras={'seq_lens': [...]}",
+            )
+    real = of_tokens.real
+    if len(real) != batch or any(n > size for n in real):
+        raise LayoutError(
+            f"the sequences have the lengths {list(real)!s:.120}, and one side has {batch} of "
+            f"{size}",
+            "give the lengths of this input in the extras",
+        )
+    if flat:
+        segments = of_tokens.segments(sizes[pair.senders[0]].total)
+    else:
+        total, found, _ = _tokens(receiver, pair.receivers[0], sum(real))
+        segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
+        runs = [found]
+    starts = [0, *itertools.accumulate(real)][:batch]
+    of_rows = receiver.lengths if flat else lengths
+    side = "" if of_rows is None or of_rows.is_borrowed else of_rows.side
+    if not side and any(n < size for n in real):
+        notes.append(PADDED_BEHIND)
+    return Flattened(
+        pair, flat, segments, len(order) == 1, starts, real, size, runs, side == "left",
+        "; ".join(notes),
+    )  # fmt: skip
+
+
+def _check_no_padding(dims: Dims, j: int, total: int, lengths: Lengths | None) -> None:
+    """Refuse batch or sequence with padding that no lengths tell apart."""
+    names = dims.dims[j].names
+    if lengths is not None and names != (BATCH,):
+        return
+    if len(names) == 1 and (names[0] in dims.padded or dims.sizes.get(names[0], total) < total):
+        raise padded_apart(names[0])
+
+
+def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) -> Found:
+    """Return the receiver's whole along a dim of batch or sequence, and what its block has of it.
+
+    Adds to `notes` what was taken for granted.
+    """
+    dim, whole = receiver.dims.dims[j], receiver.whole(j)
+    if whole is not None:
+        return indices_of(receiver, j, whole)
+    name = dim.names[0] if len(dim.names) == 1 else ""
+    if name in receiver.dims.sizes:
+        is_left = receiver.lengths is not None and receiver.lengths.side == "left"
+        size = receiver.dims.sizes[name]
+        return indices_of(receiver, j, size, padded=name == SEQUENCE, is_left=is_left)
+    if lengths is not None and name == BATCH:
+        return indices_of(receiver, j, len(lengths.real))
+    even, longest = receiver.even(j), max(lengths.real, default=0) if lengths is not None else 0
+    if not name and lengths is not None:
+        batch = len(lengths.real)
+        longest = batch * longest if batch and even % batch == 0 else even + 1
+    own = receiver.lengths is not None and not receiver.lengths.is_borrowed
+    is_known = (
+        lengths is not None
+        and even >= longest
+        and receiver.is_even(j)
+        and not any(cut.rule for cut in receiver.cuts(j))  # which only what is uneven needs
+    )
+    if not is_known or (receiver.is_last(j) and not own):
+        return indices_of(receiver, j, whole_of(receiver, j))
+    notes.append(f"{dim.label} was taken to have {even} in all, as blocks of one size make it")
+    return indices_of(receiver, j, even)
+
+
+def _tokens(receiver: Receiver, j: int, size: int) -> Found:
+    """Return how many flattened tokens the receiver has in all, and which its block holds."""
+    found = receiver.indices(j, size, padded=True)
+    if found is None:
+        raise LayoutError(
+            f"dim {receiver.dims.dims[j]}: $senders have {size} tokens, and $receiver's block "
+            f"{receiver.shape[j]}",
+            MEND,
+        )
+    return found
+
+
+def whole_of(receiver: Receiver, j: int) -> int:
+    """Return the size of the receiver's whole along a dim that the senders do not have."""
+    dim = receiver.dims.dims[j]
+    whole = receiver.whole(j)
+    if whole is None and len(dim.names) == 1:
+        whole = receiver.dims.sizes.get(dim.names[0])
+    if whole is None:
+        raise LayoutError(
+            f"dim {dim}: $receiver's block has {receiver.shape[j]}, which does not tell how many "
+            f"there are in all",
+            f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
+        )
+    return whole
+
+
+def indices_of(
+    receiver: Receiver,
+    j: int,
+    size: int,
+    padded: bool = False,
+    others: Sequence[int] = (),
+    *,
+    is_left: bool = False,
+) -> Found:
+    """Return the receiver's whole along a dim of known size, and which indices its block has."""
+    found = receiver.indices(j, size, padded, others, is_left=is_left)
+    if found is None:
+        raise LayoutError(
+            f"dim {receiver.dims.dims[j]}: {size} in all have no block of {receiver.shape[j]} "
+            f"there",
+            MEND,
+        )
+    return found
+
+
+def check_all_there(senders: Sizes) -> None:
+    """Refuse a dim whose size hangs on a block that nobody recorded.
+
+    Raises:
+        BlocksMissing: it does.
+    """
+    if senders.is_open or senders.ends_open:
+        raise blocks_missing(senders, "what is fused or flattened")
+
+
+def blocks_missing(senders: Sizes, what: str) -> BlocksMissing:
+    """Return the refusal of a dim of whose blocks some were not recorded."""
+    return BlocksMissing(
+        f"dim {senders.dim}: not all of its blocks were recorded, so that nobody knows where the "
+        f"others begin, and {what} does not tell",
+        f"record all ranks, or declare the size in all, as in '# {senders.dim.label}=SIZE'",
+    )
+
+
+def padded_apart(name: str) -> LayoutError:
+    """Return the refusal of padding that the other side cannot have at the same place."""
+    return LayoutError(f"dim {name} is padded, and fused or taken apart on one side", MEND)
