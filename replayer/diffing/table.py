@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..rules import History, Rules, odd_place
 from . import bounds
 from .columns import COLUMNS, DiffRow, figures_of, row_of
 from .indices import dims_called
-from .work import Task
+from .work import REPLICAS, Task
 
 _UNALIGNED = (
     "the ranks' shapes differ, as do the numbers of ranks, and no layout says how it is cut; "
@@ -83,9 +84,13 @@ def fingerprint(pairs: Pairs) -> str:
 
 
 def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
-    """Return the pairs to measure, and how many cannot be: recorded without their elements."""
+    """Return the pairs to measure, and how many cannot be: recorded without their elements.
+
+    A pair whose ranks all hold the same as the other side's may have replicas that are apart on
+    both, so it is a task, too, where the ranks' digests are not all one.
+    """
     todo = table.filter(pl.col("state") == TODO)
-    found = []
+    found = _of_replicas(pairs, table)
     unread = 0
     layouts = todo.filter(pl.col("how") == LAYOUT)["key"].unique()
     of_key = [_rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
@@ -99,6 +104,20 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
         else:
             found.append(Task(number, how, tuple(rows[0]), tuple(rows[1])))
     return found, unread
+
+
+def _of_replicas(pairs: Pairs, table: pl.DataFrame) -> list[Task]:
+    digests = pairs.a.frame.group_by("key").agg(
+        several=(pl.col("digest").n_unique() > 1) & pl.col("dims").is_not_null().all(),
+        stored=pl.col("shard").is_not_null().all(),
+    )
+    wanted = table.filter((pl.col("state") == EQUAL) & (pl.col("how") == LAYOUT))
+    wanted = wanted.join(digests.filter(pl.col("several") & pl.col("stored")), on="key")
+    of_key = [_rows_of_keys(side.frame, wanted["key"]) for side in (pairs.a, pairs.b)]
+    return [
+        Task(number, REPLICAS, *(tuple(known[key]) for known in of_key))
+        for number, key in wanted.select("pair", "key").iter_rows()
+    ]
 
 
 def _rows_of_keys(frame: pl.DataFrame, keys: pl.Series) -> dict[int, list[ManifestRow]]:
@@ -227,7 +246,7 @@ def assembled(
         measured: rows as of `Crew.measure` and `values_of`.
         rules: how to judge them.
     """
-    done = _judged(table, measured, rules)
+    done = _judged(table, [row for row in measured if not row.get("is_apart")], rules)
     rest = table.join(done.select("pair"), on="pair", how="anti")
     unread = bounded(pairs, rest.filter(pl.col("state") == TODO), rules)
     rest = rest.join(unread, on="pair", how="left", maintain_order="left", suffix="_least")
@@ -255,7 +274,37 @@ def assembled(
         pl.coalesce(c, f"{c}_0").alias(c) for c in _REPLACED
     )
     made = pl.concat(_with_columns(_ranked(part)) for part in (rest, found))
-    return _with_firsts(made.sort("pair", maintain_order=True))
+    apart = _apart(table, [row for row in measured if row.get("is_apart")], rules)
+    made = made.join(apart, on="pair", how="left", maintain_order="left")
+    is_first = pl.col("pair").is_first_distinct()  # of a pair's choices among replicas
+    is_apart = pl.col("by").is_null() & pl.col("apart").is_not_null() & is_first
+    made = made.with_columns(
+        replicas=pl.when(is_apart).then(True),
+        message=pl.when(is_apart)
+        .then(pl.concat_str("message", "apart", separator="; ", ignore_nulls=True))
+        .otherwise("message"),
+    )
+    return _with_firsts(made.drop("apart").sort("pair", maintain_order=True))
+
+
+def _apart(table: pl.DataFrame, rows: Sequence[DiffRow], rules: Rules) -> pl.DataFrame:
+    """Return the pairs whose replicas within the baseline are beyond tolerance, and say so."""
+    numbers = pl.Series([row["pair"] for row in rows], dtype=pl.UInt32)
+    about = table.select("name", "tags", "kind", "step")[numbers]
+    found: dict[int, str] = {}
+    for row, known in zip(rows, about.iter_rows(named=True), strict=True):
+        is_good = row.get("bitwise") or row.get("failed") is not None
+        if is_good or rules.is_within(row_of(known, row), parse_tags(known["tags"])):
+            continue
+        one, other = (",".join(map(str, ranks or ())) for ranks in (row["ranks_a"], row["ranks_b"]))
+        found.setdefault(
+            row["pair"],
+            f"replicas differ within A: rank {one} from rank {other}, max_abs "
+            f"{row.get('max_abs') or math.nan:.3g}; if they hold other data, name the axis that "
+            "tells them apart in the dims",
+        )
+    schema = {"pair": pl.Int64, "apart": pl.String}
+    return pl.DataFrame({"pair": list(found), "apart": list(found.values())}, schema=schema)
 
 
 def _ranked(part: pl.DataFrame) -> pl.DataFrame:

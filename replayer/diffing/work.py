@@ -25,12 +25,13 @@ from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
 
 from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
-from ..pairing.blocks import by_layout
-from ..pairing.pairs import LAYOUT, Pairs
+from ..pairing.blocks import by_layout, replicas_apart
+from ..pairing.pairs import LAYOUT, RANK, Pairs
 from ..pairing.tensors import Two, by_rank
 from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
 
+REPLICAS = "replicas"
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
 
@@ -41,7 +42,8 @@ class Task:
 
     Attributes:
         pair: its number in the pairs' table.
-        how: `rank` or `layout`.
+        how: `rank` or `layout`; `replicas` where the pair is equal, and only whether the baseline's
+            ranks agree among themselves is to be seen.
         a: the baseline's rows.
         b: the target's.
     """
@@ -118,7 +120,7 @@ class Crew:
 
         A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `shape_a`, `dim_names`, `message`, the
         measures, and `parts`, those of each rank's part; or `failed`, why there are none: `shape`,
-        `layout` or `damaged`.
+        `layout` or `damaged`. One with `is_apart` is about replicas of the baseline instead.
         """
         workers = self._options.workers or _cores()
         before = torch.get_num_threads()
@@ -141,12 +143,16 @@ class Crew:
 
     def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         # Blocks are read, and put together into as much again.
-        nbytes = task.nbytes * (2 if task.how == LAYOUT else 1)
+        nbytes = task.nbytes * (1 if task.how == RANK else 2)
         with self._room.of(nbytes):
             found: list[DiffRow] = []
+            is_gradient = task.a[0]["kind"] == "grad"
             try:
-                for two in self.twos(task):
-                    found += self._measured(two, task.a[0]["kind"] == "grad", run)
+                for two in self.twos(task) if task.how != REPLICAS else ():
+                    found += self._measured(two, is_gradient, run)
+                for two in self._replicas(task) if task.how != RANK else ():
+                    for row in self._measured(two, is_gradient, run)[:1]:
+                        found.append(row_of(row, {"is_apart": True, "parts": []}))
             except Exception as err:  # one pair's failure is that pair's row, whatever it is
                 found.append(_failed(err))
         self._options.progress(task.nbytes)
@@ -159,9 +165,20 @@ class Crew:
         if task.how != LAYOUT:
             yield by_rank(a, task.a[0], b, task.b[0], check=check)
             return
+        yield from by_layout(a, task.a, b, task.b, check=check, plans=self._plans())
+
+    def _replicas(self, task: Task) -> Iterator[Two]:
+        """Yield the baseline's replicas of a pair that are not the same, two by two."""
+        a, b = self._pairs.a.recording, self._pairs.b.recording
+        yield from replicas_apart(
+            a, task.a, b, task.b, check=self._options.check, plans=self._plans()[0]
+        )
+
+    def _plans(self) -> tuple[dict[Any, Plan], dict[Any, Plan]]:
+        """Return a thread's own plans, of both sides."""
         plans: tuple[dict[Any, Plan], dict[Any, Plan]]
         plans = self._of_thread.__dict__.setdefault("plans", ({}, {}))
-        yield from by_layout(a, task.a, b, task.b, check=check, plans=plans)
+        return plans
 
     def _measured(
         self, two: Two | LayoutError, is_gradient: bool, run: Callable[..., Iterator[Any]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -188,6 +188,46 @@ def by_layout(
             )
         except LayoutError as err:
             yield err.of(where)
+
+
+def replicas_apart(
+    a: Recording,
+    rows_a: Sequence[ManifestRow],
+    b: Recording,
+    rows_b: Sequence[ManifestRow],
+    *,
+    check: bool,
+    plans: dict[Any, Plan],
+) -> Iterator[Two]:
+    """Put together, of the baseline's replicas that are not the same, one against each other.
+
+    Replicas are ranks that should hold the same: as their dims have it, and but for axes over which
+    they had data of their own. Both tensors are the baseline's.
+
+    Args:
+        a: the baseline.
+        rows_a: its rows of the key, by rank.
+        b: the target, which tells which ranks had data of their own.
+        rows_b: its rows.
+        check: hold what is read against its digest.
+        plans: plans made before for the baseline, and to be added to.
+
+    Raises:
+        DamagedRecording: bytes are not there, or not those that were written.
+    """
+    if len({row["digest"] for row in rows_a}) < 2 or not all(row["dims"] for row in rows_a):
+        return
+    with suppress(LayoutError):  # where blocks cannot be put together, the pair says so
+        for part, _, _ in of_same_data(a, rows_a, b, rows_b):
+            if len(part) < 2:
+                continue
+            blocks = _Blocks("A", a, part, check, plans)
+            receiver = blocks.whole()
+            first, *others = blocks.variants(receiver)
+            dim_names = tuple(dim.label for dim in receiver.dims.dims)
+            for other in others[:_MOST_VARIANTS]:
+                x, y = (blocks.tensor(one, receiver)[0] for one in (first, other))
+                yield Two(x, y, dim_names, first.ranks, other.ranks)
 
 
 def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
