@@ -1,6 +1,6 @@
 """What a tensor is as integers, so that no copy can change it.
 
-Torch's private names are used in this file alone.
+Torch's private names of tensors are used in this file alone.
 """
 
 from __future__ import annotations

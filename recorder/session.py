@@ -141,6 +141,8 @@ class Recorder:
             raise UsageError("this Recorder was used before; make a new one")
         if not lazily and not self.settings.overwrite:
             check_free(self.path, self._rank.rank, self._rank.world_size, self._job)
+        if not lazily:
+            self._selection.begin()
         self._lazy = lazily
         self.state = "running"
         return self
@@ -168,6 +170,11 @@ class Recorder:
         selected = self._selection.select_or_warn(call, self._rank.rank, self._once)
         if selected is None or not self._ensure_writer():
             return
+        if selected.trouble:
+            self._warn(call, selected.trouble)
+            return
+        if selected.note:
+            self._warn(call, selected.note, "is recorded by its order")
         try:
             value = call.value()
         except Exception as err:

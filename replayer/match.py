@@ -123,7 +123,8 @@ class Matcher:
     rank: int = 0
     step_offset: int = 0
     _counts: Counter[Any] = field(default_factory=Counter)
-    _firsts: dict[Any, Match] = field(default_factory=dict)
+    _firsts: dict[Any, Match | None] = field(default_factory=dict)  # None: it had no record
+    _before: dict[Any, Match | None] = field(default_factory=dict)  # those of the step before
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _explaining: float = 0.0
 
@@ -149,12 +150,19 @@ class Matcher:
         first = (kind, key.name, key.tags, key.step, key.occurrence)
         if not self.match_on.whole:
             with self._lock:
-                if selected.recompute and first in self._firsts:
-                    return self._firsts[first]
+                known = self._firsts if first in self._firsts else self._before
+                if selected.recompute and first in known:
+                    match = known[first]
+                    if match is None:
+                        raise MissingRecord("its first forward had no record either, see there")
+                    return match
         group, occurrence = self._counted(selected, kind)
         at_step = step if self.match_on.use_step else 0
         rows = self.index.find(kind, group, at_step, occurrence)
         if not rows:
+            if not self.match_on.whole and not selected.recompute:
+                with self._lock:
+                    self._firsts[first] = None
             raise MissingRecord(self._why_missing(kind, group, at_step, occurrence))
         if self._offsets is not None:
             rows = {rank: self._offsets[row] for rank, row in rows.items()}
@@ -165,9 +173,9 @@ class Matcher:
         return match
 
     def next_step(self) -> None:
-        """Forget the firsts of the step that has ended."""
+        """Forget the firsts of the step before; a backward may come after the step has ended."""
         with self._lock:
-            self._firsts.clear()
+            self._before, self._firsts = self._firsts, {}
             if self.match_on.use_step:
                 self._counts.clear()
 

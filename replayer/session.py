@@ -43,6 +43,7 @@ from recorder.session import Recorder
 from recorder.tags import label
 from recorder.taps.call import Call
 from recorder.taps.gradients import GradientTaps
+from recorder.taps.recompute import repeat_to_the_end
 from recorder.taps.selection import Selected, Selection
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.values import classify
@@ -144,6 +145,8 @@ class Replayer:
         """Begin; return the sessions to activate: this, and one that records for `record`."""
         if self.state != "new":
             raise UsageError("this Replayer was used before; make a new one")
+        if not lazily:
+            self._selection.begin()
         self._lazy = lazily
         self.state = "running"
         return [self] if self._recorder is None else [self._recorder.start(lazily=lazily), self]
@@ -201,6 +204,9 @@ class Replayer:
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
+        if selected.trouble:
+            self._finish(selected, "tensor", start, ReplayError(selected.trouble))
+            return
         try:
             value = call.value()
         except Exception as err:
@@ -345,12 +351,17 @@ class Replayer:
                     call, selected, target, kind, placements, mesh, match
                 )
                 graft.overwrite(target, made.tensor)
+            repeat_to_the_end()
         except Exception as err:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
         of_callable = "what was grafted is the result of the tap's callable"
-        note = joined(made.note if made else "", of_callable if callable(call.given) else "")
+        note = joined(
+            selected.note,
+            made.note if made else "",
+            of_callable if callable(call.given) else "",
+        )
         self._finish(selected, kind, start, error, match, made, note)
 
     def _on_gradient(
