@@ -20,7 +20,7 @@ import torch
 
 from recorder.bits import plainly
 from recorder.capture import local_part
-from recorder.diagnostics import Warnings, say
+from recorder.diagnostics import Warnings, call_site, say
 from recorder.errors import (
     GraftError,
     LayoutError,
@@ -48,8 +48,8 @@ from recorder.taps.selection import Selected, Selection
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.values import classify
 
-from . import graft, transforms
-from .log import LogRow, ReplayLog, joined
+from . import graft, transforms, unkept
+from .log import WITHOUT_EFFECT, LogRow, ReplayLog, joined
 from .match import Match, Matcher, MatchOn
 from .replacement import Replacement, Replacements
 from .settings import ReplaySettings
@@ -131,6 +131,7 @@ class Replayer:
                 out, filter=record, overwrite=overwrite, rank=rank, world_size=world_size
             )
         self._lock = threading.Lock()
+        self._watching = threading.local()
         self._lazy = False
         self._pid = os.getpid()
         self.state = "new"
@@ -341,6 +342,7 @@ class Replayer:
         match: Match | None = None
         made: Replacement | None = None
         error: GraftError | None = None
+        target: torch.Tensor | None = None
         try:
             with plainly():
                 target, placements = local_part(value)
@@ -358,11 +360,33 @@ class Replayer:
             error = _worded(err)
         of_callable = "what was grafted is the result of the tap's callable"
         note = joined(
-            selected.note,
-            made.note if made else "",
-            of_callable if callable(call.given) else "",
+            selected.note, made.note if made else "", of_callable if call.is_made_here else ""
         )
-        self._finish(selected, kind, start, error, match, made, note)
+        row = self._finish(selected, kind, start, error, match, made, note)
+        if error is None and target is not None and target.numel():
+            self._watch_for_effect(call, row, value, target)
+
+    def _watch_for_effect(
+        self, call: Call, row: LogRow, value: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Note it in the row where the tensor is freed as soon as its tap has returned."""
+        reason = unkept.OF_CALLABLE if call.is_made_here else unkept.FREED
+
+        def freed() -> None:
+            try:
+                self._note_unkept(row, reason.format(site=call_site()))
+            except Exception as err:  # wherever the job is, it goes on
+                self.reason = self.reason or f"a graft without effect is not logged: {err}"
+
+        # Kept until the thread's next graft: what is freed later says nothing.
+        self._watching.latest = unkept.watch(call, value, target, freed)
+
+    def _note_unkept(self, row: LogRow, reason: str) -> None:
+        message = joined(reason, row["message"])
+        self._write({**row, "outcome": WITHOUT_EFFECT, "message": message})
+        tap = f"{label(row['name'], row['tags'])} step={row['step']}"
+        tap += f" occurrence={row['occurrence']}"
+        self._once((row["name"], WITHOUT_EFFECT), f"tap {tap} was grafted without effect: {reason}")
 
     def _on_gradient(
         self, call: Call, selected: Selected, grad: torch.Tensor, mesh: FrozenMesh | None
@@ -415,7 +439,7 @@ class Replayer:
         match: Match | None = None,
         made: Replacement | None = None,
         note: str = "",
-    ) -> None:
+    ) -> LogRow:
         """Log what came of a tap, say it where it failed, raise where that was asked for."""
         outcome, message = "compared" if kind == "value" else "grafted", note
         if error is not None:
@@ -445,7 +469,7 @@ class Replayer:
                 row["mean_abs"], row["changed"] = figures.mean_abs, figures.changed
         self._write(row)
         if error is None:
-            return
+            return row
         tap = f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
         policy = self.settings.on_missing if outcome == "missing" else self.settings.on_error
         if policy == "raise":
@@ -453,6 +477,7 @@ class Replayer:
         self._once(
             (key.name, outcome, type(error).__name__), f"tap {tap} was not grafted: {message}"
         )
+        return row
 
     def _write(self, row: LogRow) -> None:
         assert self._log is not None  # `_ensure_log` made it
