@@ -28,6 +28,7 @@ from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
 from . import graft, transforms
+from .casts import of_scaled
 from .log import joined
 from .match import Match, Matcher
 from .measuring.compare import Difference, difference
@@ -88,7 +89,8 @@ class Replacements:
         rank: the receiver.
         settings: whether to measure what a replacement changes and to check digests, and what to
             do with replicas that differ.
-        warn: hears of tags that contradict each other.
+        warn: hears of tags that contradict each other (`order`), and of dtypes that go with a scale
+            (`scale`).
     """
 
     recording: Recording
@@ -96,7 +98,7 @@ class Replacements:
     transform: Transform | TransformError | None
     rank: Rank
     settings: ReplaySettings
-    warn: Callable[[Selected, str], None]
+    warn: Callable[[Selected, str, str], None]
 
     def __post_init__(self) -> None:
         self._frame = self.matcher.frame
@@ -113,7 +115,7 @@ class Replacements:
         """
         match = self.matcher.find(selected, kind)
         if match.warning:
-            self.warn(selected, match.warning)
+            self.warn(selected, match.warning, "order")
         return match
 
     def senders(self, match: Match) -> list[int | None]:
@@ -166,10 +168,23 @@ class Replacements:
             else:
                 received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
+            scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
-        note = joined(match.warning, assumed, cast_note, unmeasured)
+        note = joined(match.warning, assumed, cast_note, scaled, unmeasured)
         return Replacement(new, note, figures)
+
+    def _scaled(
+        self, selected: Selected, target: torch.Tensor, rows: dict[int, ManifestRow]
+    ) -> str:
+        """Return a warning, said once too, where one side has a dtype that goes with a scale."""
+        record = getattr(torch, next(iter(rows.values()))["dtype"], None)
+        warning = of_scaled(target.dtype, "the target")
+        if not warning and isinstance(record, torch.dtype):
+            warning = of_scaled(record, "the record")
+        if warning:
+            self.warn(selected, warning, "scale")
+        return warning
 
     def mesh(self, selected: Selected) -> FrozenMesh | None:
         """Return where the receiver stands now."""

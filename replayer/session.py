@@ -331,9 +331,9 @@ class Replayer:
         assert self._made is not None  # `_ensure_log` made it
         return self._made
 
-    def _warn_of(self, selected: Selected, warning: str) -> None:
+    def _warn_of(self, selected: Selected, warning: str, about: str) -> None:
         tap = label(selected.key.name, selected.tags)
-        self._once(("order", selected.key.name), f"tap {tap}: {warning}")
+        self._once((about, selected.key.name), f"tap {tap}: {warning}")
 
     def _attempt(
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
