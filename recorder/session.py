@@ -38,7 +38,7 @@ from .sizes import count, format_size
 from .tags import text
 from .taps.call import Call
 from .taps.gradients import GradientTaps
-from .taps.selection import Selected, Selection
+from .taps.selection import Selected, Selection, part_of
 from .taps.sessions import activate, end, ended
 from .taps.values import classify, encode_extras, encode_value
 from .writing.claim import Claim, check_free, claim_rank
@@ -216,6 +216,7 @@ class Recorder:
             # A rank that tapped was there, whatever was selected; so was one asked for by name.
             if self.state == "running" and (self._selection.names_seen or not self._lazy):
                 self._ensure_claim()
+        self._gradients.close()
         if self._writer is not None:
             self._writer.close()  # its last writes can still fail
         with self._lock:
@@ -418,11 +419,11 @@ class Recorder:
         # Of the tap: backward() may come when another was declared.
         mesh = self._standing.current(self._selection.step)
 
-        def arrived(grad: torch.Tensor) -> None:
+        def arrived(grad: torch.Tensor, part: int) -> None:
             if self.state != "running":
                 return
             try:
-                self._record(call, selected, grad, "grad", mesh)
+                self._record(call, part_of(selected, part), grad, "grad", mesh)
             except Exception as err:  # backward() is the job's
                 if is_from_the_job(err):
                     raise

@@ -17,6 +17,9 @@ from .errors import BadTag
 TagValue = Union[str, int, float, bool, None, list["TagValue"]]
 
 RECOMPUTE = "recompute"
+PART = "grad_part"
+"""The tag of a gradient that came in parts, from its second on: which one this is, from 0."""
+
 RESERVED = frozenset({"step", "rank", "occurrence", "seq", "kind"})
 """Names that the key or the recorder gives; a tag of that name would be ambiguous."""
 
@@ -43,10 +46,15 @@ class Key(NamedTuple):
         return f"{label(self.name, self.tags)} step={self.step} occurrence={self.occurrence}{kind}"
 
 
+def reserved(name: str) -> BadTag:
+    """Return the error of a tag that is given by others than the tap."""
+    return BadTag(f"the tag {name!r} has a meaning of its own; call it something else")
+
+
 def clean(name: str, value: object) -> TagValue:
     """Return `value` as a plain tag value; raise `BadTag` if it cannot be one."""
     if name in RESERVED:
-        raise BadTag(f"the tag {name!r} has a meaning of its own; call it something else")
+        raise reserved(name)
     text("the name of a tag", name)
     try:
         return _plain(name, value)

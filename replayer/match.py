@@ -21,7 +21,7 @@ from recorder.filters import Filter
 from recorder.format.index import Group, Index, nearest, whole_key
 from recorder.format.rows import matching, parse_tags
 from recorder.sizes import count
-from recorder.tags import RECOMPUTE, TagValue, canonical, label
+from recorder.tags import PART, RECOMPUTE, TagValue, canonical, label
 
 if TYPE_CHECKING:
     import polars as pl
@@ -84,12 +84,15 @@ class MatchOn:
 
     def group(self, name: str, tags: dict[str, TagValue]) -> Group:
         """Return what counts of a name and tags."""
-        if self.order:
-            return _ALL
-        if self.tags is None:
+        if self.whole:
             return whole_key(name, tags)
-        counted = {tag: tags.get(tag) for tag in self.tags if tag not in ("name", "step")}
-        return name if "name" in self.tags else "", canonical(counted)
+        named = self.tags or ()
+        counted = {tag: tags.get(tag) for tag in named if tag not in ("name", "step")}
+        if PART in tags:  # a later part of a gradient is none of the first ones
+            counted[PART] = tags[PART]
+        if self.order and not counted:
+            return _ALL
+        return name if "name" in named else "", canonical(counted)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,12 @@ class Matcher:
             with self._lock:
                 self._firsts[first] = match
         return match
+
+    def has(self, selected: Selected, kind: str) -> bool:
+        """Whether a key was recorded; False where not the whole key counts, and none is known."""
+        key, step = selected.key, selected.key.step + self.step_offset
+        group = key.name, key.tags
+        return self.match_on.whole and bool(self.index.find(kind, group, step, key.occurrence))
 
     def next_step(self) -> None:
         """Forget the firsts of the step before; a backward may come after the step has ended."""

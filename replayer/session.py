@@ -51,6 +51,7 @@ from recorder.taps.values import classify
 from . import graft, transforms, unkept
 from .log import WITHOUT_EFFECT, LogRow, ReplayLog, joined
 from .match import Match, Matcher, MatchOn
+from .parts import FEWER, MORE, ZEROS, Parts
 from .replacement import Replacement, Replacements
 from .settings import ReplaySettings
 from .summary import Summary, summarize
@@ -132,6 +133,8 @@ class Replayer:
             )
         self._lock = threading.Lock()
         self._watching = threading.local()
+        self._in_parts: list[Parts] = []
+        self._surplus: dict[str, int] = {}
         self._lazy = False
         self._pid = os.getpid()
         self.state = "new"
@@ -183,6 +186,7 @@ class Replayer:
     def on_step(self) -> None:
         """End an iteration."""
         self._gradients.next_step()
+        self._end_parts()
         self._selection.next_step()
         if self._matcher is not None:
             self._matcher.next_step()
@@ -222,10 +226,11 @@ class Replayer:
                 self._attempt(call, selected, value, "tensor", start)
             if selected.grad:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
+                parts = Parts(selected)
                 self._gradients.watch(
                     value,
                     call.name,
-                    lambda grad: self._on_gradient(call, selected, grad, mesh),
+                    lambda grad, part: self._on_gradient(call, parts, part, grad, mesh),
                     lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
                 )
         elif kind == "value":
@@ -255,6 +260,8 @@ class Replayer:
         deactivate(self)
         if self._recorder is not None:
             self._recorder.close()
+        self._gradients.close()
+        self._end_parts()
         state, self.state = self.state, "closed"
         if self._log is not None:
             try:
@@ -382,18 +389,18 @@ class Replayer:
         self._watching.latest = unkept.watch(call, value, target, freed)
 
     def _note_unkept(self, row: LogRow, reason: str) -> None:
-        message = joined(reason, row["message"])
-        self._write({**row, "outcome": WITHOUT_EFFECT, "message": message})
+        self._amend(row, WITHOUT_EFFECT, reason)
         tap = f"{label(row['name'], row['tags'])} step={row['step']}"
         tap += f" occurrence={row['occurrence']}"
         self._once((row["name"], WITHOUT_EFFECT), f"tap {tap} was grafted without effect: {reason}")
 
     def _on_gradient(
-        self, call: Call, selected: Selected, grad: torch.Tensor, mesh: FrozenMesh | None
+        self, call: Call, parts: Parts, number: int, grad: torch.Tensor, mesh: FrozenMesh | None
     ) -> torch.Tensor | None:
-        """Return the gradient that replaces one, or None to keep it."""
+        """Return the gradient that replaces one, or a part of one; None to keep it."""
         if self.state != "running":
             return None
+        selected = parts.at(number)
         start = time.perf_counter()
         match: Match | None = None
         made: Replacement | None = None
@@ -401,6 +408,7 @@ class Replayer:
         replaced: torch.Tensor | None = None
         try:
             copy = grad.clone()  # in its graph, for whoever differentiates twice
+            self._check_parts(parts, number)
             with plainly():
                 target, placements = local_part(copy)
                 match = self._replacements.find(selected, "grad")
@@ -413,8 +421,53 @@ class Replayer:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
-        self._finish(selected, "grad", start, error, match, made, made.note if made else "")
+        if isinstance(error, MissingRecord) and number > 0:
+            error, replaced = self._too_many(parts, number, grad)
+        note = made.note if made is not None and error is None else ""
+        row = self._finish(selected, "grad", start, error, match, made, note)
+        parts.rows.append(row)
         return replaced
+
+    def _check_parts(self, parts: Parts, number: int) -> None:
+        """Refuse a part that is known to be one of more than were recorded.
+
+        Raises:
+            ReplayError: it is.
+        """
+        matcher = self._replacements.matcher
+        surplus = self._surplus.get(parts.selected.key.name)
+        if surplus is not None and not matcher.has(parts.at(surplus), "grad"):
+            raise ReplayError(MORE)
+        if number == 0 and matcher.has(parts.at(1), "grad"):
+            with self._lock:
+                self._in_parts.append(parts)
+
+    def _too_many(
+        self, parts: Parts, number: int, grad: torch.Tensor
+    ) -> tuple[GraftError, torch.Tensor | None]:
+        """Return why a part has no record, and what is to replace it."""
+        self._surplus.setdefault(parts.selected.key.name, number)
+        grafted = parts.grafted
+        if len(grafted) < number:
+            return ReplayError(MORE), None
+        for row in grafted:
+            self._amend(row, "error", MORE)
+        return ReplayError(ZEROS), torch.zeros_like(grad)
+
+    def _end_parts(self) -> None:
+        """Note where a part was taken for more than it is, once no other can come."""
+        with self._lock:
+            ended, self._in_parts = self._in_parts, []
+        for parts in ended:
+            if self._replacements.matcher.has(parts.at(len(parts.rows)), "grad"):
+                for row in parts.grafted:
+                    self._amend(row, "error", FEWER)
+                    tap = label(row["name"], row["tags"])
+                    self._once((row["name"], FEWER), f"tap {tap} was not grafted: {FEWER}")
+
+    def _amend(self, row: LogRow, outcome: str, reason: str) -> None:
+        """Write a row again, with what came to light since."""
+        self._write({**row, "outcome": outcome, "message": joined(reason, row["message"])})
 
     def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
         """Compare a value with the recorded one; values have no memory to graft onto."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from .. import tags as tagging
 from ..errors import BadTag, FilterError
 from ..filters import Filter
-from ..tags import MOST_TAG_BYTES, RECOMPUTE, Key, TagValue
+from ..tags import MOST_TAG_BYTES, PART, RECOMPUTE, Key, TagValue
 from .call import Call
 from .recompute import IN_ORDER, First, Firsts, Place, look
 from .values import classify
@@ -62,6 +62,15 @@ class Selected(NamedTuple):
     grad: bool
     note: str = ""
     trouble: str = ""
+
+
+def part_of(selected: Selected, number: int) -> Selected:
+    """Return what a part of the gradient is selected as: the first as the whole would be."""
+    if number == 0:
+        return selected
+    tags = {**selected.tags, PART: number}
+    key = selected.key._replace(tags=tagging.key_tags(tags))
+    return selected._replace(key=key, tags=tags, text=tagging.canonical(tags))
 
 
 class _Env(dict[str, Any]):
@@ -211,6 +220,8 @@ class Selection:
         if not isinstance(call.name, str):
             raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
         name = tagging.text("its name", call.name)
+        if PART in call.tags:
+            raise tagging.reserved(PART)
         tags = {tag: tagging.clean(tag, value) for tag, value in call.tags.items()}
         if len(self.names_seen) < _NAMES_KEPT:
             self.names_seen.add(name)
