@@ -227,6 +227,12 @@ class Recorder:
         dropped = self.progress().dropped
         if dropped and "GRAFT_REPORTS" not in os.environ:
             self._say(f"{count(dropped, 'tap')} dropped: nothing more could be staged")
+        bare = 0 if self._writer is None else self._writer.without_statistics
+        if bare:
+            self._say(
+                f"{count(bare, 'record')} without statistics: bytes came faster than these could "
+                "be gathered; graft diff reads the tensors themselves there"
+            )
         why = self._selection.why_nothing()
         if why is not None and "GRAFT_REPORTS" not in os.environ:
             self._say(why)

@@ -4,13 +4,15 @@
    and queues its row. It wakes nobody while the thread is at work or about to look.
 2. The thread lets a burst pass, then takes all that has queued up: each payload goes to the
    `Store`, and beside it to the `Summaries`.
-3. What the store has flushed is safe; statistics follow in lines of their own.
+3. What the store has flushed is safe; statistics follow in lines of their own, or, where the shard
+   is sealed by then, in its manifest. Nothing waits for them but the end, and that not for good.
 
 The thread calls for the interpreter rarely and for short: a job busy with Python gives it away only
 every 5 ms. Failure of any write ends the recording at the last row that is safe; the job never
 notices.
 
-Known limit: rows of a job killed before their statistics came have none.
+Known limit: rows of a job killed before their statistics came have none, nor have those whose room
+was needed before.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ _RELEASED_PARTS = 512
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 _RATE_SECONDS = 1.0
 _HANDLER_SECONDS = 4.0
+_LENT_SECONDS = 0.25  # while statistics come, room is waited for; when they do not, it is taken
+_FIGURES_SECONDS = 5.0  # in which no statistics come: then they are not waited for any more
 
 
 class Writer:
@@ -86,10 +90,14 @@ class Writer:
         self._written = threading.Event()
         self._wake_lock = threading.RLock()  # see `Staging` why each is held by itself
         self._wake = threading.Condition(self._wake_lock)
-        self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES), on_short=self._hurry)
+        self._staging = Staging(
+            budget - min(budget // 4, _WORKING_BYTES),
+            on_short=self._hurry,
+            # Where statistics are all there is of a payload, room is waited for.
+            patience=_LENT_SECONDS if limits.keeps_payloads else _FIGURES_SECONDS,
+        )
         self._store = Store(folder, attempt, limits)
         self._summaries = Summaries(self._staging, self._nudge) if statistics else None
-        self._users = 1 if self._summaries is None else 2
         self._submitting = threading.RLock()
         self._queue: deque[Part] = deque()
         self._urgent = self._staging.budget * 3 // 4
@@ -97,6 +105,7 @@ class Writer:
         self._gathering = False
         self._closing = False
         self._ended = False
+        self._has_given_up = False
         self._tells_steps = limits.fsync == "step" or limits.keep_last is not None
         self._caught_up_lock = threading.Lock()
         self._caught_up = threading.Condition(self._caught_up_lock)
@@ -123,6 +132,11 @@ class Writer:
     def bytes_written(self) -> int:
         """Bytes of payload on disk."""
         return self._store.bytes
+
+    @property
+    def without_statistics(self) -> int:
+        """Payloads whose statistics were given up."""
+        return 0 if self._summaries is None else self._summaries.left_out
 
     def progress(self) -> Progress:
         """Return how far this is."""
@@ -155,7 +169,7 @@ class Writer:
             split = list(pieces(bits, self._staging.largest))
             for i, piece in enumerate(split):
                 # Once its first part is in, a payload is waited for.
-                part = self._staging.put(piece, self._users, hold=self._hold or i > 0)
+                part = self._staging.put(piece, 1, hold=self._hold or i > 0)
                 if not self._put(part, payload, i == 0, i == len(split) - 1):
                     return
 
@@ -165,7 +179,7 @@ class Writer:
             if not self._closing and self._is_in_time(nbytes):
                 payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
                 address = tensor.data_ptr()
-                part = self._staging.put_bytes(address, nbytes, self._users, hold=self._hold)
+                part = self._staging.put_bytes(address, nbytes, 1, hold=self._hold)
                 self._put(part, payload)
 
     def submit_value(self, row: ManifestRow) -> None:
@@ -285,6 +299,7 @@ class Writer:
                 self._staging.warm_up(self._largest)
             self._settle_statistics()
             self._store.close()
+            self._store.add_late()
             self._publish()
         except LimitReached as err:
             self._stop("stopped", str(err))
@@ -296,7 +311,7 @@ class Writer:
             self._ended = True
             self._staging.close()
             if self._summaries is not None:
-                self._summaries.close()
+                self._summaries.close(0.0 if self._has_given_up else _FIGURES_SECONDS)
             self._written.set()
             with self._submitting:
                 self._queue.clear()
@@ -370,7 +385,8 @@ class Writer:
         if self._summaries.error is not None:
             raise self._summaries.error
         for payload, found in self._summaries.take():
-            self._store.add_statistics(payload.row["seq"], found)
+            self._store.add_statistics(payload.row["seq"], found, payload.index)
+            self._store.add_late(before=payload.index)
         self._store.flush()
 
     def _publish(self) -> None:
@@ -379,14 +395,15 @@ class Writer:
             self._on_progress(self.progress())
 
     def _settle_statistics(self) -> None:
-        """Wait for the statistics of what was stored, and store them."""
+        """Wait for the statistics of what was stored, while they come, and store them."""
         self._store.flush()
-        if self._summaries is not None:
-            self._summaries.wait()
+        if self._summaries is not None and not self._summaries.wait(_FIGURES_SECONDS):
+            self._has_given_up = True
+            self._summaries.give_up()
         self._flush()
 
     def _seal(self) -> None:
-        self._settle_statistics()
+        self._flush()
         self._store.seal()
 
     def _stop(self, state: str, reason: str) -> None:
@@ -395,6 +412,7 @@ class Writer:
             if state == "stopped":
                 self._settle_statistics()
                 self._store.close()
+                self._store.add_late()
         except Exception as err:
             fact = err.strerror if isinstance(err, OSError) else None
             state, reason = "failed", f"writing failed: {fact or err}"
