@@ -29,6 +29,26 @@ def cast(new: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
     Raises:
         GraftRefused: the cast would lose; says what, and what to do.
     """
+    try:
+        return _cast(new, dtype)
+    except RuntimeError as err:  # a NotImplementedError is one too
+        if not is_unsupported(err):
+            raise
+        raise GraftRefused(
+            f"torch cannot cast {dtype_name(new.dtype)} to {dtype_name(dtype)} on "
+            f"{new.device.type}; make the transform return {dtype_name(dtype)}"
+        ) from err
+
+
+def is_unsupported(err: Exception) -> bool:
+    """Whether torch says that it has no such operation for a dtype."""
+    words = str(err)
+    return isinstance(err, RuntimeError) and (
+        "not implemented for" in words or "not supported" in words or "Promotion for" in words
+    )
+
+
+def _cast(new: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
     note = f"cast from {dtype_name(new.dtype)} to {dtype_name(dtype)}"
     if why := why_not_by_value(new.dtype, dtype):
         raise GraftRefused(why)
@@ -133,6 +153,8 @@ def _same_sign(old: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether a round trip was not two wrap-arounds, as from int64 -1 to uint64 and back."""
     if old.dtype == torch.bool or new.dtype == torch.bool:
         return True
+    if new.dtype.is_floating_point or new.dtype.is_complex:
+        return True  # nothing wraps around there
     if not old.dtype.is_signed:
         return not new.dtype.is_signed or bool((new >= 0).all())
     return new.dtype.is_signed or bool((old >= 0).all())

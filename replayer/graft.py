@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recorder.bits import check, is_capturing
+from recorder.bits import as_bits, check, has_statistics, is_capturing
 from recorder.errors import CaptureError, GraftRefused, TransformError
 
 from .casts import cast
@@ -109,6 +109,8 @@ def overwrite(target: torch.Tensor, new: torch.Tensor) -> None:
     if target.numel() == 0:
         return
     with torch.inference_mode(target.is_inference()), torch.no_grad():
+        if not has_statistics(target.dtype):  # torch cannot copy it but as bits
+            target, new = as_bits(target), as_bits(new)
         # `.data` shares memory but not the version counter; an alias of the target is copied
         # first, since overlapping memory has no defined order of copying.
         target.data.copy_(new.clone() if shares_memory(new, target) else new)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from recorder.bits import dtype_name
 from recorder.capture import dims_text
 from recorder.errors import TransformError
 from recorder.format.rows import row_at
@@ -28,7 +29,7 @@ from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
 from . import graft, transforms
-from .casts import of_scaled
+from .casts import is_unsupported, of_scaled
 from .log import joined
 from .match import Match, Matcher
 from .measuring.compare import Difference, difference
@@ -276,4 +277,7 @@ def _measured(target: torch.Tensor, new: torch.Tensor) -> tuple[Difference | Non
     try:
         return difference(target, new), ""
     except Exception as err:
+        if is_unsupported(err):
+            a, b = dtype_name(target.dtype), dtype_name(new.dtype)
+            return None, f"not measured: torch cannot compare {a} with {b} on {new.device.type}"
         return None, f"not measured: {err}"

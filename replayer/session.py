@@ -54,6 +54,7 @@ from .match import Match, Matcher, MatchOn
 from .parts import FEWER, MORE, ZEROS, Parts
 from .replacement import Replacement, Replacements
 from .settings import ReplaySettings
+from .sharing import Sharing
 from .summary import Summary, summarize
 from .transforms import Transform
 
@@ -133,6 +134,7 @@ class Replayer:
             )
         self._lock = threading.Lock()
         self._watching = threading.local()
+        self._sharing = Sharing()
         self._in_parts: list[Parts] = []
         self._surplus: dict[str, int] = {}
         self._lazy = False
@@ -187,6 +189,7 @@ class Replayer:
         """End an iteration."""
         self._gradients.next_step()
         self._end_parts()
+        self._sharing.next_step()
         self._selection.next_step()
         if self._matcher is not None:
             self._matcher.next_step()
@@ -350,6 +353,7 @@ class Replayer:
         made: Replacement | None = None
         error: GraftError | None = None
         target: torch.Tensor | None = None
+        shared = ""
         try:
             with plainly():
                 target, placements = local_part(value)
@@ -359,7 +363,7 @@ class Replayer:
                 made = self._replacements.make(
                     call, selected, target, kind, placements, mesh, match
                 )
-                graft.overwrite(target, made.tensor)
+                shared = self._sharing.overwrite(target, made.tensor, _tap(selected))
             repeat_to_the_end()
         except Exception as err:
             if is_from_the_job(err):
@@ -367,8 +371,15 @@ class Replayer:
             error = _worded(err)
         of_callable = "what was grafted is the result of the tap's callable"
         note = joined(
-            selected.note, made.note if made else "", of_callable if call.is_made_here else ""
+            selected.note,
+            made.note if made else "",
+            shared,
+            of_callable if call.is_made_here else "",
         )
+        if shared:
+            self._once(
+                (selected.key.name, "sharing"), f"tap {_tap(selected)} was grafted: {shared}"
+            )
         row = self._finish(selected, kind, start, error, match, made, note)
         if error is None and target is not None and target.numel():
             self._watch_for_effect(call, row, value, target)
@@ -523,7 +534,7 @@ class Replayer:
         self._write(row)
         if error is None:
             return row
-        tap = f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
+        tap = _tap(selected)
         policy = self.settings.on_missing if outcome == "missing" else self.settings.on_error
         if policy == "raise":
             raise ReplayError(f"tap {tap} was not grafted: {message}") from error
@@ -552,6 +563,12 @@ class Replayer:
 
     def _say(self, message: str) -> None:
         say(message, self._where())
+
+
+def _tap(selected: Selected) -> str:
+    """Return a tap as messages call it."""
+    key = selected.key
+    return f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
 
 
 def _worded(err: Exception) -> GraftError:

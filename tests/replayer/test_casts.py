@@ -9,8 +9,9 @@ import torch
 from tapping import outcomes
 
 from recorder import tap
-from recorder.errors import GraftRefused
+from recorder.errors import GraftRefused, TransformError
 from replayer.casts import MOST_LOST, cast
+from replayer.graft import check_replacement, overwrite
 
 FP8 = torch.float8_e4m3fn
 BEYOND_FP8 = str(torch.tensor(1000.0).to(FP8).float().item())  # torch 2.6 makes it NaN
@@ -80,6 +81,60 @@ def test_more_than_the_stated_share_is_refused():
         "infinite), more than 1%; make the transform return float16, scaled and rounded as you "
         "mean it"
     )
+
+
+DTYPES = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+
+
+def any_of(dtype):
+    """Four elements of whatever dtype; packed ones cannot be made otherwise."""
+    return torch.zeros(4 * dtype.itemsize, dtype=torch.uint8).view(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+@pytest.mark.parametrize("one", DTYPES, ids=str)
+def test_every_dtype_is_cast_or_refused_in_our_words(one):
+    for other in DTYPES:
+        try:
+            made, note = check_replacement(any_of(one), any_of(other))
+        except (GraftRefused, TransformError) as refused:
+            assert ";" in str(refused), refused
+        else:
+            assert made.dtype == other and (note == "") is (one == other)
+            overwrite(any_of(other), made)
+
+
+def test_what_torch_cannot_do_is_said_with_both_dtypes(monkeypatch, record, replay):
+    def cannot(*args):
+        raise NotImplementedError("\"copy_kernel\" not implemented for 'Half'")
+
+    monkeypatch.setattr("replayer.casts._between_floats", cannot)
+    with pytest.raises(GraftRefused) as refused:
+        cast(torch.ones(2), torch.float16)
+    assert str(refused.value) == (
+        "torch cannot cast float32 to float16 on cpu; make the transform return float16"
+    )
+    monkeypatch.setattr("replayer.replacement.difference", cannot)
+
+    def job(rank):
+        kept = torch.ones(2)
+        tap("h", kept)
+
+    record(job)
+    (session,) = replay(job)
+    assert session.log()["message"].to_list() == [
+        "not measured: torch cannot compare float32 with float32 on cpu"
+    ]
+
+
+def test_other_errors_keep_their_words(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("replayer.casts._between_floats", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cast(torch.ones(2), torch.float16)
 
 
 @pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="torch 2.7")
