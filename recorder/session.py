@@ -174,7 +174,9 @@ class Recorder:
             self._warn(call, selected.trouble)
             return
         if selected.note:
-            self._warn(call, selected.note, "is recorded by its order")
+            self._once(
+                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+            )
         try:
             value = call.value()
         except Exception as err:

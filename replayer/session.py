@@ -212,6 +212,10 @@ class Replayer:
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
+        if selected.note:
+            self._once(
+                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+            )
         if selected.trouble:
             self._finish(selected, "tensor", start, ReplayError(selected.trouble))
             return

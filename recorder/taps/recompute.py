@@ -16,6 +16,7 @@ in its name. Torch's private names, and the names inside torch's functions, are 
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import weakref
@@ -34,6 +35,18 @@ _REMEMBERED = 1 << 17
 _ACTIVATIONS = 256
 _WIDTH = 3  # numbers kept of a first firing: nodes so far, step, occurrence
 
+
+class _Here(threading.local):
+    """What tells this thread from all others, ended ones included, whose idents come again."""
+
+    numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.number = next(self.numbers)
+
+
+_here = _Here()
+
 Counted = tuple[str, str, bool]
 """What is counted together: a name, the tags of the key, and False, since it is a first forward."""
 
@@ -48,6 +61,12 @@ MORE = (
 IN_ORDER = (
     "it repeats one of several forwards, and which cannot be told from this kind of checkpoint: "
     "the first to be repeated counts as the first; tag micro-batches apart"
+)
+
+
+SEVERAL_THREADS = (
+    "it repeats a forward of one of several threads, and which cannot be told; tag what each of "
+    "them runs apart, as in context(micro_batch=i)"
 )
 
 
@@ -247,18 +266,18 @@ class Firsts:
         self._latest: tuple[Place | None, list[_Region]] = (None, [])
         self._activations: OrderedDict[Any, _Activation] = OrderedDict()
         self._unlinked: dict[tuple[int, Counted], int] = {}
-        self._since = (threading.get_ident(), -1)
+        self._since = (_here.number, -1)
 
     def begin(self) -> None:
         """Note that no forward was seen before now; else every one was."""
-        self._since = (threading.get_ident(), _nodes_so_far())
+        self._since = (_here.number, _nodes_so_far())
 
     def note(self, counted: Counted, place: Place | None, step: int, occurrence: int) -> None:
         """Remember a first firing."""
         lines = self._new.get(counted)
         if lines is None:
             lines = self._new[counted] = {}
-        thread = threading.get_ident()
+        thread = _here.number
         line = lines.get(thread)
         if line is None:
             line = lines[thread] = []
@@ -345,18 +364,23 @@ class Firsts:
             if k < len(after):
                 return after[k]
         started_by, since = self._since
-        here = threading.get_ident()
         lines = [*self._old.get(counted, {}).items(), *self._new.get(counted, {}).items()]
-        for thread in sorted({thread for thread, _ in lines}, key=lambda thread: thread != here):
+        found: dict[int, tuple[list[int], int]] = {}
+        for thread in {thread for thread, _ in lines}:
             left = k
             for line in (line for other, line in lines if other == thread):
                 before, size = _until(line, node), len(line) // _WIDTH
                 if before + left < size:
-                    if thread == started_by and node < since:
-                        return UNSEEN
-                    return self._claimed(counted, line, before + left, inner)
+                    found[thread] = line, before + left
+                    break
                 left -= size - before
-        return UNSEEN if node < since else None
+        # On a CPU a backward runs in the thread that calls it, as a rule that of the forward.
+        thread = _here.number if _here.number in found else next(iter(found), -1)
+        if not found or (thread == started_by and node < since):
+            return UNSEEN if node < since else None
+        if thread != _here.number and len(found) > 1:
+            return SEVERAL_THREADS
+        return self._claimed(counted, *found[thread], inner)
 
     def _claimed(self, counted: Counted, line: list[int], at: int, by: Again) -> First | str:
         """Return a first firing, unless another checkpoint of the kind has repeated it already."""

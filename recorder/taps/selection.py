@@ -22,6 +22,10 @@ from .call import Call
 from .recompute import IN_ORDER, First, Firsts, Place, look
 from .values import classify
 
+THREADS = (
+    "several threads tap it in one step, so which firing is which occurrence is by chance; tag "
+    "them apart, as in context(micro_batch=i)"
+)
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
 _PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -103,6 +107,7 @@ class Selection:
         self._rank: int | None = None
         self._counts: Counter[tuple[str, str, bool]] = Counter()
         self._firsts = Firsts()
+        self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
         self._late = filter is not None and bool(filter.names & {"step", "kind"})
         self._splits = filter is not None and RECOMPUTE in filter.names
@@ -116,6 +121,7 @@ class Selection:
         with self._lock:
             self.step += 1
             self._counts.clear()
+            self._threads.clear()
 
     def next_seq(self) -> int:
         """Return the next position in execution order."""
@@ -162,6 +168,8 @@ class Selection:
                 step, occurrence = first
             else:
                 occurrence = self._count(call, site, place)
+                if self._is_another_thread_s(call, site, place):
+                    note = THREADS
             seq = self._seq
             self._seq += 1
             self.selected += 1
@@ -186,6 +194,23 @@ class Selection:
         if not (site.recompute or (place is not None and place.again)):
             self._firsts.note(counted, place, self.step, occurrence)
         return occurrence
+
+    def _is_another_thread_s(self, call: Call, site: _Site, place: Place | None) -> bool:
+        """Whether another thread, not ended yet, tapped these tags in this step.
+
+        The threads of a backward do not count.
+        """
+        if place is not None and place.task != -1:
+            return False
+        thread = threading.get_ident()
+        counted = (call.name, site.key_text, site.recompute)
+        known = self._threads.setdefault(counted, thread)
+        if known == thread:
+            return False
+        if any(other.ident == known for other in threading.enumerate()):
+            return True
+        self._threads[counted] = thread
+        return False
 
     def _repeated(self, call: Call, plain: _Site, place: Place) -> tuple[First, str, str, bool]:
         """Return what one in a recomputation repeats, a note, what is wrong, if it repeats any."""

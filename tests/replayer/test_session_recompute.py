@@ -540,3 +540,57 @@ def test_frames_of_others_are_taken_in_order_where_torch_does_not_show_hooks(rec
     (session,) = replay(Job(as_transformer_engine, (0, 1, 2), shift=100.0))
     notes = session.log()["message"].to_list()
     assert all("cannot be told from this kind of checkpoint" in note for note in notes[12:])
+
+
+@pytest.mark.parametrize("kind", [frames, reentrant])
+def test_threads_whose_idents_come_again_are_told_apart(record, replay, kind):
+    """A thread of a micro-batch each, one after the other: each counts its autograd nodes anew."""
+
+    def job(rank):
+        def layer(x):
+            h = tap("h", x * x)
+            job.seen.append(h.item())
+            return h.exp().log()
+
+        job.seen, losses = [], []
+
+        def forward(batch):
+            x = torch.full((1,), batch + 1 + job.shift, requires_grad=True)
+            losses.append(kind(layer, x))
+
+        def train(batch):
+            forward(batch)
+            losses.pop().sum().backward()
+
+        for batch in range(4):
+            thread = threading.Thread(target=train, args=(batch,))
+            thread.start()
+            thread.join()
+
+    job.shift = 0.0
+    record(job)
+    job.shift = 50.0
+    replay(job, strict=True)
+    assert job.seen == [1, 1, 4, 4, 9, 9, 16, 16]
+
+
+def test_a_forward_of_one_of_several_threads_is_not_guessed_at(record, replay, capsys):
+    def job(rank):
+        losses = []
+
+        def forward():
+            x = torch.ones(1, requires_grad=True)
+            losses.append(reentrant(lambda x: tap("h", x * x).exp(), x))
+
+        for _ in range(2):
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+        losses[0].sum().backward()
+
+    run = record(job)
+    assert run.rows().height == 2
+    err = capsys.readouterr().err
+    assert "it repeats a forward of one of several threads, and which cannot be told; tag" in err
+    (session,) = replay(job)
+    assert outcomes(session) == ["grafted", "grafted", "error"]

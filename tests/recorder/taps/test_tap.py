@@ -395,3 +395,78 @@ def test_a_filter_on_kind_calls_no_callable_that_the_rest_of_it_rejects(run):
         tap("x", lambda: make("x"))
         tap("y", lambda: make("y"))
     assert called == ["x"]
+
+
+def in_threads(*functions, overlapping=True):
+    """Run functions one after the other, in threads that live on beside one another, or do not."""
+    end = threading.Event()
+    threads = []
+    for function in functions:
+        done = threading.Event()
+
+        def run(function=function, done=done):
+            function()
+            done.set()
+            if overlapping:
+                end.wait(30)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        done.wait(30)
+        if not overlapping:
+            threads[-1].join()
+    end.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_that_tap_one_key_are_told_once_what_to_tag(record, capsys):
+    """As dual batch overlap does, whose two halves share every tag."""
+
+    def forward(*tags):
+        for i in range(3):
+            tap("h", torch.ones(1), **dict(tags))
+            tap("own", torch.ones(1), thread=threading.get_ident(), i=i)
+
+    def job(rank):
+        in_threads(forward, forward)
+        step()
+        in_threads(forward, forward)
+
+    run = record(job)
+    assert run.rows().filter(name="h", step=1)["occurrence"].to_list() == [*range(6)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[graft rank=0 step=0] tap 'h' at ") and line.endswith(
+        ": several threads tap it in one step, so which firing is which occurrence is by chance; "
+        "tag them apart, as in context(micro_batch=i)"
+    )
+
+
+def test_threads_that_share_no_key_at_a_time_are_left_alone(record, capsys):
+    def forward():
+        tap("h", torch.ones(1))
+
+    def job(rank):
+        for _ in range(2):
+            in_threads(forward)
+            step()
+        in_threads(forward, forward, forward, overlapping=False)
+        step()
+        in_threads(*(lambda i=i: tap("h", torch.ones(1), micro_batch=i) for i in range(2)))
+
+    record(job)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_replay_notes_it_too(record, replay, capsys):
+    kept = torch.ones(1)
+
+    def job(rank):
+        in_threads(lambda: tap("h", kept), lambda: tap("h", kept))
+
+    record(job)
+    capsys.readouterr()
+    (session,) = replay(job)
+    messages = session.log()["message"].to_list()
+    assert messages[0] == "" and "which occurrence is by chance" in messages[1]
+    assert capsys.readouterr().err.count("by chance") == 1
