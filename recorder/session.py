@@ -47,6 +47,9 @@ from .writing.standing import Standing
 from .writing.store import Limits
 from .writing.writer import Writer
 
+_MOST_INTERRUPTS = 20
+"""That a close is begun again after; a disk that hangs takes no heed of any."""
+
 
 class Recorder:
     """Records every tap of this process while it is open.
@@ -104,7 +107,7 @@ class Recorder:
         self._standing = Standing(self._once)
         self._writer: Writer | None = None
         self._claiming = self._starting = False
-        self._closed = False
+        self._closed = self._is_closing = False
         self._lazy = False
         self._pid = os.getpid()
         self._skipped = 0
@@ -201,15 +204,36 @@ class Recorder:
             )
 
     def close(self) -> None:
-        """Wait until everything is written, and write down how it ended; twice is fine."""
+        """Wait until everything is written, and write down how it ended; twice is fine.
+
+        An interrupt meanwhile leaves out what waits to be written, and is raised once it is closed.
+        """
         if os.getpid() != self._pid:
             return  # a forked child's exit is not ours
         end(self)
         try:
             with self._closing:  # a signal may close this too: whoever comes second waits
-                self._close()
+                self._is_closing = True
+                interrupt = self._close_through_interrupts()
         finally:
             ended(self)
+        if interrupt is not None:
+            raise interrupt
+
+    def _close_through_interrupts(self) -> BaseException | None:
+        """Close, beginning again where an interrupt came; return the first."""
+        first: BaseException | None = None
+        for _ in range(_MOST_INTERRUPTS):
+            try:
+                self._close()
+                break
+            except Exception:
+                raise
+            except BaseException as err:  # Ctrl-C, or what a signal's handler raises
+                first = first or err
+                if self._writer is not None:
+                    self._writer.cut_short()
+        return first
 
     def _close(self) -> None:
         with self._lock:
@@ -232,8 +256,8 @@ class Recorder:
         bare = 0 if self._writer is None else self._writer.without_statistics
         if bare:
             self._say(
-                f"{count(bare, 'record')} without statistics: bytes came faster than these could "
-                "be gathered; graft diff reads the tensors themselves there"
+                f"{count(bare, 'record')} without statistics, which were not gathered in time; "
+                "graft diff reads the tensors themselves there"
             )
         why = self._selection.why_nothing()
         if why is not None and "GRAFT_REPORTS" not in os.environ:
@@ -389,7 +413,8 @@ class Recorder:
                 return
             self.state, self.reason = state, reason
         verb = "stopped" if state == "stopped" else "ended early"
-        self._say(f"recording {verb}, the job goes on: {reason}")
+        goes_on = "" if self._is_closing else ", the job goes on"
+        self._say(f"recording {verb}{goes_on}: {reason}")
 
     def _record(
         self,

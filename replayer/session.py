@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -46,6 +47,7 @@ from recorder.taps.gradients import GradientTaps
 from recorder.taps.recompute import repeat_to_the_end
 from recorder.taps.selection import Selected, Selection
 from recorder.taps.sessions import activate, deactivate
+from recorder.taps.signals import let_interrupts_through
 from recorder.taps.values import classify
 
 from . import graft, transforms, unkept
@@ -110,6 +112,7 @@ class Replayer:
         self.settings = ReplaySettings.given(locals())
         if self.settings.record is not None and out is None:
             raise UsageError("record needs a folder to record into; give out too")
+        is_polars_new = "polars" not in sys.modules
         self.recording = Recording.open(path)
         self.out = None if out is None else Path(os.path.abspath(out))
         self._transform: Transform | TransformError | None = None
@@ -120,6 +123,8 @@ class Replayer:
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._frame = self.recording.latest()
+        if is_polars_new:
+            let_interrupts_through()
         self._selection = Selection(self.settings.filter)
         self.ignored = self._selection.ignored
         self._warnings = Warnings()

@@ -114,7 +114,10 @@ class Summaries:
                 while self._queue and len(parts) < _TOGETHER and _alike(parts, self._queue[0]):
                     parts.append(self._queue.popleft())
                 self._busy, self._working = True, parts
-            if not self._useless:
+            if self._useless:
+                for part in parts:
+                    self._leave_out(part.payload)
+            else:
                 try:
                     self._summarise(parts)
                 except Exception as err:  # a bug of ours: the recording ends, the job does not

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 import weakref
@@ -36,6 +37,7 @@ from ..errors import CaptureError, LimitReached
 from ..format.schema import ManifestRow
 from ..progress import SECONDS, Progress
 from ..settings import RecordSettings
+from ..taps.signals import let_interrupts_through
 from .staging import Part, Staging
 from .store import Limits, Payload, Store
 from .summaries import Summaries
@@ -48,6 +50,11 @@ _RELEASED_BYTES = 4 << 20
 _RELEASED_PARTS = 512
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 _RATE_SECONDS = 1.0
+_GRACE_SECONDS = 2.0
+CUT_SHORT = (
+    "an interrupt came while it was being closed, and what still waited to be written is left out; "
+    "let it be closed to have all of it"
+)
 _HANDLER_SECONDS = 4.0
 _LENT_SECONDS = 0.25  # while statistics come, room is waited for; when they do not, it is taken
 _FIGURES_SECONDS = 5.0  # in which no statistics come: then they are not waited for any more
@@ -106,6 +113,7 @@ class Writer:
         self._closing = False
         self._ended = False
         self._has_given_up = False
+        self._last_write: float | None = None
         self._tells_steps = limits.fsync == "step" or limits.keep_last is not None
         self._caught_up_lock = threading.Lock()
         self._caught_up = threading.Condition(self._caught_up_lock)
@@ -210,8 +218,16 @@ class Writer:
         with self._submitting:  # whoever is in there has queued all of his payload
             self._closing = True
         self._nudge()
+        self._written.wait()  # a thread that was once interrupted in joining counts as ended
         self._thread.join()
         self._importing.join()
+
+    def cut_short(self) -> None:
+        """Let `close` leave out statistics and what is not written soon; called again, at once."""
+        self._last_write = time.monotonic() + (_GRACE_SECONDS if self._last_write is None else 0.0)
+        if self._summaries is not None:
+            self._summaries.give_up()
+        self._nudge()
 
     def _turn(self) -> AbstractContextManager[Any]:
         """Return the lock under which one thread at a time submits.
@@ -294,6 +310,8 @@ class Writer:
         try:
             while self._gather():
                 while self._queue:
+                    if self._last_write is not None and time.monotonic() >= self._last_write:
+                        raise LimitReached(CUT_SHORT)
                     self._take()
                 self._flush()
                 self._staging.warm_up(self._largest)
@@ -429,7 +447,10 @@ class Writer:
 
 
 def _import_polars() -> None:
-    import polars  # noqa: F401
+    if "polars" not in sys.modules:
+        import polars  # noqa: F401
+
+        let_interrupts_through()
 
 
 _imports: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
