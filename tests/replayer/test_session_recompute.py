@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint as checkpointing
 from tapping import outcomes
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -119,6 +121,20 @@ def with_hooks_between(function, *args):
     return checkpoint(inner, *args, use_reentrant=False)
 
 
+def selective(function, *args):
+    """What is saved is not computed again; its tap fires all the same."""
+    if not hasattr(checkpointing, "create_selective_checkpoint_contexts"):
+        pytest.skip("torch has no selective checkpoints")
+
+    def policy(context, operator, *args, **options):
+        is_saved = operator == torch.ops.aten.mul.Tensor
+        kinds = checkpointing.CheckpointPolicy
+        return kinds.MUST_SAVE if is_saved else kinds.PREFER_RECOMPUTE
+
+    contexts = functools.partial(checkpointing.create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
 def by_module(function, *args):
     class Layer(torch.nn.Module):
         def forward(self, *args):
@@ -153,6 +169,7 @@ KINDS = {
     **({"transformer engine": as_transformer_engine} if HAS_HOOKS else {}),
     "offloading": with_hooks_between,
     "wrapper": by_module,
+    "selective": selective,
 }
 ORDERS = {"in turn": None, "fifo": (0, 1, 2), "lifo": (2, 1, 0), "any": (1, 2, 0)}
 
