@@ -107,7 +107,7 @@ class Recorder:
         self._standing = Standing(self._once)
         self._writer: Writer | None = None
         self._claiming = self._starting = False
-        self._closed = self._is_closing = False
+        self._closed = self._is_interrupted = False
         self._lazy = False
         self._pid = os.getpid()
         self._skipped = 0
@@ -213,7 +213,6 @@ class Recorder:
         end(self)
         try:
             with self._closing:  # a signal may close this too: whoever comes second waits
-                self._is_closing = True
                 interrupt = self._close_through_interrupts()
         finally:
             ended(self)
@@ -231,6 +230,7 @@ class Recorder:
                 raise
             except BaseException as err:  # Ctrl-C, or what a signal's handler raises
                 first = first or err
+                self._is_interrupted = True
                 if self._writer is not None:
                     self._writer.cut_short()
         return first
@@ -413,7 +413,7 @@ class Recorder:
                 return
             self.state, self.reason = state, reason
         verb = "stopped" if state == "stopped" else "ended early"
-        goes_on = "" if self._is_closing else ", the job goes on"
+        goes_on = "" if self._is_interrupted else ", the job goes on"
         self._say(f"recording {verb}{goes_on}: {reason}")
 
     def _record(
