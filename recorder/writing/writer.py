@@ -218,7 +218,10 @@ class Writer:
         with self._submitting:  # whoever is in there has queued all of his payload
             self._closing = True
         self._nudge()
-        self._written.wait()  # a thread that was once interrupted in joining counts as ended
+        # A thread that was interrupted in joining counts as ended. In short waits: while polars is
+        # being imported an interrupt ends none, see `let_interrupts_through`.
+        while not self._written.wait(_GATHER_SECONDS):
+            pass
         self._thread.join()
         self._importing.join()
 
