@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,8 @@ class Sharing:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._storages: dict[int, tuple[weakref.ref[Any], deque[_Written]]] = {}
+        # Of one place the latest graft alone: it is the one that another would undo.
+        self._storages: dict[int, tuple[weakref.ref[Any], dict[Any, _Written]]] = {}
 
     def next_step(self) -> None:
         """Forget what was written."""
@@ -66,20 +66,20 @@ class Sharing:
             storage = target.untyped_storage()
             known = self._storages.get(storage.data_ptr())
             if known is None or known[0]() is not storage:
-                known = self._storages[storage.data_ptr()] = (
-                    weakref.ref(storage),
-                    deque(maxlen=_A_STORAGE),
-                )
+                known = self._storages[storage.data_ptr()] = weakref.ref(storage), {}
             before = [
                 (one, view, view.clone())
-                for one in known[1]
+                for one in known[1].values()
                 if one.start < here.end and here.start < one.end
                 for view in (_view(one, target),)
                 if torch.equal(_sampled(view), one.sample)
             ]
             overwrite(target, new)
             changed = [one for one, view, was in before if not _equal(view, was)]
-            known[1].append(here)
+            known[1].pop(here[:4], None)
+            known[1][here[:4]] = here
+            if len(known[1]) > _A_STORAGE:
+                del known[1][next(iter(known[1]))]
         if not changed:
             return ""
         return (

@@ -151,3 +151,7 @@ def test_a_cache_that_sees_no_end_of_grafts_is_not_remembered_for_good():
         assert sharing.overwrite(cache[slot], torch.ones(4), f"kv slot={slot}") == ""
     ((_, written),) = sharing._storages.values()
     assert len(written) == 64
+    for _ in range(1000):
+        sharing.overwrite(cache, torch.ones(1000, 4), "cache")
+    assert len(written) == 64
+    assert "what tap cache was given" in sharing.overwrite(cache, torch.zeros(1000, 4), "again")
