@@ -92,10 +92,19 @@ def _next(code: CodeType, at: int) -> tuple[int, int]:
 
 def _is_at(frame: int, at: int) -> bool:
     """Whether the function in which a tensor was just freed is at this instruction."""
-    here = sys._getframe(2)
-    return id(here) == frame and here.f_lasti == at
+    here = _freeing()
+    return here is not None and id(here) == frame and here.f_lasti == at
 
 
 def _is_forgotten() -> bool:
     """Whether a tensor was just freed as the tap let go of what its callable had made."""
-    return sys._getframe(2).f_code is Call.forget.__code__
+    here = _freeing()
+    return here is not None and here.f_code is Call.forget.__code__
+
+
+def _freeing() -> FrameType | None:
+    """Return the frame under those of the callback; None where there is none, as at the end."""
+    try:
+        return sys._getframe(3)
+    except (ValueError, AttributeError):
+        return None

@@ -460,3 +460,19 @@ def test_the_status_follows(shell):
         done = shell(shell.graft, "replay", "base", *options, "--", shell.python, "job.py")
         assert done.returncode == status, done.stderr
         assert "1 without effect" in done.stderr
+
+
+def test_a_tensor_that_lives_to_the_very_end_says_nothing(shell):
+    shell.write(
+        "job.py",
+        """
+        import torch
+        from recorder import tap
+
+        h = torch.ones(3)
+        tap("h", h)
+        """,
+    )
+    shell(shell.graft, "record", "-o", "base", "--", shell.python, "job.py")
+    done = shell(shell.graft, "replay", "base", "--", shell.python, "job.py")
+    assert done.returncode == 0 and done.stderr == "[graft] replay: 1 grafted\n"
