@@ -1,12 +1,13 @@
 """What a tensor is as integers, so that no copy can change it.
 
-Torch's private names are used in this file alone.
+Torch's private names of tensors are used in this file alone.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -97,6 +98,27 @@ def has_memory(tensor: torch.Tensor) -> bool:
     if tensor.untyped_storage().nbytes() < end * tensor.element_size():
         return False
     return tensor.device.type not in ("cpu", "cuda") or tensor.data_ptr() != 0
+
+
+def owns_memory(tensor: torch.Tensor) -> bool:
+    """Whether nothing but this tensor is known to have its memory: no view, graph or array."""
+    storage = tensor.untyped_storage()
+    if not storage.resizable() or (tensor.is_cpu and storage.is_shared()):
+        return False  # numpy's, a file's, another process's
+    del storage
+    return _owners(tensor) == _one_owner()
+
+
+def _owners(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return how often its storage is referred to in Python, and in C++."""
+    storage = tensor.untyped_storage()
+    return sys.getrefcount(storage), torch._C._storage_Use_Count(storage._cdata)
+
+
+@functools.cache
+def _one_owner() -> tuple[int, int]:
+    with plainly():
+        return _owners(torch.empty(1, device="cpu"))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

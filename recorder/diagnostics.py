@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 
 _OWN = ("recorder.", "replayer.")
 _EXAMPLES = "replayer.demo."  # a job as users write them
 
 
 def call_site() -> str:
-    """Return `file:line` of the innermost caller outside these packages."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (
-        _is_own(frame.f_globals.get("__package__")) or "_dynamo" in frame.f_code.co_filename
-    ):
+    """Return `file:line` of the innermost caller outside these packages and torch.
+
+    Where all of them are torch's, as in a thread of its own, that of the innermost.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    outside: FrameType | None = None
+    while frame is not None:
+        if not _is_own(frame.f_globals.get("__package__")):
+            outside = outside or frame
+            if not _is_torch_s(frame):
+                break
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    found = frame or outside or sys._getframe(1)
+    return f"{found.f_code.co_filename}:{found.f_lineno}"
 
 
 def _is_own(package: object) -> bool:
     name = f"{package}."
     return name.startswith(_OWN) and not name.startswith(_EXAMPLES)
+
+
+def _is_torch_s(frame: FrameType) -> bool:
+    name = f"{frame.f_globals.get('__name__')}."
+    return name.startswith("torch.") or "_dynamo" in frame.f_code.co_filename
 
 
 NO_NUMPY = "Failed to initialize NumPy"

@@ -38,7 +38,7 @@ from .sizes import count, format_size
 from .tags import text
 from .taps.call import Call
 from .taps.gradients import GradientTaps
-from .taps.selection import Selected, Selection
+from .taps.selection import Selected, Selection, part_of
 from .taps.sessions import activate, end, ended
 from .taps.values import classify, encode_extras, encode_value
 from .writing.claim import Claim, check_free, claim_rank
@@ -46,6 +46,9 @@ from .writing.leftovers import stored_bytes
 from .writing.standing import Standing
 from .writing.store import Limits
 from .writing.writer import Writer
+
+_MOST_INTERRUPTS = 20
+"""That a close is begun again after; a disk that hangs takes no heed of any."""
 
 
 class Recorder:
@@ -104,7 +107,7 @@ class Recorder:
         self._standing = Standing(self._once)
         self._writer: Writer | None = None
         self._claiming = self._starting = False
-        self._closed = False
+        self._closed = self._is_interrupted = False
         self._lazy = False
         self._pid = os.getpid()
         self._skipped = 0
@@ -141,6 +144,8 @@ class Recorder:
             raise UsageError("this Recorder was used before; make a new one")
         if not lazily and not self.settings.overwrite:
             check_free(self.path, self._rank.rank, self._rank.world_size, self._job)
+        if not lazily:
+            self._selection.begin()
         self._lazy = lazily
         self.state = "running"
         return self
@@ -168,6 +173,13 @@ class Recorder:
         selected = self._selection.select_or_warn(call, self._rank.rank, self._once)
         if selected is None or not self._ensure_writer():
             return
+        if selected.trouble:
+            self._warn(call, selected.trouble)
+            return
+        if selected.note:
+            self._once(
+                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+            )
         try:
             value = call.value()
         except Exception as err:
@@ -192,15 +204,36 @@ class Recorder:
             )
 
     def close(self) -> None:
-        """Wait until everything is written, and write down how it ended; twice is fine."""
+        """Wait until everything is written, and write down how it ended; twice is fine.
+
+        An interrupt meanwhile leaves out what waits to be written, and is raised once it is closed.
+        """
         if os.getpid() != self._pid:
             return  # a forked child's exit is not ours
         end(self)
         try:
             with self._closing:  # a signal may close this too: whoever comes second waits
-                self._close()
+                interrupt = self._close_through_interrupts()
         finally:
             ended(self)
+        if interrupt is not None:
+            raise interrupt
+
+    def _close_through_interrupts(self) -> BaseException | None:
+        """Close, beginning again where an interrupt came; return the first."""
+        first: BaseException | None = None
+        for _ in range(_MOST_INTERRUPTS):
+            try:
+                self._close()
+                break
+            except Exception:
+                raise
+            except BaseException as err:  # Ctrl-C, or what a signal's handler raises
+                first = first or err
+                self._is_interrupted = True
+                if self._writer is not None:
+                    self._writer.cut_short()
+        return first
 
     def _close(self) -> None:
         with self._lock:
@@ -209,6 +242,7 @@ class Recorder:
             # A rank that tapped was there, whatever was selected; so was one asked for by name.
             if self.state == "running" and (self._selection.names_seen or not self._lazy):
                 self._ensure_claim()
+        self._gradients.close()
         if self._writer is not None:
             self._writer.close()  # its last writes can still fail
         with self._lock:
@@ -219,6 +253,12 @@ class Recorder:
         dropped = self.progress().dropped
         if dropped and "GRAFT_REPORTS" not in os.environ:
             self._say(f"{count(dropped, 'tap')} dropped: nothing more could be staged")
+        bare = 0 if self._writer is None else self._writer.without_statistics
+        if bare:
+            self._say(
+                f"{count(bare, 'record')} without statistics, which were not gathered in time; "
+                "graft diff reads the tensors themselves there"
+            )
         why = self._selection.why_nothing()
         if why is not None and "GRAFT_REPORTS" not in os.environ:
             self._say(why)
@@ -373,7 +413,8 @@ class Recorder:
                 return
             self.state, self.reason = state, reason
         verb = "stopped" if state == "stopped" else "ended early"
-        self._say(f"recording {verb}, the job goes on: {reason}")
+        goes_on = "" if self._is_interrupted else ", the job goes on"
+        self._say(f"recording {verb}{goes_on}: {reason}")
 
     def _record(
         self,
@@ -411,11 +452,11 @@ class Recorder:
         # Of the tap: backward() may come when another was declared.
         mesh = self._standing.current(self._selection.step)
 
-        def arrived(grad: torch.Tensor) -> None:
+        def arrived(grad: torch.Tensor, part: int) -> None:
             if self.state != "running":
                 return
             try:
-                self._record(call, selected, grad, "grad", mesh)
+                self._record(call, part_of(selected, part), grad, "grad", mesh)
             except Exception as err:  # backward() is the job's
                 if is_from_the_job(err):
                     raise

@@ -7,16 +7,20 @@ own and so get the same occurrence.
 
 from __future__ import annotations
 
+import enum
 import json
 import operator
 from collections.abc import Mapping
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 from .errors import BadTag
 
 TagValue = Union[str, int, float, bool, None, list["TagValue"]]
 
 RECOMPUTE = "recompute"
+PART = "grad_part"
+"""The tag of a gradient that came in parts, from its second on: which one this is, from 0."""
+
 RESERVED = frozenset({"step", "rank", "occurrence", "seq", "kind"})
 """Names that the key or the recorder gives; a tag of that name would be ambiguous."""
 
@@ -43,10 +47,15 @@ class Key(NamedTuple):
         return f"{label(self.name, self.tags)} step={self.step} occurrence={self.occurrence}{kind}"
 
 
+def reserved(name: str) -> BadTag:
+    """Return the error of a tag that is given by others than the tap."""
+    return BadTag(f"the tag {name!r} has a meaning of its own; call it something else")
+
+
 def clean(name: str, value: object) -> TagValue:
     """Return `value` as a plain tag value; raise `BadTag` if it cannot be one."""
     if name in RESERVED:
-        raise BadTag(f"the tag {name!r} has a meaning of its own; call it something else")
+        raise reserved(name)
     text("the name of a tag", name)
     try:
         return _plain(name, value)
@@ -67,14 +76,30 @@ def _plain(name: object, value: object) -> TagValue:
         return float(value) + 0.0  # -0.0 is the same key as 0.0
     if isinstance(value, (tuple, list)):
         return [_plain(name, item) for item in value]
+    if isinstance(value, enum.Enum):
+        return _plain(name, value.value)
+    if type(value).__name__ == "dtype" or type(value).__module__ == "numpy.dtypes":
+        return text(f"the tag {name!r}", str(value).removeprefix("torch."))
+    held = _held(value)
+    if held is not value:
+        return _plain(name, held)
     try:
-        whole = operator.index(value)  # type: ignore[arg-type]  # numpy and 0-d torch integers
+        whole = operator.index(value)  # type: ignore[arg-type]
     except Exception:
         raise BadTag(
             f"the tag {name!r} is a {type(value).__name__}; "
             "tags are strings, numbers, booleans, None or lists of these"
         ) from None
     return _small(name, whole)
+
+
+def _held(value: Any) -> object:
+    """Return what a number of numpy or a tensor without dims holds; others as they are."""
+    try:
+        held = value.item() if value.ndim == 0 else value
+    except Exception:  # whatever a foreign type may raise
+        return value
+    return held if isinstance(held, (bool, int, float, str)) else value
 
 
 def _small(name: object, value: int) -> int:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from recorder.bits import check, dtype_name, is_capturing, why_not_by_value
+from recorder.bits import as_bits, check, has_statistics, is_capturing
 from recorder.errors import CaptureError, GraftRefused, TransformError
+
+from .casts import cast
 
 
 def check_target(target: torch.Tensor) -> None:
@@ -95,36 +97,7 @@ def check_replacement(new: Any, target: torch.Tensor) -> tuple[torch.Tensor, str
     new = new.detach()
     if new.dtype == target.dtype:
         return new, ""
-    return _cast(new, target.dtype)
-
-
-def _cast(new: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
-    note = f"cast from {dtype_name(new.dtype)} to {dtype_name(dtype)}"
-    if why := why_not_by_value(new.dtype, dtype):
-        raise GraftRefused(why)
-    floats = new.dtype.is_floating_point and dtype.is_floating_point
-    complexes = new.dtype.is_complex and dtype.is_complex
-    widened = new.dtype.is_floating_point and dtype.is_complex
-    if floats or complexes or widened:
-        return new.to(dtype), note
-    integral = not (new.dtype.is_floating_point or new.dtype.is_complex)
-    if integral:  # between integers and booleans, and to floats: only where every value survives
-        there = new.to(dtype)
-        if bool((there.to(new.dtype) == new).all()) and _same_sign(new, there):
-            return there, note
-    raise GraftRefused(
-        f"a {note} would lose values; make the transform return {dtype_name(dtype)}, "
-        "rounding as you mean it"
-    )
-
-
-def _same_sign(old: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether a round trip was not two wrap-arounds, as from int64 -1 to uint64 and back."""
-    if old.dtype == torch.bool or new.dtype == torch.bool:
-        return True
-    if not old.dtype.is_signed:
-        return not new.dtype.is_signed or bool((new >= 0).all())
-    return new.dtype.is_signed or bool((old >= 0).all())
+    return cast(new, target.dtype)
 
 
 def overwrite(target: torch.Tensor, new: torch.Tensor) -> None:
@@ -136,6 +109,8 @@ def overwrite(target: torch.Tensor, new: torch.Tensor) -> None:
     if target.numel() == 0:
         return
     with torch.inference_mode(target.is_inference()), torch.no_grad():
+        if not has_statistics(target.dtype):  # torch cannot copy it but as bits
+            target, new = as_bits(target), as_bits(new)
         # `.data` shares memory but not the version counter; an alias of the target is copied
         # first, since overlapping memory has no defined order of copying.
         target.data.copy_(new.clone() if shares_memory(new, target) else new)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from recorder.errors import RecordingExists
 from recorder.format import disk
@@ -40,6 +41,9 @@ COLUMNS = {
     "seconds": "Float64",
 }
 """The log's columns. `senders` has for each sender rank the `seq` of the record that was used."""
+
+WITHOUT_EFFECT = "without effect"
+"""The outcome of a graft onto a tensor that nobody kept."""
 
 
 class LogRow(TypedDict, total=False):
@@ -94,7 +98,7 @@ class ReplayLog:
             self._journal = Journal(self._path)
 
     def add(self, row: LogRow) -> None:
-        """Add a row.
+        """Add a row; one of a rank and seq that were added before takes the other's place.
 
         Raises:
             OSError: it could not be written; rows are kept in memory from then on.
@@ -115,7 +119,7 @@ class ReplayLog:
         import polars as pl
 
         with self._lock:
-            parts = [to_frame(self._rows, COLUMNS)]
+            parts = [to_frame(_final(self._rows), COLUMNS)]
             if self._path is not None:
                 parts.insert(0, _read_one(self._path))
         return pl.concat(parts)
@@ -134,9 +138,14 @@ def joined(*texts: str | None) -> str:
     return "; ".join(text for text in texts if text)
 
 
+def _final(rows: Iterable[Any]) -> list[Any]:
+    """Return rows without those that later ones took the place of."""
+    return list({(row.get("rank"), row.get("seq")): row for row in rows}.values())
+
+
 def seal(journal: Path) -> None:
     """Write a journal's rows as parquet and remove it."""
-    write_parquet(journal.with_suffix(".parquet"), read_journal(journal), COLUMNS)
+    write_parquet(journal.with_suffix(".parquet"), _final(read_journal(journal)), COLUMNS)
     disk.remove(journal)
 
 
@@ -153,7 +162,7 @@ def _read_one(journal: Path) -> pl.DataFrame:
     parquet = journal.with_suffix(".parquet")
     if not parquet.exists():
         try:
-            return to_frame(read_journal(journal), COLUMNS)
+            return to_frame(_final(read_journal(journal)), COLUMNS)
         except FileNotFoundError:
             pass  # sealed in the meantime
     return read_parquet([parquet], COLUMNS)

@@ -21,7 +21,7 @@ from recorder.filters import Filter
 from recorder.format.index import Group, Index, nearest, whole_key
 from recorder.format.rows import matching, parse_tags
 from recorder.sizes import count
-from recorder.tags import RECOMPUTE, TagValue, canonical, label
+from recorder.tags import PART, RECOMPUTE, TagValue, canonical, label
 
 if TYPE_CHECKING:
     import polars as pl
@@ -84,12 +84,15 @@ class MatchOn:
 
     def group(self, name: str, tags: dict[str, TagValue]) -> Group:
         """Return what counts of a name and tags."""
-        if self.order:
-            return _ALL
-        if self.tags is None:
+        if self.whole:
             return whole_key(name, tags)
-        counted = {tag: tags.get(tag) for tag in self.tags if tag not in ("name", "step")}
-        return name if "name" in self.tags else "", canonical(counted)
+        named = self.tags or ()
+        counted = {tag: tags.get(tag) for tag in named if tag not in ("name", "step")}
+        if PART in tags:  # a later part of a gradient is none of the first ones
+            counted[PART] = tags[PART]
+        if self.order and not counted:
+            return _ALL
+        return name if "name" in named else "", canonical(counted)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ class Matcher:
     rank: int = 0
     step_offset: int = 0
     _counts: Counter[Any] = field(default_factory=Counter)
-    _firsts: dict[Any, Match] = field(default_factory=dict)
+    _firsts: dict[Any, Match | None] = field(default_factory=dict)  # None: it had no record
+    _before: dict[Any, Match | None] = field(default_factory=dict)  # those of the step before
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _explaining: float = 0.0
 
@@ -149,12 +153,19 @@ class Matcher:
         first = (kind, key.name, key.tags, key.step, key.occurrence)
         if not self.match_on.whole:
             with self._lock:
-                if selected.recompute and first in self._firsts:
-                    return self._firsts[first]
+                known = self._firsts if first in self._firsts else self._before
+                if selected.recompute and first in known:
+                    match = known[first]
+                    if match is None:
+                        raise MissingRecord("its first forward had no record either, see there")
+                    return match
         group, occurrence = self._counted(selected, kind)
         at_step = step if self.match_on.use_step else 0
         rows = self.index.find(kind, group, at_step, occurrence)
         if not rows:
+            if not self.match_on.whole and not selected.recompute:
+                with self._lock:
+                    self._firsts[first] = None
             raise MissingRecord(self._why_missing(kind, group, at_step, occurrence))
         if self._offsets is not None:
             rows = {rank: self._offsets[row] for rank, row in rows.items()}
@@ -164,10 +175,16 @@ class Matcher:
                 self._firsts[first] = match
         return match
 
+    def has(self, selected: Selected, kind: str) -> bool:
+        """Whether a key was recorded; False where not the whole key counts, and none is known."""
+        key, step = selected.key, selected.key.step + self.step_offset
+        group = key.name, key.tags
+        return self.match_on.whole and bool(self.index.find(kind, group, step, key.occurrence))
+
     def next_step(self) -> None:
-        """Forget the firsts of the step that has ended."""
+        """Forget the firsts of the step before; a backward may come after the step has ended."""
         with self._lock:
-            self._firsts.clear()
+            self._before, self._firsts = self._firsts, {}
             if self.match_on.use_step:
                 self._counts.clear()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from recorder.bits import dtype_name
 from recorder.capture import dims_text
 from recorder.errors import TransformError
 from recorder.format.rows import row_at
@@ -28,6 +29,7 @@ from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
 from . import graft, transforms
+from .casts import is_unsupported, of_scaled
 from .log import joined
 from .match import Match, Matcher
 from .measuring.compare import Difference, difference
@@ -88,8 +90,8 @@ class Replacements:
         rank: the receiver.
         settings: whether to measure what a replacement changes and to check digests, and what to
             do with replicas that differ.
-        warn: hears of tags that contradict each other, and of what layouts leave to guess; and
-            which of the two it is.
+        warn: hears of tags that contradict each other, of what layouts leave to guess, and of dtypes
+            that go with a scale; and which of these it is.
     """
 
     recording: Recording
@@ -170,12 +172,13 @@ class Replacements:
             else:
                 received = self._load(rows, target.device)
                 made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
+            scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        note = joined(match.warning, assumed, stages, cast_note, unmeasured)
+        note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
         return Replacement(new, note, figures)
 
     def _of_other_stage(
@@ -205,6 +208,18 @@ class Replacements:
             f"stage {stage} of {stages} took {tag}={layer}, and so does stage 0: if each stage "
             f"numbers its layers from 0, tag the global one, {tag}=recorder.global_layer(i)"
         )
+
+    def _scaled(
+        self, selected: Selected, target: torch.Tensor, rows: dict[int, ManifestRow]
+    ) -> str:
+        """Return a warning, said once too, where one side has a dtype that goes with a scale."""
+        record = getattr(torch, next(iter(rows.values()))["dtype"], None)
+        warning = of_scaled(target.dtype, "the target")
+        if not warning and isinstance(record, torch.dtype):
+            warning = of_scaled(record, "the record")
+        if warning:
+            self.warn(selected, warning, "scale")
+        return warning
 
     def mesh(self, selected: Selected) -> FrozenMesh | None:
         """Return where the receiver stands now."""
@@ -296,4 +311,7 @@ def _measured(target: torch.Tensor, new: torch.Tensor) -> tuple[Difference | Non
     try:
         return difference(target, new), ""
     except Exception as err:
+        if is_unsupported(err):
+            a, b = dtype_name(target.dtype), dtype_name(new.dtype)
+            return None, f"not measured: torch cannot compare {a} with {b} on {new.device.type}"
         return None, f"not measured: {err}"

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ import torch
 
 from recorder.bits import plainly
 from recorder.capture import local_part
-from recorder.diagnostics import Warnings, say
+from recorder.diagnostics import Warnings, call_site, say
 from recorder.errors import (
     GraftError,
     LayoutError,
@@ -43,15 +44,19 @@ from recorder.session import Recorder
 from recorder.tags import label
 from recorder.taps.call import Call
 from recorder.taps.gradients import GradientTaps
+from recorder.taps.recompute import repeat_to_the_end
 from recorder.taps.selection import Selected, Selection
 from recorder.taps.sessions import activate, deactivate
+from recorder.taps.signals import let_interrupts_through
 from recorder.taps.values import classify
 
-from . import graft, transforms
-from .log import LogRow, ReplayLog, joined
+from . import graft, transforms, unkept
+from .log import WITHOUT_EFFECT, LogRow, ReplayLog, joined
 from .match import Match, Matcher, MatchOn
+from .parts import FEWER, MORE, ZEROS, Parts
 from .replacement import Replacement, Replacements
 from .settings import ReplaySettings
+from .sharing import Sharing
 from .summary import Summary, summarize
 from .transforms import Transform
 
@@ -107,6 +112,7 @@ class Replayer:
         self.settings = ReplaySettings.given(locals())
         if self.settings.record is not None and out is None:
             raise UsageError("record needs a folder to record into; give out too")
+        is_polars_new = "polars" not in sys.modules
         self.recording = Recording.open(path)
         self.out = None if out is None else Path(os.path.abspath(out))
         self._transform: Transform | TransformError | None = None
@@ -117,6 +123,8 @@ class Replayer:
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
         self._frame = self.recording.latest()
+        if is_polars_new:
+            let_interrupts_through()
         self._selection = Selection(self.settings.filter)
         self.ignored = self._selection.ignored
         self._warnings = Warnings()
@@ -130,6 +138,10 @@ class Replayer:
                 out, filter=record, overwrite=overwrite, rank=rank, world_size=world_size
             )
         self._lock = threading.Lock()
+        self._watching = threading.local()
+        self._sharing = Sharing()
+        self._in_parts: list[Parts] = []
+        self._surplus: dict[str, int] = {}
         self._lazy = False
         self._pid = os.getpid()
         self.state = "new"
@@ -144,6 +156,8 @@ class Replayer:
         """Begin; return the sessions to activate: this, and one that records for `record`."""
         if self.state != "new":
             raise UsageError("this Replayer was used before; make a new one")
+        if not lazily:
+            self._selection.begin()
         self._lazy = lazily
         self.state = "running"
         return [self] if self._recorder is None else [self._recorder.start(lazily=lazily), self]
@@ -179,6 +193,8 @@ class Replayer:
     def on_step(self) -> None:
         """End an iteration."""
         self._gradients.next_step()
+        self._end_parts()
+        self._sharing.next_step()
         self._selection.next_step()
         if self._matcher is not None:
             self._matcher.next_step()
@@ -201,6 +217,13 @@ class Replayer:
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
+        if selected.note:
+            self._once(
+                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+            )
+        if selected.trouble:
+            self._finish(selected, "tensor", start, ReplayError(selected.trouble))
+            return
         try:
             value = call.value()
         except Exception as err:
@@ -215,10 +238,11 @@ class Replayer:
                 self._attempt(call, selected, value, "tensor", start)
             if selected.grad:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
+                parts = Parts(selected)
                 self._gradients.watch(
                     value,
                     call.name,
-                    lambda grad: self._on_gradient(call, selected, grad, mesh),
+                    lambda grad, part: self._on_gradient(call, parts, part, grad, mesh),
                     lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
                 )
         elif kind == "value":
@@ -248,6 +272,8 @@ class Replayer:
         deactivate(self)
         if self._recorder is not None:
             self._recorder.close()
+        self._gradients.close()
+        self._end_parts()
         state, self.state = self.state, "closed"
         if self._log is not None:
             try:
@@ -335,6 +361,8 @@ class Replayer:
         match: Match | None = None
         made: Replacement | None = None
         error: GraftError | None = None
+        target: torch.Tensor | None = None
+        shared = ""
         try:
             with plainly():
                 target, placements = local_part(value)
@@ -344,21 +372,55 @@ class Replayer:
                 made = self._replacements.make(
                     call, selected, target, kind, placements, mesh, match
                 )
-                graft.overwrite(target, made.tensor)
+                shared = self._sharing.overwrite(target, made.tensor, _tap(selected))
+            repeat_to_the_end()
         except Exception as err:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
         of_callable = "what was grafted is the result of the tap's callable"
-        note = joined(made.note if made else "", of_callable if callable(call.given) else "")
-        self._finish(selected, kind, start, error, match, made, note)
+        note = joined(
+            selected.note,
+            made.note if made else "",
+            shared,
+            of_callable if call.is_made_here else "",
+        )
+        if shared:
+            self._once(
+                (selected.key.name, "sharing"), f"tap {_tap(selected)} was grafted: {shared}"
+            )
+        row = self._finish(selected, kind, start, error, match, made, note)
+        if error is None and target is not None and target.numel():
+            self._watch_for_effect(call, row, value, target)
+
+    def _watch_for_effect(
+        self, call: Call, row: LogRow, value: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Note it in the row where the tensor is freed as soon as its tap has returned."""
+        reason = unkept.OF_CALLABLE if call.is_made_here else unkept.FREED
+
+        def freed() -> None:
+            try:
+                self._note_unkept(row, reason.format(site=call_site()))
+            except Exception as err:  # wherever the job is, it goes on
+                self.reason = self.reason or f"a graft without effect is not logged: {err}"
+
+        # Kept until the thread's next graft: what is freed later says nothing.
+        self._watching.latest = unkept.watch(call, value, target, freed)
+
+    def _note_unkept(self, row: LogRow, reason: str) -> None:
+        self._amend(row, WITHOUT_EFFECT, reason)
+        tap = f"{label(row['name'], row['tags'])} step={row['step']}"
+        tap += f" occurrence={row['occurrence']}"
+        self._once((row["name"], WITHOUT_EFFECT), f"tap {tap} was grafted without effect: {reason}")
 
     def _on_gradient(
-        self, call: Call, selected: Selected, grad: torch.Tensor, mesh: FrozenMesh | None
+        self, call: Call, parts: Parts, number: int, grad: torch.Tensor, mesh: FrozenMesh | None
     ) -> torch.Tensor | None:
-        """Return the gradient that replaces one, or None to keep it."""
+        """Return the gradient that replaces one, or a part of one; None to keep it."""
         if self.state != "running":
             return None
+        selected = parts.at(number)
         start = time.perf_counter()
         match: Match | None = None
         made: Replacement | None = None
@@ -366,6 +428,7 @@ class Replayer:
         replaced: torch.Tensor | None = None
         try:
             copy = grad.clone()  # in its graph, for whoever differentiates twice
+            self._check_parts(parts, number)
             with plainly():
                 target, placements = local_part(copy)
                 match = self._replacements.find(selected, "grad")
@@ -378,8 +441,53 @@ class Replayer:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
-        self._finish(selected, "grad", start, error, match, made, made.note if made else "")
+        if isinstance(error, MissingRecord) and number > 0:
+            error, replaced = self._too_many(parts, number, grad)
+        note = made.note if made is not None and error is None else ""
+        row = self._finish(selected, "grad", start, error, match, made, note)
+        parts.rows.append(row)
         return replaced
+
+    def _check_parts(self, parts: Parts, number: int) -> None:
+        """Refuse a part that is known to be one of more than were recorded.
+
+        Raises:
+            ReplayError: it is.
+        """
+        matcher = self._replacements.matcher
+        surplus = self._surplus.get(parts.selected.key.name)
+        if surplus is not None and not matcher.has(parts.at(surplus), "grad"):
+            raise ReplayError(MORE)
+        if number == 0 and matcher.has(parts.at(1), "grad"):
+            with self._lock:
+                self._in_parts.append(parts)
+
+    def _too_many(
+        self, parts: Parts, number: int, grad: torch.Tensor
+    ) -> tuple[GraftError, torch.Tensor | None]:
+        """Return why a part has no record, and what is to replace it."""
+        self._surplus.setdefault(parts.selected.key.name, number)
+        grafted = parts.grafted
+        if len(grafted) < number:
+            return ReplayError(MORE), None
+        for row in grafted:
+            self._amend(row, "error", MORE)
+        return ReplayError(ZEROS), torch.zeros_like(grad)
+
+    def _end_parts(self) -> None:
+        """Note where a part was taken for more than it is, once no other can come."""
+        with self._lock:
+            ended, self._in_parts = self._in_parts, []
+        for parts in ended:
+            if self._replacements.matcher.has(parts.at(len(parts.rows)), "grad"):
+                for row in parts.grafted:
+                    self._amend(row, "error", FEWER)
+                    tap = label(row["name"], row["tags"])
+                    self._once((row["name"], FEWER), f"tap {tap} was not grafted: {FEWER}")
+
+    def _amend(self, row: LogRow, outcome: str, reason: str) -> None:
+        """Write a row again, with what came to light since."""
+        self._write({**row, "outcome": outcome, "message": joined(reason, row["message"])})
 
     def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
         """Compare a value with the recorded one; values have no memory to graft onto."""
@@ -404,7 +512,7 @@ class Replayer:
         match: Match | None = None,
         made: Replacement | None = None,
         note: str = "",
-    ) -> None:
+    ) -> LogRow:
         """Log what came of a tap, say it where it failed, raise where that was asked for."""
         outcome, message = "compared" if kind == "value" else "grafted", note
         if error is not None:
@@ -434,14 +542,15 @@ class Replayer:
                 row["mean_abs"], row["changed"] = figures.mean_abs, figures.changed
         self._write(row)
         if error is None:
-            return
-        tap = f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
+            return row
+        tap = _tap(selected)
         policy = self.settings.on_missing if outcome == "missing" else self.settings.on_error
         if policy == "raise":
             raise ReplayError(f"tap {tap} was not grafted: {message}") from error
         self._once(
             (key.name, outcome, type(error).__name__), f"tap {tap} was not grafted: {message}"
         )
+        return row
 
     def _write(self, row: LogRow) -> None:
         assert self._log is not None  # `_ensure_log` made it
@@ -463,6 +572,12 @@ class Replayer:
 
     def _say(self, message: str) -> None:
         say(message, self._where())
+
+
+def _tap(selected: Selected) -> str:
+    """Return a tap as messages call it."""
+    key = selected.key
+    return f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
 
 
 def _worded(err: Exception) -> GraftError:

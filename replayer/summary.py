@@ -11,6 +11,7 @@ from recorder.format.rows import parse_tags
 from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
+from .log import WITHOUT_EFFECT
 from .match import selected_rows
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Summary:
         outcomes: how many taps had each outcome.
         first_error: the message of the first tap that failed, or "".
         first_missing: the message of the first tap without a record, or "".
+        first_unkept: the message of the first graft without effect, or "".
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -36,6 +38,7 @@ class Summary:
     selected: int
     unused: int
     unused_names: tuple[str, ...]
+    first_unkept: str = ""
 
     def problems(self, strict: bool, refused: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -49,12 +52,17 @@ class Summary:
             found.append(
                 f"{count(self.outcomes['error'], 'graft')} failed, the first: {self.first_error}"
             )
+        unkept = self.outcomes.get(WITHOUT_EFFECT, 0)
         if not self.outcomes.get("grafted"):
             found.append("nothing was grafted" + self._why_nothing())
         elif strict and self.outcomes.get("missing"):
             found.append(
                 f"--strict: {count(self.outcomes['missing'], 'selected tap')} had no record, "
                 f"the first: {self.first_missing}"
+            )
+        if strict and unkept and self.outcomes.get("grafted"):
+            found.append(
+                f"--strict: {count(unkept, 'graft')} had no effect, the first: {self.first_unkept}"
             )
         if strict and refused:
             found.append(f"--strict: {count(refused, 'tap')} could not be judged, see above")
@@ -66,6 +74,8 @@ class Summary:
         return found
 
     def _why_nothing(self) -> str:
+        if self.outcomes.get(WITHOUT_EFFECT):
+            return f" that anything could see, the first: {self.first_unkept}"
         if self.outcomes.get("missing"):
             return f": no selected tap has a record, the first: {self.first_missing}"
         if not self.outcomes:
@@ -74,7 +84,7 @@ class Summary:
 
     def line(self) -> str:
         """Return the counts as one line."""
-        order = ("grafted", "compared", "missing", "error")
+        order = ("grafted", WITHOUT_EFFECT, "compared", "missing", "error")
         counts = [f"{self.outcomes[o]} {o}" for o in order if self.outcomes.get(o)]
         tail = f"; {self.unused} of {self.selected} selected records unused" if self.unused else ""
         return (", ".join(counts) or "no tap was selected") + tail
@@ -113,6 +123,7 @@ def summarize(
         selected.height,
         unused.height,
         tuple(label(name, tags) for name, tags in names.head(5).select("name", "tags").iter_rows()),
+        _first(log, WITHOUT_EFFECT),
     )
 
 

@@ -74,6 +74,41 @@ def trim_parquet(path: Path, columns: dict[str, str], first_step: int, access: A
     return frame.height - kept.height
 
 
+def add_to_parquet(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    columns: dict[str, str],
+    later: Iterable[str],
+    access: Access = PRIVATE,
+) -> None:
+    """Add to rows of a parquet file, by their `seq`; one that is not there any more is left so.
+
+    Args:
+        path: the file.
+        rows: each a `seq` and some of the `later` columns.
+        columns: names and polars types.
+        later: the columns that may be added to; what is there already stays.
+        access: who may read it.
+
+    Raises:
+        OSError: it cannot be written; the file is as it was.
+        DamagedRecording: it does not hold what it should.
+    """
+    import polars as pl
+
+    try:
+        frame = read_parquet([path], columns)
+    except FileNotFoundError:
+        return
+    names = list(later)
+    added = to_frame(rows, {"seq": columns["seq"], **{name: columns[name] for name in names}})
+    both = frame.join(
+        added.unique("seq", keep="last"), on="seq", how="left", suffix="_new", maintain_order="left"
+    )
+    filled = both.with_columns(pl.coalesce(name, f"{name}_new").alias(name) for name in names)
+    _write_frame(path, filled.select(list(columns)), access)
+
+
 def count_rows(path: Path) -> int:
     """Return the number of rows in a parquet file, from its footer."""
     import polars as pl

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..diagnostics import call_site
+
+if TYPE_CHECKING:
+    from .recompute import Place
 
 _UNKNOWN = object()
 
@@ -24,7 +27,18 @@ class Call:
             1.0 and True are equal but differ as JSON.
     """
 
-    __slots__ = ("_site", "_value", "about", "dims", "extras", "given", "grad", "name", "tags")
+    __slots__ = (
+        "_place",
+        "_site",
+        "_value",
+        "about",
+        "dims",
+        "extras",
+        "given",
+        "grad",
+        "name",
+        "tags",
+    )
 
     def __init__(
         self,
@@ -44,6 +58,7 @@ class Call:
         self.tags: Mapping[str, Any] = tags or {}
         self.given = given
         self._value: Any = _UNKNOWN
+        self._place: Any = _UNKNOWN
         self._site = ""
 
     def value(self) -> Any:
@@ -58,9 +73,15 @@ class Call:
         """Whether the value is made by the tap's callable, whose errors stay with the tap."""
         return callable(self.given)
 
+    def place(self, look: Callable[[], Place | None]) -> Place | None:
+        """Return where the tap fires as `look` sees it, once, whoever asks first."""
+        if self._place is _UNKNOWN:
+            self._place = look()
+        return self._place  # type: ignore[no-any-return]
+
     def forget(self) -> None:
         """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
-        self.given = self._value = None
+        self.given = self._value = self._place = None
 
     @property
     def shown(self) -> str:

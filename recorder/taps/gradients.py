@@ -1,12 +1,16 @@
-"""Hear of a tensor's gradient, once for each tap of it.
+"""Hear of a tensor's gradient, for each tap of it, in as many parts as it comes in.
 
 An activation belongs to one graph, so each tap of it gets its own hook. A parameter outlives its
 graphs: which backward a gradient comes from cannot be told, so the taps of one name wait in line,
 first in, first out, and whoever makes several wait at a time is told so.
+
+Two backwards of one tensor (an auxiliary loss, a loss a micro-batch) bring its gradient in parts,
+none of which is the gradient: each is told its number.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +18,7 @@ from typing import Any
 
 import torch
 
-Callback = Callable[[torch.Tensor], "torch.Tensor | None"]
+Callback = Callable[[torch.Tensor, int], "torch.Tensor | None"]
 
 SEVERAL = (
     "several taps of one parameter wait for a gradient and get them first in, first out; "
@@ -27,23 +31,27 @@ NEVER = (
 
 
 class _Line:
-    """The taps of one parameter and name that wait for a gradient."""
+    """The taps of one parameter and name that wait for a gradient, and the last that got one."""
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[Callback, Callable[[str], None]]] = deque()
+        self.latest: Callback | None = None
+        self.parts = 0
         self.hook: Any = None
 
     def arrived(self, grad: torch.Tensor) -> torch.Tensor | None:
-        if not self.waiting:
-            return None
-        callback, tell = self.waiting.popleft()
         if self.waiting:
-            tell(SEVERAL)
-        else:
-            self.remove()
-        return callback(grad)
+            self.latest, tell = self.waiting.popleft()
+            self.parts = 0
+            if self.waiting:
+                tell(SEVERAL)
+        if self.latest is None:
+            return None
+        self.parts += 1
+        return self.latest(grad, self.parts - 1)
 
     def remove(self) -> None:
+        self.latest = None
         if self.hook is not None:
             self.hook.remove()
             self.hook = None
@@ -65,13 +73,14 @@ class GradientTaps:
         Args:
             tensor: the tapped tensor; one that needs no gradient gets none, and nothing is called.
             name: the tap's name.
-            callback: called at most once.
+            callback: called for each backward that reaches the tensor, with the number of the part,
+                from 0.
             tell: called with a clause where the gradient cannot be told apart, or never came.
         """
         if not tensor.requires_grad:
             return
         if not tensor.is_leaf:
-            tensor.register_hook(_once(callback))
+            tensor.register_hook(_counting(callback))
         elif torch.is_grad_enabled():  # else no backward follows, as in an evaluation
             line = self._lines_of(tensor).setdefault(name, _Line())
             line.waiting.append((callback, tell))
@@ -87,6 +96,13 @@ class GradientTaps:
                 line.waiting.clear()
                 line.remove()
 
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for _, lines in list(self._lines.values()):
+            for line in lines.values():
+                line.waiting.clear()
+                line.remove()
+
     def _lines_of(self, tensor: torch.Tensor) -> dict[str, _Line]:
         key = id(tensor)
         found = self._lines.get(key)
@@ -96,11 +112,10 @@ class GradientTaps:
         return found[1]
 
 
-def _once(callback: Callback) -> Callback:
-    waiting = [callback]
+def _counting(callback: Callback) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    numbers = itertools.count()
 
     def hook(grad: torch.Tensor) -> torch.Tensor | None:
-        # A graph that is kept may run backward again; the first time is the tap's.
-        return waiting.pop()(grad) if waiting else None
+        return callback(grad, next(numbers))
 
     return hook

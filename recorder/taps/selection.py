@@ -1,8 +1,9 @@
 """Which taps a session wants, and the key of each: shared by recording and replaying.
 
 `Selection.select` cleans a call's tags, asks the filter (once per distinct tags, unless the filter
-reads the step), and counts the occurrence. It also remembers what it saw, so that a filter that
-selected nothing can say why.
+reads the step), and counts the occurrence; that of a forward repeated by activation checkpointing
+is that of its first. It also remembers what it saw, so that a filter that selected nothing can say
+why.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from typing import Any, NamedTuple
 from .. import tags as tagging
 from ..errors import BadTag, FilterError
 from ..filters import Filter
-from ..tags import MOST_TAG_BYTES, Key, TagValue
+from ..tags import MOST_TAG_BYTES, PART, RECOMPUTE, Key, TagValue
 from .call import Call
+from .recompute import IN_ORDER, First, Firsts, Place, look
 from .values import classify
 
+THREADS = (
+    "several threads tap it in one step, so which firing is which occurrence is by chance; tag "
+    "them apart, as in context(micro_batch=i)"
+)
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
 _PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -47,6 +53,8 @@ class Selected(NamedTuple):
         seq: its position in execution order on this rank.
         forward: whether the tapped value itself is wanted.
         grad: whether its gradient is wanted.
+        note: what to know of how its key was found, "" where there is nothing.
+        trouble: why its key cannot be told, so that nothing is to be done with it; "" where it can.
     """
 
     key: Key
@@ -56,6 +64,17 @@ class Selected(NamedTuple):
     seq: int
     forward: bool
     grad: bool
+    note: str = ""
+    trouble: str = ""
+
+
+def part_of(selected: Selected, number: int) -> Selected:
+    """Return what a part of the gradient is selected as: the first as the whole would be."""
+    if number == 0:
+        return selected
+    tags = {**selected.tags, PART: number}
+    key = selected.key._replace(tags=tagging.key_tags(tags))
+    return selected._replace(key=key, tags=tags, text=tagging.canonical(tags))
 
 
 class _Env(dict[str, Any]):
@@ -87,14 +106,22 @@ class Selection:
         self.ignored: set[Any] = set()
         self._rank: int | None = None
         self._counts: Counter[tuple[str, str, bool]] = Counter()
+        self._firsts = Firsts()
+        self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
         self._late = filter is not None and bool(filter.names & {"step", "kind"})
+        self._splits = filter is not None and RECOMPUTE in filter.names
+
+    def begin(self) -> None:
+        """Note that the job was under way before: forwards may be repeated that nobody saw."""
+        self._firsts.begin()
 
     def next_step(self) -> None:
         """Begin the next step: occurrences count from 0 again."""
         with self._lock:
             self.step += 1
             self._counts.clear()
+            self._threads.clear()
 
     def next_seq(self) -> int:
         """Return the next position in execution order."""
@@ -113,8 +140,13 @@ class Selection:
             raise BadTag(
                 "it is tapped in the middle of another tap, by a signal's handler or a finalizer"
             )
-        site = self._site(call, rank)
+        place = call.place(look)
+        again = place is not None and bool(place.again)
+        site = self._site(call, rank, again)
         if site.wanted is False:
+            if self._splits and not again:  # its repetition may be wanted, and is told apart by it
+                with self._lock:
+                    self._count(call, site, place)
             return None
         forward = grad = True
         if site.wanted is None and self.filter is not None:
@@ -126,17 +158,75 @@ class Selection:
                 with self._lock:  # of one key, a filter by kind may want some taps and not others
                     self._counts[call.name, site.key_text, site.recompute] += 1
                 return None
-        counted = (call.name, site.key_text, site.recompute)
+        if place is not None and place.again and not place.again[0].keeps_graph:
+            grad = False  # it comes by way of the first forward
+        note = trouble = ""
+        plain = self._site(call, rank, False) if again else site
+        step = self.step
         with self._lock:
-            occurrence = self._counts[counted]
-            self._counts[counted] += 1
+            if again and place is not None:
+                first, note, trouble, is_second = self._repeated(call, plain, place)
+                site = site if is_second else plain
+                step, occurrence = first
+            else:
+                occurrence = self._count(call, site, place)
+                if self._is_another_thread_s(call, site, place):
+                    note = THREADS
             seq = self._seq
             self._seq += 1
             self.selected += 1
-            key = Key(call.name, site.key_text, self.step, occurrence)
-        return Selected(key, site.tags, site.text, site.recompute, seq, forward, grad and call.grad)
+            key = Key(call.name, site.key_text, step, occurrence)
+        return Selected(
+            key,
+            site.tags,
+            site.text,
+            site.recompute,
+            seq,
+            forward,
+            grad and call.grad,
+            note,
+            trouble,
+        )
 
-    def _site(self, call: Call, rank: int) -> _Site:
+    def _count(self, call: Call, site: _Site, place: Place | None) -> int:
+        """Return the next occurrence of these tags."""
+        counted = (call.name, site.key_text, site.recompute)
+        occurrence = self._counts[counted]
+        self._counts[counted] = occurrence + 1
+        if not (site.recompute or (place is not None and place.again)):
+            self._firsts.note(counted, place, self.step, occurrence)
+        return occurrence
+
+    def _is_another_thread_s(self, call: Call, site: _Site, place: Place | None) -> bool:
+        """Whether another thread, not ended yet, tapped these tags in this step.
+
+        The threads of a backward do not count.
+        """
+        if place is not None and place.task != -1:
+            return False
+        thread = threading.get_ident()
+        counted = (call.name, site.key_text, site.recompute)
+        known = self._threads.setdefault(counted, thread)
+        if known == thread:
+            return False
+        if any(other.ident == known for other in threading.enumerate()):
+            return True
+        self._threads[counted] = thread
+        return False
+
+    def _repeated(self, call: Call, plain: _Site, place: Place) -> tuple[First, str, str, bool]:
+        """Return what one in a recomputation repeats, a note, what is wrong, if it repeats any."""
+        counted = (call.name, plain.key_text, False)
+        so_far = self._counts[counted]
+        found = self._firsts.find(counted, place, self.step, so_far)
+        if isinstance(found, First):
+            unsure = place.again[0].is_unknown and so_far > 1
+            return found, IN_ORDER if unsure else "", "", True
+        if found is None or plain.recompute:  # the job's own tag says which it is
+            return First(self.step, self._count(call, plain, place)), "", "", plain.recompute
+        return First(self.step, so_far), "", found, True
+
+    def _site(self, call: Call, rank: int, again: bool) -> _Site:
         if rank != self._rank:
             with self._lock:  # a process group has come up
                 self._sites.clear()
@@ -145,20 +235,26 @@ class Selection:
         # Others may be mutable, or equal without being the same.
         plain = type(call.name) is str and _PLAIN.issuperset(map(type, call.tags.values()))
         about = call.about if plain else ()
+        if again and about:
+            about = (RECOMPUTE, about)
         site = self._sites.get(about)
         if site is not None:
             return site
         with self._lock:
-            return self._new_site(call, rank, about)
+            return self._new_site(call, rank, about, again)
 
-    def _new_site(self, call: Call, rank: int, about: tuple[Any, ...]) -> _Site:
+    def _new_site(self, call: Call, rank: int, about: tuple[Any, ...], again: bool) -> _Site:
         if not isinstance(call.name, str):
             raise BadTag(f"its name is a {type(call.name).__name__}, expected a string")
         name = tagging.text("its name", call.name)
+        if PART in call.tags:
+            raise tagging.reserved(PART)
         tags = {tag: tagging.clean(tag, value) for tag, value in call.tags.items()}
         if len(self.names_seen) < _NAMES_KEPT:
             self.names_seen.add(name)
             self.tags_seen.update(tags)
+        if again:
+            tags[RECOMPUTE] = True
         wanted: bool | None = True
         if self._late:
             wanted = None
@@ -167,14 +263,15 @@ class Selection:
         text = tagging.canonical(tags)
         if max(len(name), len(text)) * 4 > MOST_TAG_BYTES:  # UTF-8 takes up to four a character
             raise BadTag("its name and tags are of more than 16,000 characters; shorten them")
-        site = _Site(tags, text, tagging.key_tags(tags), tagging.is_recompute(tags), wanted)
+        key_text = tagging.key_tags(tags)
+        site = _Site(tags, text, key_text, tagging.is_recompute(tags), wanted)
         if about:
             if len(self._sites) >= _CACHED:
                 self._sites.clear()
                 self.ignored.clear()
             if rank == self._rank:
                 self._sites[about] = site
-                if wanted is False:
+                if wanted is False and not again and not self._splits:
                     self.ignored.add(about)
         return site
 

@@ -61,6 +61,16 @@ def release() -> None:
         _leave_wakeup()
 
 
+def let_interrupts_through() -> None:
+    """Let Ctrl-C interrupt a wait, as it did before polars was imported.
+
+    Polars puts a handler of its own before Python's, after which a system call that was interrupted
+    goes on: a job that waits for a lock or a queue would not hear of Ctrl-C before it has it.
+    """
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.siginterrupt(signal.SIGINT, True)
+
+
 def _is_ours() -> bool:
     return signal.getsignal(_END) is _received
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+from ..diagnostics import call_site, say
 from ..errors import ReplayError, is_from_the_job
 from ..ranks import is_group_up
 from . import sessions
@@ -109,6 +110,8 @@ class context:  # noqa: N801  # read as a verb at the call site
         if not sessions.active and _is_compiling():
             return
         around = _around.get()
+        if around is not None and around.owner is not self:
+            _tell_of_order()
         while around is not None and around.owner is not self:
             around = around.outer  # an inner one that was never left, as in a dropped generator
         if around is not None:
@@ -156,6 +159,22 @@ class context:  # noqa: N801  # read as a verb at the call site
                 raise
             except BaseException as err:
                 resume, given = generator.throw, err
+
+
+_told: tuple[Any, ...] = ()
+
+
+def _tell_of_order() -> None:
+    """Say, once while the same sessions listen, that a context was left before one inside it."""
+    global _told
+    if not sessions.active or _told == sessions.active:
+        return
+    _told = sessions.active
+    say(
+        f"a context is left at {call_site()} while one that was entered later is not, as by "
+        "generators that are read in turn, so taps in between have each other's tags; give these "
+        "at the taps, or make context a decorator of the generators"
+    )
 
 
 def _is_compiling() -> bool:

@@ -4,6 +4,8 @@
 2. Whoever needs the bytes reads `Staging.view` or `Staging.tensor`, once `Part.wait` has returned:
    what comes from a device may still be on its way.
 3. When its last user has released a part, its room is free again, in the order of the puts.
+4. Who reads a part beside its users (`Staging.lend`) has it until the room is needed: it is taken
+   back then, and what was made of it since is of no use.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +29,7 @@ _SMALL = 64 << 10  # faster copied than the interpreter is given away and taken 
 _WARM_FROM = 1 << 20
 _WARM_STEP = 8 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; `mmap` has no name for it yet
+_LOOKED_AGAIN = 0.02  # seconds: that a part is needed no more, but lent, is not told
 _PARTS = 4_096  # rows take memory too, however small their payloads
 
 
@@ -45,6 +48,8 @@ class Part:
         nbytes: how many.
         size: the room they take.
         users: how many still need them.
+        is_lent: whether somebody reads them beside those.
+        is_taken_back: whether they may have changed under whoever they were lent to.
         arrival: the copy that brings them, or None where they are there.
         payload: what they are of, as whoever put them in says.
         first: whether they begin it.
@@ -52,7 +57,18 @@ class Part:
     """
 
     # One object for all of it: each that lives on is one more for the garbage collector to visit.
-    __slots__ = ("arrival", "first", "last", "nbytes", "offset", "payload", "size", "users")
+    __slots__ = (
+        "arrival",
+        "first",
+        "is_lent",
+        "is_taken_back",
+        "last",
+        "nbytes",
+        "offset",
+        "payload",
+        "size",
+        "users",
+    )
 
     def __init__(self, offset: int, nbytes: int, size: int, users: int) -> None:
         self.offset = offset
@@ -62,6 +78,7 @@ class Part:
         self.arrival: Arrival | None = None
         self.payload: Any = None
         self.first = self.last = True
+        self.is_lent = self.is_taken_back = False
 
     @property
     def is_whole(self) -> bool:
@@ -85,6 +102,8 @@ class Staging:
         budget: its size in bytes.
         copies: brings tensors from devices; see `device`.
         on_short: called when there is no room, before it is waited for or given up on.
+        patience: seconds in which something that is lent has to be given back; else what is lent is
+            taken back as its room is needed.
     """
 
     def __init__(
@@ -92,7 +111,11 @@ class Staging:
         budget: int,
         copies: DeviceCopies | None = None,
         on_short: Callable[[], None] | None = None,
+        patience: float = 0.0,
     ) -> None:
+        self._patience = patience
+        self._given_back = 0.0
+        self._lent = 0
         self.budget = max(4 * _ALIGNMENT, budget)
         self.backlog = 0
         self.held_seconds = 0.0
@@ -157,9 +180,41 @@ class Staging:
                 part.users -= 1
             self._free_released()
 
+    def lend(self, parts: Sequence[Part]) -> None:
+        """Let somebody read some parts until they are given back, or the room is needed."""
+        with self._lock:
+            if not self._lent:
+                self._given_back = time.monotonic()
+            for part in parts:
+                part.is_lent = True
+            self._lent += len(parts)
+
+    def give_back(self, parts: Iterable[Part]) -> None:
+        """Note that what was lent is not read any more."""
+        with self._lock:
+            self._given_back = time.monotonic()
+            for part in parts:
+                self._lent -= part.is_lent
+                part.is_lent = False
+            self._free_released()
+
+    def _room_of_lent(self, size: int) -> int | None:
+        """Take back what is lent and needed by nobody else, until there is room; return where."""
+        if time.monotonic() - self._given_back < self._patience:
+            return None
+        while self._waiting and self._waiting[0].is_lent and self._waiting[0].users <= 0:
+            part = self._waiting[0]
+            part.is_lent, part.is_taken_back = False, True
+            self._lent -= 1
+            self._free_released()
+            offset = self._find(size)
+            if offset is not None:
+                return offset
+        return None
+
     def _free_released(self) -> None:
         freed = False
-        while self._waiting and self._waiting[0].users <= 0:
+        while self._waiting and self._waiting[0].users <= 0 and not self._waiting[0].is_lent:
             self.backlog -= self._waiting.popleft().size
             freed = True
         if freed:
@@ -212,13 +267,17 @@ class Staging:
                 self._free_released()
                 self.backlog = sum(part.size for part in self._waiting)
             offset = self._find(size)
+            if offset is None:
+                offset = self._room_of_lent(size)
             if offset is None and self._on_short is not None:
                 self._on_short()
             if offset is None and hold and not self._closed:
                 started = time.perf_counter()
                 while offset is None and not self._closed:
-                    self._room.wait()
+                    self._room.wait(_LOOKED_AGAIN)
                     offset = self._find(size)
+                    if offset is None:
+                        offset = self._room_of_lent(size)
                 self.held_seconds += time.perf_counter() - started
             if self._closed or offset is None:
                 return None

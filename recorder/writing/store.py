@@ -5,7 +5,9 @@
 2. `Store.flush` writes what was gathered, then appends the finished rows to the journal; from then
    on a killed process loses none of them.
 3. `Store.seal` closes a shard: header, final name, then its rows as parquet.
-4. Of a recording of the last steps alone, `Store.end_step` removes the shards of older ones.
+4. Statistics of rows that are sealed already (`Store.add_statistics`) are put there by
+   `Store.add_late`, in a file that takes the place of the other: no row waits for them.
+5. Of a recording of the last steps alone, `Store.end_step` removes the shards of older ones.
 
 Not thread-safe; a `Writer`'s thread owns it. Known limit: equal bytes are recognised among the last
 30,000 distinct payloads of a rank.
@@ -26,13 +28,13 @@ import torch
 import xxhash
 
 from ..bits import dtype_name
-from ..errors import LimitReached
+from ..errors import DamagedRecording, LimitReached
 from ..format import disk
 from ..format.disk import PRIVATE, Access
 from ..format.journal import Journal
 from ..format.schema import COLUMNS, STATISTICS, ManifestRow, stem
 from ..format.shard import ShardWriter, header_room
-from ..format.tables import count_rows, seal_journal, trim_parquet
+from ..format.tables import add_to_parquet, count_rows, seal_journal, trim_parquet
 
 SHARD_BYTES = 1 << 30
 _ROWS_A_SHARD = 8_192  # values and repeats need no header room, but rows need memory to seal
@@ -76,6 +78,8 @@ class Payload:
         completed: how many steps are complete, of one that stands for the end of a step; else None.
         statistics: gathered so far; of use to whoever gathers them alone.
         is_safe: whether its row is in the journal.
+        is_left_out: whether its statistics are given up.
+        index: the number of the shard whose rows its own is among.
 
     Of one that comes in parts: the digest so far and those of its beginnings; where another begins
     with the same bytes; how many were written, or need not be; the limit it would exceed.
@@ -88,6 +92,8 @@ class Payload:
     completed: int | None = None
     statistics: Any = None
     is_safe: bool = False
+    is_left_out: bool = False
+    index: int = -1
     _hash: Any = field(default=None, repr=False)
     _beginnings: list[int] = field(default_factory=list, repr=False)
     _known: int = 0
@@ -161,6 +167,7 @@ class Store:
         self._unmeasured = _MEASURED_EVERY
         self._step = 0
         self._opened = 0.0
+        self._late: dict[int, list[ManifestRow]] = {}
         self._sealed: deque[_Sealed] = deque()  # those of the last steps, where only they are kept
         self._steps = _NO_STEPS
         self.rows = 0
@@ -205,11 +212,41 @@ class Store:
         if self._limits.keeps_payloads:
             self._place(payload, number, known)
         self._finish_row(payload.row)
+        payload.index = self._index
         self._unsafe.append(payload)
 
-    def add_statistics(self, seq: int, statistics: Mapping[str, float | int | None]) -> None:
-        """Add to a row that was added to this shard before."""
-        self._done.append(cast(ManifestRow, {"seq": seq, **statistics}))
+    def add_statistics(
+        self,
+        seq: int,
+        statistics: Mapping[str, float | int | None],
+        index: int | None = None,
+    ) -> None:
+        """Add to a row that was added before.
+
+        Args:
+            seq: the row's.
+            statistics: what to add.
+            index: the number of the shard that it was added to; by default that which is open.
+        """
+        row = cast(ManifestRow, {"seq": seq, **statistics})
+        if index is None or (index == self._index and self._shard is not None):
+            self._done.append(row)
+        else:
+            self._late.setdefault(index, []).append(row)
+
+    def add_late(self, before: int | None = None) -> None:
+        """Put statistics of rows that are sealed where those are.
+
+        A failure costs these statistics alone.
+
+        Args:
+            before: the shard of which statistics may still come; all by default.
+        """
+        for index in [i for i in self._late if before is None or i < before]:
+            path = self._folder / f"{stem(self._attempt, index)}.parquet"
+            rows = self._late.pop(index)
+            with contextlib.suppress(OSError, DamagedRecording):
+                add_to_parquet(path, rows, COLUMNS, STATISTICS, self._limits.access)
 
     def write_out(self) -> None:
         """Write what was gathered; the bytes that were added may change from then on.

@@ -1,6 +1,9 @@
 """Gathers statistics in a thread of its own: beside the writing, not in front of it.
 
-1. `Summaries.add` queues a staged part of a payload; whoever adds it lets this have them.
+Nothing waits for it for long: parts are lent to it (`Staging.lend`), and taken back where they are
+kept too long and their room is needed.
+
+1. `Summaries.add` queues staged parts of payloads.
 2. The thread takes what has queued up. Small payloads of one dtype and size that lie side by side
    are done at once: a call for each would cost more than its elements.
 3. `Summaries.take` hands over what is finished; `wait` returns when everything is.
@@ -26,7 +29,7 @@ class Summaries:
     """Statistics of staged payloads, in the order they were staged.
 
     Args:
-        staging: where the parts lie; each is released here once.
+        staging: where the parts lie; each is given back here once.
         on_idle: called, from the thread, when there is something to `take` and nothing to do.
     """
 
@@ -39,14 +42,20 @@ class Summaries:
         self._busy = False
         self._closing = False
         self._useless = False
+        self._done = 0
+        self._working: list[Part] = []
+        self.left_out = 0
         self._wide: torch.Tensor | None = None
         self.error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="graft-statistics", daemon=True)
         self._thread.start()
 
     def add(self, parts: list[Part]) -> None:
-        """Queue parts."""
+        """Queue parts; those that were taken back meanwhile leave the queue."""
+        self._staging.lend(parts)
         with self._wake:
+            while self._queue and self._queue[0].is_taken_back:
+                self._leave_out(self._queue.popleft().payload)
             self._queue.extend(parts)
             self._wake.notify_all()
 
@@ -62,22 +71,31 @@ class Summaries:
             taken.append(self._found.popleft())
         return taken
 
-    def wait(self) -> None:
-        """Return when nothing is queued or being worked on."""
+    def wait(self, patience: float) -> bool:
+        """Wait until nothing is queued or being worked on.
+
+        Returns:
+            Whether it came to that; False once nothing has moved for so many seconds.
+        """
         with self._wake:
             while self._queue or self._busy:
-                self._wake.wait()
+                before = self._done
+                if not self._wake.wait(patience) and self._done == before:
+                    for part in (*self._working, *self._queue):
+                        self._leave_out(part.payload)
+                    return False
+        return True
 
     def give_up(self) -> None:
-        """Only release from now on: nobody wants statistics any more."""
+        """Only give back from now on: nobody wants statistics any more."""
         self._useless = True
 
-    def close(self) -> None:
-        """End the thread once everything is done."""
+    def close(self, patience: float) -> None:
+        """End the thread once everything is done, or leave it to itself after so many seconds."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
-        self._thread.join()
+        self._thread.join(patience)
 
     def _run(self) -> None:
         while True:
@@ -95,13 +113,17 @@ class Summaries:
                 parts = [self._queue.popleft()]
                 while self._queue and len(parts) < _TOGETHER and _alike(parts, self._queue[0]):
                     parts.append(self._queue.popleft())
-                self._busy = True
-            if not self._useless:
+                self._busy, self._working = True, parts
+            if self._useless:
+                for part in parts:
+                    self._leave_out(part.payload)
+            else:
                 try:
                     self._summarise(parts)
                 except Exception as err:  # a bug of ours: the recording ends, the job does not
                     self.error, self._useless = err, True
-            self._staging.release(parts)
+            self._done += 1
+            self._staging.give_back(parts)
 
     def _summarise(self, parts: list[Part]) -> None:
         for part in parts:
@@ -109,18 +131,31 @@ class Summaries:
         if self._wide is None:
             self._wide = workspace()
         if len(parts) > 1:
-            self._found.extend(zip((p.payload for p in parts), self._of_many(parts), strict=True))
+            for part, found in zip(parts, self._of_many(parts), strict=True):
+                # Asked for behind the work: what was made of changed bytes is not to be told.
+                if part.is_taken_back:
+                    self._leave_out(part.payload)
+                else:
+                    self._found.append((part.payload, found))
             return
         (part,) = parts
         payload = part.payload
-        if not has_statistics(payload.dtype):
+        if not has_statistics(payload.dtype) or payload.is_left_out:
             return
         if payload.statistics is None:
             payload.statistics = Statistics(payload.dtype, self._wide)
-        payload.statistics.add(self._staging.tensor(part.offset, part.nbytes))
-        if part.last:
+        if not part.is_taken_back:
+            payload.statistics.add(self._staging.tensor(part.offset, part.nbytes))
+        if part.is_taken_back:
+            self._leave_out(payload)
+        elif part.last:
             self._found.append((payload, payload.statistics.result()))
             payload.statistics = None
+
+    def _leave_out(self, payload: Payload) -> None:
+        if payload.dtype is not None and has_statistics(payload.dtype) and not payload.is_left_out:
+            payload.is_left_out, payload.statistics = True, None
+            self.left_out += 1
 
     def _of_many(self, parts: list[Part]) -> list[dict[str, float | int | None]]:
         assert self._wide is not None  # `_summarise` made it

@@ -4,19 +4,22 @@
    and queues its row. It wakes nobody while the thread is at work or about to look.
 2. The thread lets a burst pass, then takes all that has queued up: each payload goes to the
    `Store`, and beside it to the `Summaries`.
-3. What the store has flushed is safe; statistics follow in lines of their own.
+3. What the store has flushed is safe; statistics follow in lines of their own, or, where the shard
+   is sealed by then, in its manifest. Nothing waits for them but the end, and that not for good.
 
 The thread calls for the interpreter rarely and for short: a job busy with Python gives it away only
 every 5 ms. Failure of any write ends the recording at the last row that is safe; the job never
 notices.
 
-Known limit: rows of a job killed before their statistics came have none.
+Known limit: rows of a job killed before their statistics came have none, nor have those whose room
+was needed before.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 import time
 import weakref
@@ -34,6 +37,7 @@ from ..errors import CaptureError, LimitReached
 from ..format.schema import ManifestRow
 from ..progress import SECONDS, Progress
 from ..settings import RecordSettings
+from ..taps.signals import let_interrupts_through
 from .staging import Part, Staging
 from .store import Limits, Payload, Store
 from .summaries import Summaries
@@ -46,7 +50,14 @@ _RELEASED_BYTES = 4 << 20
 _RELEASED_PARTS = 512
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
 _RATE_SECONDS = 1.0
+_GRACE_SECONDS = 2.0
+CUT_SHORT = (
+    "an interrupt came while it was being closed, and what still waited to be written is left out; "
+    "let it be closed to have all of it"
+)
 _HANDLER_SECONDS = 4.0
+_LENT_SECONDS = 0.25  # while statistics come, room is waited for; when they do not, it is taken
+_FIGURES_SECONDS = 5.0  # in which no statistics come: then they are not waited for any more
 
 
 class Writer:
@@ -86,10 +97,14 @@ class Writer:
         self._written = threading.Event()
         self._wake_lock = threading.RLock()  # see `Staging` why each is held by itself
         self._wake = threading.Condition(self._wake_lock)
-        self._staging = Staging(budget - min(budget // 4, _WORKING_BYTES), on_short=self._hurry)
+        self._staging = Staging(
+            budget - min(budget // 4, _WORKING_BYTES),
+            on_short=self._hurry,
+            # Where statistics are all there is of a payload, room is waited for.
+            patience=_LENT_SECONDS if limits.keeps_payloads else _FIGURES_SECONDS,
+        )
         self._store = Store(folder, attempt, limits)
         self._summaries = Summaries(self._staging, self._nudge) if statistics else None
-        self._users = 1 if self._summaries is None else 2
         self._submitting = threading.RLock()
         self._queue: deque[Part] = deque()
         self._urgent = self._staging.budget * 3 // 4
@@ -97,6 +112,8 @@ class Writer:
         self._gathering = False
         self._closing = False
         self._ended = False
+        self._has_given_up = False
+        self._last_write: float | None = None
         self._tells_steps = limits.fsync == "step" or limits.keep_last is not None
         self._caught_up_lock = threading.Lock()
         self._caught_up = threading.Condition(self._caught_up_lock)
@@ -123,6 +140,11 @@ class Writer:
     def bytes_written(self) -> int:
         """Bytes of payload on disk."""
         return self._store.bytes
+
+    @property
+    def without_statistics(self) -> int:
+        """Payloads whose statistics were given up."""
+        return 0 if self._summaries is None else self._summaries.left_out
 
     def progress(self) -> Progress:
         """Return how far this is."""
@@ -155,7 +177,7 @@ class Writer:
             split = list(pieces(bits, self._staging.largest))
             for i, piece in enumerate(split):
                 # Once its first part is in, a payload is waited for.
-                part = self._staging.put(piece, self._users, hold=self._hold or i > 0)
+                part = self._staging.put(piece, 1, hold=self._hold or i > 0)
                 if not self._put(part, payload, i == 0, i == len(split) - 1):
                     return
 
@@ -165,7 +187,7 @@ class Writer:
             if not self._closing and self._is_in_time(nbytes):
                 payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
                 address = tensor.data_ptr()
-                part = self._staging.put_bytes(address, nbytes, self._users, hold=self._hold)
+                part = self._staging.put_bytes(address, nbytes, 1, hold=self._hold)
                 self._put(part, payload)
 
     def submit_value(self, row: ManifestRow) -> None:
@@ -196,8 +218,19 @@ class Writer:
         with self._submitting:  # whoever is in there has queued all of his payload
             self._closing = True
         self._nudge()
+        # A thread that was interrupted in joining counts as ended. In short waits: while polars is
+        # being imported an interrupt ends none, see `let_interrupts_through`.
+        while not self._written.wait(_GATHER_SECONDS):
+            pass
         self._thread.join()
         self._importing.join()
+
+    def cut_short(self) -> None:
+        """Let `close` leave out statistics and what is not written soon; called again, at once."""
+        self._last_write = time.monotonic() + (_GRACE_SECONDS if self._last_write is None else 0.0)
+        if self._summaries is not None:
+            self._summaries.give_up()
+        self._nudge()
 
     def _turn(self) -> AbstractContextManager[Any]:
         """Return the lock under which one thread at a time submits.
@@ -280,11 +313,14 @@ class Writer:
         try:
             while self._gather():
                 while self._queue:
+                    if self._last_write is not None and time.monotonic() >= self._last_write:
+                        raise LimitReached(CUT_SHORT)
                     self._take()
                 self._flush()
                 self._staging.warm_up(self._largest)
             self._settle_statistics()
             self._store.close()
+            self._store.add_late()
             self._publish()
         except LimitReached as err:
             self._stop("stopped", str(err))
@@ -296,7 +332,7 @@ class Writer:
             self._ended = True
             self._staging.close()
             if self._summaries is not None:
-                self._summaries.close()
+                self._summaries.close(0.0 if self._has_given_up else _FIGURES_SECONDS)
             self._written.set()
             with self._submitting:
                 self._queue.clear()
@@ -370,7 +406,8 @@ class Writer:
         if self._summaries.error is not None:
             raise self._summaries.error
         for payload, found in self._summaries.take():
-            self._store.add_statistics(payload.row["seq"], found)
+            self._store.add_statistics(payload.row["seq"], found, payload.index)
+            self._store.add_late(before=payload.index)
         self._store.flush()
 
     def _publish(self) -> None:
@@ -379,14 +416,15 @@ class Writer:
             self._on_progress(self.progress())
 
     def _settle_statistics(self) -> None:
-        """Wait for the statistics of what was stored, and store them."""
+        """Wait for the statistics of what was stored, while they come, and store them."""
         self._store.flush()
-        if self._summaries is not None:
-            self._summaries.wait()
+        if self._summaries is not None and not self._summaries.wait(_FIGURES_SECONDS):
+            self._has_given_up = True
+            self._summaries.give_up()
         self._flush()
 
     def _seal(self) -> None:
-        self._settle_statistics()
+        self._flush()
         self._store.seal()
 
     def _stop(self, state: str, reason: str) -> None:
@@ -395,6 +433,7 @@ class Writer:
             if state == "stopped":
                 self._settle_statistics()
                 self._store.close()
+                self._store.add_late()
         except Exception as err:
             fact = err.strerror if isinstance(err, OSError) else None
             state, reason = "failed", f"writing failed: {fact or err}"
@@ -411,7 +450,10 @@ class Writer:
 
 
 def _import_polars() -> None:
-    import polars  # noqa: F401
+    if "polars" not in sys.modules:
+        import polars  # noqa: F401
+
+        let_interrupts_through()
 
 
 _imports: weakref.WeakSet[threading.Thread] = weakref.WeakSet()

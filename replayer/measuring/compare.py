@@ -2,7 +2,8 @@
 
 `rel_diff` is `1 - 2<x, y> / (|x|^2 + |y|^2)` in float64, 0 for equal tensors and for two of zeros,
 and 1 or more for unrelated ones; it is computed as `|x - y|^2 / (|x|^2 + |y|^2)`, the same number
-without the cancellation.
+without the cancellation. All figures are over the elements that are finite on both sides; what
+differs elsewhere counts as changed.
 
 1. `_sums` goes over both tensors chunk by chunk, in memory that is reused, and adds up the squares
    and the differences.
@@ -56,13 +57,13 @@ _memory = threading.local()
 
 @dataclass(frozen=True)
 class Difference:
-    """Figures over all elements; None where a NaN or an infinity leaves them undefined.
+    """Figures over the elements that are finite on both sides; None where there are none.
 
     Attributes:
         rel_diff: relative difference, see the module's docstring.
         max_abs: greatest absolute difference.
         mean_abs: mean absolute difference.
-        changed: elements that differ; NaN equals NaN, and 0.0 equals -0.0.
+        changed: of all elements, those that differ; NaN equals NaN, and 0.0 equals -0.0.
         numel: elements compared.
     """
 
@@ -93,39 +94,44 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
         on_cpu = one.device.type == "cpu"
         rows = _sums(one, other, _wide_memory(one.device, size), size, on_cpu).tolist()
     figures = [
-        _Figures(*row)
+        _Figures(row[0], row[1], row[2], row[3], row[4], min(size, numel - i * size))
         if all(map(math.isfinite, row))
         else _exact(one[i * size : (i + 1) * size], other[i * size : (i + 1) * size])
         for i, row in enumerate(rows)
     ]
     changed = int(sum(figure.changed for figure in figures))
+    finite = sum(figure.finite for figure in figures)
+    if not finite:
+        undefined = None if changed else 0.0
+        return Difference(undefined, undefined, undefined, changed, numel)
     total = math.fsum(figure.total for figure in figures)
     squares = math.fsum(figure.squares for figure in figures)
     summed = math.fsum(figure.summed for figure in figures)
     most = max(figure.most for figure in figures)
-    if any(math.isnan(figure.most) for figure in figures):
-        most = math.nan
-    relative = 0.0 if changed == 0 else math.nan
-    if changed and math.isfinite(total) and total > 0:
+    relative = 0.0 if changed == 0 or most == 0 else math.nan
+    if most and math.isfinite(total) and total > 0:
         relative = squares / total
-    return Difference(_defined(relative), _defined(most), _defined(summed / numel), changed, numel)
+    return Difference(_defined(relative), _defined(most), _defined(summed / finite), changed, numel)
 
 
 class _Figures(NamedTuple):
-    """Of one chunk: sums over its elements, and the greatest absolute difference."""
+    """Of one chunk: sums over its finite elements, the greatest absolute difference, and counts."""
 
     total: float
     squares: float
     most: float
     summed: float
     changed: float
+    finite: int
 
 
 def _exact(one: torch.Tensor, other: torch.Tensor) -> _Figures:
     """Return the figures of a chunk where infinities, NaN or large integers stand in the way."""
     x, y = _wide(one), _wide(other)
     equal = _equal(one, other, x, y)
-    apart = torch.where(equal, 0.0, (x - y).abs())  # infinities of one sign are equal
+    finite = x.isfinite() & y.isfinite()
+    apart = torch.where(equal | ~finite, 0.0, (x - y).abs())
+    x, y = torch.where(finite, x, 0.0), torch.where(finite, y, 0.0)
     if one.dtype.itemsize == 8 and not one.dtype.is_floating_point and not one.dtype.is_complex:
         # Integers have a difference where float64 has none; it must not leave 64 bits.
         whole = (as_bits(one) - as_bits(other)).abs().to(torch.float64)
@@ -136,6 +142,7 @@ def _exact(one: torch.Tensor, other: torch.Tensor) -> _Figures:
         most=float(apart.max()),
         summed=float(apart.sum()),
         changed=float(equal.numel() - int(equal.sum())),
+        finite=int(finite.sum()),
     )
 
 

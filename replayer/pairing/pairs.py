@@ -21,7 +21,7 @@ from recorder.format.index import Group
 from recorder.format.rows import matching, parse_tags
 from recorder.recording import Recording
 from recorder.sizes import count
-from recorder.tags import canonical, is_recompute, label
+from recorder.tags import canonical, is_recompute, key_tags, label
 
 from ..match import MatchOn
 from .order import in_order
@@ -161,12 +161,14 @@ def _numbered(
                 break
         group = groups.setdefault(match_on.group(*new), len(groups))
         second = int(is_recompute(tags))
-        rows.append((name, text, new[0], canonical(new[1]), group, second, len(rows)))
+        rows.append(
+            (name, text, key_tags(tags), new[0], canonical(new[1]), group, second, len(rows))
+        )
     table = pl.DataFrame(
         rows,
         schema={
-            "name_0": pl.String, "tags_0": pl.String, "name": pl.String, "tags": pl.String,
-            "group": pl.Int64, "firing": pl.Int64, "own": pl.Int64,
+            "name_0": pl.String, "tags_0": pl.String, "key_0": pl.String, "name": pl.String,
+            "tags": pl.String, "group": pl.Int64, "firing": pl.Int64, "own": pl.Int64,
         },
         orient="row",
     )  # fmt: skip
@@ -182,9 +184,25 @@ def _numbered(
         frame = frame.with_columns(
             match_occurrence=pl.int_range(pl.len(), dtype=pl.Int32).over(within)
         )
+        frame = _as_first(frame)
     elif renames:
         _check_distinct(frame)
     return frame
+
+
+def _as_first(frame: pl.DataFrame) -> pl.DataFrame:
+    """Count second forwards as their firsts are: a backward takes them in an order of its own."""
+    if not (frame["firing"] > 0).any():
+        return frame
+    by = ["rank", "kind", "name_0", "key_0", "step", "occurrence"]
+    firsts = frame.filter(pl.col("firing") == 0).select(*by, counted="match_occurrence")
+    firsts = firsts.unique(by, maintain_order=True)
+    of_first = pl.when(pl.col("firing") == 1).then(pl.col("counted"))
+    return (
+        frame.join(firsts, on=by, how="left", maintain_order="left")
+        .with_columns(match_occurrence=pl.coalesce(of_first, "match_occurrence"))
+        .drop("counted")
+    )
 
 
 def _check_distinct(frame: pl.DataFrame) -> None:

@@ -20,6 +20,8 @@ from recorder import Recorder, Recording, tap
 from recorder import session as session_module
 from recorder.errors import UsageError
 from recorder.format import disk
+from recorder.verify import Checker
+from recorder.writing import store as store_module
 
 
 def freed():
@@ -105,6 +107,96 @@ def test_an_interrupted_close_is_made_good_by_the_next(run, monkeypatch):
     recorder.close()
     assert recorder.state == "complete" and len(calls) == 2
     assert Recording.open(run).claims()[0]["state"] == "complete"
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_an_interrupt_while_it_is_closed_leaves_what_was_written_and_says_how_it_ended(
+    run, monkeypatch, capsys, presses
+):
+    gate, closing = threading.Event(), threading.Event()
+    real, close = store_module.Store.add, session_module.Writer.close
+
+    def slow(self, payload, data, **where):
+        real(self, payload, data, **where)
+        self.write_out()
+        if payload.row["seq"] >= 3:
+            closing.wait(10)
+            gate.wait(0.05)  # a slow disk
+
+    def closes(self):
+        closing.set()
+        close(self)
+
+    monkeypatch.setattr(store_module.Store, "add", slow)
+    monkeypatch.setattr(session_module.Writer, "close", closes)
+    monkeypatch.setattr("recorder.writing.writer._BATCH_BYTES", 1)
+    monkeypatch.setattr("recorder.writing.writer._GRACE_SECONDS", 0.3 if presses == 1 else 60.0)
+
+    def press():
+        closing.wait(10)
+        for _ in range(presses):
+            gate.wait(0.2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    recorder = Recorder(run)
+    with pytest.raises(KeyboardInterrupt), recorder:
+        for i in range(60):
+            tap("x", torch.full((3,), float(i)), i=i)
+        thread.start()
+    thread.join()
+    assert recorder.state == "stopped"
+    back = Recording.open(run)
+    (claim,) = back.claims()
+    assert claim["state"] == "stopped" and claim["rows"] == back.rows().height
+    assert claim["reason"].startswith("an interrupt came while it was being closed, and what still")
+    assert 3 <= back.rows().height < 60 and back.load(0, "x", i=2)[0] == 2
+    assert not list(run.rglob("*.journal")) and not list(run.rglob("*.partial"))
+    assert "recording stopped: an interrupt came while" in capsys.readouterr().err
+    assert all(not rank.problems for rank in Checker(run).ranks())
+
+
+def test_an_interrupt_while_little_waits_loses_nothing(run, monkeypatch):
+    close = session_module.Writer.close
+    presses = []
+
+    def closes(self):
+        if not presses:
+            presses.append(1)
+            signal.raise_signal(signal.SIGINT)
+        close(self)
+
+    monkeypatch.setattr(session_module.Writer, "close", closes)
+    with pytest.raises(KeyboardInterrupt), Recorder(run) as recorder:
+        for i in range(60):
+            tap("x", torch.full((3,), float(i)), i=i)
+    assert recorder.state == "complete" and Recording.open(run).rows().height == 60
+
+
+def test_an_interrupt_at_exit_closes_what_the_environment_opened(shell):
+    shell.write(
+        "job.py",
+        """
+        import os, signal, threading, time
+        import torch
+        from recorder import tap
+        from recorder.writing import writer
+
+        real = writer.Writer.close
+        presses = [signal.SIGINT]
+        def close(self):
+            if presses:
+                signal.raise_signal(presses.pop())
+            real(self)
+        writer.Writer.close = close
+        for i in range(20):
+            tap("x", torch.ones(3), i=i)
+        """,
+    )
+    env = {"GRAFT_RECORD": "run"}
+    shell(shell.python, "job.py", env=env)
+    back = Recording.open(shell.folder / "run")
+    assert back.rows().height == 20 and back.claims()[0]["state"] == "complete"
 
 
 def test_a_child_forked_right_after_the_first_tap_can_import_what_we_import(shell):

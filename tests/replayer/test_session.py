@@ -228,7 +228,8 @@ def test_what_the_recording_lacks_names_the_nearest_and_what_differs(record, rep
     def target(rank):
         tap("attn_out", torch.zeros(1), layer=7)
         tap("atn_out", torch.zeros(1), layer=0)
-        tap("attn_out", torch.zeros(1), layer=1)
+        used = torch.zeros(1)
+        tap("attn_out", used, layer=1)
         tap("attn_out", torch.zeros(1), layer=1)
         tap("zzz", torch.zeros(1))
         step()
@@ -252,18 +253,19 @@ def test_what_the_recording_lacks_names_the_nearest_and_what_differs(record, rep
 
 def test_strict_tells_what_was_missed_and_what_was_never_used(record, run):
     record(lambda rank: [tap("a", torch.ones(1), layer=i) for i in range(3)])
+    used = torch.zeros(1)
     with (
         pytest.raises(ReplayError, match="2 selected records of 3 never used, such as a layer=1"),
         Replayer(run, strict=True),
     ):
-        tap("a", torch.zeros(1), layer=0)
+        tap("a", used, layer=0)
     with Replayer(run, strict=True, filter="layer == 0"):
-        tap("a", torch.zeros(1), layer=0)
+        tap("a", used, layer=0)
     with (
         pytest.raises(ReplayError, match="1 selected tap had no record, the first: b"),
         Replayer(run, strict=True, filter='name == "b" or layer == 0'),
     ):
-        tap("a", torch.zeros(1), layer=0)
+        tap("a", used, layer=0)
         tap("b", torch.zeros(1))
 
 

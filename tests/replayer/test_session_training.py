@@ -132,10 +132,11 @@ def test_values_are_compared_not_grafted(record, replay):
 
 def test_what_a_callable_made_is_grafted_and_that_is_noted(record, replay):
     record(lambda rank: tap("x", lambda: torch.ones(2)))
-    (session,) = replay(lambda rank: tap("x", lambda: torch.zeros(2)))
-    assert session.log().row(0, named=True)["message"] == (
-        "what was grafted is the result of the tap's callable"
-    )
+    used = torch.zeros(2)
+    (session,) = replay(lambda rank: tap("x", lambda: used))
+    row = session.log().row(0, named=True)
+    assert row["outcome"] == "grafted"
+    assert row["message"] == "what was grafted is the result of the tap's callable"
 
 
 def test_a_false_recompute_is_as_none_at_all(record, run, replay):

@@ -182,10 +182,11 @@ def test_threads_that_tap_while_the_session_opens_lose_nothing(shell, run):
         import threading, torch
         from recorder import tap
         together = threading.Barrier(8)
+        kept = []
         def worker(i):
             together.wait()
             for k in range(50):
-                tap("x", torch.full((3,), float(k)), i=i, k=k)
+                kept.append(tap("x", torch.full((3,), float(k)), i=i, k=k))
         threads = [threading.Thread(target=worker, args=(i,)) for i in range(8)]
         [t.start() for t in threads]
         [t.join() for t in threads]

@@ -118,3 +118,41 @@ def test_an_event_loop_s_pipe_is_left_in_place(run):
         os.close(read)
         os.close(write)
     assert signals._pipe is not None
+
+
+@pytest.mark.parametrize("what", ["record", "replay"])
+def test_ctrl_c_still_interrupts_a_job_that_waits(shell, what):
+    """Polars, which we import, would have such a wait go on."""
+    shell.write(
+        "job.py",
+        """
+        import queue, signal, sys, threading, time
+        import torch
+        from recorder import tap
+
+        h = torch.ones(3)
+        tap("x", h)
+        for _ in range(500):  # it is imported beside the job
+            if "polars" in sys.modules and not any(
+                t.name == "graft-import" for t in threading.enumerate()
+            ):
+                break
+            time.sleep(0.02)
+        if sys.argv[1:] == ["wait"]:
+            main = threading.main_thread().ident
+            threading.Timer(0.2, signal.pthread_kill, [main, signal.SIGINT]).start()
+            try:
+                queue.Queue().get(timeout=20)
+            except KeyboardInterrupt:
+                print("interrupted")
+            except queue.Empty:
+                print("not heard of")
+        """,
+    )
+    command = [shell.python, "job.py"]
+    done = shell(
+        shell.graft, "record", "-o", "base", "--", command, "wait" if what == "record" else ""
+    )
+    if what == "replay":
+        done = shell(shell.graft, "replay", "base", "--", command, "wait")
+    assert done.stdout == "interrupted\n", done.stderr

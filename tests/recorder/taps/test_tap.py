@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import threading
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,6 +182,118 @@ def test_tags_that_are_integers_in_disguise_are_integers(record):
         tap("x", 1, layer=(1, 2))
 
     assert record(job).rows()["tags"].to_list() == ['{"layer":3}', '{"layer":[1,2]}']
+
+
+class Phase(enum.Enum):
+    PREFILL = "prefill"
+    SPAN = (1, 2)
+
+
+class Level(enum.IntEnum):
+    TOP = 3
+
+
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [
+        (np.bool_(True), "true"),
+        (np.float32(0.5), "0.5"),
+        (np.float64(0.5), "0.5"),
+        (np.float16(2), "2.0"),
+        (np.int8(3), "3"),
+        (np.str_("a"), '"a"'),
+        (np.array(0.5), "0.5"),
+        (torch.tensor(0.5), "0.5"),
+        (torch.tensor(True), "true"),
+        (torch.tensor(0.5).bfloat16(), "0.5"),
+        (Phase.PREFILL, '"prefill"'),
+        (Phase.SPAN, "[1,2]"),
+        (Level.TOP, "3"),
+        (torch.bfloat16, '"bfloat16"'),
+        (np.dtype("float32"), '"float32"'),
+        ([np.bool_(False), torch.float16], '[false,"float16"]'),
+    ],
+    ids=repr,
+)
+def test_tags_are_what_they_hold(record, value, held):
+    run = record(lambda rank: tap("x", 1, on=value))
+    assert run.rows()["tags"].to_list() == [f'{{"on":{held}}}']
+    assert run.find(0, "x", on=value, kind="value")["value"] == "1"
+
+
+def test_they_are_one_key_with_the_plain_ones(record):
+    def job(rank):
+        for value in (True, np.bool_(True)):
+            tap("b", 1, on=value)
+        for value in (0.5, np.float32(0.5), torch.tensor(0.5)):
+            tap("f", 1, on=value)
+
+    assert record(job).rows()["occurrence"].to_list() == [0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (np.float32("nan"), "not a finite number"),
+        (np.ones(2), "the tag 'on' is a ndarray; tags are strings"),
+        (np.datetime64("2020-01-01"), "the tag 'on' is a datetime64; tags are"),
+        (np.complex64(1), "the tag 'on' is a complex64; tags are"),
+        (torch.ones(2), "the tag 'on' is a Tensor; tags are"),
+        (enum.Enum("Odd", {"A": object()}).A, "the tag 'on' is a object; tags are"),
+        (torch.device("cpu"), "the tag 'on' is a device; tags are"),
+    ],
+    ids=repr,
+)
+def test_others_are_named_by_their_type(record, capsys, value, named):
+    assert record(lambda rank: tap("x", 1, on=value)).rows().height == 0
+    assert named in capsys.readouterr().err
+
+
+def test_contexts_left_in_another_order_are_said_once(record, capsys):
+    def reads(number):
+        with context(reader=number):
+            yield
+            tap("x", 1)
+            yield
+
+    def in_turn():
+        one, other = reads(0), reads(1)
+        for reader in (one, other, one, one, other, other):
+            next(reader, None)
+
+    def job(rank):
+        in_turn()
+        in_turn()
+
+    record(job)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[graft] a context is left at ") and __file__ in line
+    assert line.endswith(
+        "while one that was entered later is not, as by generators that are read in turn, so taps "
+        "in between have each other's tags; give these at the taps, or make context a decorator of "
+        "the generators"
+    )
+
+
+def test_contexts_left_in_order_are_not(record, capsys):
+    @context(reader=1)
+    def decorated():
+        yield
+        tap("x", 1)
+        yield
+
+    def job(rank):
+        shared = context(a=1)
+        with shared, shared, context(b=2):
+            tap("x", 1)
+        one, other = decorated(), decorated()
+        for reader in (one, other, one, one, other, other):
+            next(reader, None)
+        with pytest.raises(ZeroDivisionError), context(a=1), context(b=2):
+            1 / 0  # noqa: B018
+
+    record(job)
+    assert capsys.readouterr().err == ""
 
 
 def test_recompute_is_recorded_but_not_part_of_the_key(record):
@@ -395,3 +509,78 @@ def test_a_filter_on_kind_calls_no_callable_that_the_rest_of_it_rejects(run):
         tap("x", lambda: make("x"))
         tap("y", lambda: make("y"))
     assert called == ["x"]
+
+
+def in_threads(*functions, overlapping=True):
+    """Run functions one after the other, in threads that live on beside one another, or do not."""
+    end = threading.Event()
+    threads = []
+    for function in functions:
+        done = threading.Event()
+
+        def run(function=function, done=done):
+            function()
+            done.set()
+            if overlapping:
+                end.wait(30)
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        done.wait(30)
+        if not overlapping:
+            threads[-1].join()
+    end.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_that_tap_one_key_are_told_once_what_to_tag(record, capsys):
+    """As dual batch overlap does, whose two halves share every tag."""
+
+    def forward(*tags):
+        for i in range(3):
+            tap("h", torch.ones(1), **dict(tags))
+            tap("own", torch.ones(1), thread=threading.get_ident(), i=i)
+
+    def job(rank):
+        in_threads(forward, forward)
+        step()
+        in_threads(forward, forward)
+
+    run = record(job)
+    assert run.rows().filter(name="h", step=1)["occurrence"].to_list() == [*range(6)]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("[graft rank=0 step=0] tap 'h' at ") and line.endswith(
+        ": several threads tap it in one step, so which firing is which occurrence is by chance; "
+        "tag them apart, as in context(micro_batch=i)"
+    )
+
+
+def test_threads_that_share_no_key_at_a_time_are_left_alone(record, capsys):
+    def forward():
+        tap("h", torch.ones(1))
+
+    def job(rank):
+        for _ in range(2):
+            in_threads(forward)
+            step()
+        in_threads(forward, forward, forward, overlapping=False)
+        step()
+        in_threads(*(lambda i=i: tap("h", torch.ones(1), micro_batch=i) for i in range(2)))
+
+    record(job)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_replay_notes_it_too(record, replay, capsys):
+    kept = torch.ones(1)
+
+    def job(rank):
+        in_threads(lambda: tap("h", kept), lambda: tap("h", kept))
+
+    record(job)
+    capsys.readouterr()
+    (session,) = replay(job)
+    messages = session.log()["message"].to_list()
+    assert messages[0] == "" and "which occurrence is by chance" in messages[1]
+    assert capsys.readouterr().err.count("by chance") == 1

@@ -35,7 +35,8 @@ class Stream:
 
     @property
     def end(self):
-        return self.done + len(self.waiting)
+        with TURN:  # else one that runs just now counts on neither side
+            return self.done + len(self.waiting)
 
 
 class Event:

@@ -28,7 +28,7 @@ JOB = """
             tap("x", mine, dims="b h[tp]", extras={"rank": rank})
             held[f"{s}.{k}"] = mine
         if rank == 0:
-            tap("only_first", torch.full((3,), fill))
+            used = tap("only_first", torch.full((3,), fill))
         step()
     save_file(held, f"{out}.{rank}")
     dist.barrier()
@@ -223,7 +223,7 @@ def test_a_killed_target_leaves_its_log(single, run, tmp_path):
         import os, signal, torch
         from recorder import tap
         for layer in range(2):
-            tap("x", torch.zeros(2), layer=layer)
+            used = tap("x", torch.zeros(2), layer=layer)
         os.kill(os.getpid(), signal.SIGKILL)
         """,
     )

@@ -53,8 +53,35 @@ def test_defined_cases():
     same = difference(torch.tensor([nan, inf, 1.0]), torch.tensor([nan, inf, 1.0]))
     assert (same.changed, same.rel_diff, same.max_abs) == (0, 0.0, 0.0)
     odd = difference(torch.tensor([nan, 1.0]), torch.tensor([0.0, 1.0]))
-    assert (odd.changed, odd.rel_diff, odd.max_abs, odd.mean_abs) == (1, None, None, None)
-    assert difference(torch.tensor([inf, 1.0]), torch.tensor([inf, 2.0])).rel_diff is None
+    assert (odd.changed, odd.rel_diff, odd.max_abs, odd.mean_abs) == (1, 0.0, 0.0, 0.0)
+    none = difference(torch.tensor([nan, inf]), torch.tensor([0.0, -inf]))
+    assert (none.changed, none.rel_diff, none.max_abs, none.mean_abs) == (2, None, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_figures_are_over_what_is_finite_on_both_sides(dtype):
+    # Logits whose padded vocabulary is masked, on both sides or on one.
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(900, 700, generator=g)
+    b = a + 0.01 * torch.randn(900, 700, generator=g)
+    a[:, 650:] = b[:, 640:] = -math.inf
+    b[0, 0], a[0, 1] = math.nan, math.inf
+    a, b = a.to(dtype), b.to(dtype)
+    d = difference(a, b)
+    both = a.float().isfinite() & b.float().isfinite()
+    x, y = a.double()[both], b.double()[both]
+    apart = (x - y).abs()
+    assert d.rel_diff == pytest.approx(((x - y) @ (x - y) / (x @ x + y @ y)).item(), rel=1e-6)
+    assert d.max_abs == apart.max().item()
+    assert d.mean_abs == pytest.approx(apart.mean().item(), rel=1e-9)
+    assert d.numel == 630_000
+    assert d.changed == int((a.double() != b.double()).sum())
+
+
+def test_complex_numbers_that_are_half_finite_are_left_out():
+    one = torch.tensor([complex(1, math.inf), 3 + 4j])
+    d = difference(one, torch.tensor([1 + 1j, 0j]))
+    assert (d.changed, d.max_abs, d.rel_diff) == (2, 5.0, 1.0)
 
 
 def test_integers_booleans_and_complex_numbers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from recorder import context, step, tap
 from recorder.errors import UsageError
@@ -185,6 +186,26 @@ def test_a_second_forward_meets_the_second_or_else_the_first(tmp_path, seconds, 
 
     a, b = (recorded(tmp_path / n, job(s)) for n, s in zip("AB", seconds, strict=True))
     assert states(pair(a, b)) == {"equal": 2}
+
+
+@pytest.mark.parametrize("match_on", [None, "name", "order"])
+def test_second_forwards_meet_as_their_firsts_do(tmp_path, recorded, match_on):
+    def job(order):
+        def run(rank):
+            def layer(x):
+                return tap("h", x * x).exp()
+
+            losses = []
+            for batch in range(3):
+                x = torch.full((2,), float(batch), requires_grad=True)
+                losses.append(checkpoint(layer, x, use_reentrant=False).sum())
+            for batch in order:
+                losses[batch].backward()
+
+        return run
+
+    a, b = recorded(tmp_path / "A", job((0, 1, 2))), recorded(tmp_path / "B", job((2, 0, 1)))
+    assert states(pair(a, b, match_on=MatchOn.parse(match_on))) == {"equal": 6}
 
 
 def test_ranks_meet_ranks_where_no_layout_is_declared(two):

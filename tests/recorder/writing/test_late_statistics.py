@@ -1,0 +1,204 @@
+"""Rows never wait for figures: a statistics thread that is slow, or stopped for good."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+
+import polars as pl
+import pytest
+import torch
+
+from recorder import Recorder, Recording, step, tap
+from recorder.format.schema import STATISTICS
+from recorder.format.tables import add_to_parquet
+from recorder.verify import Checker
+from recorder.writing import staging as staging_module
+from recorder.writing import store as store_module
+from recorder.writing import summaries as summaries_module
+from recorder.writing import writer as writer_module
+from recorder.writing.staging import Staging
+from replayer import diff
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Let no statistics be gathered until told to."""
+    gate = threading.Event()
+    real, many = summaries_module.Statistics.add, summaries_module.of_many
+
+    def add(self, raw):
+        gate.wait(60)
+        real(self, raw)
+
+    def of_many(*args):
+        gate.wait(60)
+        return many(*args)
+
+    monkeypatch.setattr(summaries_module.Statistics, "add", add)
+    monkeypatch.setattr(summaries_module, "of_many", of_many)
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(store_module, "_ROWS_A_SHARD", 16)
+
+
+def wait_for(condition):
+    tick = threading.Event()
+    for _ in range(2000):
+        if condition():
+            return
+        tick.wait(0.005)
+    raise AssertionError("it never came to that")
+
+
+def counts(run):
+    return Recording.open(run).rows().height if run.exists() else 0
+
+
+def test_no_row_waits_for_a_statistics_thread_that_is_stopped_for_good(
+    run, gate, small_parts, monkeypatch, capsys
+):
+    monkeypatch.setattr(writer_module, "_FIGURES_SECONDS", 0.1)
+    staged = 4 * MIB  # of which the 200 taps take 12: the room of what waits for figures is taken
+    with Recorder(run, staging=staged) as recorder:
+        for i in range(200):
+            tap("x", torch.full((16 << 10,), float(i)), i=i)
+            if i % 20 == 19:
+                step()
+        wait_for(lambda: recorder._writer.rows_written == 200)
+        open_still = Recording.open(run)
+        assert open_still.rows().height == 200
+        assert open_still.load(0, "x", step=9, i=199)[0] == 199
+        assert len(list(run.rglob("*.parquet"))) >= 12  # parts are sealed meanwhile
+        assert recorder.progress().dropped == 0
+    back = Recording.open(run)
+    assert back.claims()[0]["state"] == "complete" and back.claims()[0]["rows"] == 200
+    rows = back.rows()
+    assert rows.height == 200 and all(rows[name].null_count() == 200 for name in STATISTICS)
+    assert all(not rank.problems for rank in Checker(run).ranks())
+    err = capsys.readouterr().err
+    assert "200 records without statistics, which were not gathered in time; graft diff" in err
+
+
+@pytest.mark.parametrize("keep_last", [None, 2])
+def test_figures_that_come_late_are_put_where_their_rows_are_sealed(
+    run, gate, small_parts, keep_last, capsys
+):
+    with Recorder(run, keep_last=keep_last, staging=64 * MIB) as recorder:
+        for i in range(100):
+            tap("x", torch.full((100,), float(i)), i=i)
+            if i % 10 == 9:
+                step()
+        wait_for(lambda: run.exists() and Recording.open(run).rows()["seq"].max() == 99)
+        assert Recording.open(run).rows()["mean"].null_count() >= 1
+        gate.set()
+        wait_for(lambda: not Recording.open(run).rows()["mean"].null_count())
+        assert recorder.state == "running"
+    rows = Recording.open(run).rows().sort("seq")
+    assert rows.height == (20 if keep_last else 100)
+    for name in ("mean", "min", "max"):
+        assert rows[name].to_list() == [float(i) for i in range(100)][-rows.height :]
+    assert all(not rank.problems for rank in Checker(run).ranks())
+    assert "without statistics" not in capsys.readouterr().err
+
+
+def test_a_killed_job_leaves_rows_whose_figures_had_not_come(run, gate, small_parts, tmp_path):
+    with Recorder(run) as recorder:
+        for i in range(40):
+            tap("x", torch.full((100,), float(i)), i=i)
+        wait_for(lambda: recorder._writer.rows_written == 40)
+        killed = tmp_path / "killed"
+        shutil.copytree(run, killed)
+        gate.set()
+    back = Recording.open(killed)
+    assert back.rows().height == 40 and back.load(0, "x", i=39)[0] == 39
+    assert back.rows()["mean"].null_count() == 40
+    assert Recording.open(run).rows()["mean"].null_count() == 0
+    found = diff(killed, run)
+    assert set(found.pairs["outcome"]) == {"equal"}
+
+
+def test_what_is_unknown_of_one_side_does_not_decide_a_diff(
+    run, gate, small_parts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(writer_module, "_FIGURES_SECONDS", 0.05)
+    for path, factor in ((run, 1.0), (tmp_path / "other", 1.5)):
+        with Recorder(path):
+            for i in range(20):
+                tap("x", torch.full((100,), factor * i), i=i)
+        gate.set()  # the second has them
+    pairs = diff(run, tmp_path / "other").pairs
+    assert pairs.filter(pl.col("outcome") == "differs").height == 19  # all but the zeros
+
+
+def test_a_disk_that_refuses_late_figures_costs_these_alone(run, gate, small_parts, monkeypatch):
+    with Recorder(run) as recorder:
+        for i in range(40):
+            tap("x", torch.full((100,), float(i)), i=i)
+        wait_for(lambda: recorder._writer.rows_written == 40)
+
+        def refuse(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(store_module, "add_to_parquet", refuse)
+        gate.set()
+    back = Recording.open(run)
+    assert back.claims()[0]["state"] == "complete"
+    assert back.rows().height == 40 and back.rows()["mean"].null_count() == 32
+
+
+def test_the_statistics_of_stats_alone_are_waited_for(run, gate, small_parts):
+    threading.Timer(0.6, gate.set).start()
+    with Recorder(run, level="stats", staging=4 * MIB):
+        for i in range(100):
+            tap("x", torch.full((64 << 10,), float(i)), i=i)
+    rows = Recording.open(run).rows()
+    assert rows.height == 100 and rows["mean"].null_count() == 0
+
+
+def test_room_that_is_lent_is_taken_back_in_order_and_only_when_it_is_needed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(staging_module.time, "monotonic", lambda: now[0])
+    staging = Staging(1024, patience=1.0)
+
+    def put(nbytes=256):
+        part = staging.put(torch.zeros(nbytes, dtype=torch.uint8), 1, hold=False)
+        if part is not None:
+            part.payload = part
+        return part
+
+    def taken():
+        return [part.is_taken_back for part in parts]
+
+    parts = [put() for _ in range(4)]
+    staging.lend(parts)
+    staging.release(parts[:3])
+    assert put(128) is None and not any(taken())  # there is patience still
+    now[0] = 2.0
+    assert put(128) is not None and taken() == [True, False, False, False]
+    staging.give_back(parts[:2])  # one that was taken already, and one that was not
+    assert put(128) is not None and taken() == [True, False, False, False]
+    now[0] = 4.0
+    assert put(512) is None  # the last is not released
+    assert taken() == [True, False, True, False]
+
+
+def test_figures_are_added_to_rows_that_have_none_and_to_no_others(run, record):
+    from recorder.format.schema import COLUMNS
+
+    record(lambda rank: [tap("x", torch.full((3,), float(i)), i=i) for i in range(3)])
+    (path,) = run.rglob("*.parquet")
+    frame = pl.read_parquet(path)
+    bare = frame.with_columns(mean=pl.when(pl.col("seq") == 1).then(None).otherwise(pl.col("mean")))
+    bare.write_parquet(path)
+    rows = [{"seq": seq, "mean": 7.0} for seq in (0, 1, 99)]
+    add_to_parquet(path, rows, COLUMNS, STATISTICS)
+    assert pl.read_parquet(path)["mean"].to_list() == [0.0, 7.0, 2.0]
+    add_to_parquet(path.with_name("gone.parquet"), rows, COLUMNS, STATISTICS)
+    assert not path.with_name("gone.parquet").exists()
