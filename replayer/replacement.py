@@ -90,8 +90,8 @@ class Replacements:
         rank: the receiver.
         settings: whether to measure what a replacement changes and to check digests, and what to
             do with replicas that differ.
-        warn: hears of tags that contradict each other, of what layouts leave to guess, and of dtypes
-            that go with a scale; and which of these it is.
+        warn: hears of tags that contradict each other, of what layouts leave to guess, and of
+            dtypes that go with a scale; and which of these it is.
     """
 
     recording: Recording
