@@ -231,7 +231,7 @@ def test_dicts_of_anything_are_few():
     [
         (ManifestRow, schema.COLUMNS, {"attempt", "offset"}),
         (LogRow, log.COLUMNS, set()),
-        (DiffRow, diffing.COLUMNS, {"parts", "failed", "is_same", "is_apart"}),
+        (DiffRow, diffing.COLUMNS, {"parts", "failed", "is_same", "about"}),
     ],
     ids=["manifest", "log", "diff"],
 )

@@ -33,7 +33,7 @@ COLUMNS: dict[str, Any] = {
     "odd_at": pl.List(pl.Int64), "error": pl.Float64, "error_extreme": pl.Float64,
     "error_row": pl.Float64, "error_row_at": pl.List(pl.Int64), "error_typical": pl.Float64,
     "error_element": pl.Float64, "factor": pl.Float64, "offset": pl.Float64,
-    "fits_at": pl.List(pl.Int64), "growth": pl.Float64, "replicas": pl.Boolean,
+    "fits_at": pl.List(pl.Int64), "growth": pl.Float64, "apart": pl.String,
     "at_least": pl.Float64,
     "floor_rel_diff": pl.Float64, "floor_max_abs": pl.Float64, "times_floor": pl.Float64,
     "value_a": pl.String, "value_b": pl.String, "message": pl.String,
@@ -45,8 +45,8 @@ class DiffRow(TypedDict, total=False):
     """A row of the table, or what has been found out of one; what is not known is absent or None.
 
     While it is made it also has `parts`, the figures of each rank's part with the ranks that hold
-    it, or `failed`, why there are none: `shape`, `layout` or `damaged`; or `is_apart`, that it is
-    about replicas of the baseline.
+    it, or `failed`, why there are none: `shape`, `layout` or `damaged`; or `about`, where it is
+    about one side's own records: `replicas`, or `A` or `B`, whose recomputed forward it is.
     """
 
     pair: int
@@ -115,7 +115,7 @@ class DiffRow(TypedDict, total=False):
     offset: float | None
     fits_at: list[int] | None
     growth: float | None
-    replicas: bool | None
+    apart: str | None
     at_least: float | None
     floor_rel_diff: float | None
     floor_max_abs: float | None
@@ -125,7 +125,7 @@ class DiffRow(TypedDict, total=False):
     message: str | None
     parts: list[tuple[list[int], DiffRow]]
     is_same: bool
-    is_apart: bool
+    about: str
     failed: str
 
 

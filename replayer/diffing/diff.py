@@ -128,8 +128,8 @@ class Diff:
         """0 where all pairs are within tolerance, 1 where not or where nothing was compared.
 
         Nothing was where no pair matched, or where none of them has a number. Replicas that differ
-        beyond tolerance within one side are a difference, too. It is 2 where a tensor could not be
-        read.
+        beyond tolerance within one side, or a recomputed forward and its first, are a difference,
+        too. It is 2 where a tensor could not be read.
         """
         if self.is_damaged:
             return 2
@@ -138,7 +138,7 @@ class Diff:
             bad = [name for name in bad if name not in _MISSING]
         wrong = self.pairs.filter(pl.col("outcome").is_in(bad)).height
         wrong += self.is_incomplete and not self.is_missing_fine
-        wrong += self.pairs["replicas"].any()
+        wrong += self.pairs["apart"].is_not_null().any()
         return 0 if self.compared > self.over_nothing.height and not wrong else 1
 
     def tensors(self, row: Mapping[str, Any]) -> Two | None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ import polars as pl
 import torch
 import xxhash
 
-from recorder.format.rows import parse_tags, row_at, rows_of
-from recorder.format.schema import STATISTICS, ManifestRow
+from recorder.format.rows import parse_tags, row_at
+from recorder.format.schema import STATISTICS
 
 from ..measuring.measures import measure
 from ..pairing.pairs import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
@@ -24,7 +23,8 @@ from ..rules import History, Rules, odd_place
 from . import bounds
 from .columns import COLUMNS, DiffRow, figures_of, row_of
 from .indices import dims_called
-from .work import REPLICAS, Task
+from .within import rows_of_keys, said_within, tasks_within
+from .work import Task
 
 _UNALIGNED = (
     "the ranks' shapes differ, as do the numbers of ranks, and no layout says how it is cut; "
@@ -87,13 +87,14 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
     """Return the pairs to measure, and how many cannot be: recorded without their elements.
 
     A pair whose ranks all hold the same as the other side's may have replicas that are apart on
-    both, so it is a task, too, where the ranks' digests are not all one.
+    both, so it is a task, too, where the ranks' digests are not all one. So is a recomputed forward
+    that is not the first's, within one side.
     """
     todo = table.filter(pl.col("state") == TODO)
-    found = _of_replicas(pairs, table)
+    found = tasks_within(pairs, table)
     unread = 0
     layouts = todo.filter(pl.col("how") == LAYOUT)["key"].unique()
-    of_key = [_rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
+    of_key = [rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
     for number, how, key, a, b in todo.select("pair", "how", "key", "a", "b").iter_rows():
         if how == LAYOUT:
             rows = [known[key] for known in of_key]
@@ -104,28 +105,6 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
         else:
             found.append(Task(number, how, tuple(rows[0]), tuple(rows[1])))
     return found, unread
-
-
-def _of_replicas(pairs: Pairs, table: pl.DataFrame) -> list[Task]:
-    digests = pairs.a.frame.group_by("key").agg(
-        several=(pl.col("digest").n_unique() > 1) & pl.col("dims").is_not_null().all(),
-        stored=pl.col("shard").is_not_null().all(),
-    )
-    wanted = table.filter((pl.col("state") == EQUAL) & (pl.col("how") == LAYOUT))
-    wanted = wanted.join(digests.filter(pl.col("several") & pl.col("stored")), on="key")
-    of_key = [_rows_of_keys(side.frame, wanted["key"]) for side in (pairs.a, pairs.b)]
-    return [
-        Task(number, REPLICAS, *(tuple(known[key]) for known in of_key))
-        for number, key in wanted.select("pair", "key").iter_rows()
-    ]
-
-
-def _rows_of_keys(frame: pl.DataFrame, keys: pl.Series) -> dict[int, list[ManifestRow]]:
-    found: dict[int, list[ManifestRow]] = {}
-    wanted = frame.filter(pl.col("key").is_in(keys.implode())).sort("rank")
-    for key, row in zip(wanted["key"].to_list(), rows_of(wanted), strict=True):
-        found.setdefault(key, []).append(row)
-    return found
 
 
 def values_of(table: pl.DataFrame) -> list[DiffRow]:
@@ -246,7 +225,7 @@ def assembled(
         measured: rows as of `Crew.measure` and `values_of`.
         rules: how to judge them.
     """
-    done = _judged(table, [row for row in measured if not row.get("is_apart")], rules)
+    done = _judged(table, [row for row in measured if not row.get("about")], rules)
     rest = table.join(done.select("pair"), on="pair", how="anti")
     unread = bounded(pairs, rest.filter(pl.col("state") == TODO), rules)
     rest = rest.join(unread, on="pair", how="left", maintain_order="left", suffix="_least")
@@ -274,37 +253,17 @@ def assembled(
         pl.coalesce(c, f"{c}_0").alias(c) for c in _REPLACED
     )
     made = pl.concat(_with_columns(_ranked(part)) for part in (rest, found))
-    apart = _apart(table, [row for row in measured if row.get("is_apart")], rules)
+    apart = said_within(table, [row for row in measured if row.get("about")], rules)
     made = made.join(apart, on="pair", how="left", maintain_order="left")
     is_first = pl.col("pair").is_first_distinct()  # of a pair's choices among replicas
-    is_apart = pl.col("by").is_null() & pl.col("apart").is_not_null() & is_first
+    is_apart = pl.col("by").is_null() & pl.col("said").is_not_null() & is_first
     made = made.with_columns(
-        replicas=pl.when(is_apart).then(True),
+        apart=pl.when(is_apart).then("what"),
         message=pl.when(is_apart)
-        .then(pl.concat_str("message", "apart", separator="; ", ignore_nulls=True))
+        .then(pl.concat_str("message", "said", separator="; ", ignore_nulls=True))
         .otherwise("message"),
     )
-    return _with_firsts(made.drop("apart").sort("pair", maintain_order=True))
-
-
-def _apart(table: pl.DataFrame, rows: Sequence[DiffRow], rules: Rules) -> pl.DataFrame:
-    """Return the pairs whose replicas within the baseline are beyond tolerance, and say so."""
-    numbers = pl.Series([row["pair"] for row in rows], dtype=pl.UInt32)
-    about = table.select("name", "tags", "kind", "step")[numbers]
-    found: dict[int, str] = {}
-    for row, known in zip(rows, about.iter_rows(named=True), strict=True):
-        is_good = row.get("bitwise") or row.get("failed") is not None
-        if is_good or rules.is_within(row_of(known, row), parse_tags(known["tags"])):
-            continue
-        one, other = (",".join(map(str, ranks or ())) for ranks in (row["ranks_a"], row["ranks_b"]))
-        found.setdefault(
-            row["pair"],
-            f"replicas differ within A: rank {one} from rank {other}, max_abs "
-            f"{row.get('max_abs') or math.nan:.3g}; if they hold other data, name the axis that "
-            "tells them apart in the dims",
-        )
-    schema = {"pair": pl.Int64, "apart": pl.String}
-    return pl.DataFrame({"pair": list(found), "apart": list(found.values())}, schema=schema)
+    return _with_firsts(made.drop("what", "said").sort("pair", maintain_order=True))
 
 
 def _ranked(part: pl.DataFrame) -> pl.DataFrame:

@@ -32,6 +32,7 @@ from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
 
 REPLICAS = "replicas"
+SIDES = ("A", "B")
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
 
@@ -43,9 +44,10 @@ class Task:
     Attributes:
         pair: its number in the pairs' table.
         how: `rank` or `layout`; `replicas` where the pair is equal, and only whether the baseline's
-            ranks agree among themselves is to be seen.
-        a: the baseline's rows.
-        b: the target's.
+            ranks agree among themselves is to be seen; `A` or `B` where that side's recomputed
+            forward is held against its first.
+        a: the baseline's rows; of a recomputed forward, the first's.
+        b: the target's rows; of a recomputed forward, its own.
     """
 
     pair: int
@@ -120,7 +122,7 @@ class Crew:
 
         A row has `pair`, `rank`, `ranks_a`, `ranks_b`, `shape_a`, `dim_names`, `message`, the
         measures, and `parts`, those of each rank's part; or `failed`, why there are none: `shape`,
-        `layout` or `damaged`. One with `is_apart` is about replicas of the baseline instead.
+        `layout` or `damaged`. One with `about` is about one side's own records instead.
         """
         workers = self._options.workers or _cores()
         before = torch.get_num_threads()
@@ -143,16 +145,16 @@ class Crew:
 
     def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         # Blocks are read, and put together into as much again.
-        nbytes = task.nbytes * (1 if task.how == RANK else 2)
+        nbytes = task.nbytes * (2 if task.how in (LAYOUT, REPLICAS) else 1)
         with self._room.of(nbytes):
             found: list[DiffRow] = []
             is_gradient = task.a[0]["kind"] == "grad"
             try:
-                for two in self.twos(task) if task.how != REPLICAS else ():
+                for two in self.twos(task):
                     found += self._measured(two, is_gradient, run)
-                for two in self._replicas(task) if task.how != RANK else ():
+                for about, two in self._within(task):
                     for row in self._measured(two, is_gradient, run)[:1]:
-                        found.append(row_of(row, {"is_apart": True, "parts": []}))
+                        found.append(row_of(row, {"about": about, "parts": []}))
             except Exception as err:  # one pair's failure is that pair's row, whatever it is
                 found.append(_failed(err))
         self._options.progress(task.nbytes)
@@ -162,17 +164,22 @@ class Crew:
         """Yield a pair's tensors."""
         a, b = self._pairs.a.recording, self._pairs.b.recording
         check = self._options.check
-        if task.how != LAYOUT:
+        if task.how == RANK:
             yield by_rank(a, task.a[0], b, task.b[0], check=check)
-            return
-        yield from by_layout(a, task.a, b, task.b, check=check, plans=self._plans())
+        elif task.how == LAYOUT:
+            yield from by_layout(a, task.a, b, task.b, check=check, plans=self._plans())
 
-    def _replicas(self, task: Task) -> Iterator[Two]:
-        """Yield the baseline's replicas of a pair that are not the same, two by two."""
+    def _within(self, task: Task) -> Iterator[tuple[str, Two]]:
+        """Yield tensors of one side that should be the same and are not, and what it is about."""
         a, b = self._pairs.a.recording, self._pairs.b.recording
-        yield from replicas_apart(
-            a, task.a, b, task.b, check=self._options.check, plans=self._plans()[0]
-        )
+        check = self._options.check
+        if task.how in SIDES:
+            side = a if task.how == "A" else b
+            yield task.how, by_rank(side, task.a[0], side, task.b[0], check=check)
+        elif task.how != RANK:
+            plans = self._plans()[0]
+            for two in replicas_apart(a, task.a, b, task.b, check=check, plans=plans):
+                yield REPLICAS, two
 
     def _plans(self) -> tuple[dict[Any, Plan], dict[Any, Plan]]:
         """Return a thread's own plans, of both sides."""

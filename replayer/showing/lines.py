@@ -160,11 +160,12 @@ def lines(diff: Diff) -> list[str]:
             facts = "the same" if same else figures(row)
             found.append(f"first divergence {words}: {title(row)}: {facts}")
     found += _accumulated(diff)
-    replicas = diff.pairs.filter("replicas")
-    if replicas.height:
-        first = next(rows_of(replicas))
-        how_many = count(replicas.height, "pair")
-        found.append(f"replicas apart: {how_many}, the first {title(first)}: {first['message']}")
+    for what, words in (("replicas", "replicas apart"), ("recompute", "recomputed otherwise")):
+        rows = diff.pairs.filter(pl.col("apart") == what)
+        if rows.height:
+            first = next(rows_of(rows))
+            how_many = count(rows.height, "pair")
+            found.append(f"{words}: {how_many}, the first {title(first)}: {first['message']}")
     apart = pl.col("dtype_a") != pl.col("dtype_b")
     for words, which in (
         ("only in A", pl.col("outcome") == "only_a"),

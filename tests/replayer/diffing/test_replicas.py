@@ -28,7 +28,7 @@ def diffed(held, value, dims, other=None, **options):
 def test_replicas_that_are_apart_alike_on_both_sides_are_found(held):
     found = diffed(held, lambda rank: torch.full((2, 4), float(rank)), "s h")
     row = found.pairs.row(0, named=True)
-    assert row["outcome"] == "equal" and row["replicas"] is True
+    assert row["outcome"] == "equal" and row["apart"] == "replicas"
     assert row["message"].startswith("replicas differ within A: rank 0 from rank 1, max_abs 1;")
     assert found.status == 1
     said = [line for line in lines(found) if line.startswith("replicas apart")]
@@ -51,7 +51,7 @@ def test_it_is_found_of_pairs_that_are_close_too(held):
         lambda rank: torch.full((2, 4), 1.0 + rank) * (1 + 1e-7),
     )
     assert set(found.pairs["outcome"]) == {"close"}
-    assert found.pairs["replicas"].to_list() == [True, None, None, None] and found.status == 1
+    assert found.pairs["apart"].to_list() == ["replicas", None, None, None] and found.status == 1
 
 
 @pytest.mark.parametrize(
@@ -67,4 +67,38 @@ def test_it_is_found_of_pairs_that_are_close_too(held):
 )
 def test_what_is_no_replica_or_only_rounding_is_no_finding(held, value, dims):
     found = diffed(held, value, dims)
-    assert found.status == 0 and found.pairs["replicas"].null_count() == found.pairs.height
+    assert found.status == 0 and found.pairs["apart"].null_count() == found.pairs.height
+
+
+def checkpointed(value, again, dims=None):
+    def run(rank):
+        tap("h", value, dims=dims, layer=3)
+        tap("h", again, dims=dims, layer=3, recompute=True)
+        step()
+
+    return run
+
+
+@pytest.mark.parametrize("dims", [None, "s h"])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_recomputed_forward_that_differs_from_its_first_is_found(held, side, dims):
+    value, other = torch.ones(2, 4), torch.full((2, 4), 2.0)
+    jobs = [checkpointed(value, other if s == side else value, dims) for s in "AB"]
+    found = held(*jobs, worlds=(2, 2))
+    apart = found.pairs.filter(apart="recompute")
+    assert apart.height == (1 if dims else 2) and found.status == 1
+    said = f"the recomputed forward differs from the first within {side}: on rank 0, max_abs 1;"
+    assert said in apart["message"][0]
+    assert any(line.startswith("recomputed otherwise: ") for line in lines(found))
+
+
+def test_a_recomputed_forward_that_is_alike_on_both_sides_is_found_though_they_are_equal(held):
+    job = checkpointed(torch.ones(2, 4), torch.zeros(2, 4))
+    found = held(job, job)
+    assert set(found.pairs["outcome"]) == {"equal"} and found.status == 1
+
+
+def test_a_recomputed_forward_that_rounds_otherwise_is_no_finding(held):
+    job = checkpointed(torch.ones(2, 4), torch.ones(2, 4) * (1 + 1e-7))
+    found = held(job, job)
+    assert found.status == 0 and found.pairs["apart"].null_count() == found.pairs.height
