@@ -217,7 +217,8 @@ class Recording:
         if elsewhere:
             ranks = ", ".join(map(str, sorted(elsewhere)))
             raise NoSuchRecord(asked, [f"the same key on rank {ranks}"])
-        raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+        close = nearest(index, kind, group, step, occurrence)
+        raise NoSuchRecord(asked, [one.text for one in close])
 
     def meshes(self, rank: int, attempt: int) -> list[tuple[int, FrozenMesh | None]]:
         """Return where a rank stood, in order, each with the seq of the first tap there."""
@@ -295,7 +296,8 @@ class Recording:
         found = index.find(kind, group, step, occurrence)
         if not found:
             asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence}"
-            raise NoSuchRecord(asked, nearest(index, kind, group, step, occurrence))
+            close = nearest(index, kind, group, step, occurrence)
+            raise NoSuchRecord(asked, [one.text for one in close])
         return [row_at(frame, found[rank]) for rank in sorted(found)]
 
     def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:

@@ -10,6 +10,7 @@ A second forward (`recompute`) gets what the first firing with its key got.
 
 from __future__ import annotations
 
+import difflib
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from recorder.errors import MissingRecord, UsageError
 from recorder.filters import Filter
-from recorder.format.index import Group, Index, nearest, whole_key
+from recorder.format.index import Group, Index, Near, as_tags, nearest, whole_key
 from recorder.format.rows import matching, parse_tags
 from recorder.sizes import count
 from recorder.tags import PART, RECOMPUTE, TagValue, canonical, label
@@ -38,12 +39,15 @@ class MatchOn:
     """What counts for a match.
 
     Attributes:
-        tags: the tags that count, `name` and `step` among them if they do; None for the whole key.
+        tags: the tags that count, `name` and `step` among them if they do, as the baseline calls
+            them; None for the whole key.
         order: pair by position instead.
+        renamed: of those tags, what the target calls otherwise.
     """
 
     tags: tuple[str, ...] | None = None
     order: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def parse(cls, text: str | None) -> MatchOn:
@@ -54,23 +58,28 @@ class MatchOn:
         """
         if text is None:
             return cls()
-        names = tuple(part.strip() for part in text.split(","))
-        if names == (ORDER,):
+        parts = [part.strip().partition("=") for part in text.split(",")]
+        names = tuple(name.strip() for name, _, _ in parts)
+        renamed = tuple((name.strip(), other.strip()) for name, is_, other in parts if is_)
+        if names == (ORDER,) and not renamed:
             return cls(order=True)
-        if not all(names):
+        if not all(names) or not all(other for _, other in renamed):
             raise UsageError(
                 f"--match-on {text!r} names an empty tag; write tags such as name,layer, or order"
             )
         if ORDER in names:
             raise UsageError("--match-on order stands alone; it pairs by position, not by tags")
-        wrong = [n for n in names if n in (RECOMPUTE, "rank", "occurrence", "seq", "kind")]
+        given = [*names, *(other for _, other in renamed)]
+        wrong = [n for n in given if n in (RECOMPUTE, "rank", "occurrence", "seq", "kind")]
+        wrong += [n for pair in renamed for n in pair if n in ("name", "step")]
         if wrong:
             raise UsageError(
                 f"--match-on cannot use {wrong[0]!r}; name tags of the taps, `name` or `step`"
             )
-        if len(set(names)) < len(names):
+        others = [dict(renamed).get(name, name) for name in names]
+        if len(set(names)) < len(names) or len(set(others)) < len(others):
             raise UsageError(f"--match-on {text!r} names a tag twice")
-        return cls(names)
+        return cls(names, renamed=renamed)
 
     @property
     def whole(self) -> bool:
@@ -83,7 +92,7 @@ class MatchOn:
         return not self.order and (self.tags is None or "step" in self.tags)
 
     def group(self, name: str, tags: dict[str, TagValue]) -> Group:
-        """Return what counts of a name and tags."""
+        """Return what counts of the baseline's name and tags."""
         if self.whole:
             return whole_key(name, tags)
         named = self.tags or ()
@@ -93,6 +102,15 @@ class MatchOn:
         if self.order and not counted:
             return _ALL
         return name if "name" in named else "", canonical(counted)
+
+    def group_of_target(self, name: str, tags: dict[str, TagValue]) -> Group:
+        """Return what counts of the target's name and tags."""
+        if not self.renamed:
+            return self.group(name, tags)
+        called = {other: one for one, other in self.renamed}
+        hidden = {one for one, _ in self.renamed} - {*called}
+        kept = {tag: value for tag, value in tags.items() if tag not in hidden}
+        return self.group(name, {called.get(tag, tag): value for tag, value in kept.items()})
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,7 @@ class Matcher:
     _before: dict[Any, Match | None] = field(default_factory=dict)  # those of the step before
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _explaining: float = 0.0
+    _advised: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.match_on.whole:
@@ -192,7 +211,7 @@ class Matcher:
         key = selected.key
         if self.match_on.whole:
             return (key.name, key.tags), key.occurrence
-        group = self.match_on.group(key.name, selected.tags)
+        group = self.match_on.group_of_target(key.name, selected.tags)
         counted = (kind, group, selected.recompute)
         with self._lock:
             occurrence = self._counts[counted]
@@ -245,7 +264,33 @@ class Matcher:
             names = sorted({one[0] for _, one in self.index.groups})
             some = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
             return f"nothing recorded under {asked}; names recorded: {some or 'none'}"
-        return f"nothing recorded under {asked}; nearest: {'; '.join(close)}"
+        told = f"nothing recorded under {asked}; nearest: {'; '.join(one.text for one in close)}"
+        advice = self._advice(kind, group, close[0]) if self.match_on.whole else ""
+        if not advice or advice in self._advised:
+            return told
+        self._advised.add(advice)
+        return f"{told}; {advice}"
+
+    def _advice(self, kind: str, group: Group, near: Near) -> str:
+        """Return how to match where the nearest key differs only in tags that one side lacks."""
+        name, wanted = group[0], as_tags(group[1])
+        recorded = [as_tags(text) for k, (n, text) in self.index.groups if (k, n) == (kind, name)]
+        there, here = ({*near.tags} - {*wanted}, {*wanted} - {*near.tags})
+        is_lacking = all(not {*wanted} & there and not {*tags} & here for tags in recorded)
+        if near.others or near.name != name or {*near.differing} != there | here or not is_lacking:
+            return ""
+        shared = sorted({*wanted} & {*near.tags})
+        called = []
+        for one in sorted(there):
+            values = [tags[one] for tags in recorded if one in tags]
+            same = [other for other in sorted(here) if wanted[other] in values]
+            close = difflib.get_close_matches(one, same, 1, 0.5)
+            if close:
+                called.append(f"{one}={close[0]}")
+                here = here - {close[0]}
+        lacking = [f"the target's taps carry no {tag}" for tag in sorted(there)][:1]
+        lacking = lacking or [f"the recording's taps carry no {tag}" for tag in sorted(here)][:1]
+        return f"{lacking[0]}: match with --match-on {','.join(['name', *shared, *called, 'step'])}"
 
 
 def selected_rows(

@@ -15,11 +15,11 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DamagedRecording
 from ..sizes import count
-from ..tags import TagValue, is_recompute, key_tags, label
+from ..tags import TagValue, canonical, is_recompute, key_tags, label
 from .rows import parse_tags
 
 if TYPE_CHECKING:
@@ -187,19 +187,39 @@ def _sorted(column: pl.Series) -> pl.Series:
     return column.unique().sort()
 
 
-def nearest(index: Index, kind: str, group: Group, step: int, occurrence: int) -> list[str]:
-    """Describe the recorded keys closest to one that is not there, and what differs."""
+class Near(NamedTuple):
+    """A recorded key that is close to one that is not there.
+
+    Attributes:
+        distance: how far it is.
+        text: the key, and what differs.
+        name: its name.
+        tags: its tags.
+        differing: the tags that differ.
+        others: how many other things do: name, kind, step, occurrence.
+    """
+
+    distance: float
+    text: str
+    name: str
+    tags: dict[str, TagValue]
+    differing: list[str]
+    others: int
+
+
+def nearest(index: Index, kind: str, group: Group, step: int, occurrence: int) -> list[Near]:
+    """Return the recorded keys closest to one that is not there, at most three."""
     import difflib
 
     name, text = group
-    wanted = _as_tags(text)
-    found: list[tuple[float, str]] = []
+    wanted = as_tags(text)
+    found: list[Near] = []
     for one_kind, (other, other_text) in index.groups:
         places = index.places(one_kind, (other, other_text))
         if not places:
             continue
-        tags = _as_tags(other_text)
-        differing = sorted(tag for tag in {*wanted, *tags} if wanted.get(tag) != tags.get(tag))
+        tags = as_tags(other_text)
+        differing = sorted(tag for tag in {*wanted, *tags} if not _is_same(wanted, tags, tag))
         likeness = difflib.SequenceMatcher(None, name, other).ratio() if name != other else 1.0
         if likeness < 0.5:
             continue
@@ -223,12 +243,21 @@ def nearest(index: Index, kind: str, group: Group, step: int, occurrence: int) -
             continue
         distance = len(facts) + 4 * (1 - likeness) + (one_kind != kind)
         where = f"{label(other, tags)} step={near_step} occurrence={near}"
-        found.append((distance, f"{where} ({', '.join(facts)})"))
-    found.sort()
-    return [text for _, text in found[:3]]
+        told = f"{where} ({', '.join(facts)})"
+        others = len(facts) - len(differing)
+        found.append(Near(distance, told, other, tags, differing, others))
+    return sorted(found, key=lambda one: one[:2])[:3]
 
 
-def _as_tags(text: str) -> dict[str, TagValue]:
+def _is_same(one: dict[str, TagValue], other: dict[str, TagValue], tag: str) -> bool:
+    """Whether two keys have the same tag: 3 is not 3.0, and True is not 1."""
+    return (
+        tag in one and tag in other and canonical({tag: one[tag]}) == canonical({tag: other[tag]})
+    )
+
+
+def as_tags(text: str) -> dict[str, TagValue]:
+    """Return the tags of a key's text, none where it is no such text."""
     try:
         tags = json.loads(text)
     except ValueError:

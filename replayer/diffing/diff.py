@@ -364,7 +364,8 @@ def _check_match_on(on: MatchOn, pairs: Pairs) -> None:
     frames = pairs.a.frame, pairs.b.frame
     texts = {text for frame in frames for text in frame["tags"].unique()}
     known = {"name", "step", *(tag for text in texts for tag in parse_tags(text))}
-    unknown = [tag for tag in on.tags or () if tag not in known]
+    named = [*(on.tags or ()), *(other for _, other in on.renamed)]
+    unknown = [tag for tag in named if tag not in known]
     if unknown and texts:
         close = difflib.get_close_matches(unknown[0], sorted(known), 3) or sorted(known)[:8]
         raise UsageError(

@@ -17,7 +17,7 @@ import polars as pl
 
 from recorder.errors import DamagedRecording, UsageError
 from recorder.filters import Filter
-from recorder.format.index import Group
+from recorder.format.index import Group, Grouping
 from recorder.format.rows import matching, parse_tags
 from recorder.recording import Recording
 from recorder.sizes import count
@@ -122,8 +122,10 @@ def pair(
     kept, notes = oriented(renames, *names)
     groups: dict[Group, int] = {}
     sides = [
-        _numbered(frame, side, filter, match_on, groups)
-        for frame, side in zip(frames, ([], kept), strict=True)
+        _numbered(frame, side, filter, match_on, group, groups)
+        for frame, side, group in zip(
+            frames, ([], kept), (match_on.group, match_on.group_of_target), strict=True
+        )
     ]
     keyed = _keyed(*sides)
     left, right = Side(a, keyed[0]), Side(b, keyed[1])
@@ -143,6 +145,7 @@ def _numbered(
     renames: Sequence[Rename],
     filter: Filter | None,
     match_on: MatchOn,
+    group_of: Grouping,
     groups: dict[Group, int],
 ) -> pl.DataFrame:
     """Return a side's rows that the filter selects, with what counts of their key as numbers.
@@ -159,7 +162,7 @@ def _numbered(
             if applied is not None:
                 new = applied
                 break
-        group = groups.setdefault(match_on.group(*new), len(groups))
+        group = groups.setdefault(group_of(*new), len(groups))
         second = int(is_recompute(tags))
         rows.append(
             (name, text, key_tags(tags), new[0], canonical(new[1]), group, second, len(rows))

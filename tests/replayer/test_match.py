@@ -76,6 +76,10 @@ def test_match_on_is_read_once():
     assert MatchOn.parse("name, layer").tags == ("name", "layer")
     assert not MatchOn.parse("name,layer").use_step and MatchOn.parse("step,name").use_step
     assert MatchOn.parse("order").order
-    for text in ("", "name,,x", "order,x", "rank", "occurrence"):
+    mapped = MatchOn.parse("name, layer = layer_id")
+    assert mapped.tags == ("name", "layer") and mapped.renamed == (("layer", "layer_id"),)
+    assert mapped.group("a", {"layer": 3}) == mapped.group_of_target("a", {"layer_id": 3})
+    wrong = ["a=", "=b", "a=b,c=b", "a=b,b", "order=x", "x=name", "step=x", "a=rank"]
+    for text in ("", "name,,x", "order,x", "rank", "occurrence", *wrong):
         with pytest.raises(UsageError):
             MatchOn.parse(text)

@@ -112,3 +112,61 @@ def test_a_filter_by_kind_counts_the_same_occurrences_as_none(record, replay):
     (session,) = replay(lambda rank: job(100.0, seen), filter='kind == "tensor"')
     assert seen == [1.0, 2.0]
     assert session.log()["occurrence"].to_list() == [1, 3]
+
+
+def advice(session):
+    return [text.partition("match with --match-on ")[2] for text in session.log()["message"]]
+
+
+def test_a_miss_for_a_tag_that_one_side_never_carries_says_how_to_match_once(record, replay):
+    record(fills(*[("a", {"layer": i, "phase": "p"}, 1 + i) for i in range(3)]))
+    target = fills(*[("a", {"layer": i}, 0) for i in range(3)])
+    (session,) = replay(target)
+    assert outcomes(session) == ["missing"] * 3
+    assert advice(session) == ["name,layer,step", "", ""]
+    assert "the target's taps carry no phase" in session.log()["message"][0]
+    target.got.clear()
+    replay(target, match_on="name,layer,step")
+    assert target.got == [1, 2, 3]
+
+
+def test_a_tag_that_only_the_target_carries_is_advised_too(record, replay):
+    record(fills(("a", {"layer": 0}, 1)))
+    target = fills(("a", {"layer": 0, "mode": "m"}, 0))
+    (session,) = replay(target)
+    assert advice(session) == ["name,layer,step"]
+    assert "the recording's taps carry no mode" in session.log()["message"][0]
+
+
+def test_a_tag_with_another_name_is_advised_as_a_mapping_that_matches(record, replay):
+    record(fills(*[("a", {"layer": i}, 1 + i) for i in range(3)]))
+    target = fills(*[("a", {"layer_id": i}, 0) for i in (2, 0, 1)])
+    (session,) = replay(target)
+    assert advice(session)[0] == "name,layer=layer_id,step"
+    target.got.clear()
+    replay(target, match_on="name,layer=layer_id,step")
+    assert target.got == [3, 1, 2]
+
+
+def test_a_tag_that_is_mapped_hides_the_target_s_own_of_that_name(record, replay):
+    record(fills(("a", {"layer": 0}, 1), ("a", {"layer": 1}, 2)))
+    target = fills(("a", {"layer": 7, "index": 1}, 0))
+    replay(target, match_on="name,layer=index")
+    assert target.got == [2]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked", "said"),
+    [
+        (3, 3.0, "layer is 3, asked 3.0"),
+        (3.0, 3, "layer is 3.0, asked 3"),
+        (True, 1, "layer is True, asked 1"),
+        (1, True, "layer is 1, asked True"),
+    ],
+)
+def test_numbers_that_are_equal_and_not_the_same_tag_are_named_as_nearest(
+    record, replay, recorded, asked, said
+):
+    record(fills(("a", {"layer": recorded}, 1)))
+    (session,) = replay(fills(("a", {"layer": asked}, 0)))
+    assert outcomes(session) == ["missing"] and said in session.log()["message"][0]
