@@ -1,11 +1,13 @@
-"""Numbers of bytes, as people write and read them."""
+"""Sizes and shapes, as people write and read them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from .errors import UsageError
 
+_MOST_DIMS = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
 
@@ -30,6 +32,17 @@ def parse_size(value: int | str) -> int:
     if size <= 0:
         raise UsageError(f"the size {value!r} is not positive; write for example 20GB")
     return size
+
+
+def format_shape(shape: Sequence[int | None] | None) -> str:
+    """Return a shape as Python writes it, `?` where it is not known; a long one is cut."""
+    if shape is None:
+        return "?"
+    sizes = ["?" if size is None else str(size) for size in shape]
+    if len(sizes) > _MOST_DIMS:
+        sizes = [*sizes[:4], "...", sizes[-1]]
+        return f"[{', '.join(sizes)}] ({len(shape)} dims)"
+    return f"[{', '.join(sizes)}]"
 
 
 def format_size(nbytes: float) -> str:

@@ -138,10 +138,16 @@ def key_tags(tags: Mapping[str, TagValue]) -> str:
 
 
 def label(name: str, tags: str | Mapping[str, TagValue]) -> str:
-    """Return a tap's name and tags as people write them: `attn_out layer=3`."""
+    """Return a tap's name and tags as people write them: `attn_out layer=3`; long ones are cut."""
     items = json.loads(tags) if isinstance(tags, str) else tags
-    return " ".join([name, *(f"{k}={v}" for k, v in items.items())])
+    return " ".join([cut(name), *(f"{cut(k)}={cut(str(v))}" for k, v in items.items())])
 
 
+def cut(text: str) -> str:
+    """Return a text as it is printed: what is long ends in three dots."""
+    return text if len(text) <= _LONG else f"{text[: _LONG - 3]}..."
+
+
+_LONG = 100  # characters of a name or a tag's value that are printed
 MOST_TAG_BYTES = 64 << 10
 """Of a record's name, and of its tags as JSON."""

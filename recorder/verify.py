@@ -29,6 +29,7 @@ from .format.payload import parse_dtype
 from .format.rows import parse_tags, rows_of
 from .format.schema import Description, ManifestRow, read_description
 from .format.shard import Place, read_header
+from .sizes import format_shape
 from .tags import label
 
 _PIECE = 4 << 20
@@ -362,9 +363,8 @@ def _wrong_row(row: ManifestRow) -> str:
     for n in row["shape"] or []:
         numel *= n if n is not None and n >= 0 else -1
     if numel < 0 or numel * itemsize != row["nbytes"]:
-        return (
-            f"{row['nbytes']} bytes do not make a tensor of shape {row['shape']} and {row['dtype']}"
-        )
+        shape = format_shape(row["shape"])
+        return f"{row['nbytes']} bytes do not make a tensor of shape {shape} and {row['dtype']}"
     return ""
 
 

@@ -158,6 +158,15 @@ def seal_leftovers(out: Path) -> None:
             continue
 
 
+def leave_columns(out: Path) -> None:
+    """Where no rank looked at a tap, leave a log without rows, whose columns a reader finds."""
+    folder = out / FOLDER
+    if folder.is_dir() and not any(
+        path.suffix in (".parquet", ".journal") for path in folder.iterdir()
+    ):
+        write_parquet(folder / "none.parquet", [], COLUMNS)
+
+
 def _read_one(journal: Path) -> pl.DataFrame:
     parquet = journal.with_suffix(".parquet")
     if not parquet.exists():

@@ -40,8 +40,8 @@ class ReplaySettings(Settings):
     )
     match_on: str | None = option(
         None,
-        "Tags that count for a match, such as name,layer, or layer=layer_id where the target calls it "
-        "so; or order, to pair by position; by default the whole key.",
+        "Tags that count for a match, such as name,layer, or layer=layer_id where the target calls "
+        "it so; or order, to pair by position; by default the whole key.",
         metavar="TAGS",
         check=_match_on,
     )

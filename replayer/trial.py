@@ -26,7 +26,7 @@ from recorder.mailbox import failures_of, why_nothing
 from recorder.progress import read_progress
 from recorder.settings import RecordSettings
 
-from .log import COLUMNS, FOLDER, read_log, seal_leftovers
+from .log import COLUMNS, FOLDER, leave_columns, read_log, seal_leftovers
 from .settings import ReplaySettings
 from .summary import Summary, summarize
 
@@ -149,6 +149,7 @@ def _concluded(
     wrong = failures_of(reports)
     try:
         seal_leftovers(folder)
+        leave_columns(folder)
         log = read_log(folder)
     except (DamagedRecording, OSError) as err:  # what it came to is not known then
         problems, empty = (*sorted(wrong), str(err)), to_frame([], COLUMNS)

@@ -65,7 +65,7 @@ class Tap(TypedDict):
     steps: list[int]
     records: int
     dtypes: list[str]
-    shapes: list[list[int]]
+    shapes: list[list[int] | None]
     nbytes: int
 
 
@@ -86,7 +86,7 @@ class _Gathered:
         self._ranks: set[int] = set()
         self._steps: set[int] = set()
         self._dtypes: dict[str, None] = {}
-        self._shapes: dict[tuple[int, ...], None] = {}
+        self._shapes: dict[tuple[int, ...] | None, None] = {}
         self._records = self._nbytes = 0
 
     def add(self, row: ManifestRow) -> None:
@@ -101,7 +101,8 @@ class _Gathered:
         if row["dtype"] is not None:
             self._dtypes[row["dtype"]] = None
             if len(self._shapes) < _MOST_SHAPES:
-                self._shapes[tuple(row["shape"] or ())] = None
+                shape = row["shape"]
+                self._shapes[None if shape is None else tuple(shape)] = None
 
     def tap(self, name: str, kind: str) -> Tap:
         return {
@@ -112,7 +113,7 @@ class _Gathered:
             "steps": sorted(self._steps),
             "records": self._records,
             "dtypes": list(self._dtypes),
-            "shapes": [list(shape) for shape in self._shapes],
+            "shapes": [None if shape is None else list(shape) for shape in self._shapes],
             "nbytes": self._nbytes,
         }
 
@@ -233,7 +234,7 @@ def _cells(row: ManifestRow, mesh: FrozenMesh | None) -> dict[str, str]:
     if row["value"] is not None:
         what = short(row["value"])
     else:
-        what = f"{row['dtype'] or ''} {shape_text(row['shape'] or [])}"
+        what = f"{row['dtype'] or ''} {shape_text(row['shape'])}"
     return {
         "rank": str(row["rank"]),
         "step": str(row["step"]),

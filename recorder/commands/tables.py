@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_MOST_DIMS = 16
+
 
 def console_of(width: int) -> Console:
     """Return a console on stdout of some columns that takes no text for markup."""
@@ -51,9 +53,15 @@ def table_of(*columns: str, left: Sequence[str] = (), folded: Sequence[str] = ("
     return table
 
 
-def shape_text(shape: Sequence[int]) -> str:
-    """Return a shape as `2x16x128`."""
-    return "x".join(map(str, shape)) or "scalar"
+def shape_text(shape: Sequence[int | None] | None) -> str:
+    """Return a shape as `2x16x128`; what is not known as `?`, the middle of a long one cut."""
+    if shape is None:
+        return "?"
+    sizes = ["?" if size is None else str(size) for size in shape]
+    if len(sizes) > _MOST_DIMS:
+        sizes = [*sizes[:3], "...", sizes[-1]]
+        return f"{'x'.join(sizes)} ({len(shape)} dims)"
+    return "x".join(sizes) or "scalar"
 
 
 def span(values: list[Any]) -> str:
@@ -61,7 +69,7 @@ def span(values: list[Any]) -> str:
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if whole and len(values) > 2 and sorted(values) == list(range(min(values), max(values) + 1)):
         return f"{min(values)}-{max(values)}"
-    texts = [str(v) for v in values]
+    texts = [short(str(v), 60) for v in values]
     return ",".join(texts if len(texts) <= 4 else [*texts[:2], "..", texts[-1]])
 
 
@@ -70,9 +78,9 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = 24) -> str:
     """Return a text that fits a column."""
-    return text if len(text) <= 24 else text[:21] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def natural_width(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:

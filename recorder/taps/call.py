@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..diagnostics import call_site
+from ..tags import cut
 
 if TYPE_CHECKING:
     from .recompute import Place
@@ -86,7 +87,8 @@ class Call:
     @property
     def shown(self) -> str:
         """The name for messages, whatever was given as one."""
-        return repr(self.name) if isinstance(self.name, str) else f"a {type(self.name).__name__}"
+        is_text = isinstance(self.name, str)
+        return repr(cut(self.name)) if is_text else f"a {type(self.name).__name__}"
 
     @property
     def site(self) -> str:

@@ -13,7 +13,7 @@ import polars as pl
 from recorder.commands.tables import console_of, natural_width, span, table_of
 from recorder.diagnostics import printable
 from recorder.format.rows import decoded, parse_tags
-from recorder.sizes import count
+from recorder.sizes import count, format_shape
 from recorder.tags import label
 
 from ..diffing.columns import DiffRow, rows_of
@@ -50,7 +50,8 @@ def title(row: DiffRow) -> str:
 def figures(row: DiffRow) -> str:
     """Say in a few words how much a pair differs."""
     if row["outcome"] == "shape":
-        shapes = f"shapes {row['shape_a']} in A and {row['shape_b']} in B"
+        one, other = (format_shape(row[side]) for side in ("shape_a", "shape_b"))
+        shapes = f"shapes {one} in A and {other} in B"
         return row["message"] or shapes
     if row["outcome"] == "error":
         return str(row["message"])

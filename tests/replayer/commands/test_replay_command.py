@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import polars as pl
 import pytest
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from recorder import Recorder, Recording, step, tap
+from replayer import log
+from replayer.log import read_log
 
 # A job of any number of ranks: logical tensors cut along their last dimension, a few steps, the
 # same tags several times a step. What each rank holds afterwards is saved.
@@ -280,3 +283,16 @@ def test_doctor_says_what_a_tap_would_do_and_why(single, run, tmp_path):
 def test_doctor_in_the_job_s_place_sees_what_reaches_the_job(single, tmp_path):
     done = single(single.graft, "record", "-o", tmp_path / "new", "--", single.graft, "doctor")
     assert "would record into" in done.stdout
+
+
+def test_a_replay_that_looked_at_nothing_leaves_a_log_with_its_columns(shell, tmp_path):
+    with Recorder(tmp_path / "base"):
+        tap("x", torch.ones(2))
+    out = tmp_path / "out"
+    done = shell(
+        shell.graft, "replay", tmp_path / "base", "-o", out, "--", sys.executable, "-c", ""
+    )
+    assert done.returncode == 3
+    table = pl.scan_parquet(out / "grafts" / "*.parquet").collect()
+    assert table.height == 0 and table.columns == list(log.COLUMNS)
+    assert read_log(out).height == 0
