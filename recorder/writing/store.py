@@ -43,6 +43,7 @@ _MEASURED_EVERY = 1 << 20  # bytes between two looks at the room on the disk
 _COPIED_BYTES = 8 << 20
 _RING_BYTES = 4 << 20  # a shard of the last steps is sealed at the end of a step
 _RING_SECONDS = 0.25
+_RING_SHARDS = 8  # at least, that the bytes of a ring with a limit are cut into
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class Store:
         if self._limits.keep_last is None:
             return
         if self._shard is not None and (
-            self._shard.data_bytes >= _RING_BYTES
+            self._shard.data_bytes >= self._ring_bytes
             or time.monotonic() - self._opened >= _RING_SECONDS
         ):
             seal()
@@ -371,6 +372,12 @@ class Store:
                 del rows[len(rows) * 3 // 4 :]
         shard.commit()
         self.rows += sum("name" in row for row in rows)
+
+    @property
+    def _ring_bytes(self) -> int:
+        """How large a shard of the last steps grows: where there is little room, it goes sooner."""
+        most = self._limits.max_bytes
+        return _RING_BYTES if most is None else min(_RING_BYTES, most // _RING_SHARDS)
 
     @property
     def _first_kept(self) -> int:
@@ -485,6 +492,8 @@ class Store:
         """Return the limit that a payload would exceed, of which `nbytes` are at hand."""
         limits = self._limits
         if limits.max_bytes is not None and self.bytes + payload.nbytes > limits.max_bytes:
+            if limits.keep_last is not None:
+                return f"--max-bytes has no room for --keep-last {limits.keep_last} and a step more"
             return "--max-bytes was reached"
         if limits.min_free is not None:
             self._unmeasured += nbytes

@@ -303,3 +303,22 @@ def test_a_close_that_fails_ends_the_recording_as_failed(run, monkeypatch):
     assert recorder.state == "failed" and "Input/output error" in recorder.reason
     monkeypatch.undo()
     assert Recording.open(run).rows().height == 1
+
+
+@pytest.mark.parametrize("steps", [3, 8, 40])
+def test_a_ring_makes_room_in_a_limit_of_a_few_steps(run, steps):
+    with Recorder(run, keep_last=2, max_bytes=3 * 400_000):
+        for s in range(steps):
+            tap("x", torch.full((100_000,), float(s)) + torch.arange(100_000))
+            step()
+    back = Recording.open(run)
+    assert back.rows()["step"].to_list() == [steps - 2, steps - 1] and not back.incomplete()
+
+
+def test_a_ring_that_has_no_room_for_its_steps_says_so(run, capsys):
+    with Recorder(run, keep_last=2, max_bytes=2 * 400_000):
+        for s in range(4):
+            tap("x", torch.full((100_000,), float(s)) + torch.arange(100_000))
+            step()
+    said = "--max-bytes has no room for --keep-last 2 and a step more at 'x'"
+    assert said in capsys.readouterr().err
