@@ -36,13 +36,16 @@ def parse_size(value: int | str) -> int:
 
 def format_shape(shape: Sequence[int | None] | None) -> str:
     """Return a shape as Python writes it, `?` where it is not known; a long one is cut."""
-    if shape is None:
-        return "?"
-    sizes = ["?" if size is None else str(size) for size in shape]
-    if len(sizes) > _MOST_DIMS:
-        sizes = [*sizes[:4], "...", sizes[-1]]
-        return f"[{', '.join(sizes)}] ({len(shape)} dims)"
-    return f"[{', '.join(sizes)}]"
+    sizes, more = sizes_of(shape)
+    return "?" if shape is None else f"[{', '.join(sizes)}]{more}"
+
+
+def sizes_of(shape: Sequence[int | None] | None) -> tuple[list[str], str]:
+    """Return a shape's sizes as texts, the middle of many left out, and how many there are then."""
+    sizes = ["?" if size is None else str(size) for size in shape or ()]
+    if len(sizes) <= _MOST_DIMS:
+        return sizes, ""
+    return [*sizes[:3], "...", sizes[-1]], f" ({len(sizes)} dims)"
 
 
 def format_size(nbytes: float) -> str:

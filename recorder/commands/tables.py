@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..progress import is_terminal
+from ..sizes import sizes_of
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-_MOST_DIMS = 16
 
 
 def console_of(width: int) -> Console:
@@ -55,13 +54,8 @@ def table_of(*columns: str, left: Sequence[str] = (), folded: Sequence[str] = ("
 
 def shape_text(shape: Sequence[int | None] | None) -> str:
     """Return a shape as `2x16x128`; what is not known as `?`, the middle of a long one cut."""
-    if shape is None:
-        return "?"
-    sizes = ["?" if size is None else str(size) for size in shape]
-    if len(sizes) > _MOST_DIMS:
-        sizes = [*sizes[:3], "...", sizes[-1]]
-        return f"{'x'.join(sizes)} ({len(shape)} dims)"
-    return "x".join(sizes) or "scalar"
+    sizes, more = sizes_of(shape)
+    return "?" if shape is None else "x".join(sizes) + more or "scalar"
 
 
 def span(values: list[Any]) -> str:

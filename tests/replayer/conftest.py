@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from recorder import Recorder, Recording, declare_mesh, tap
 from replayer import Diff, diff
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch's own threads, which small tensors have no use for, wait long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

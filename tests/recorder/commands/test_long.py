@@ -74,7 +74,7 @@ def test_a_tap_that_is_refused_for_its_long_name_is_told_in_short(run, capsys):
         ([], "[]"),
         ([2, None], "[2, ?]"),
         (list(range(16)), str(list(range(16)))),
-        ([1] * 100_000, "[1, 1, 1, 1, ..., 1] (100000 dims)"),
+        ([1] * 100_000, "[1, 1, 1, ..., 1] (100000 dims)"),
     ],
 )
 def test_shapes_are_written_in_a_line(shape, text):

@@ -18,15 +18,7 @@ from replayer.diffing.columns import figures_of, row_of
 from replayer.measuring.measures import measure
 from replayer.rules import History, Rules
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are slow on many threads, beside other tests above all."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CLEAN = {

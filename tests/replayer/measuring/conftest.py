@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from replayer.measuring import chunks, measures, quantiles
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Torch's own threads, which so small tensors have no use for, wait long on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def alone(one_thread):
+    """All tests of measures are about small tensors."""
 
 
 @pytest.fixture
