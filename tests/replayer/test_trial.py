@@ -21,7 +21,8 @@ import sys, torch
 from recorder import tap
 x = torch.full((4,), float(sys.argv[1]))
 tap("x", x)
-tap("y", x * 2)
+y = x * 2
+tap("y", y)
 sys.exit(int(sys.argv[2]) if x[0] != 1 else 0)
 """
 pytestmark = pytest.mark.processes
