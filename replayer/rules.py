@@ -7,8 +7,8 @@ may be another. So it is the errors relative to the tensor itself, its rows and 
 count, as `Profile` has them:
 
 - No row may be as far off as it is large (`_AS_LARGE`), and no factor or offset may explain the
-  error, for rounding has no direction. This holds always. Of a tensor of zeros, which has no size,
-  torch's absolute tolerance decides.
+  error, for rounding has no direction. This holds always. Where the baseline is all zeros, which have
+  no size, torch's absolute tolerance decides.
 - An error is rounding where it is at most `Allowance.whole`, `row` and `element`.
 - Beyond these it is rounding that accumulated where it is at most `_GROWTH` times what the pair
   before, or an earlier one of the same name, had, and all before were rounding; see `History`.
@@ -242,8 +242,8 @@ class Rules:
             return self._is_rounding_of_index(row)
         errors = errors_of(row)
         if errors is None:  # exact, or no element more than one step off
-            return row["mismatched"] == 0 or row.get("max_ulp") == 1
-        if not row["l2_a"] or not row["l2_b"]:  # zeros have no size that an error could be of
+            return row["mismatched"] == 0 or (row["rtol"] > 0 and row.get("max_ulp") == 1)
+        if not row["l2_a"]:  # zeros have no size that an error could be of
             return bool(row["mismatched"] == 0)
         typical = row["error_typical"]
         as_large = row["error_row"] >= _AS_LARGE and row["error_row"] > _AS_OTHERS * typical

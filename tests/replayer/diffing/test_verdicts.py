@@ -82,11 +82,30 @@ def test_numbers_of_any_size_are_judged_alike(held, dtype, scale):
     assert row["outcome"] == "differs" and row["error_row_at"] == [3, -1]
 
 
-def test_of_zeros_the_absolute_tolerance_decides(held):
+def test_where_the_baseline_is_zero_the_absolute_tolerance_decides(held):
     zeros = torch.zeros(4, 32)
     assert only(held(zeros, zeros + 1e-9))["outcome"] == "close"
-    assert only(held(zeros + 1e-9, zeros))["outcome"] == "close"
     assert only(held(zeros, zeros + 1e-3))["outcome"] == "differs"
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0])
+def test_zeros_in_place_of_numbers_are_no_rounding(held, size):
+    a = size * randn(4, 32)
+    assert only(held(a, torch.zeros(4, 32)))["outcome"] == "differs"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.arange(4096), torch.arange(1, 4097)),
+        (torch.arange(64) % 2 == 0, torch.arange(64) % 2 == 1),
+        (torch.arange(64, dtype=torch.int8), torch.arange(1, 65, dtype=torch.int8)),
+        (torch.arange(64), torch.arange(1, 65, dtype=torch.int32)),
+        (torch.ones(64).to(torch.float8_e4m3fn), torch.full((64,), 1.125).to(torch.float8_e4m3fn)),
+    ],
+)
+def test_what_is_exact_is_never_rounded(held, a, b):
+    assert only(held(a, b))["outcome"] == "differs"
 
 
 # Rounding has no direction
