@@ -7,8 +7,8 @@ may be another. So it is the errors relative to the tensor itself, its rows and 
 count, as `Profile` has them:
 
 - No row may be as far off as it is large (`_AS_LARGE`), and no factor or offset may explain the
-  error, for rounding has no direction. This holds always. Where the baseline is all zeros, which have
-  no size, torch's absolute tolerance decides.
+  error, for rounding has no direction. This holds always. Where the baseline is all zeros, which
+  have no size, torch's absolute tolerance decides.
 - An error is rounding where it is at most `Allowance.whole`, `row` and `element`.
 - Beyond these it is rounding that accumulated where it is at most `_GROWTH` times what the pair
   before, or an earlier one of the same name, had, and all before were rounding; see `History`.

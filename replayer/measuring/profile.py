@@ -12,21 +12,21 @@ element   the greatest |d| of an element, over |x| or the root mean square of it
 factor    y is this many times x, by least squares of y on x; see `_direction`
 offset    y is x and this much
 
-A row is an index of all dims but the last, or but the last few where these have less than 16
-elements. Extremes are elements that on both sides are more than 16 times what their row usually
-holds: a massive channel, an attention sink. A fill is a great value that many elements have on
-both sides, within a unit of rounding, as a mask leaves it; it takes no part in anything, nor does
-what is not finite. A row that is small beside the others, and off by no more than they are, is what
-was left when larger numbers cancelled: it is no row of its own. So is one of a gradient that is off
-by little more than they.
+A row is an index of all dims but the last. Extremes are elements that on both sides are more than
+16 times what their row usually holds, or greater than all else by a gap: a massive channel, an
+attention sink, what a mask left. What is not finite takes no part in anything. A row that is small
+beside the others, and off by no more than they are, is what was left when larger numbers cancelled:
+it is no row of its own, where such rows are few. So is one of a gradient that is off by little more
+than the others.
 
-1. `_fills` finds what masks left.
+1. `_great_from` finds what masks left.
 2. `_added` adds up each row, chunk by chunk; `_sums` does a chunk.
 3. `_judged` and `_fitted` judge what was added up.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,22 +38,26 @@ from recorder.scripting import scripted
 
 from .elements import as_numbers
 
-_ROW = 16  # elements of a row at least
 _MOST_ROWS = 1 << 22
 _CHUNK = 1 << 17  # elements worked on at once; as float64 they stay in a processor's cache
 _EXTREME = 16.0  # times what a row usually holds, which is the square of its mean root
-_FILL = 8.0  # times all that is less
-_MOST_FILLS = 4
+_GAP = 3  # binades without a number, below what is great
+_BELOW = 16  # numbers below it at least; of fewer, some are far from the next by chance
+_BINADES = 1 << 11  # of float64, on either side of 1
 _SAFE = (2.0**-200, 2.0**200)  # fourth powers of numbers between these add up in float64
 _SMALL = 0.75  # of the median row's root mean square
-_SMALL_ERROR = 8.0  # times the median row's error
-_LEFT_OF_GRADIENT = 20.0  # the same, of gradients, whatever the row's size
+_SMALL_ERROR = 4.0  # times the error of the others
+_MASSIVE = 4.0  # times the median row's root mean square
+_FAR = 0.9  # of a row's size: so many of the rows may be left of larger numbers, where rows have
+_FEW, _FEW_OF_SHORT, _SHORT = 1 / 16, 1 / 2, 16  # as many elements, and where fewer
+_LEFT_OF_GRADIENT = 20.0  # times the median row's error, of gradients, whatever the row's size
 _ODD, _ODD_GRADIENT = 12.0, 100.0  # times the median row's error, that a row's own direction has
+_ODD_LONG, _LONG = 4.0, 64  # the same of rows of so many numbers
 _UNITS = 4.0  # of rounding at the median row's size, that a small row may be off by
 _SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
 _SHARE_OF_ALL = 0.3  # the same of the whole: of many rows, the errors do not agree by chance
 _LEAST = 8  # numbers that a direction is told by
-_LEAST_LEFT = 1e-6  # of |d|^2, that any direction leaves
+_LEAST_LEFT = 1e-12  # of |d|^2, that any direction leaves
 _ODDS = 30.0  # natural logarithm of the odds against a direction by chance
 
 # Columns of what is added up, of a row
@@ -108,10 +112,10 @@ def profile(
     leading = _leading(a.shape, dims)
     rows = math.prod(leading)
     one, other = (as_numbers(t.detach()).reshape(rows, -1) for t in (a, b))
-    fills, most = _fills(one, other, eps)
+    great, most = _great_from(one, other)
     exponent = max(-1000, min(1000, -math.frexp(most or 1.0)[1]))
     scale = 1.0 if _SAFE[0] < most < _SAFE[1] else math.ldexp(1.0, exponent)
-    sums = _added(one, other, _Excluded(fills, eps, scale))
+    sums = _added(one, other, great, scale)
     rest = (-1,) * (dims - len(leading))
     judged = _judged(sums, eps, is_gradient)
     at = int(judged.error.argmax())
@@ -134,7 +138,7 @@ def profile(
 def _leading(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
     """Return the sizes of the dims whose indices are rows."""
     keep = max(0, dims - 1)
-    while keep and (math.prod(sizes[keep:]) < _ROW or math.prod(sizes[:keep]) > _MOST_ROWS):
+    while math.prod(sizes[:keep]) > _MOST_ROWS:
         keep -= 1
     return tuple(sizes[:keep])
 
@@ -154,27 +158,27 @@ def _relative(error: torch.Tensor, size: torch.Tensor) -> float:
     return math.sqrt(float(error / size)) if size else math.inf
 
 
-def _fills(one: torch.Tensor, other: torch.Tensor, eps: float) -> tuple[list[float], float]:
-    """Return the great values that masks left, and the greatest size of all else."""
-    found: list[float] = []
-    while True:
-        most, value, times, rest = 0.0, 0.0, 0, 0.0
-        for x, y in _flat(one, other):
-            used = _used(x, y, found, eps)
-            size = x.abs().masked_fill_(~used, 0)
-            here = float(size.amax())
-            if here < most or not here:
-                rest = max(rest, here)
-                continue
-            if here > most:
-                rest, most, times = max(rest, most), here, 0
-                value = float(x[int(size.argmax())])
-            same = (x == value) & ((y - value).abs() <= eps * most) & used
-            times += int(same.sum())
-            rest = max(rest, float(size.masked_fill_(same, 0).amax()))
-        if times < 2 or most < _FILL * rest or len(found) == _MOST_FILLS:
-            return found, most
-        found.append(value)
+def _great_from(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """Return from where on numbers are great by a gap, and the greatest of all.
+
+    It is 2^k where no number of both sides is within a factor of 8 below, and at least a 64th of
+    all is below that: what masks add, or channels that are massive. Infinite where there is none.
+    """
+    counts = torch.zeros(2 * _BINADES, dtype=torch.int64, device="cpu")
+    most = 0.0
+    for x, y in _flat(one, other):
+        size = torch.minimum(x.abs(), y.abs())
+        size.masked_fill_(~size.isfinite(), 0.0)
+        most = max(most, float(size.amax()))
+        binades = size.frexp().exponent + _BINADES
+        counts += torch.bincount(binades[size > 0].to(torch.int64), minlength=2 * _BINADES)
+    there = counts.nonzero().flatten().tolist()
+    below, total = 0, int(counts.sum())
+    for low, high in itertools.pairwise(there):
+        below += int(counts[low])
+        if high - low > _GAP and below >= max(_BELOW, total // 64):
+            return math.ldexp(1.0, high - _BINADES - 1), most
+    return math.inf, most
 
 
 def _flat(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -182,29 +186,14 @@ def _flat(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor
         yield x.to(torch.float64), y.to(torch.float64)
 
 
-def _used(x: torch.Tensor, y: torch.Tensor, fills: Sequence[float], eps: float) -> torch.Tensor:
-    used = x.isfinite() & y.isfinite()
-    for value in fills:
-        used &= (x != value) | ((y - value).abs() > eps * abs(value))
-    return used
-
-
-class _Excluded(NamedTuple):
-    """What takes no part, and by what the rest is multiplied, a power of two, to be squared."""
-
-    fills: list[float]
-    eps: float
-    scale: float
-
-
-def _added(one: torch.Tensor, other: torch.Tensor, excluded: _Excluded) -> torch.Tensor:
+def _added(one: torch.Tensor, other: torch.Tensor, great: float, scale: float) -> torch.Tensor:
     """Return what `_sums` finds of each row, of shape [rows, 11]; of long rows, part by part."""
     rows, n = one.shape
     each = max(1, _CHUNK // n)
     found = []
     for i in range(0, rows, each):
         parts = [
-            _sums(x.to(torch.float64), y.to(torch.float64), *excluded, _EXTREME)
+            _sums(x.to(torch.float64), y.to(torch.float64), great, scale, _EXTREME)
             for x, y in zip(*(t[i : i + each].split(_CHUNK, 1) for t in (one, other)), strict=True)
         ]
         total = parts[0]
@@ -217,17 +206,10 @@ def _added(one: torch.Tensor, other: torch.Tensor, excluded: _Excluded) -> torch
 
 
 def _sums(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    fills: list[float],
-    eps: float,
-    scale: float,
-    extreme: float,
+    x: torch.Tensor, y: torch.Tensor, great: float, scale: float, extreme: float
 ) -> torch.Tensor:
     """Return the columns of rows, of shape [rows, 11], of x and y in float64, [rows, n]."""
     used = torch.isfinite(x) & torch.isfinite(y)
-    for value in fills:
-        used = used & ((x != value) | ((y - value).abs() > eps * abs(value)))
     if not bool(used.all()):
         x = x.masked_fill(~used, 0.0)
         y = y.masked_fill(~used, 0.0)
@@ -236,22 +218,26 @@ def _sums(
         y = y * scale
     d = y - x
     w = x.abs()
-    sized = (w > 0.0).sum(1)
-    usual = (w.sqrt().sum(1) / sized.clamp(min=1)).square().unsqueeze(1)
-    most = usual * extreme
+    is_great = (w >= great * scale) & (y.abs() >= great * scale)
+    is_mixed = ((w > 0.0) & ~is_great).any(1)  # else the row is great, and not a part of it
+    is_great = is_great & is_mixed.unsqueeze(1)
+    is_sized = (w > 0.0) & ~is_great
+    sized = is_sized.sum(1)
+    roots = w.sqrt().masked_fill(~is_sized, 0.0).sum(1)
+    most = (roots / sized.clamp(min=1)).square().unsqueeze(1) * extreme
     n = used.sum(1)
     inner = d
     xx_extreme = torch.zeros_like(d[:, 0])
     yy_extreme = xx_extreme
     dd_extreme = xx_extreme
-    is_extreme = (w > most) & (y.abs() > most)
+    is_extreme = is_great | ((w > most) & (y.abs() > most) & is_sized)
     if bool(is_extreme.any()):
         outer = is_extreme.to(torch.float64)
         xx_extreme = (x * outer).square().sum(1)
         yy_extreme = (y * outer).square().sum(1)
         dd_extreme = (d * outer).square().sum(1)
         n = n - is_extreme.sum(1)
-        sized = sized - is_extreme.sum(1)
+        sized = sized - (is_extreme & ~is_great).sum(1)
         x = x.masked_fill(is_extreme, 0.0)
         y = y.masked_fill(is_extreme, 0.0)
         inner = d.masked_fill(is_extreme, 0.0)
@@ -298,8 +284,17 @@ def _judged(sums: torch.Tensor, eps: float, is_gradient: bool) -> _Rows:
     n = sums[:, N].clamp(min=1)
     large, off = (square / n).sqrt(), (sums[:, DD] / n).sqrt()
     usual, usually = (float(values[there].median()) for values in (large, off))
-    times, most = (_LEFT_OF_GRADIENT, math.inf) if is_gradient else (_SMALL_ERROR, _SMALL)
-    left = (large <= most * usual) & (off <= max(times * usually, _UNITS * eps * usual))
+    if is_gradient:
+        left = off <= max(_LEFT_OF_GRADIENT * usually, _UNITS * eps * usual)
+    else:
+        is_short = sums[:, N] < _SHORT  # one large error in it is not made up for by others
+        twice = is_short.to(torch.float64) + 1
+        near = off <= twice * _SMALL_ERROR * _of_others(sums, large, usual)
+        left = (large <= twice * _SMALL * usual) & near
+        far = left & (error > _FAR)
+        most = _FEW if sums[:, N].sum() >= _SHORT * len(sums) else _FEW_OF_SHORT
+        if int(far.sum()) > most * int(there.sum()):  # many rows are a part of their own
+            left &= ~far
     typical = float(error[there].median())
     # An element of a small row is small beside those of others, too.
     element = sums[:, ELEMENT] * (large / usual).clamp(max=1.0)
@@ -308,6 +303,13 @@ def _judged(sums: torch.Tensor, eps: float, is_gradient: bool) -> _Rows:
         size = torch.maximum(sums[:, XX_EXTREME], sums[:, YY_EXTREME])
         error = torch.maximum(error, (sums[:, DD_EXTREME] / size).sqrt().nan_to_num(0.0))
     return _Rows(error, element, typical)
+
+
+def _of_others(sums: torch.Tensor, large: torch.Tensor, usual: float) -> torch.Tensor:
+    """Return the root mean square of the error beside each row, of rows that are not massive."""
+    taking_part = (large <= _MASSIVE * usual).to(torch.float64)
+    dd, n = sums[:, DD] * taking_part, sums[:, N] * taking_part
+    return ((dd.sum() - dd) / (n.sum() - n).clamp(min=1)).clamp(min=0.0).sqrt()
 
 
 class _Fit(NamedTuple):
@@ -328,7 +330,7 @@ def _fitted(
     multiple of it. So a row counts where it is far more off than the rest, and of gradients so does
     an index.
     """
-    odd = _ODD_GRADIENT if is_gradient else _ODD
+    odd: torch.Tensor | float = _ODD_GRADIENT
     odds = _ODDS + math.log(1 + sum(leading) + len(sums))
     of_all = _SHARE if is_gradient else _SHARE_OF_ALL
     found = _direction(sums.unsqueeze(0), unit, odds, of_all)
@@ -336,9 +338,10 @@ def _fitted(
         return found.fit._replace(along=(-1,) * len(leading))
     best: tuple[float, _Fit] = (0.0, _Fit())
     shaped = sums.reshape(*leading, sums.shape[1])
-    for dim, size in enumerate(leading if len(leading) > 1 else ()):
-        places = shaped.movedim(dim, 0).reshape(size, -1, sums.shape[1])
-        found = _direction(places, unit, odds, _SHARE) if size > 1 else None
+    several = [dim for dim, size in enumerate(leading) if size > 1]
+    for dim in several if len(several) > 1 else ():
+        places = shaped.movedim(dim, 0).reshape(leading[dim], -1, sums.shape[1])
+        found = _direction(places, unit, odds, _SHARE)
         if found is not None and found.explained > best[0]:
             if is_gradient and found.error <= odd * rows.typical:
                 continue
@@ -346,11 +349,12 @@ def _fitted(
             best = found.explained, found.fit._replace(along=along)
     if best[1].along is not None or not leading:
         return best[1]
-    kept = sums * (rows.error > 0).unsqueeze(1)  # but for what cancelling left
+    if not is_gradient:
+        like = sums[:, XX].square() / sums[:, X4]
+        odd = torch.where(like >= _LONG, _ODD_LONG, _ODD)
+    kept = sums * (rows.error > odd * rows.typical).unsqueeze(1)
     found = _direction(kept.unsqueeze(1), unit, odds, _SHARE)
     if found is None:
-        return _Fit()
-    if rows.error[found.place] <= odd * rows.typical:
         return _Fit()
     return found.fit._replace(along=_unravelled(found.place, leading))
 
@@ -411,4 +415,9 @@ def _is_no_chance(
     left = (rest / error).nan_to_num(1.0).clamp(min=_LEAST_LEFT)
     m = m * (error > 0)
     evidence = -0.5 * ((m - 1).clamp(min=0.0) * left.log()).sum(1)
+    # All rows as one: where they are short, and of one size.
+    whole = (rest.sum(1) / error.sum(1)).nan_to_num(1.0).clamp(min=_LEAST_LEFT)
+    sized = m * error
+    alike = (sized.sum(1) / error.amax(1)).nan_to_num(0.0)
+    evidence = torch.maximum(evidence, -0.5 * (alike - 1).clamp(min=0.0) * whole.log())
     return (m.sum(1) >= _LEAST) & (evidence > odds)

@@ -24,16 +24,17 @@ def found(a, b, **options):
     return profile(a, b, EPS, UNIT, **options)
 
 
-def expected(a, b, fill=None):
+def expected(a, b, fill=None, massive=None):
     """Whole, extreme, worst row and median row of matrices, row by row."""
     whole, extreme, rows, usual_rows = [0.0, 0.0], [0.0, 0.0], [], []
     for xs, ys in zip(a.double().tolist(), b.double().tolist(), strict=True):
-        pairs = [(x, y) for x, y in zip(xs, ys, strict=True) if not x == y == fill]
-        sized = [abs(x) for x, _ in pairs if x]
+        pairs = list(zip(xs, ys, strict=True))
+        great = [x == y == fill or i == massive for i, (x, y) in enumerate(pairs)]
+        sized = [abs(x) for (x, _), out in zip(pairs, great, strict=True) if x and not out]
         usual = (math.fsum(map(math.sqrt, sized)) / max(1, len(sized))) ** 2
         sums, outer = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
-        for x, y in pairs:
-            if min(abs(x), abs(y)) > 16 * usual:
+        for (x, y), out in zip(pairs, great, strict=True):
+            if min(abs(x), abs(y)) > 16 * usual or out:
                 outer = [s + v for s, v in zip(outer, ((y - x) ** 2, x**2, y**2), strict=True)]
             else:
                 sums = [s + v for s, v in zip(sums, ((y - x) ** 2, x**2, y**2), strict=True)]
@@ -52,17 +53,18 @@ def expected(a, b, fill=None):
 def test_figures_are_those_of_each_row_added_up_by_itself(seed):
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    rows, n = rng.randint(1, 9), rng.randint(16, 60)
+    rows, n = rng.randint(1, 9), rng.randint(48, 90)
     a = torch.randn(rows, n, dtype=torch.float64) * 10 ** rng.uniform(-3, 3)
     b = a * (1 + 10 ** rng.uniform(-6, -1) * torch.randn(rows, n, dtype=torch.float64))
-    if rng.random() < 0.5:
+    massive = 3 if rng.random() < 0.5 else None
+    if massive is not None:
         a[:, 3], b[:, 3] = a[:, 3] + 5e3 * float(a.std()), b[:, 3] + 5e3 * float(a.std())
     fill = None
     if rng.random() < 0.5:
         fill = -1e9
         masked = torch.rand(rows, n) < 0.3
         a, b = a.masked_fill(masked, fill), b.masked_fill(masked, fill)
-    (whole, extreme), worst, typical = expected(a, b, fill)
+    (whole, extreme), worst, typical = expected(a, b, fill, massive)
     made = found(a, b)
     assert made.whole == pytest.approx(whole, rel=1e-9)
     assert made.extreme == pytest.approx(extreme, rel=1e-9)
@@ -195,12 +197,20 @@ def test_rows_of_a_gradient_may_be_as_far_off_as_the_others_whatever_their_size(
     assert found(a, b, is_gradient=True).row < 0.2
 
 
-def test_short_last_dims_are_put_together():
-    a = randn(8, 6, 3)
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_short_rows_are_rows_too(n):
+    a = randn(64, n).abs() + 0.5
     b = a.clone()
-    b[2] = randn(6, 3)
+    b[2] = -b[2]
     made = found(a, b)
-    assert made.row_at == (2, -1, -1)
+    assert made.row_at == (2, -1) and made.row == pytest.approx(2.0)
+
+
+def test_an_index_of_short_rows_has_a_factor():
+    a = randn(2, 8, 3, 3)
+    b = a.clone()
+    b[:, 2] *= 1.05
+    assert found(a, b).along == (-1, 2, -1, -1)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0, 4), (3, 0), (1, 1, 1)])
@@ -208,7 +218,8 @@ def test_any_shape_has_a_profile(shape):
     a = torch.full(shape, 2.0)
     made = found(a, a * 1.5)
     if a.numel():
-        assert made.whole == pytest.approx(0.5) and made.row_at == (-1,) * len(shape)
+        assert made.whole == pytest.approx(0.5)
+        assert made.row_at == ((0,) * (len(shape) - 1) + (-1,) if shape else ())
     else:
         assert made.whole == 0.0 and made.row_at is None
 
@@ -229,3 +240,45 @@ def test_what_is_not_finite_takes_no_part():
         t[:, 5] = 0
     a[:, 5], b[:, 5] = -math.inf, -math.inf
     assert found(a, b).whole == pytest.approx(found(*plain).whole, rel=1e-9)
+
+
+def test_two_masks_that_are_added_hide_nothing():
+    mask = torch.zeros(8, 32, 32).masked_fill(torch.triu(torch.ones(32, 32), 1).bool(), -1e4)
+    mask[:4, :, 25:] += -1e4
+    a, b = randn(8, 32, 32) + mask, randn(8, 32, 32) + mask
+    assert found(a, b).whole > 1 and found(a, b).row > 1
+
+
+@pytest.mark.parametrize("noise", [0.0, 2e-3])
+def test_a_part_that_is_small_is_judged_by_itself(noise):
+    a = randn(64, 3, 4, 64)
+    a[:, 2] *= 0.01
+    b = a * (1 + noise * randn(64, 3, 4, 64))
+    b[:, 2] = 0.01 * randn(64, 4, 64)
+    assert found(a, b).row > 1
+
+
+def test_a_small_row_beside_exact_ones_is_a_row_of_its_own():
+    a = randn(64, 256)
+    a[5] *= 0.03
+    b = a.clone()
+    b[5] = 0
+    assert found(a, b).row == pytest.approx(1.0) and found(a, b).row_at == (5, -1)
+
+
+def test_a_dim_of_size_one_changes_nothing():
+    a = randn(64, 4096)
+    b = a * (1 + 2e-3 * randn(64, 4096))
+    b[5] *= 1.05
+    for shape in ((64, 4096), (64, 1, 4096), (1, 64, 1, 4096)):
+        made = found(a.reshape(shape), b.reshape(shape))
+        assert made.factor == pytest.approx(1.05, rel=1e-3)
+
+
+def test_a_row_behind_a_stronger_one_that_is_not_odd_is_found():
+    a = randn(64, 512)
+    a[7] *= 100
+    b = a * (1 + 2e-3 * randn(64, 512))
+    b[7] *= 1.02
+    b[9] *= 1.2
+    assert profile(a, b, 2**-7, 0.03).along == (9, -1)
