@@ -11,7 +11,8 @@ count, as `Profile` has them:
   have no size, torch's absolute tolerance decides.
 - An error is rounding where it is at most `Allowance.whole`, `row` and `element`.
 - Beyond these it is rounding that accumulated where it is at most `_GROWTH` times what the pair
-  before, or an earlier one of the same name, had, and all before were rounding; see `History`.
+  before, or an earlier one of the same name, had, or `_SLOW_GROWTH` times where that was beyond
+  these too; where it is at most `_MOST_GROWN`; and where all before were rounding; see `History`.
 
 Tolerances that the user gives are taken at their word.
 """
@@ -46,6 +47,7 @@ Floors = Mapping[FloorKey, tuple[float, float]]
 _AS_LARGE = 0.98  # of a row's size
 _AS_OTHERS = 5.0  # times the median row's error
 _GROWTH = 3.0
+_SLOW_GROWTH, _MOST_GROWN = 2.0, 0.4
 _GROWTH_OF_ONE = 6.0  # of the worst row and the worst element, which are others each time
 _CANCELLED = 100.0  # times the median row's error
 _CANCELLED_ROW = 0.9
@@ -62,10 +64,15 @@ class Allowance(NamedTuple):
     row: float
     element: float
 
-    def grown(self) -> Allowance:
-        """Return what they may have grown to by the next pair."""
-        one = _GROWTH_OF_ONE
-        return Allowance(_GROWTH * self.whole, one * self.row, one * self.element)
+    def grown(self, usual: Allowance) -> Allowance:
+        """Return what they may have grown to by the next pair.
+
+        Args:
+            usual: what rounding of one operation comes to: what is beyond that grows slowly.
+        """
+        times, one = _GROWTH if self.whole <= usual.whole else _SLOW_GROWTH, _GROWTH_OF_ONE
+        whole = min(max(times * self.whole, usual.whole), _MOST_GROWN)
+        return Allowance(whole, one * self.row, one * self.element)
 
     def or_more(self, other: Allowance) -> Allowance:
         """Return the greater of both, one by one."""
@@ -216,6 +223,8 @@ class Rules:
             return not odd and (noise or self._is_rounding(row, known))
         if any(row.get(name) for name in _NOT_FINITE if name not in threshold.holds.names):
             return False
+        none = {"factor": 1.0, "offset": 0.0} if row.get("bitwise") is not None else {}
+        row = {**row, **{name: v for name, v in none.items() if row.get(name) is None}}
         if any(row.get(name) is None for name in threshold.measures):
             return False  # not defined for this pair, so nothing holds of it
         values = {**tags, **{name: row.get(name) for name in MEASURES}}
@@ -337,10 +346,11 @@ class History:
         """Return the errors that may have grown to a pair's; None after a fault, or at first."""
         if not self._is_whole or self._last is None or self._most is None:
             return None
+        usual = allowance(row["rtol"])
         if row["kind"] == "grad":  # it is made of what the whole forward left, in another order
-            return self._most.grown()
+            return self._most.grown(usual)
         named = self._of_name.get((row["kind"], row["name"]), self._last)
-        return self._last.or_more(named).grown()
+        return self._last.grown(usual).or_more(named.grown(usual))
 
     def growth(self, row: Mapping[str, Any]) -> float | None:
         """Return how many times the error of the same name before, or of the pair before, it is."""

@@ -230,12 +230,12 @@ def row_of(name, error, kind="tensor", **other):
 def test_what_grows_by_a_small_factor_is_rounding_and_a_jump_is_none():
     rules, history = Rules(), History()
     assert history.known(row_of("h", 1.0)) is None
-    for error in (5e-6, 1e-5, 2.5e-5, 7e-5):
+    for error in (5e-6, 1e-5, 1.9e-5, 3.5e-5):
         row = row_of("h", error)
         within = rules.is_within(row, {}, history.known(row))
         assert within
         history.add(row, within, True)
-    assert history.growth(row_of("h", 1.4e-4)) == pytest.approx(2.0)
+    assert history.growth(row_of("h", 7e-5)) == pytest.approx(2.0)
     jump = row_of("h", 4e-4)
     assert not rules.is_within(jump, {}, history.known(jump))
     history.add(jump, False, True)
@@ -248,6 +248,24 @@ def test_the_error_of_an_earlier_pair_of_the_name_counts_too():
     history.add(row_of("resid", 1e-7), True, True)
     assert rules.is_within(row_of("probs", 1.5e-5), {}, history.known(row_of("probs", 1.5e-5)))
     assert not rules.is_within(row_of("mlp", 1.5e-5), {}, history.known(row_of("mlp", 1.5e-5)))
+
+
+def test_growth_has_a_ceiling(held):
+    xs = [randn(64, 256) for _ in range(8)]
+    errors = (0.03, 0.058, 0.11, 0.2, 0.38, 0.7, 1.4, 3.0)
+    noise = [error * randn(64, 256) for error in errors]
+
+    def job(values):
+        return lambda rank: [tap("x", x.bfloat16(), i=i) for i, x in enumerate(values)]
+
+    found = held(job(xs), job([x + d for x, d in zip(xs, noise, strict=True)]))
+    assert found.status == 1
+    assert found.pairs["outcome"].to_list() == ["close"] * 5 + ["differs"] * 3
+
+
+def test_a_threshold_over_the_factor_holds_where_none_fits(held):
+    a = randn(8, 64)
+    assert only(held(a, a + 0.3 * randn(8, 64), threshold="factor < 1.01"))["outcome"] == "close"
 
 
 def test_what_a_threshold_let_pass_is_no_rounding_that_others_may_have():
