@@ -334,9 +334,14 @@ def odd_place(row: Mapping[str, Any]) -> Sequence[int] | None:
 
 
 class History:
-    """The errors of the pairs so far, in the order of execution, as long as all were rounding."""
+    """The errors of the pairs so far, in the order of execution, as long as all were rounding.
 
-    def __init__(self) -> None:
+    Args:
+        gradient: the usual root mean square of gradients, 0 where there is none.
+    """
+
+    def __init__(self, gradient: float = 0.0) -> None:
+        self._gradient = gradient
         self._of_name: dict[tuple[str, str], Allowance] = {}
         self._last: Allowance | None = None
         self._most: Allowance | None = None
@@ -351,6 +356,16 @@ class History:
             return self._most.grown(usual)
         named = self._of_name.get((row["kind"], row["name"]), self._last)
         return self._last.grown(usual).or_more(named.grown(usual))
+
+    def is_nothing(self, row: Mapping[str, Any]) -> bool:
+        """Whether a gradient is on both sides so small beside others that it is zero, rounded.
+
+        That of a key's bias is: the softmax does not depend on it.
+        """
+        if row["kind"] != "grad" or row.get("l2_a") is None or row["mismatched"]:
+            return False
+        size = max(row["l2_a"], row["l2_b"]) / math.sqrt(row["numel"])
+        return bool(size <= allowance(row["rtol"]).whole * self._gradient)
 
     def growth(self, row: Mapping[str, Any]) -> float | None:
         """Return how many times the error of the same name before, or of the pair before, it is."""

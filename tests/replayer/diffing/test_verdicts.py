@@ -263,6 +263,24 @@ def test_growth_has_a_ceiling(held):
     assert found.pairs["outcome"].to_list() == ["close"] * 5 + ["differs"] * 3
 
 
+@pytest.mark.parametrize(("others", "outcome"), [(2, "close"), (0, "differs")])
+def test_a_gradient_that_is_zero_but_for_rounding_is_none_beside_others(held, others, outcome):
+    def job(seed):
+        noise = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+
+        def run(rank):
+            for i in range(others):
+                x = tap("w", torch.ones(64, requires_grad=True), grad=True, i=i)
+                (x * (torch.arange(64.0) + 1) * (1 + 1e-6 * noise)).sum().backward()
+            x = tap("bias", torch.ones(64, requires_grad=True), grad=True)
+            (x * noise * 1e-9).sum().backward()
+
+        return run
+
+    rows = held(job(1), job(2)).pairs.filter(kind="grad", name="bias")
+    assert rows["outcome"].to_list() == [outcome]
+
+
 def test_a_threshold_over_the_factor_holds_where_none_fits(held):
     a = randn(8, 64)
     assert only(held(a, a + 0.3 * randn(8, 64), threshold="factor < 1.01"))["outcome"] == "close"
