@@ -251,7 +251,9 @@ class Rules:
             return self._is_rounding_of_index(row)
         errors = errors_of(row)
         if errors is None:  # exact, or no element more than one step off
-            return row["mismatched"] == 0 or (row["rtol"] > 0 and row.get("max_ulp") == 1)
+            return row["mismatched"] == 0 or (
+                (row.get("rtol") or 0) > 0 and row.get("max_ulp") == 1
+            )
         if not row["l2_a"]:  # zeros have no size that an error could be of
             return bool(row["mismatched"] == 0)
         typical = row["error_typical"]
@@ -351,7 +353,7 @@ class History:
         """Return the errors that may have grown to a pair's; None after a fault, or at first."""
         if not self._is_whole or self._last is None or self._most is None:
             return None
-        usual = allowance(row["rtol"])
+        usual = allowance(row.get("rtol") or 0.0)
         if row["kind"] == "grad":  # it is made of what the whole forward left, in another order
             return self._most.grown(usual)
         named = self._of_name.get((row["kind"], row["name"]), self._last)
