@@ -43,7 +43,7 @@ _CHUNK = 1 << 17  # elements worked on at once; as float64 they stay in a proces
 _EXTREME = 16.0  # times what a row usually holds, which is the square of its mean root
 _GAP = 3  # binades without a number, below what is great
 _BELOW = 16  # numbers below it at least; of fewer, some are far from the next by chance
-_BINADES = 1 << 11  # of float64, on either side of 1
+_BINADES, _BIAS = 1 << 11, 1023  # of float64, by its bits
 _SAFE = (2.0**-200, 2.0**200)  # fourth powers of numbers between these add up in float64
 _SMALL = 0.75  # of the median row's root mean square
 _SMALL_ERROR = 4.0  # times the error of the others
@@ -164,20 +164,20 @@ def _great_from(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     It is 2^k where no number of both sides is within a factor of 8 below, and at least a 64th of
     all is below that: what masks add, or channels that are massive. Infinite where there is none.
     """
-    counts = torch.zeros(2 * _BINADES, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(_BINADES, dtype=torch.int64, device="cpu")
     most = 0.0
     for x, y in _flat(one, other):
         size = torch.minimum(x.abs(), y.abs())
         size.masked_fill_(~size.isfinite(), 0.0)
         most = max(most, float(size.amax()))
-        binades = size.frexp().exponent + _BINADES
-        counts += torch.bincount(binades[size > 0].to(torch.int64), minlength=2 * _BINADES)
+        counts += torch.bincount(size.view(torch.int64) >> 52, minlength=_BINADES)
+    counts[0] = 0  # zeros, and what is next to nothing
     there = counts.nonzero().flatten().tolist()
     below, total = 0, int(counts.sum())
     for low, high in itertools.pairwise(there):
         below += int(counts[low])
         if high - low > _GAP and below >= max(_BELOW, total // 64):
-            return math.ldexp(1.0, high - _BINADES - 1), most
+            return math.ldexp(1.0, high - _BIAS), most
     return math.inf, most
 
 
