@@ -128,16 +128,21 @@ def look() -> Place | None:
     return Place(task, tuple(again), within)
 
 
+_HOLDERS = ("checkpoint", "_checkpoint_impl")  # up to torch 2.13, and from 2.14 on
+
+
 def checkpoints_around() -> list[Any]:
     """Return torch's objects of the checkpoints without a node whose forward this is in."""
-    found = []
+    hooks = None if _top_hooks is None else _top_hooks(False)
+    pack = None if hooks is None else hooks[0]
+    found = [_checkpoint_of(pack)] if _is_checkpoint_s(pack) else []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "checkpoint":
+        if frame.f_code.co_name in _HOLDERS:
             generator = frame.f_locals.get("gen")
             inner = getattr(generator, "gi_frame", None)
             checkpoint = inner.f_locals.get("new_frame") if inner is not None else None
-            if checkpoint is not None:
+            if checkpoint is not None and checkpoint not in found:
                 found.append(checkpoint)
         frame = frame.f_back
     return found
@@ -168,8 +173,6 @@ def _place_in_forward(hooks: Any) -> Place:
     found = checkpoints_around()
     if not _is_checkpoint_s(pack):  # the job's own, such as those that offload
         return Place(-1, (), tuple(map(weakref.ref, found)))
-    innermost = pack.__closure__[_cells[pack.__code__]].cell_contents
-    found = [innermost, *(one for one in found if one is not innermost)]
     place = Place(-1, (), tuple(map(weakref.ref, found)))
     _latest = weakref.ref(pack), place
     return place
@@ -185,6 +188,10 @@ def _is_checkpoint_s(pack: Any) -> bool:
         is_one = code.co_name == "pack_hook" and "frame" in names
         _cells[code] = names.index("frame") if is_one else -1
     return _cells[code] >= 0
+
+
+def _checkpoint_of(pack: Any) -> Any:
+    return pack.__closure__[_cells[pack.__code__]].cell_contents
 
 
 def _of_unpacking(frame: FrameType) -> Again | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import threading
 import weakref
@@ -152,6 +153,11 @@ def frames(function, *args):
     return checkpoint(function, *args, use_reentrant=False)
 
 
+def decorated(function, *args):
+    """As from torch 2.14 on."""
+    return checkpoint(use_reentrant=False)(function)(*args)
+
+
 def sequential(function, *args):
     return checkpoint_sequential([function], 1, *args, use_reentrant=False)
 
@@ -161,6 +167,7 @@ def plain(function, *args):
 
 
 HAS_HOOKS = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # torch 2.7
+HAS_DECORATOR = inspect.signature(checkpoint).parameters["function"].default is None
 KINDS = {
     "frames": frames,
     "reentrant": reentrant,
@@ -170,6 +177,7 @@ KINDS = {
     "offloading": with_hooks_between,
     "wrapper": by_module,
     "selective": selective,
+    **({"decorated": decorated} if HAS_DECORATOR else {}),
 }
 ORDERS = {"in turn": None, "fifo": (0, 1, 2), "lifo": (2, 1, 0), "any": (1, 2, 0)}
 
