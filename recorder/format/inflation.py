@@ -117,7 +117,11 @@ def _measure_chunk(file: int, size: int, chunk: dict[int, Any]) -> int:
     while left > 0:
         if begin + 512 > len(data) and len(data) < left:
             data, begin = os.pread(file, min(left, _PAGE_HEAD), at), 0
-        head, end = _struct(data, begin)
+        try:
+            head, end = _struct(data, begin)
+        except (IndexError, ValueError):  # long texts may stand in it, as least and greatest
+            data, begin = os.pread(file, left, at), 0
+            head, end = _struct(data, begin)
         if head[2] < 0 or head[3] < 0:
             raise ValueError("a page of negative size")
         about = head.get(5) or head.get(8) or head.get(7) or {}
