@@ -179,7 +179,8 @@ def measure(
     merged = _merged(segments, figures, parts, run)
     is_rounded = a.dtype in _TOLERANCES or b.dtype in _TOLERANCES
     if changed and is_rounded and merged.get("max_ulp", 0) > 1:
-        merged["profile"] = profile(a, b, *units(a.dtype, b.dtype), is_gradient=is_gradient)
+        eps, unit = units(a.dtype, b.dtype)
+        merged["profile"] = profile(a, b, eps, unit, is_gradient=is_gradient, run=run)
     return Measures(
         a.numel(),
         rtol,

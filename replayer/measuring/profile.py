@@ -19,32 +19,23 @@ beside the others, and off by no more than they are, is what was left when large
 it is no row of its own, where such rows are few. So is one of a gradient that is off by little more
 than the others.
 
-1. `_great_from` finds what masks left.
-2. `_added` adds up each row, chunk by chunk; `_sums` does a chunk.
-3. `_judged` and `_fitted` judge what was added up.
+`rows` adds up each row; `_judged` and `_fitted` judge what was added up.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from recorder.scripting import scripted
-
+from .chunks import Map
 from .elements import as_numbers
+from .rows import DD, DD_EXTREME, ELEMENT, X4, XD, XX, XX_EXTREME, YY, YY_EXTREME, D, N, add_up
 
 _MOST_ROWS = 1 << 22
-_CHUNK = 1 << 17  # elements worked on at once; as float64 they stay in a processor's cache
-_EXTREME = 16.0  # times what a row usually holds, which is the square of its mean root
-_GAP = 3  # binades without a number, below what is great
-_BELOW = 16  # numbers below it at least; of fewer, some are far from the next by chance
-_BINADES, _BIAS = 1 << 11, 1023  # of float64, by its bits
-_SAFE = (2.0**-200, 2.0**200)  # fourth powers of numbers between these add up in float64
 _SMALL = 0.75  # of the median row's root mean square
 _SMALL_ERROR = 4.0  # times the error of the others
 _MASSIVE = 4.0  # times the median row's root mean square
@@ -56,12 +47,9 @@ _ODD_LONG, _LONG = 4.0, 64  # the same of rows of so many numbers
 _UNITS = 4.0  # of rounding at the median row's size, that a small row may be off by
 _SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
 _SHARE_OF_ALL = 0.3  # the same of the whole: of many rows, the errors do not agree by chance
-_LEAST = 8  # numbers that a direction is told by
+_LEAST = 8 - 1e-3  # numbers that a direction is told by, which are not added up exactly
 _LEAST_LEFT = 1e-12  # of |d|^2, that any direction leaves
 _ODDS = 30.0  # natural logarithm of the odds against a direction by chance
-
-# Columns of what is added up, of a row
-XX, YY, XD, DD, D, X4, N, XX_EXTREME, YY_EXTREME, DD_EXTREME, ELEMENT = range(11)
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,13 @@ class Profile:
 
 
 def profile(
-    a: torch.Tensor, b: torch.Tensor, eps: float, unit: float, *, is_gradient: bool = False
+    a: torch.Tensor,
+    b: torch.Tensor,
+    eps: float,
+    unit: float,
+    *,
+    is_gradient: bool = False,
+    run: Map = map,
 ) -> Profile:
     """Return where the error of a pair lies.
 
@@ -103,6 +97,7 @@ def profile(
         unit: a factor no further from 1 than this is none; and no offset is that small, by the
             root mean square.
         is_gradient: whether rows are sums of larger numbers, as those of gradients are.
+        run: like `map`, over parts of the tensors, perhaps on several threads.
     """
     dims = a.dim()
     if a.is_complex() or b.is_complex():
@@ -112,19 +107,16 @@ def profile(
     leading = _leading(a.shape, dims)
     rows = math.prod(leading)
     one, other = (as_numbers(t.detach()).reshape(rows, -1) for t in (a, b))
-    great, most = _great_from(one, other)
-    exponent = max(-1000, min(1000, -math.frexp(most or 1.0)[1]))
-    scale = 1.0 if _SAFE[0] < most < _SAFE[1] else math.ldexp(1.0, exponent)
-    sums = _added(one, other, great, scale)
+    sums, scale = add_up(one, other, run)
     rest = (-1,) * (dims - len(leading))
     judged = _judged(sums, eps, is_gradient)
     at = int(judged.error.argmax())
     row = float(judged.error[at])
-    whole, extreme = sums.sum(0), sums[:, [XX_EXTREME, DD_EXTREME]].sum(0)
+    whole = sums.sum(0).tolist()
     found = _fitted(sums, judged, leading, unit, is_gradient)
     return Profile(
         _relative(whole[DD], whole[XX]),
-        _relative(extreme[1], extreme[0]),
+        _relative(whole[DD_EXTREME], whole[XX_EXTREME]),
         row,
         (*_unravelled(at, leading), *rest) if row else None,
         judged.typical,
@@ -151,119 +143,17 @@ def _unravelled(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(found[::-1])
 
 
-def _relative(error: torch.Tensor, size: torch.Tensor) -> float:
+def _relative(error: float, size: float) -> float:
     """Return the root of a ratio of sums of squares; infinite where something is off nothing."""
     if not error:
         return 0.0
-    return math.sqrt(float(error / size)) if size else math.inf
+    return math.sqrt(error / size) if size and error < math.inf else math.inf
 
 
-def _great_from(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    """Return from where on numbers are great by a gap, and the greatest of all.
-
-    It is 2^k where no number of both sides is within a factor of 8 below, and at least a 64th of
-    all is below that: what masks add, or channels that are massive. Infinite where there is none.
-    """
-    counts = torch.zeros(_BINADES, dtype=torch.int64, device="cpu")
-    most = 0.0
-    for x, y in _flat(one, other):
-        size = torch.minimum(x.abs(), y.abs())
-        size.masked_fill_(~size.isfinite(), 0.0)
-        most = max(most, float(size.amax()))
-        counts += torch.bincount(size.view(torch.int64) >> 52, minlength=_BINADES)
-    counts[0] = 0  # zeros, and what is next to nothing
-    there = counts.nonzero().flatten().tolist()
-    below, total = 0, int(counts.sum())
-    for low, high in itertools.pairwise(there):
-        below += int(counts[low])
-        if high - low > _GAP and below >= max(_BELOW, total // 64):
-            return math.ldexp(1.0, high - _BIAS), most
-    return math.inf, most
-
-
-def _flat(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for x, y in zip(*(t.reshape(-1).split(_CHUNK) for t in (one, other)), strict=True):
-        yield x.to(torch.float64), y.to(torch.float64)
-
-
-def _added(one: torch.Tensor, other: torch.Tensor, great: float, scale: float) -> torch.Tensor:
-    """Return what `_sums` finds of each row, of shape [rows, 11]; of long rows, part by part."""
-    rows, n = one.shape
-    each = max(1, _CHUNK // n)
-    found = []
-    for i in range(0, rows, each):
-        parts = [
-            _sums(x.to(torch.float64), y.to(torch.float64), great, scale, _EXTREME)
-            for x, y in zip(*(t[i : i + each].split(_CHUNK, 1) for t in (one, other)), strict=True)
-        ]
-        total = parts[0]
-        for part in parts[1:]:
-            most = torch.maximum(total[:, ELEMENT], part[:, ELEMENT])
-            total = total + part
-            total[:, ELEMENT] = most
-        found.append(total)
-    return torch.cat(found)
-
-
-def _sums(
-    x: torch.Tensor, y: torch.Tensor, great: float, scale: float, extreme: float
-) -> torch.Tensor:
-    """Return the columns of rows, of shape [rows, 11], of x and y in float64, [rows, n]."""
-    used = torch.isfinite(x) & torch.isfinite(y)
-    if not bool(used.all()):
-        x = x.masked_fill(~used, 0.0)
-        y = y.masked_fill(~used, 0.0)
-    if scale != 1.0:
-        x = x * scale
-        y = y * scale
-    d = y - x
-    w = x.abs()
-    is_great = (w >= great * scale) & (y.abs() >= great * scale)
-    is_mixed = ((w > 0.0) & ~is_great).any(1)  # else the row is great, and not a part of it
-    is_great = is_great & is_mixed.unsqueeze(1)
-    is_sized = (w > 0.0) & ~is_great
-    sized = is_sized.sum(1)
-    roots = w.sqrt().masked_fill(~is_sized, 0.0).sum(1)
-    most = (roots / sized.clamp(min=1)).square().unsqueeze(1) * extreme
-    n = used.sum(1)
-    inner = d
-    xx_extreme = torch.zeros_like(d[:, 0])
-    yy_extreme = xx_extreme
-    dd_extreme = xx_extreme
-    is_extreme = is_great | ((w > most) & (y.abs() > most) & is_sized)
-    if bool(is_extreme.any()):
-        outer = is_extreme.to(torch.float64)
-        xx_extreme = (x * outer).square().sum(1)
-        yy_extreme = (y * outer).square().sum(1)
-        dd_extreme = (d * outer).square().sum(1)
-        n = n - is_extreme.sum(1)
-        sized = sized - (is_extreme & ~is_great).sum(1)
-        x = x.masked_fill(is_extreme, 0.0)
-        y = y.masked_fill(is_extreme, 0.0)
-        inner = d.masked_fill(is_extreme, 0.0)
-    square = x.square()
-    xx = square.sum(1)
-    root = (xx / sized.clamp(min=1)).sqrt().unsqueeze(1)
-    by_size = (d.abs() / torch.maximum(w, root)).nan_to_num(0.0, float("inf"))
-    return torch.stack(
-        [
-            xx,
-            y.square().sum(1),
-            (x * inner).sum(1),
-            inner.square().sum(1),
-            inner.sum(1),
-            square.square().sum(1),
-            n.to(torch.float64),
-            xx_extreme,
-            yy_extreme,
-            dd_extreme,
-            by_size.amax(1),
-        ],
-        1,
-    )
-
-
-_sums = scripted(_sums)
+def _relative_of_rows(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return the same of each row."""
+    found = (error / size).sqrt().nan_to_num(0.0, math.inf)
+    return torch.where(error.isinf(), math.inf, found)
 
 
 class _Rows(NamedTuple):
@@ -277,7 +167,7 @@ class _Rows(NamedTuple):
 def _judged(sums: torch.Tensor, eps: float, is_gradient: bool) -> _Rows:
     """Return the relative errors of rows, given their sums, of shape [rows, 11]."""
     square = torch.maximum(sums[:, XX], sums[:, YY])
-    error = (sums[:, DD] / square).sqrt().nan_to_num(0.0)
+    error = _relative_of_rows(sums[:, DD], square)
     there = square > 0
     if not bool(there.any()):
         return _Rows(error, sums[:, ELEMENT], 0.0)
@@ -297,11 +187,11 @@ def _judged(sums: torch.Tensor, eps: float, is_gradient: bool) -> _Rows:
             left &= ~far
     typical = float(error[there].median())
     # An element of a small row is small beside those of others, too.
-    element = sums[:, ELEMENT] * (large / usual).clamp(max=1.0)
+    element = sums[:, ELEMENT] * (large / usual).nan_to_num(1.0).clamp(max=1.0)
     error, element = error.masked_fill(left, 0.0), element.masked_fill(left, 0.0)
     if not is_gradient:  # whose extremes are left of larger numbers, too
         size = torch.maximum(sums[:, XX_EXTREME], sums[:, YY_EXTREME])
-        error = torch.maximum(error, (sums[:, DD_EXTREME] / size).sqrt().nan_to_num(0.0))
+        error = torch.maximum(error, _relative_of_rows(sums[:, DD_EXTREME], size))
     return _Rows(error, element, typical)
 
 
@@ -352,11 +242,11 @@ def _fitted(
     if not is_gradient:
         like = sums[:, XX].square() / sums[:, X4]
         odd = torch.where(like >= _LONG, _ODD_LONG, _ODD)
-    kept = sums * (rows.error > odd * rows.typical).unsqueeze(1)
-    found = _direction(kept.unsqueeze(1), unit, odds, _SHARE)
+    at = (rows.error > odd * rows.typical).nonzero().flatten()
+    found = _direction(sums[at].unsqueeze(1), unit, odds, _SHARE)
     if found is None:
         return _Fit()
-    return found.fit._replace(along=_unravelled(found.place, leading))
+    return found.fit._replace(along=_unravelled(int(at[found.place]), leading))
 
 
 class _Found(NamedTuple):
@@ -384,28 +274,34 @@ def _direction(places: torch.Tensor, unit: float, odds: float, least: float) -> 
     """
     sums = places.sum(1)
     xx, dd, n = sums[:, XX], sums[:, DD], sums[:, N]
-    row_x, row_d = places[..., XX], places[..., DD]
-    factor, offset = sums[:, XD] / xx, sums[:, D] / n
+    along_x, along_1 = sums[:, XD], sums[:, D]
+    share_x, share_1 = along_x.square() / (xx * dd), along_1.square() / (n * dd)
+    fits_x = (share_x >= least) & (along_x.abs() > unit * xx)
+    fits_1 = (share_1 >= least) & (along_1.abs() > unit * (xx * n).sqrt())
+    at = (fits_x | fits_1).nonzero().flatten()
+    if not at.numel():  # as a rule
+        return None
+    places = places[at]
+    row_x, row_d, row_n = places[..., XX], places[..., DD], places[..., N]
+    factor, offset = (along_x / xx)[at], (along_1 / n)[at]
     f, o = factor.unsqueeze(1), offset.unsqueeze(1)
     rest_x = row_d - 2 * f * places[..., XD] + f.square() * row_x
-    rest_1 = row_d - 2 * o * places[..., D] + o.square() * places[..., N]
+    rest_1 = row_d - 2 * o * places[..., D] + o.square() * row_n
     like = (row_x.square() / places[..., X4]).nan_to_num(0.0)
-    fits_x = (factor.abs() > unit) & _is_no_chance(rest_x, row_d, like, odds)
-    large = offset.abs() > unit * (xx / n).sqrt()
-    fits_1 = large & _is_no_chance(rest_1, row_d, places[..., N], odds)
-    share_x = (sums[:, XD].square() / (xx * dd)).nan_to_num(0.0) * fits_x
-    share_1 = (sums[:, D].square() / (n * dd)).nan_to_num(0.0) * fits_1
-    share = torch.maximum(share_x, share_1)
-    explained = share * dd * (share >= least)
-    place = int(explained.argmax())
-    if not explained[place]:
+    share_x = share_x[at] * (fits_x[at] & _is_no_chance(rest_x, row_d, like, odds))
+    share_1 = share_1[at] * (fits_1[at] & _is_no_chance(rest_1, row_d, row_n, odds))
+    share_x, share_1 = share_x.nan_to_num(0.0), share_1.nan_to_num(0.0)
+    explained = torch.maximum(share_x, share_1) * dd[at]
+    best = int(explained.argmax())
+    if not explained[best]:
         return None
-    if share_x[place] >= share_1[place]:
-        fit = _Fit(1 + float(factor[place]), None)
+    if share_x[best] >= share_1[best]:
+        fit = _Fit(1 + float(factor[best]), None)
     else:
-        fit = _Fit(None, float(offset[place]))
+        fit = _Fit(None, float(offset[best]))
+    place = int(at[best])
     error = math.sqrt(float(dd[place] / xx[place]))
-    return _Found(place, float(explained[place]), error, fit)
+    return _Found(place, float(explained[best]), error, fit)
 
 
 def _is_no_chance(
