@@ -40,8 +40,10 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> Apart:
     d = y - x
     if x_rest or y_rest:
         d = d + (sum(y_rest) - sum(x_rest))
-    excluded = ~(x.isfinite() & y.isfinite())
-    if bool(excluded.any()):
+    if bool(d.sum().isfinite()):  # then each is, which takes longer to ask
+        excluded = torch.zeros_like(d, dtype=torch.bool)
+    else:
+        excluded = ~(x.isfinite() & y.isfinite())
         x, y, d = (values.masked_fill(excluded, 0) for values in (x, y, d))
     w, size = d.abs(), x.abs()
     if d.is_complex():

@@ -31,9 +31,11 @@ from typing import NamedTuple
 
 import torch
 
+from recorder.scripting import scripted
+
 from .chunks import Map
 from .elements import as_numbers
-from .rows import DD, DD_EXTREME, ELEMENT, X4, XD, XX, XX_EXTREME, YY, YY_EXTREME, D, N, add_up
+from .rows import DD, DD_EXTREME, X4, XD, XX, XX_EXTREME, D, N, add_up
 
 _MOST_ROWS = 1 << 22
 _SMALL = 0.75  # of the median row's root mean square
@@ -109,18 +111,18 @@ def profile(
     one, other = (as_numbers(t.detach()).reshape(rows, -1) for t in (a, b))
     sums, scale = add_up(one, other, run)
     rest = (-1,) * (dims - len(leading))
-    judged = _judged(sums, eps, is_gradient)
-    at = int(judged.error.argmax())
-    row = float(judged.error[at])
+    errors, elements, typical = _judged(sums, eps, is_gradient)
+    at = int(errors.argmax())
+    row = float(errors[at])
     whole = sums.sum(0).tolist()
-    found = _fitted(sums, judged, leading, unit, is_gradient)
+    found = _fitted(sums, errors, typical, leading, unit, is_gradient)
     return Profile(
         _relative(whole[DD], whole[XX]),
         _relative(whole[DD_EXTREME], whole[XX_EXTREME]),
         row,
         (*_unravelled(at, leading), *rest) if row else None,
-        judged.typical,
-        float(judged.element.max()),
+        typical,
+        float(elements.max()),
         found.factor,
         None if found.offset is None else found.offset / scale,
         None if found.along is None else (*found.along, *rest),
@@ -150,56 +152,70 @@ def _relative(error: float, size: float) -> float:
     return math.sqrt(error / size) if size and error < math.inf else math.inf
 
 
-def _relative_of_rows(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Return the same of each row."""
-    found = (error / size).sqrt().nan_to_num(0.0, math.inf)
-    return torch.where(error.isinf(), math.inf, found)
+def _judged(
+    sums: torch.Tensor,
+    eps: float,
+    is_gradient: bool,
+    of_gradient: float = _LEFT_OF_GRADIENT,
+    units: float = _UNITS,
+    short: int = _SHORT,
+    small: float = _SMALL,
+    small_error: float = _SMALL_ERROR,
+    far: float = _FAR,
+    few: float = _FEW,
+    few_of_short: float = _FEW_OF_SHORT,
+    massive: float = _MASSIVE,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return the relative errors of rows and of their elements, and the rows' median error.
 
-
-class _Rows(NamedTuple):
-    """What the rows came to: `error` and `element` of each, 0 for what cancelling left."""
-
-    error: torch.Tensor
-    element: torch.Tensor
-    typical: float
-
-
-def _judged(sums: torch.Tensor, eps: float, is_gradient: bool) -> _Rows:
-    """Return the relative errors of rows, given their sums, of shape [rows, 11]."""
-    square = torch.maximum(sums[:, XX], sums[:, YY])
-    error = _relative_of_rows(sums[:, DD], square)
+    Args:
+        sums: the rows', of shape [rows, 11]. What larger numbers left when they cancelled has no
+            error, of itself and of its elements.
+        eps: the unit of rounding.
+        is_gradient: whether rows are sums of larger numbers.
+        of_gradient, units, short, small, small_error, far, few, few_of_short, massive: constants.
+    """
+    xx, yy, _xd, dd, _d, _x4, n, element, xx_extreme, yy_extreme, dd_extreme = sums.unbind(1)
+    square = torch.maximum(xx, yy)
+    error = (dd / square).sqrt().nan_to_num(0.0, float("inf"))
+    error = error.masked_fill(dd.isinf(), float("inf"))
     there = square > 0
     if not bool(there.any()):
-        return _Rows(error, sums[:, ELEMENT], 0.0)
-    n = sums[:, N].clamp(min=1)
-    large, off = (square / n).sqrt(), (sums[:, DD] / n).sqrt()
-    usual, usually = (float(values[there].median()) for values in (large, off))
+        return error, element, 0.0
+    m = n.clamp(min=1)
+    large = (square / m).sqrt()
+    off = (dd / m).sqrt()
+    usual = float(large[there].median())
     if is_gradient:
-        left = off <= max(_LEFT_OF_GRADIENT * usually, _UNITS * eps * usual)
+        left = off <= max(of_gradient * float(off[there].median()), units * eps * usual)
     else:
-        is_short = sums[:, N] < _SHORT  # one large error in it is not made up for by others
-        twice = is_short.to(torch.float64) + 1
-        near = off <= twice * _SMALL_ERROR * _of_others(sums, large, usual)
-        left = (large <= twice * _SMALL * usual) & near
-        far = left & (error > _FAR)
-        most = _FEW if sums[:, N].sum() >= _SHORT * len(sums) else _FEW_OF_SHORT
-        if int(far.sum()) > most * int(there.sum()):  # many rows are a part of their own
-            left &= ~far
+        twice = (n < short).to(torch.float64) + 1  # one large error is not made up for by others
+        left = large <= twice * small * usual
+        if bool(left.any()):
+            # The root mean square of the error beside each row, of rows that are not massive.
+            taking_part = (large <= massive * usual).to(torch.float64)
+            others_dd = dd * taking_part
+            others_n = n * taking_part
+            others_dd = (others_dd.sum() - others_dd).clamp(min=0.0)
+            others_n = (others_n.sum() - others_n).clamp(min=1.0)
+            left = left & (off <= twice * small_error * (others_dd / others_n).sqrt())
+            is_far = left & (error > far)
+            most = few if float(n.sum()) >= short * n.size(0) else few_of_short
+            if int(is_far.sum()) > most * int(there.sum()):  # many rows are a part of their own
+                left = left & ~is_far
     typical = float(error[there].median())
     # An element of a small row is small beside those of others, too.
-    element = sums[:, ELEMENT] * (large / usual).nan_to_num(1.0).clamp(max=1.0)
-    error, element = error.masked_fill(left, 0.0), element.masked_fill(left, 0.0)
+    element = element * (large / usual).nan_to_num(1.0).clamp(max=1.0)
+    error = error.masked_fill(left, 0.0)
+    element = element.masked_fill(left, 0.0)
     if not is_gradient:  # whose extremes are left of larger numbers, too
-        size = torch.maximum(sums[:, XX_EXTREME], sums[:, YY_EXTREME])
-        error = torch.maximum(error, _relative_of_rows(sums[:, DD_EXTREME], size))
-    return _Rows(error, element, typical)
+        outer = (dd_extreme / torch.maximum(xx_extreme, yy_extreme)).sqrt()
+        outer = outer.nan_to_num(0.0, float("inf")).masked_fill(dd_extreme.isinf(), float("inf"))
+        error = torch.maximum(error, outer)
+    return error, element, typical
 
 
-def _of_others(sums: torch.Tensor, large: torch.Tensor, usual: float) -> torch.Tensor:
-    """Return the root mean square of the error beside each row, of rows that are not massive."""
-    taking_part = (large <= _MASSIVE * usual).to(torch.float64)
-    dd, n = sums[:, DD] * taking_part, sums[:, N] * taking_part
-    return ((dd.sum() - dd) / (n.sum() - n).clamp(min=1)).clamp(min=0.0).sqrt()
+_judged = scripted(_judged)
 
 
 class _Fit(NamedTuple):
@@ -211,7 +227,12 @@ class _Fit(NamedTuple):
 
 
 def _fitted(
-    sums: torch.Tensor, rows: _Rows, leading: tuple[int, ...], unit: float, is_gradient: bool
+    sums: torch.Tensor,
+    errors: torch.Tensor,
+    typical: float,
+    leading: tuple[int, ...],
+    unit: float,
+    is_gradient: bool,
 ) -> _Fit:
     """Return the factor or offset that explains an error: of all, of an index of one dim, or a row.
 
@@ -233,7 +254,7 @@ def _fitted(
         places = shaped.movedim(dim, 0).reshape(leading[dim], -1, sums.shape[1])
         found = _direction(places, unit, odds, _SHARE)
         if found is not None and found.explained > best[0]:
-            if is_gradient and found.error <= odd * rows.typical:
+            if is_gradient and found.error <= odd * typical:
                 continue
             along = tuple(found.place if i == dim else -1 for i in range(len(leading)))
             best = found.explained, found.fit._replace(along=along)
@@ -242,7 +263,7 @@ def _fitted(
     if not is_gradient:
         like = sums[:, XX].square() / sums[:, X4]
         odd = torch.where(like >= _LONG, _ODD_LONG, _ODD)
-    at = (rows.error > odd * rows.typical).nonzero().flatten()
+    at = (errors > odd * typical).nonzero().flatten()
     found = _direction(sums[at].unsqueeze(1), unit, odds, _SHARE)
     if found is None:
         return _Fit()
@@ -272,26 +293,21 @@ def _direction(places: torch.Tensor, unit: float, odds: float, least: float) -> 
         odds: the logarithm of the odds that are no chance.
         least: how much of |d|^2 a direction is to explain.
     """
-    sums = places.sum(1)
-    xx, dd, n = sums[:, XX], sums[:, DD], sums[:, N]
-    along_x, along_1 = sums[:, XD], sums[:, D]
-    share_x, share_1 = along_x.square() / (xx * dd), along_1.square() / (n * dd)
-    fits_x = (share_x >= least) & (along_x.abs() > unit * xx)
-    fits_1 = (share_1 >= least) & (along_1.abs() > unit * (xx * n).sqrt())
-    at = (fits_x | fits_1).nonzero().flatten()
+    at, shares = _candidates(places, unit, least)
     if not at.numel():  # as a rule
         return None
-    places = places[at]
+    places, (share_x, share_1) = places[at], shares
+    sums = places.sum(1)
+    xx, dd, n = sums[:, XX], sums[:, DD], sums[:, N]
     row_x, row_d, row_n = places[..., XX], places[..., DD], places[..., N]
-    factor, offset = (along_x / xx)[at], (along_1 / n)[at]
+    factor, offset = sums[:, XD] / xx, sums[:, D] / n
     f, o = factor.unsqueeze(1), offset.unsqueeze(1)
     rest_x = row_d - 2 * f * places[..., XD] + f.square() * row_x
     rest_1 = row_d - 2 * o * places[..., D] + o.square() * row_n
     like = (row_x.square() / places[..., X4]).nan_to_num(0.0)
-    share_x = share_x[at] * (fits_x[at] & _is_no_chance(rest_x, row_d, like, odds))
-    share_1 = share_1[at] * (fits_1[at] & _is_no_chance(rest_1, row_d, row_n, odds))
-    share_x, share_1 = share_x.nan_to_num(0.0), share_1.nan_to_num(0.0)
-    explained = torch.maximum(share_x, share_1) * dd[at]
+    share_x = share_x * _is_no_chance(rest_x, row_d, like, odds)
+    share_1 = share_1 * _is_no_chance(rest_1, row_d, row_n, odds)
+    explained = torch.maximum(share_x, share_1) * dd
     best = int(explained.argmax())
     if not explained[best]:
         return None
@@ -299,9 +315,28 @@ def _direction(places: torch.Tensor, unit: float, odds: float, least: float) -> 
         fit = _Fit(1 + float(factor[best]), None)
     else:
         fit = _Fit(None, float(offset[best]))
-    place = int(at[best])
-    error = math.sqrt(float(dd[place] / xx[place]))
-    return _Found(place, float(explained[best]), error, fit)
+    error = math.sqrt(float(dd[best] / xx[best]))
+    return _Found(int(at[best]), float(explained[best]), error, fit)
+
+
+def _candidates(
+    places: torch.Tensor, unit: float, least: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the places with a direction, and what of |d|^2 a factor there explains, and an offset.
+
+    A share is 0 where it is too little, or what it belongs to is too near 1 or 0.
+    """
+    xx, _yy, xd, dd, d, _x4, n = places.sum(1).unbind(1)[:7]
+    share_x = xd.square() / (xx * dd)
+    share_1 = d.square() / (n * dd)
+    fits_x = (share_x >= least) & (xd.abs() > unit * xx)
+    fits_1 = (share_1 >= least) & (d.abs() > unit * (xx * n).sqrt())
+    at = (fits_x | fits_1).nonzero().flatten()
+    shares = [s.masked_fill(~fits, 0.0)[at] for s, fits in ((share_x, fits_x), (share_1, fits_1))]
+    return at, shares
+
+
+_candidates = scripted(_candidates)
 
 
 def _is_no_chance(
