@@ -13,6 +13,8 @@ from recorder.tags import label
 from ..pairing.pairs import Pairs
 from .bounds import numel_of
 
+_NO_NUMBER = r"^[\[\], -]*(?:NaN|Infinity)(?:[\[\], -]|NaN|Infinity)*$"  # of a value, as JSON
+
 
 def why_nothing(pairs: Pairs, filter: Filter | None) -> str:
     """Say why no pair has a record on both sides."""
@@ -51,14 +53,21 @@ def over_nothing(pairs: Pairs, table: pl.DataFrame) -> pl.DataFrame:
         table: the diff's.
 
     Returns:
-        The rows of tensors that have no element, or only NaN, with `empty`, whether it is the
+        The rows that have no element, or only NaN and infinities, with `empty`, whether it is the
         former. Where statistics are not known, a tensor is taken to hold numbers.
     """
-    rows = pairs.a.frame.filter(pl.col("kind") != "value")
+    rows = pairs.a.frame
     rows = rows.with_columns(n=numel_of(rows["shape"]))
+    not_finite = pl.col("nan_count") + pl.col("inf_count")
+    of_tensor = (pl.col("n") == 0) | (not_finite == pl.col("n"))
+    is_value = pl.col("kind") == "value"
     keys = rows.group_by("key").agg(
-        empty=(pl.col("n") == 0).all(),
-        nothing=((pl.col("n") == 0) | (pl.col("nan_count") == pl.col("n"))).fill_null(False).all(),
+        empty=(~is_value & (pl.col("n") == 0)).fill_null(False).all(),
+        nothing=pl.when(is_value)
+        .then(pl.col("value").str.contains(_NO_NUMBER))
+        .otherwise(of_tensor)
+        .fill_null(False)
+        .all(),
     )
     numbered = pairs.table.with_row_index("pair").select(pl.col("pair").cast(pl.Int64), "key")
     wanted = numbered.join(keys.filter("nothing"), on="key").select("pair", "empty")

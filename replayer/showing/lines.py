@@ -201,7 +201,7 @@ def _over_nothing(rows: pl.DataFrame) -> list[str]:
     if not rows.height:
         return []
     empty = int(rows["empty"].sum())
-    kinds = ((empty, "no element"), (rows.height - empty, "only NaN"))
+    kinds = ((empty, "no element"), (rows.height - empty, "only NaN or infinities"))
     facts = " and ".join(f"{what} in {n}" for n, what in kinds if n)
     first = title(next(rows_of(rows)))
     return [f"no number was compared in {count(rows.height, 'pair')}: {facts}, the first {first}"]
