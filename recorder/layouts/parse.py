@@ -177,7 +177,7 @@ def _with_facts(text: str, found: Dims, facts: str) -> Dims:
             raise _unreadable(
                 text,
                 f"{fact!r:.60} after the # is not one of AXIS:replicated, dp:=AXIS, DIM=SIZE, "
-                "DIM:padded, DIM:fill=NUMBER",
+                "DIM:padded, DIM:fill=NUMBER, with nothing but spaces between two of them",
             )
     unknown = sorted({*padded, *sizes} - set(found.names))
     if unknown:

@@ -202,6 +202,12 @@ def test_a_share_that_is_none(text):
         parse_dims(text)
 
 
+@pytest.mark.parametrize("facts", ["d=8, s=8", "d=8,s=8", "d=8; s=8", "d = 8"])
+def test_facts_with_more_than_spaces_between_them_are_told_so(facts):
+    with pytest.raises(LayoutError, match="with nothing but spaces between two of them"):
+        parse_dims(f"s d # {facts}")
+
+
 def test_blocks_whose_sizes_hang_on_data_are_taken_rank_by_rank():
     """Experts' tokens: 1 2 2 of 5, where a rule would begin the second at 2."""
     tokens = torch.arange(5.0)
