@@ -45,8 +45,8 @@ def of_same_data(
         if len(inner_a) > 1 and len(inner_b) > 1 and {*inner_a} != {*inner_b}:
             raise LayoutError(
                 f"ranks had data of their own over {' and '.join(free)}, and stood at other places "
-                "in A than in B; compare the same places with --filter, or declare "
-                f"'# {free[0]}:replicated' at the taps"
+                "in A than in B; compare the same places with --filter, or, if they hold the same, "
+                f"declare '# {free[0]}:replicated' at the taps"
             )
         one_each = len(inner_a) > 1 and len(inner_b) > 1
         for here, part_a in (inner_a or {(): ([], [])}).items():
