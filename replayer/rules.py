@@ -223,7 +223,8 @@ class Rules:
             return not odd and (noise or self._is_rounding(row, known))
         if any(row.get(name) for name in _NOT_FINITE if name not in threshold.holds.names):
             return False
-        none = {"factor": 1.0, "offset": 0.0} if row.get("bitwise") is not None else {}
+        is_known = row.get("error") is not None or not row.get("changed") or _is_a_step(row)
+        none = {"factor": 1.0, "offset": 0.0} if is_known else {}
         row = {**row, **{name: v for name, v in none.items() if row.get(name) is None}}
         if any(row.get(name) is None for name in threshold.measures):
             return False  # not defined for this pair, so nothing holds of it
@@ -251,9 +252,7 @@ class Rules:
             return self._is_rounding_of_index(row)
         errors = errors_of(row)
         if errors is None:  # exact, or no element more than one step off
-            return row["mismatched"] == 0 or (
-                (row.get("rtol") or 0) > 0 and row.get("max_ulp") == 1
-            )
+            return row["mismatched"] == 0 or _is_a_step(row)
         if not row["l2_a"]:  # zeros have no size that an error could be of
             return bool(row["mismatched"] == 0)
         typical = row["error_typical"]
@@ -283,7 +282,20 @@ class Rules:
             and 2 * row["rel_diff"] <= usual.row**2  # it is by both norms' squares
         )
 
-    def against_floor(self, row: Mapping[str, Any], tags: str) -> dict[str, float | None]:
+    def outcome(
+        self, row: Mapping[str, Any], tags: Mapping[str, Any]
+    ) -> Mapping[str, str | float | None]:
+        """Return the outcome of a pair by itself, and how it stands against the noise floor."""
+        failed = row.get("failed")
+        if failed is not None:
+            return {"outcome": "shape" if failed == "shape" else "error"}
+        floor = self.against_floor(row)
+        if row.get("bitwise"):
+            return {"outcome": "equal", **floor}
+        within = self.is_within({**row, **floor}, tags)
+        return {"outcome": "close" if within else "differs", **floor}
+
+    def against_floor(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         """Return the noise of a row's tags, and how many times that its difference is.
 
         A difference's size is max_abs and the root of rel_diff, which goes by the square; of the
@@ -291,7 +303,7 @@ class Rules:
         """
         if self.floors is None:
             return {}
-        floor = self.floors.get((row["name"], tags, row["kind"], row.get("index")))
+        floor = self.floors.get((row["name"], row["tags"], row["kind"], row.get("index")))
         if floor is None or (row.get("rel_diff") is None and row.get("max_abs") is None):
             return {"floor_rel_diff": None, "floor_max_abs": None, "times_floor": None}
         times = max(
@@ -311,6 +323,11 @@ class Rules:
         if self.floors is not None:
             usual += f", or at most {self.factor:g} times the noise floor"
         return [usual, *(f"within tolerance: {one.text}" for one in self.thresholds)]
+
+
+def _is_a_step(row: Mapping[str, Any]) -> bool:
+    """Whether no element is further off than the next number of a dtype that is rounded."""
+    return (row.get("rtol") or 0) > 0 and row.get("max_ulp") == 1
 
 
 def errors_of(row: Mapping[str, Any]) -> Allowance | None:

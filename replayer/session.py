@@ -51,7 +51,7 @@ from recorder.taps.signals import let_interrupts_through
 from recorder.taps.values import classify
 
 from . import graft, transforms, unkept
-from .log import WITHOUT_EFFECT, LogRow, ReplayLog, joined
+from .log import COLUMNS, WITHOUT_EFFECT, LogRow, ReplayLog, joined
 from .match import Match, Matcher, MatchOn
 from .parts import FEWER, MORE, ZEROS, Parts
 from .replacement import Replacement, Replacements
@@ -129,7 +129,6 @@ class Replayer:
         self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
-        self._matcher: Matcher | None = None
         self._made: Replacements | None = None
         self._log: ReplayLog | None = None
         self._recorder: Recorder | None = None
@@ -176,8 +175,6 @@ class Replayer:
 
     def log(self) -> pl.DataFrame:
         """Return the log: one row per tap that was looked at."""
-        from .log import COLUMNS
-
         return self._log.frame() if self._log is not None else to_frame([], COLUMNS)
 
     def problems(self) -> list[str]:
@@ -196,8 +193,8 @@ class Replayer:
         self._end_parts()
         self._sharing.next_step()
         self._selection.next_step()
-        if self._matcher is not None:
-            self._matcher.next_step()
+        if self._made is not None:
+            self._made.matcher.next_step()
 
     @property
     def is_unsettled(self) -> bool:
@@ -305,7 +302,7 @@ class Replayer:
                 self._say(f"not to be trusted: {problem}")
 
     def _confirm_rank(self) -> bool:
-        wrong = self._ranks.contradiction(committed=self._matcher is not None)
+        wrong = self._ranks.contradiction(committed=self._made is not None)
         if wrong is not None:
             self._fail(wrong)
             self._say(f"replaying ended, the job goes on: {wrong}")
@@ -313,11 +310,11 @@ class Replayer:
 
     def _ensure_log(self) -> bool:
         """Whether grafting can begin; the first call indexes the recording and opens the log."""
-        if self._matcher is not None:
+        if self._made is not None:
             return True
         with self._lock:
-            if self._matcher is not None or self.state != "running":
-                return self._matcher is not None
+            if self._made is not None or self.state != "running":
+                return self._made is not None
             rank, settings = self._ranks.current, self.settings
             try:
                 self._log = ReplayLog(
@@ -325,7 +322,7 @@ class Replayer:
                     f"{rank_folder(rank.rank)}-a{self._job.attempt}",
                     overwrite=settings.overwrite,
                 )
-                self._matcher = Matcher(
+                matcher = Matcher(
                     self._frame,
                     MatchOn.parse(settings.match_on),
                     settings.filter,
@@ -334,7 +331,7 @@ class Replayer:
                 )
                 self._made = Replacements(
                     self.recording,
-                    self._matcher,
+                    matcher,
                     self._transform,
                     rank,
                     settings,
@@ -343,7 +340,7 @@ class Replayer:
             except (GraftError, OSError) as err:
                 self._fail(str(err))
                 self._say(f"this rank is not grafted: {err}")
-            return self._matcher is not None
+            return self._made is not None
 
     @property
     def _replacements(self) -> Replacements:

@@ -72,7 +72,7 @@ class Sharing:
                 for one in known[1].values()
                 if one.start < here.end and here.start < one.end
                 for view in (_view(one, target),)
-                if torch.equal(_sampled(view), one.sample)
+                if _equal(_sampled(view), one.sample)
             ]
             overwrite(target, new)
             changed = [one for one, view, was in before if not _equal(view, was)]

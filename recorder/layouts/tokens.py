@@ -97,9 +97,11 @@ def flattened(
     if flat:
         segments = of_tokens.segments(sizes[pair.senders[0]].total)
     else:
-        total, found, _ = _tokens(receiver, pair.receivers[0], sum(real))
+        tokens_held = indices_of(receiver, pair.receivers[0], sum(real), padded=True)
+        notes += [tokens_held.note] * bool(tokens_held.note)
+        total = tokens_held.total
         segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
-        runs = [found]
+        runs = [tokens_held.runs]
     starts = [0, *itertools.accumulate(real)][:batch]
     of_rows = receiver.lengths if flat else lengths
     side = "" if of_rows is None or of_rows.is_borrowed else of_rows.side
@@ -150,18 +152,6 @@ def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) 
         return indices_of(receiver, j, whole_of(receiver, j))
     notes.append(f"{dim.label} was taken to have {even} in all, as blocks of one size make it")
     return indices_of(receiver, j, even)
-
-
-def _tokens(receiver: Receiver, j: int, size: int) -> Found:
-    """Return how many flattened tokens the receiver has in all, and which its block holds."""
-    found = receiver.indices(j, size, padded=True)
-    if found is None:
-        raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: $senders have {size} tokens, and $receiver's block "
-            f"{receiver.shape[j]}",
-            MEND,
-        )
-    return found
 
 
 def whole_of(receiver: Receiver, j: int) -> int:

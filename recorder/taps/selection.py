@@ -155,8 +155,8 @@ class Selection:
             if call.grad:
                 grad = self.filter({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):
-                with self._lock:  # of one key, a filter by kind may want some taps and not others
-                    self._counts[call.name, site.key_text, site.recompute] += 1
+                with self._lock:  # of one key, it may want some taps and not others
+                    self._count(call, site, place)
                 return None
         if place is not None and place.again and not place.again[0].keeps_graph:
             grad = False  # it comes by way of the first forward

@@ -300,7 +300,7 @@ def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> p
             tags = parsed[known["tags"]] = parse_tags(known["tags"])
         row = row_of(known, row)
         if row.get("by") is not None:
-            found = _outcome(row, tags, rules)
+            found = row_of(rules.outcome(row, tags))
             if _is_where(row, whole):
                 found["outcome"] = "differs"
             rows.append(row_of(row, found))
@@ -317,17 +317,6 @@ def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> p
     return pl.DataFrame(columns, schema=schema, strict=False)
 
 
-def _outcome(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> DiffRow:
-    failed = row.get("failed")
-    if failed is not None:
-        return {"outcome": "shape" if failed == "shape" else "error"}
-    floor = rules.against_floor(row, row["tags"])
-    if row.get("bitwise"):
-        return row_of({"outcome": "equal"}, floor)
-    within = rules.is_within(row_of(row, floor), tags)
-    return row_of({"outcome": "close" if within else "differs"}, floor)
-
-
 def _usual_size(measured: Sequence[DiffRow], about: pl.DataFrame) -> float:
     """Return the median root mean square of the baseline's gradients, 0 where there is none."""
     sizes = [
@@ -342,7 +331,7 @@ def _outcome_after(
     row: DiffRow, tags: Mapping[str, Any], rules: Rules, history: History
 ) -> DiffRow:
     """Return a pair's outcome as the pairs before it have it, and take it in among them."""
-    found = _outcome(row, tags, rules)
+    found = row_of(rules.outcome(row, tags))
     if found["outcome"] not in ("close", "differs"):
         return found
     if found["outcome"] == "differs" and rules.goes_by_rounding(row) and history.is_nothing(row):
@@ -373,7 +362,7 @@ def _ranks_that_differ(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> l
     beyond = {
         rank
         for ranks, part in parts
-        if not part["is_same"] and _outcome(part, tags, rules)["outcome"] == "differs"
+        if not part["is_same"] and rules.outcome(part, tags)["outcome"] == "differs"
         for rank in ranks
     }
     return sorted(beyond if row["outcome"] == "differs" and beyond else changed)

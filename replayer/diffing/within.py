@@ -27,6 +27,11 @@ _SAID = {
     "{size}; look for what it reads that changed in between, as random numbers and buffers do",
 }
 
+_FAILED = {
+    REPLICAS: "replicas within A cannot be compared: {why}",
+    RECOMPUTED: "the recomputed forward cannot be compared with the first within {side}: {why}",
+}
+
 
 def tasks_within(pairs: Pairs, table: pl.DataFrame) -> list[Task]:
     """Return what is to be measured of each side by itself.
@@ -81,13 +86,18 @@ def said_within(table: pl.DataFrame, rows: Sequence[DiffRow], rules: Rules) -> p
     about = table.select("name", "tags", "kind", "step")[numbers]
     found: dict[int, tuple[str, str]] = {}
     for row, known in zip(rows, about.iter_rows(named=True), strict=True):
-        is_good = row.get("bitwise") or row.get("failed") is not None
-        if is_good or rules.is_within(row_of(known, row), parse_tags(known["tags"])):
+        judged = rules.outcome(row_of(known, row), parse_tags(known["tags"]))
+        if judged["outcome"] in ("equal", "close"):
             continue
-        one, other = (",".join(map(str, ranks or ())) for ranks in (row["ranks_a"], row["ranks_b"]))
-        size = f"max_abs {row.get('max_abs') or math.nan:.3g}"
         what = REPLICAS if row["about"] == REPLICAS else RECOMPUTED
-        text = _SAID[what].format(side=row["about"], one=one, other=other, size=size)
+        if row.get("failed") is not None:
+            text = _FAILED[what].format(side=row["about"], why=row["message"])
+        else:
+            one, other = (
+                ",".join(map(str, ranks or ())) for ranks in (row["ranks_a"], row["ranks_b"])
+            )
+            size = f"max_abs {row.get('max_abs') or math.nan:.3g}"
+            text = _SAID[what].format(side=row["about"], one=one, other=other, size=size)
         found.setdefault(row["pair"], (what, text))
     columns = {
         "pair": list(found),

@@ -9,6 +9,7 @@ What a pair's rows hold depends on nothing but its tensors: not on threads, rank
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,7 @@ from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
 
+from ..measuring.elements import unravelled
 from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
 from ..pairing.blocks import by_layout, replicas_apart
 from ..pairing.pairs import LAYOUT, RANK, Pairs
@@ -149,14 +151,16 @@ class Crew:
         with self._room.of(nbytes):
             found: list[DiffRow] = []
             is_gradient = task.a[0]["kind"] == "grad"
+            about: DiffRow = {}
             try:
                 for two in self.twos(task):
                     found += self._measured(two, is_gradient, run)
-                for about, two in self._within(task):
-                    for row in self._measured(two, is_gradient, run)[:1]:
-                        found.append(row_of(row, {"about": about, "parts": []}))
+                about["about"] = task.how if task.how in SIDES else REPLICAS
+                for two in self._within(task):
+                    figures = self._figures(two, is_gradient, run)
+                    found.append(row_of(self._whole(two, figures(two.a, two.b)), about))
             except Exception as err:  # one pair's failure is that pair's row, whatever it is
-                found.append(_failed(err))
+                found.append(row_of(_failed(err), about))
         self._options.progress(task.nbytes)
         return [{"pair": task.pair, **row} for row in found]
 
@@ -169,17 +173,16 @@ class Crew:
         elif task.how == LAYOUT:
             yield from by_layout(a, task.a, b, task.b, check=check, plans=self._plans())
 
-    def _within(self, task: Task) -> Iterator[tuple[str, Two]]:
-        """Yield tensors of one side that should be the same and are not, and what it is about."""
+    def _within(self, task: Task) -> Iterator[Two]:
+        """Yield tensors of one side that should be the same and are not."""
         a, b = self._pairs.a.recording, self._pairs.b.recording
         check = self._options.check
         if task.how in SIDES:
             side = a if task.how == "A" else b
-            yield task.how, by_rank(side, task.a[0], side, task.b[0], check=check)
+            yield by_rank(side, task.a[0], side, task.b[0], check=check)
         elif task.how != RANK:
             plans = self._plans()[0]
-            for two in replicas_apart(a, task.a, b, task.b, check=check, plans=plans):
-                yield REPLICAS, two
+            yield from replicas_apart(a, task.a, b, task.b, check=check, plans=plans)
 
     def _plans(self) -> tuple[dict[Any, Plan], dict[Any, Plan]]:
         """Return a thread's own plans, of both sides."""
@@ -192,19 +195,33 @@ class Crew:
     ) -> list[DiffRow]:
         if isinstance(two, LayoutError):
             return [_failed(two)]
+        figures = self._figures(two, is_gradient, run)
+        found = figures(two.a, two.b)
+        row = self._whole(two, found)
+        if found.bitwise:
+            return [row]
+        row["parts"] = list(_parts(two, figures))
+        if self._options.by is None:
+            return [row]
+        return [row, *rows_of_index(two, self._options.by, found, row)]
+
+    def _figures(
+        self, two: Two, is_gradient: bool, run: Callable[..., Iterator[Any]]
+    ) -> Callable[[torch.Tensor, torch.Tensor], Measures]:
+        """Return what measures a pair's tensors, and parts of them."""
         rtol, atol = self._options.rtol, self._options.atol
         # Threads are for what is large; small pairs are done side by side as they are.
         how = run if two.a.numel() > SEGMENT else map
+        return functools.partial(measure, rtol=rtol, atol=atol, is_gradient=is_gradient, run=how)
 
-        def figures(a: torch.Tensor, b: torch.Tensor) -> Measures:
-            return measure(a, b, rtol=rtol, atol=atol, is_gradient=is_gradient, run=how)
-
-        found = figures(two.a, two.b)
+    def _whole(self, two: Two, found: Measures) -> DiffRow:
+        """Return the row of a pair as a whole."""
         places = {
-            name: _unravelled(getattr(found, name), two.a.shape)
+            name: unravelled(at, two.a.shape)
             for name in ("max_beyond_at", "odd_at", "max_abs_at", "max_rel_at")
+            if (at := getattr(found, name)) is not None
         }
-        worst = places["odd_at"] or places["max_beyond_at"] or places["max_abs_at"]
+        worst = places.get("odd_at") or places.get("max_beyond_at") or places.get("max_abs_at")
         if worst is None and not found.bitwise:
             worst = _first_other_bits(two)
         about: DiffRow = {
@@ -214,13 +231,9 @@ class Crew:
             "shape_a": list(two.a.shape),
             "dim_names": list(two.dim_names),
             "message": two.note,
-            "parts": [] if found.bitwise else list(_parts(two, figures)),
+            "parts": [],
         }
-        row = row_of(figures_of(found), places, about)
-        rows = [row]
-        if self._options.by is not None and not found.bitwise:
-            rows += rows_of_index(two, self._options.by, found, row)
-        return rows
+        return row_of(figures_of(found), places, about)
 
 
 def _alone() -> None:
@@ -246,16 +259,6 @@ def _failed(err: Exception) -> DiffRow:
     return {"failed": what, "message": " ".join(text.split())}
 
 
-def _unravelled(index: int | None, shape: Sequence[int]) -> list[int] | None:
-    if index is None:
-        return None
-    found = []
-    for size in reversed(shape):
-        index, at = divmod(index, size)
-        found.append(at)
-    return found[::-1]
-
-
 def _parts(
     two: Two, figures: Callable[[torch.Tensor, torch.Tensor], Measures]
 ) -> Iterator[tuple[list[int], DiffRow]]:
@@ -279,6 +282,6 @@ def _first_other_bits(two: Two) -> list[int] | None:
             a, b = a.to(wide), b.to(wide)
         other = (as_bits(a.contiguous()) != as_bits(b.contiguous())).reshape(len(a), -1).any(-1)
         if bool(other.any()):
-            return _unravelled(start + int(other.to(torch.uint8).argmax()), two.a.shape)
+            return unravelled(start + int(other.to(torch.uint8).argmax()), two.a.shape)
         start += len(a)
     return None

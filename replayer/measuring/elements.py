@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,15 @@ def as_numbers(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point:
         return tensor.to(torch.float32)
     return tensor.to(torch.complex64) if tensor.dtype == torch.complex32 else tensor
+
+
+def unravelled(index: int, shape: Sequence[int]) -> list[int]:
+    """Return the place of an element that is the `index`-th of a tensor of some shape."""
+    found = []
+    for size in reversed(shape):
+        index, at = divmod(index, size)
+        found.append(at)
+    return found[::-1]
 
 
 def signed_bits(tensor: torch.Tensor) -> torch.Tensor:

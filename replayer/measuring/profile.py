@@ -34,7 +34,7 @@ import torch
 from recorder.scripting import scripted
 
 from .chunks import Map
-from .elements import as_numbers
+from .elements import as_numbers, unravelled
 from .rows import DD, DD_EXTREME, X4, XD, XX, XX_EXTREME, D, N, add_up
 
 _MOST_ROWS = 1 << 22
@@ -120,7 +120,7 @@ def profile(
         _relative(whole[DD], whole[XX]),
         _relative(whole[DD_EXTREME], whole[XX_EXTREME]),
         row,
-        (*_unravelled(at, leading), *rest) if row else None,
+        (*unravelled(at, leading), *rest) if row else None,
         typical,
         float(elements.max()),
         found.factor,
@@ -135,14 +135,6 @@ def _leading(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
     while math.prod(sizes[:keep]) > _MOST_ROWS:
         keep -= 1
     return tuple(sizes[:keep])
-
-
-def _unravelled(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    found = []
-    for size in reversed(sizes):
-        index, at = divmod(index, size)
-        found.append(at)
-    return tuple(found[::-1])
 
 
 def _relative(error: float, size: float) -> float:
@@ -271,7 +263,7 @@ def _fitted(
     found = _direction(sums[at].unsqueeze(1), unit, odds, _SHARE)
     if found is None:
         return _Fit()
-    return found.fit._replace(along=_unravelled(int(at[found.place]), leading))
+    return found.fit._replace(along=(*unravelled(int(at[found.place]), leading),))
 
 
 class _Found(NamedTuple):

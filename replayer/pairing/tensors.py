@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from recorder.errors import ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
 from recorder.recording import Recording
@@ -87,8 +88,11 @@ def by_rank(
 
     Raises:
         DamagedRecording: the bytes are not there, or not those that were written.
+        ShapesDiffer: the shapes are unequal.
     """
     one, other = a.read(row_a, check=check), b.read(row_b, check=check)
+    if one.shape != other.shape:
+        raise ShapesDiffer(f"shapes {list(one.shape)} and {list(other.shape)} are not equal")
     return Two(one, other, _numbers(one), (row_a["rank"],), (row_b["rank"],))
 
 

@@ -21,7 +21,7 @@ KEY = ("x", "{}", "tensor", None)
 def against(floor, rel_diff, max_abs, **options):
     rules = Rules(floors={KEY: floor}, **options)
     row = {**ROW, "rel_diff": rel_diff, "max_abs": max_abs}
-    return rules.against_floor(row, "{}")["times_floor"]
+    return rules.against_floor({"tags": "{}", **row})["times_floor"]
 
 
 @pytest.mark.parametrize(

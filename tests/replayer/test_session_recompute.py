@@ -466,6 +466,25 @@ def test_a_filter_reads_which_forward_it_is(record, kind, filter, seconds):
     assert rows["tags"].unique().to_list() == (["{}"] if seconds == [0] else ['{"recompute":true}'])
 
 
+@pytest.mark.parametrize(
+    ("filter", "firsts", "seconds"),
+    [
+        ("recompute and step == 1", [], [*range(12)]),
+        ("recompute and kind != 'grad' and step >= 0", [], 2 * [*range(12)]),
+        ("step == 1", [*range(12)], [*range(12)]),
+    ],
+)
+@pytest.mark.parametrize("kind", [frames, reentrant])
+def test_a_filter_that_is_asked_each_time_reads_which_forward_it_is(
+    record, kind, filter, firsts, seconds
+):
+    rows = record(Job(kind, (2, 0, 1), steps=2), filter=filter).rows()
+    by_forward = {
+        tags: sorted(rows.filter(tags=tags)["occurrence"]) for tags in ("{}", '{"recompute":true}')
+    }
+    assert by_forward == {"{}": sorted(firsts), '{"recompute":true}': sorted(seconds)}
+
+
 @pytest.mark.parametrize("kind", [frames, reentrant])
 def test_a_forward_of_another_thread_is_found(record, replay, kind):
     def job(rank):

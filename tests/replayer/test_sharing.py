@@ -44,6 +44,19 @@ def test_tied_weights_with_other_values_are_said(record, replay, capsys):
     )
 
 
+def test_nan_among_the_values_hides_nothing(record, replay):
+    nan = torch.tensor([1.0, float("nan")])
+    record(base(embed=nan, head=torch.tensor([2.0, 2.0])))
+    w = torch.zeros(2)
+
+    def job(rank):
+        tap("embed", w)
+        tap("head", w)
+
+    (session,) = replay(job)
+    assert "it changes what tap embed" in session.log()["message"][1]
+
+
 OVERLAPS = {
     "a view": lambda x: (x, x[1]),
     "another view": lambda x: (x[1], x),

@@ -102,3 +102,21 @@ def test_a_recomputed_forward_that_rounds_otherwise_is_no_finding(held):
     job = checkpointed(torch.ones(2, 4), torch.ones(2, 4) * (1 + 1e-7))
     found = held(job, job)
     assert found.status == 0 and found.pairs["apart"].null_count() == found.pairs.height
+
+
+@pytest.mark.parametrize("other", [torch.ones(2, 4), torch.ones(2, 4) * (1 + 1e-7)])
+def test_a_recomputed_forward_of_another_shape_is_found(held, other):
+    again = torch.ones(1, 4)
+    jobs = [checkpointed(torch.ones(2, 4), again), checkpointed(other, again)]
+    found = held(*jobs)
+    assert not {*found.pairs["outcome"]} & {"error", "shape"} and found.status == 1
+    (said,) = found.pairs.filter(apart="recompute")["message"]
+    assert "cannot be compared with the first within A: shapes [2, 4] and [1, 4]" in said
+
+
+def test_what_is_within_a_side_has_the_noise_floor_of_its_tap_too(held, recorded, tmp_path):
+    off = torch.ones(2, 4) * (1 + 1e-6)
+    job = checkpointed(torch.ones(2, 4), off)
+    floor = recorded(tmp_path / "again", checkpointed(off, torch.ones(2, 4)))
+    assert held(job, job, floor=floor, threshold="times_floor < 5").status == 0
+    assert held(job, job, floor=floor, threshold="times_floor < 0.5").status == 1

@@ -167,6 +167,14 @@ def test_a_threshold_may_speak_of_all_of_it(held):
     assert only(held(a, a + 0.1 * randn(8, 64), threshold="error_row < 0.5"))["outcome"] == "close"
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.bool])
+def test_where_no_factor_is_looked_for_none_is_known(held, dtype):
+    a, b = (randn(8, 64).mul(50).clamp(min=0).to(dtype) for _ in range(2))
+    for threshold in ("factor < 1.02", "offset < 1", "error_row < 0.1"):
+        assert only(held(a, b, threshold=threshold))["outcome"] == "differs"
+    assert only(held(a, a, threshold="factor < 1.02"))["outcome"] == "equal"
+
+
 def test_noise_within_the_floor_is_within_tolerance(held, tmp_path):
     a = randn(8, 64)
     with Recorder(tmp_path / "A2"):
