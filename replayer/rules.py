@@ -6,13 +6,15 @@ fine that has none of them: of one whose elements are all below the absolute tol
 may be another. So it is the errors relative to the tensor itself, its rows and its elements that
 count, as `Profile` has them:
 
-- No row may be as far off as it is large (`_AS_LARGE`), and no factor or offset may explain the
-  error, for rounding has no direction. This holds always. Where the baseline is all zeros, which
-  have no size, torch's absolute tolerance decides.
+- No row may be as far off as it is large (`_AS_LARGE`) where others are not, and no factor or
+  offset may explain the error, for rounding has no direction. This holds always. Where the baseline
+  is all zeros, which have no size, torch's absolute tolerance decides.
 - An error is rounding where it is at most `Allowance.whole`, `row` and `element`.
 - Beyond these it is rounding that accumulated where it is at most `_GROWTH` times what the pair
   before, or an earlier one of the same name, had, or `_SLOW_GROWTH` times where that was beyond
   these too; where it is at most `_MOST_GROWN`; and where all before were rounding; see `History`.
+- Rows of gradients are what larger numbers left: one may be `_CANCELLED` times as far off as the
+  others. A gradient that is zero beside the others, but for rounding, is nothing.
 
 Tolerances that the user gives are taken at their word.
 """
@@ -22,6 +24,7 @@ from __future__ import annotations
 import ast
 import difflib
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -362,19 +365,26 @@ class History:
     def __init__(self, gradient: float = 0.0) -> None:
         self._gradient = gradient
         self._of_name: dict[tuple[str, str], Allowance] = {}
-        self._last: Allowance | None = None
+        self._last: dict[str, Allowance] = {}  # of each kind
         self._most: Allowance | None = None
         self._is_whole = True
 
     def known(self, row: Mapping[str, Any]) -> Allowance | None:
         """Return the errors that may have grown to a pair's; None after a fault, or at first."""
-        if not self._is_whole or self._last is None or self._most is None:
+        before = self._before(row)
+        if not self._is_whole or not before:
             return None
         usual = allowance(row.get("rtol") or 0.0)
+        return functools.reduce(Allowance.or_more, [one.grown(usual) for one in before])
+
+    def _before(self, row: Mapping[str, Any]) -> list[Allowance]:
+        """Return the errors that a pair's may have grown from."""
         if row["kind"] == "grad":  # it is made of what the whole forward left, in another order
-            return self._most.grown(usual)
-        named = self._of_name.get((row["kind"], row["name"]), self._last)
-        return self._last.grown(usual).or_more(named.grown(usual))
+            return [self._most] if self._most is not None else []
+        last = self._last.get(row["kind"])
+        if last is None:
+            return []
+        return [last, self._of_name.get((row["kind"], row["name"]), last)]
 
     def is_nothing(self, row: Mapping[str, Any]) -> bool:
         """Whether a gradient is on both sides so small beside others that it is zero, rounded.
@@ -387,10 +397,9 @@ class History:
         return bool(size <= allowance(row["rtol"]).whole * self._gradient)
 
     def growth(self, row: Mapping[str, Any]) -> float | None:
-        """Return how many times the error of the same name before, or of the pair before, it is."""
-        before = self._of_name.get((row["kind"], row["name"]), self._last)
-        errors = errors_of(row)
-        return errors.whole / before.whole if errors and before and before.whole else None
+        """Return how many times the greatest error that it may have grown from it is."""
+        errors, before = errors_of(row), max((one.whole for one in self._before(row)), default=0.0)
+        return errors.whole / before if errors and before else None
 
     def add(self, row: Mapping[str, Any], is_within: bool, is_rounding: bool) -> None:
         """Take in a pair that was judged.
@@ -406,7 +415,7 @@ class History:
         if errors is None or not is_rounding:
             return
         key = row["kind"], row["name"]
-        self._last = errors
+        self._last[row["kind"]] = errors
         self._most = errors.or_more(self._most or errors)
         self._of_name[key] = errors.or_more(self._of_name.get(key, errors))
 

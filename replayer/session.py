@@ -77,7 +77,8 @@ class Replayer:
         path: the recording to replay.
         out: a folder for the replay's log; by default it is kept in memory only.
         filter: as all that follow, an option of `graft replay`: `ReplaySettings` says what each
-            does. `transform` may be the function itself.
+            does. `transform` may be the function itself, or why there is none, for which every
+            graft then fails.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
         world_size: the number of ranks.
 
@@ -94,7 +95,7 @@ class Replayer:
         path: str | os.PathLike[str],
         *,
         filter: Filter | str | None = None,
-        transform: Callable[..., Any] | str | None = None,
+        transform: Callable[..., Any] | str | TransformError | None = None,
         out: str | os.PathLike[str] | None = None,
         record: Filter | str | None = None,
         match_on: str | None = None,
@@ -116,7 +117,9 @@ class Replayer:
         self.recording = Recording.open(path)
         self.out = None if out is None else Path(os.path.abspath(out))
         self._transform: Transform | TransformError | None = None
-        if transform is not None:
+        if isinstance(transform, (Transform, TransformError)):
+            self._transform = transform
+        elif transform is not None:
             self._transform = (
                 transforms.load(transform) if isinstance(transform, str) else Transform(transform)
             )
@@ -598,11 +601,10 @@ def from_environment(environ: Mapping[str, str]) -> list[Recorder | Replayer]:
     """
     settings = ReplaySettings.from_variables(environ)
     path, out = environ["GRAFT_REPLAY"], environ.get("GRAFT_REPLAY_OUT") or None
-    session = Replayer(path, out=out, **{**vars(settings), "transform": None})
-    session.settings = settings
+    options = vars(settings)
     if isinstance(settings.transform, str):
         try:
-            session._transform = transforms.load(settings.transform)
+            options = {**options, "transform": transforms.load(settings.transform)}
         except TransformError as err:
-            session._transform = err
-    return session.start(lazily=True)
+            options = {**options, "transform": err}
+    return Replayer(path, out=out, **options).start(lazily=True)

@@ -58,10 +58,12 @@ def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
     return lengths._replace(is_line=True)
 
 
-def rows_of(
+def lengths_in_batch(
     senders: Sequence[Block], sender_dims: Dims, sizes: Sequence[Sizes], receiver: Block
 ) -> Lengths | None:
     """Return the lengths of the sequences in a batch that both sides have, where they are given.
+
+    Of sequences whose lengths are not known, but the side that they are padded on, the side alone.
 
     Raises:
         LayoutError: the two sides contradict each other.

@@ -207,8 +207,7 @@ def _segments(total: int, size: int, lengths: Lengths | None) -> list[tuple[int,
     """Return which of `total` indices are among the `size` that are no padding."""
     if lengths is not None:
         return lengths.segments(total)
-    found = [(0, min(size, total), 0), (size, total - size, r.PADDING)]
-    return [segment for segment in found if segment[1] > 0]
+    return r.behind(total, size)
 
 
 def _fused(

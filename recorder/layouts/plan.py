@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
-from .agreeing import given_by, lengths_of, rows_of
+from .agreeing import given_by, lengths_in_batch, lengths_of
 from .align import MEND, Pair, align
 from .blocks import Block, Sizes, placed
 from .cutting import Places
@@ -127,7 +127,7 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
     rows = None
     if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
-        rows = rows_of(chosen, sender_dims, sizes, receiver)
+        rows = lengths_in_batch(chosen, sender_dims, sizes, receiver)
     sized = frozenset((*sender_dims.sizes, *receiver_dims.sizes))
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]

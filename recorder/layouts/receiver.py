@@ -74,9 +74,14 @@ class Receiver:
     lengths: Lengths | None
     sized: frozenset[str] = frozenset()
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """The sizes of the axes that it stands on."""
+        return {axis: n for axis, (_, n) in self.places.items()}
+
     def cuts(self, j: int) -> list[Cut]:
         """Return the axes that cut its dim `j`."""
-        return cuts_of(self.dims.dims[j], {axis: n for axis, (_, n) in self.places.items()})
+        return cuts_of(self.dims.dims[j], self.axes)
 
     def whole(self, j: int) -> int | None:
         """Return the size of the whole along dim `j` where this block alone tells, else None."""
@@ -143,14 +148,12 @@ class Receiver:
             if is_left:
                 held = (*held, (one.total, 0))
             distinct.setdefault(held, one)
-        first, open_one = readings[0], None
+        first, note = readings[0], ""
         if len(distinct) > 1:
-            open_one = self._open(j, size, list(distinct.values()))
-            if not (first.is_padded and self._is_sized(j)) or is_left:
-                raise open_one
-        note = ""
-        if open_one is not None:
-            others_said = " or ".join(self._options(j, size, list(distinct.values())[1:]))
+            ways = list(distinct.values())
+            if is_left or not (first.is_padded and self._is_sized(j)):
+                raise self._open(j, size, ways)
+            others_said = " or ".join(self._options(j, size, ways[1:]))
             note = (
                 f"dim {self.dims.dims[j]}: taken to be padded to {first.total}; if it is not, "
                 f"write {others_said}"
@@ -192,8 +195,7 @@ class Receiver:
             fitted = lengths.fitted(total)
             if sum(fitted.room) <= total:
                 return fitted.segments(total)
-        found = [(0, min(size, total), 0), (size, total - size, r.PADDING)]
-        return [segment for segment in found if segment[1] > 0]
+        return r.behind(total, size)
 
     def shared(self, j: int, size: int) -> _Reading | None:
         """Return what the block holds if neighbours share it, which nobody declared.
@@ -264,7 +266,7 @@ class Receiver:
     def _cuttings(self, j: int, total: int, *, evenly: bool = False) -> list[_Reading]:
         """Return the ways to cut a whole of some size that give this block, no two alike."""
         cuts = self.cuts(j)
-        axes = {axis: n for axis, (_, n) in self.places.items()}
+        axes = self.axes
         key = tuple(self.places[cut.axis][0] for cut in cuts)
         lengths = self._lengths_over(j)
         if lengths is not None:

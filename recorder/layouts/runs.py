@@ -77,6 +77,12 @@ def zigzag(n: int, parts: int, k: int, rule: str) -> Runs:
     return [RULES[rule](n, 2 * parts, i) for i in (k, 2 * parts - 1 - k)]
 
 
+def behind(total: int, size: int) -> list[tuple[int, int, int]]:
+    """Return the segments of `total` indices, of which all behind the first `size` are padding."""
+    found = [(0, min(size, total), 0), (size, total - size, PADDING)]
+    return [segment for segment in found if segment[1] > 0]
+
+
 def located(runs: Runs, segments: Sequence[tuple[int, int, int]]) -> Runs:
     """Return runs with each index replaced by what segments say it is in another numbering.
 

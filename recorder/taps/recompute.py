@@ -170,11 +170,9 @@ def _place_in_forward(hooks: Any) -> Place:
     latest, place = _latest  # most taps come several to a checkpoint
     if latest() is pack:
         return place
-    found = checkpoints_around()
-    if not _is_checkpoint_s(pack):  # the job's own, such as those that offload
-        return Place(-1, (), tuple(map(weakref.ref, found)))
-    place = Place(-1, (), tuple(map(weakref.ref, found)))
-    _latest = weakref.ref(pack), place
+    place = Place(-1, (), tuple(map(weakref.ref, checkpoints_around())))
+    if _is_checkpoint_s(pack):  # and no hook of the job's own, such as those that offload
+        _latest = weakref.ref(pack), place
     return place
 
 
@@ -345,11 +343,11 @@ class Firsts:
                 fired = region[counted] = []
             fired.append(first)
 
-    def _activation(self, again: Again, task: int | None) -> _Activation:
-        key = (again.at, again.node, id(again.checkpoint))
+    def _activation(self, again: Again, task: int) -> _Activation:
+        key = _key_of(again)
         found = self._activations.get(key)
-        if found is None or task not in (None, found.task):  # a frame may lie where another did
-            found = self._activations[key] = _Activation(-1 if task is None else task)
+        if found is None or task != found.task:  # a frame may lie where another did
+            found = self._activations[key] = _Activation(task)
             while len(self._activations) > _ACTIVATIONS:
                 self._activations.popitem(last=False)
         self._activations.move_to_end(key)
@@ -366,7 +364,8 @@ class Firsts:
         inner, *others = place.again
         # A checkpoint inside another's may have been made when that was repeated.
         for outer in others:
-            fired = self._activation(outer, None).fired.get(counted, [])
+            repeating = self._activations.get(_key_of(outer))
+            fired = [] if repeating is None else repeating.fired.get(counted, [])
             after = [first for start, first in fired if start > node]
             if k < len(after):
                 return after[k]
@@ -407,6 +406,10 @@ class Firsts:
             self._unlinked.clear()
         self._unlinked[key] = at + 1
         return First(step, at)
+
+
+def _key_of(again: Again) -> tuple[int, int | None, int]:
+    return again.at, again.node, id(again.checkpoint)
 
 
 def _until(line: list[int], node: int) -> int:

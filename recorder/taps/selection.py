@@ -172,8 +172,7 @@ class Selection:
                 occurrence = self._count(call, site, place)
                 if self._is_another_thread_s(call, site, place):
                     note = THREADS
-            seq = self._seq
-            self._seq += 1
+            seq = self.next_seq()
             self.selected += 1
             key = Key(call.name, site.key_text, step, occurrence)
         return Selected(

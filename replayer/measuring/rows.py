@@ -46,7 +46,8 @@ def add_up(one: torch.Tensor, other: torch.Tensor, run: Map = map) -> tuple[torc
         run: like `map`, over parts of the matrices, perhaps on several threads.
 
     Returns:
-        The sums, of shape [rows, 11], float64; see the columns above.
+        The sums, of shape [rows, 11], float64; see the columns above. Those of extremes have a
+        scale of their own.
     """
     is_narrow = all(t.dtype in _NARROW for t in (one, other))
     dtype = torch.float32 if is_narrow else torch.float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -41,11 +42,9 @@ def pair(seed):
 @pytest.mark.parametrize("seed", range(150))
 def test_float32_adds_up_what_float64_does(seed):
     one, other = pair(seed)
-    found, scale = add_up(one, other)
-    assert scale == 1.0
+    found, _ = add_up(one, other)
     expected, scale = add_up(one.double(), other.double())
-    expected[:, :6] *= torch.tensor([scale**-p for p in (2, 2, 2, 2, 1, 4)], dtype=torch.float64)
-    wide = expected[:, XX_EXTREME:] * scale**-2
+    assert scale == 1.0  # float64 holds all of it as it is
     size = expected[:, [0, 1]].amax(1).sqrt()
     least = torch.stack([size**p for p in (2, 2, 2, 2, 1, 4)], 1) * 1e-9
     for column in range(6):
@@ -56,7 +55,7 @@ def test_float32_adds_up_what_float64_does(seed):
             atol=1e4,
         )
     torch.testing.assert_close(found[:, 6:8], expected[:, 6:8], rtol=1e-5, atol=0)
-    torch.testing.assert_close(found[:, XX_EXTREME:], wide, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[:, XX_EXTREME:], expected[:, XX_EXTREME:], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 500_000), (3, 70_000), (700, 300), (4_000, 3)])
@@ -73,6 +72,19 @@ def test_threads_and_parts_change_nothing(shape, monkeypatch):
     torch.testing.assert_close(parts[:, :ELEMENT], whole[:, :ELEMENT])
     torch.testing.assert_close(parts[:, ELEMENT], whole[:, ELEMENT], rtol=0.05, atol=0)
     assert parts[:, XX].sum() == pytest.approx(float(a.square().sum()))
+
+
+@pytest.mark.parametrize("exponent", [-300, -200, 199, 300])
+def test_float64_is_scaled_where_its_squares_and_fourth_powers_are_out_of_range(exponent):
+    torch.manual_seed(0)
+    a = torch.randn(5, 40, dtype=torch.float64)
+    a[:, 3] = 100.0
+    b = a * (1 + 1e-3 * torch.randn(5, 40, dtype=torch.float64)) + 0.25
+    usual = profile(a, b, 2.0**-52, 1e-7)
+    assert usual.offset == pytest.approx(0.25, rel=1e-2) and usual.extreme > 0
+    far = profile(a * 2.0**exponent, b * 2.0**exponent, 2.0**-52, 1e-7)
+    assert far.offset == pytest.approx(usual.offset * 2.0**exponent)
+    assert far == dataclasses.replace(usual, offset=far.offset)
 
 
 def test_a_mask_of_the_largest_number_hides_no_row_of_float64():
