@@ -12,7 +12,7 @@ import click
 
 from recorder import ranks
 from recorder.commands.clicking import expected_errors
-from recorder.errors import GraftError, UsageError
+from recorder.errors import GraftError, TransformError, UsageError
 from recorder.job import Job
 from recorder.provenance import provenance
 from recorder.sizes import format_size
@@ -114,21 +114,20 @@ def _recording(environ: Mapping[str, str], rank: ranks.Rank) -> str:
 
 
 def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
-    from .. import transforms
     from ..session import Replayer, from_environment
 
     session = next(s for s in from_environment(environ) if isinstance(s, Replayer))
     settings = session.settings
-    if isinstance(settings.transform, str):
-        transforms.load(settings.transform)
-    how = _how(settings.transform, session.recording)
+    if isinstance(settings.transform, TransformError):
+        raise settings.transform
+    how = _how(getattr(settings.transform, "name", ""), session.recording)
     return (
         f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
         f"{how}, {_which(settings.filter)}"
     )
 
 
-def _how(transform: object, recording: Recording) -> str:
+def _how(transform: str, recording: Recording) -> str:
     """Say what makes the tensor to write; layouts can where the recorded taps declare some."""
     if transform:
         return f"transform {transform}"
