@@ -1,0 +1,1 @@
+"""Find the fault: what a trial under graft tells of where it is."""
