@@ -172,9 +172,18 @@ class _Compiler:
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Node:
         parts = [self.compile(value) for value in node.values]
-        if isinstance(node.op, ast.And):
-            return lambda env: all(part(env) for part in parts)
-        return lambda env: any(part(env) for part in parts)
+        ends = isinstance(node.op, ast.Or)
+
+        def chosen(env: Env) -> Any:
+            """Return the operand that decides, as Python does: it may be asked if it is None."""
+            value: Any = None
+            for part in parts:
+                value = part(env)
+                if bool(value) is ends:
+                    break
+            return value
+
+        return chosen
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> Node:
         operand = self.compile(node.operand)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..errors import DamagedRecording
 from . import disk
@@ -21,7 +23,29 @@ from .schema import polars_schema
 if TYPE_CHECKING:
     import polars as pl
 
+F = TypeVar("F", bound=Callable[..., Any])
 
+
+def through_interrupts(function: F) -> F:
+    """Have a function begin again where Ctrl-C ended it in another thread than the main one.
+
+    Polars raises KeyboardInterrupt in whichever thread it works for, beside the main thread, where
+    Python raises it in any case.
+    """
+
+    @functools.wraps(function)
+    def whole(*args: Any, **options: Any) -> Any:
+        while True:
+            try:
+                return function(*args, **options)
+            except KeyboardInterrupt:
+                if threading.current_thread() is threading.main_thread():
+                    raise
+
+    return cast(F, whole)
+
+
+@through_interrupts
 def seal_journal(
     path: Path,
     columns: dict[str, str],
@@ -63,6 +87,7 @@ def seal_journal(
     return frame.height - kept.height
 
 
+@through_interrupts
 def trim_parquet(path: Path, columns: dict[str, str], first_step: int, access: Access) -> int:
     """Leave out the rows of steps before `first_step`; return how many there were."""
     import polars as pl
@@ -74,6 +99,7 @@ def trim_parquet(path: Path, columns: dict[str, str], first_step: int, access: A
     return frame.height - kept.height
 
 
+@through_interrupts
 def add_to_parquet(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
@@ -109,6 +135,7 @@ def add_to_parquet(
     _write_frame(path, filled.select(list(columns)), access)
 
 
+@through_interrupts
 def count_rows(path: Path) -> int:
     """Return the number of rows in a parquet file, from its footer."""
     import polars as pl
@@ -116,6 +143,7 @@ def count_rows(path: Path) -> int:
     return int(pl.scan_parquet(path).select(pl.len()).collect().item())
 
 
+@through_interrupts
 def write_parquet(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: dict[str, str], access: Access = PRIVATE
 ) -> None:
@@ -123,6 +151,7 @@ def write_parquet(
     _write_frame(path, to_frame(rows, columns), access)
 
 
+@through_interrupts
 def to_frame(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pl.DataFrame:
     """Return rows as a table of these columns."""
     import polars as pl
@@ -141,6 +170,7 @@ def _write_frame(path: Path, frame: pl.DataFrame, access: Access, durable: bool 
     disk.replace(path, data.getbuffer(), access, durable=durable)
 
 
+@through_interrupts
 def read_parquet(
     paths: list[Path], columns: dict[str, str], source: str = "", *, is_checked: bool = False
 ) -> pl.DataFrame:

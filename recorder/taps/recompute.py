@@ -115,10 +115,16 @@ def look() -> Place | None:
             return None
         hooks = _top_hooks(False)
         return None if hooks is None else _place_in_forward(hooks)
-    again = []
+    again: list[Again] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        recognise = _RECOGNISED.get(frame.f_code.co_name)
+        name = frame.f_code.co_name
+        if name == _ENGINE and not again:
+            frame = _caller_of_engine(frame)
+            if frame is None or (frame.f_code.co_name == "backward" and _of_backward(frame)):
+                break  # in the backward of what was repeated, in a hook as a rule
+            continue
+        recognise = _RECOGNISED.get(name)
         found = None if recognise is None else recognise(frame)
         if found is not None:
             again.append(found)
@@ -128,6 +134,17 @@ def look() -> Place | None:
     return Place(task, tuple(again), within)
 
 
+_ENGINE = "_engine_run_backward"
+
+
+def _caller_of_engine(frame: FrameType | None) -> FrameType | None:
+    """Return the frame that called for a backward, which is none of torch's own."""
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_AUTOGRAD):
+        frame = frame.f_back
+    return frame
+
+
+_AUTOGRAD = ("torch.autograd", "torch._tensor")
 _HOLDERS = ("checkpoint", "_checkpoint_impl")  # up to torch 2.13, and from 2.14 on
 
 

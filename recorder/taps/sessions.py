@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import Any
 
 from ..diagnostics import say
@@ -158,11 +159,16 @@ def _opened() -> list[Session]:
 
 def close_at_exit(session: Session) -> None:
     """Close a session when the process ends, by whichever way runs anything at all."""
-    atexit.register(session.close)
+    atexit.register(_close_last, session)
     # A multiprocessing child leaves through os._exit after these finalizers, without atexit.
     from multiprocessing import util
 
-    util.Finalize(None, session.close, exitpriority=10)
+    util.Finalize(None, _close_last, (session,), exitpriority=10)
+
+
+def _close_last(session: Session) -> None:
+    with suppress(KeyboardInterrupt):  # which has ended what it could; the session has said so
+        session.close()
 
 
 def _after_fork_in_child() -> None:

@@ -326,7 +326,7 @@ class Writer:
             self._stop("stopped", str(err))
         except OSError as err:
             self._stop("failed", f"writing failed: {err.strerror or err}")
-        except Exception as err:  # a bug of ours: the recording ends, the job does not
+        except BaseException as err:  # a bug of ours: the recording ends, the job does not
             self._stop("failed", f"internal error: {type(err).__name__}: {err}")
         finally:
             self._ended = True

@@ -638,3 +638,46 @@ def test_a_forward_of_one_of_several_threads_is_not_guessed_at(record, replay, c
     assert "it repeats a forward of one of several threads, and which cannot be told; tag" in err
     (session,) = replay(job)
     assert outcomes(session) == ["grafted", "grafted", "error"]
+
+
+class Tapped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tap("dh", grad * 1.0)
+
+
+@pytest.mark.parametrize("kind", [frames, reentrant, as_megatron, plain])
+@pytest.mark.parametrize("how", ["hook", "function"])
+def test_a_tap_in_the_backward_of_a_repeated_forward_is_a_first_one(record, replay, kind, how):
+    seen = []
+
+    def job(rank, scale=0.3):
+        w = torch.full((3,), scale, requires_grad=True)
+        x = torch.ones(3, requires_grad=True)
+
+        def tapped(h):
+            if how == "function":
+                return Tapped.apply(h)
+            if h.requires_grad:
+                h.register_hook(lambda grad: seen.append(tap("dh", grad.clone())[0].item()))
+            return h
+
+        def layer(x):
+            return tapped(tap("h", x * w))
+
+        h = kind(layer, x)
+        h = tapped(kind(layer, h.sin()).cos())
+        (h * h).sum().backward()
+        step()
+
+    rows = record(job).rows()
+    hooks = rows.filter(name="dh")
+    assert hooks["tags"].to_list() == ["{}"] * 3 and hooks["occurrence"].to_list() == [0, 1, 2]
+    recorded, seen = seen, []
+    (session,) = replay(functools.partial(job, scale=0.9), strict=True)
+    assert set(outcomes(session)) == {"grafted"}
+    assert seen == recorded

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from recorder import Recorder, Recording, progress, step, tap
-from recorder.format import disk, shard
+from recorder.format import disk, shard, tables
 from recorder.progress import Progress, Teller
 from recorder.writing import store as store_module
+from recorder.writing import writer
 from recorder.writing.staging import Staging
 from recorder.writing.store import Recent
 
@@ -322,3 +323,33 @@ def test_a_ring_that_has_no_room_for_its_steps_says_so(run, capsys):
             step()
     said = "--max-bytes has no room for --keep-last 2 and a step more at 'x'"
     assert said in capsys.readouterr().err
+
+
+def test_ctrl_c_that_polars_raises_in_the_writer_s_thread_loses_nothing(run, monkeypatch):
+    """It reaches the main thread by Python's own handler."""
+    whole, interrupts = tables._write_frame, iter([KeyboardInterrupt(), KeyboardInterrupt()])
+
+    def interrupted(*args, **options):
+        for error in interrupts:
+            assert threading.current_thread() is not threading.main_thread()
+            raise error
+        return whole(*args, **options)
+
+    monkeypatch.setattr(tables, "_write_frame", interrupted)
+    with Recorder(run) as session:
+        for i in range(20):
+            tap("h", torch.full((8,), float(i)))
+    assert session.state == "complete" and next(interrupts, None) is None
+    assert Recording.open(run).rows().height == 20
+
+
+def test_a_writer_s_thread_that_ends_for_whatever_reason_is_a_recording_that_failed(
+    run, monkeypatch
+):
+    def ended(self):
+        raise SystemExit("why not")
+
+    monkeypatch.setattr(writer.Writer, "_flush", ended)
+    with Recorder(run) as session:
+        tap("h", torch.ones(8))
+    assert session.state == "failed" and "SystemExit: why not" in session.reason
