@@ -155,11 +155,28 @@ class Matcher:
             self.index = Index.build(self.frame)
             self._offsets: list[int] | None = None
             return
+        self._check_tags()
         kept = selected_rows(self.frame, self.filter, self.rank, self.step_offset)
         self._offsets = kept["row"].to_list()
         self.index = Index.build(
             kept, group=self.match_on.group, use_step=self.match_on.use_step, recount=True
         )
+
+    def _check_tags(self) -> None:
+        """Refuse a tag that no record carries: as None on both sides it would match everything.
+
+        Raises:
+            UsageError: there is one.
+        """
+        texts = self.frame["tags"].unique().to_list()
+        carried = {tag for text in texts for tag in parse_tags(text)} | {"name", "step"}
+        unknown = [tag for tag in self.match_on.tags or () if tag not in carried]
+        if unknown and texts:
+            close = difflib.get_close_matches(unknown[0], carried, 3) or sorted(carried)[:8]
+            raise UsageError(
+                f"--match-on names {unknown[0]!r}, a tag that no record carries, closest: "
+                f"{', '.join(close)}"
+            )
 
     def find(self, selected: Selected, kind: str) -> Match:
         """Return the records for a tap.

@@ -170,3 +170,17 @@ def test_numbers_that_are_equal_and_not_the_same_tag_are_named_as_nearest(
     record(fills(("a", {"layer": recorded}, 1)))
     (session,) = replay(fills(("a", {"layer": asked}, 0)))
     assert outcomes(session) == ["missing"] and said in session.log()["message"][0]
+
+
+def test_a_tag_that_no_record_carries_does_not_match_everything(record, replay, capsys):
+    record(lambda rank: [tap("h", torch.full((2,), 1.0 + i), layer=i) for i in range(3)])
+    values = []
+
+    def job(rank):
+        for i in (2, 1, 0):
+            values.append(tap("h", torch.zeros(2), layer=i)[0].item())
+
+    (session,) = replay(job, match_on="name,layr")
+    assert values == [0.0] * 3
+    assert "--match-on names 'layr', a tag that no record carries, closest: layer" in session.reason
+    assert capsys.readouterr().err.count("this rank is not grafted: --match-on") == 1
