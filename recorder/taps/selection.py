@@ -148,27 +148,28 @@ class Selection:
                 with self._lock:
                     self._count(call, site, place)
             return None
+        step, occurrence, note, trouble = self.step, 0, "", ""
+        if again and place is not None:  # it is wanted, or not, as of its first
+            plain = self._site(call, rank, False)
+            with self._lock:
+                first, note, trouble, is_second = self._repeated(call, plain, place)
+            site = site if is_second else plain
+            step, occurrence = first
         forward = grad = True
         if site.wanted is None and self.filter is not None:
-            env = {**site.tags, "name": call.name, "step": self.step, "rank": rank}
+            env = {**site.tags, "name": call.name, "step": step, "rank": rank}
             forward = self.filter(_Env(env, call))
             if call.grad:
                 grad = self.filter({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):
-                with self._lock:  # of one key, it may want some taps and not others
-                    self._count(call, site, place)
+                if not again:
+                    with self._lock:  # of one key, it may want some taps and not others
+                        self._count(call, site, place)
                 return None
         if place is not None and place.again and not place.again[0].keeps_graph:
             grad = False  # it comes by way of the first forward
-        note = trouble = ""
-        plain = self._site(call, rank, False) if again else site
-        step = self.step
         with self._lock:
-            if again and place is not None:
-                first, note, trouble, is_second = self._repeated(call, plain, place)
-                site = site if is_second else plain
-                step, occurrence = first
-            else:
+            if not again:
                 occurrence = self._count(call, site, place)
                 if self._is_another_thread_s(call, site, place):
                     note = THREADS

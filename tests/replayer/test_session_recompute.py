@@ -681,3 +681,38 @@ def test_a_tap_in_the_backward_of_a_repeated_forward_is_a_first_one(record, repl
     (session,) = replay(functools.partial(job, scale=0.9), strict=True)
     assert set(outcomes(session)) == {"grafted"}
     assert seen == recorded
+
+
+@pytest.mark.parametrize("kind", [frames, reentrant, as_megatron])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_filter_by_step_means_the_first_forward_s(record, replay, kind, number):
+    """Whose backward may come in the next step."""
+    seen = []
+
+    def job(rank, scale=0.3):
+        w = torch.full((3,), scale, requires_grad=True)
+
+        def layer(x):
+            h = tap("h", x * w)
+            seen.append(round(h[0].item(), 3))
+            return h.sin()
+
+        def forward(value):
+            return kind(layer, torch.full((3,), value, requires_grad=True))
+
+        y = forward(1.0)
+        step()
+        y.sum().backward()
+        y = forward(2.0)
+        y.sum().backward()
+        step()
+
+    rows = record(job, filter=f"step == {number}").rows()
+    assert rows.select("step", "occurrence", "tags").rows() == [
+        (number, 0, "{}"), (number, 0, '{"recompute":true}'),
+    ]  # fmt: skip
+    record(job, overwrite=True)
+    seen.clear()
+    (session,) = replay(functools.partial(job, scale=0.9), filter=f"step == {number}")
+    assert seen == ([0.3, 0.3, 1.8, 1.8] if number == 0 else [0.9, 0.9, 0.6, 0.6])
+    assert outcomes(session) == ["grafted"] * 2
