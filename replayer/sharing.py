@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +24,32 @@ _SAMPLES = 64
 _A_STORAGE = 64  # grafts remembered: a cache is one storage, and sees no end of them
 
 
-class _Written(NamedTuple):
+class _Place(NamedTuple):
     dtype: torch.dtype
     offset: int  # in elements, as the other two
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+@dataclass
+class _Written:
+    place: _Place
     sample: torch.Tensor
     start: int  # in bytes, as the other
     end: int
     tap: str
+    tensor: weakref.ref[torch.Tensor]
+    version: int | None = None  # torch's count of writes in place, as the grafts left it
+
+    def is_counted_untouched(self) -> bool:
+        """Whether torch counted no write but ours, or does not count for it."""
+        tensor = self.tensor()
+        return tensor is None or self.version is None or _version(tensor) == self.version
+
+    def count(self) -> None:
+        """Take the writes so far for ours."""
+        tensor = self.tensor()
+        self.version = None if tensor is None else _version(tensor)
 
 
 class Sharing:
@@ -40,7 +58,7 @@ class Sharing:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         # Of one place the latest graft alone: it is the one that another would undo.
-        self._storages: dict[int, tuple[weakref.ref[Any], dict[Any, _Written]]] = {}
+        self._storages: dict[int, tuple[weakref.ref[Any], dict[_Place, _Written]]] = {}
 
     def next_step(self) -> None:
         """Forget what was written."""
@@ -67,17 +85,20 @@ class Sharing:
             known = self._storages.get(storage.data_ptr())
             if known is None or known[0]() is not storage:
                 known = self._storages[storage.data_ptr()] = weakref.ref(storage), {}
+            untouched = [one for one in known[1].values() if one.is_counted_untouched()]
             before = [
                 (one, view, view.clone())
-                for one in known[1].values()
+                for one in untouched
                 if one.start < here.end and here.start < one.end
-                for view in (_view(one, target),)
+                for view in (_view(one.place, target),)
                 if _equal(_sampled(view), one.sample)
             ]
             overwrite(target, new)
             changed = [one for one, view, was in before if not _equal(view, was)]
-            known[1].pop(here[:4], None)
-            known[1][here[:4]] = here
+            known[1].pop(here.place, None)
+            known[1][here.place] = here
+            for one in (*untouched, here):
+                one.count()
             if len(known[1]) > _A_STORAGE:
                 del known[1][next(iter(known[1]))]
         if not changed:
@@ -97,10 +118,18 @@ def _written(target: torch.Tensor, new: torch.Tensor, tap: str) -> _Written:
         reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     end = (offset + reach) * size
     sample = _sampled(new).clone()
-    return _Written(target.dtype, offset, shape, strides, sample, offset * size, end, tap)
+    place = _Place(target.dtype, offset, shape, strides)
+    return _Written(place, sample, offset * size, end, tap, weakref.ref(target))
 
 
-def _view(one: _Written, target: torch.Tensor) -> torch.Tensor:
+def _version(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor._version
+    except RuntimeError:  # of inference mode, which counts nothing
+        return None
+
+
+def _view(one: _Place, target: torch.Tensor) -> torch.Tensor:
     """Return what an earlier graft wrote to, of the target's storage."""
     view = torch.empty(0, dtype=one.dtype, device=target.device)
     return view.set_(target.untyped_storage(), one.offset, one.shape, one.strides)

@@ -130,6 +130,19 @@ def test_what_the_job_wrote_in_between_is_its_own(record, replay):
     assert contradiction(session) == []
 
 
+def test_a_cache_that_the_job_fills_slot_by_slot_is_its_own(record, replay):
+    def job(rank, first=0.0):
+        cache = torch.zeros(64, 8)
+        for t in range(10, 20):
+            cache[t] = first + t
+            tap("k_cache", cache)
+            tap("slot", cache[t])
+
+    record(job)
+    (session,) = replay(lambda rank: job(rank, 5.0))
+    assert session.log()["message"].to_list() == [""] * 20
+
+
 def test_another_step_is_another_matter(record, replay):
     def job(fill):
         def run(rank):
