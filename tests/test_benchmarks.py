@@ -14,6 +14,7 @@ pytestmark = pytest.mark.processes
 RUN = Path(__file__).parent / "benchmarks" / "run.py"
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run_and_say_what_they_found(tmp_path):
     names = [
         "inactive",

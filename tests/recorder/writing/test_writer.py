@@ -188,6 +188,7 @@ def test_progress_tells_of_held_jobs_and_dropped_taps():
     assert "1.0 kB waiting, the job was held 2.5 s, 3 taps dropped" in said[0]
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_progress_and_a_file_does_not(shell):
     shell.write(
         "job.py",

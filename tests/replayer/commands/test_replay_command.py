@@ -198,6 +198,7 @@ def test_wrong_usage_is_status_2(single, run, words, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_log_is_not_written_over_unless_told_so(single, run, tmp_path):
     out = tmp_path / "out"
     assert replayed(single, run, "-o", out).returncode == 0
@@ -255,6 +256,7 @@ def test_the_variables_alone_do_the_same_without_the_wrapper(single, run, tmp_pa
 # doctor -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_doctor_says_what_a_tap_would_do_and_why(single, run, tmp_path):
     plain = single(single.graft, "doctor")
     assert plain.returncode == 0

@@ -54,12 +54,14 @@ def clean(tmp_path, dtype, seed, what):
     )
 
 
-def wrong(tmp_path_factory, seed):
+def wrong(tmp_path_factory, seed, is_quick=False):
     """Return, of each clean case and dtype, how many pairs there are and how many differ."""
     found = {}
     for what, (name, dtype) in itertools.product(CLEAN, DTYPES.items()):
         if what.startswith("scale") and name == "fp16":
             continue  # beyond its range
+        if is_quick and what == "depth 96" and name != "bf16":
+            continue
         counts = clean(tmp_path_factory.mktemp("clean"), dtype, seed, what).counts()
         found[what, name] = (sum(counts.values()), counts["close"] + counts["equal"])
     return found
@@ -202,7 +204,7 @@ def missed(seed, faults, in_=PLANTED_IN, times=4):
 
 
 def test_no_clean_pair_is_called_different(tmp_path_factory):
-    found = wrong(tmp_path_factory, 0)
+    found = wrong(tmp_path_factory, 0, is_quick=True)
     printed("clean, called different", found, CLEAN, "wanted: 0")
     assert {case: counts for case, counts in found.items() if counts[0] != counts[1]} == {}
 
