@@ -14,6 +14,7 @@ import difflib
 import threading
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,27 @@ class MatchOn:
         if len(set(names)) < len(names) or len(set(others)) < len(others):
             raise UsageError(f"--match-on {text!r} names a tag twice")
         return cls(names, renamed=renamed)
+
+    def check(self, texts: Collection[str], *, of_target: bool = False) -> None:
+        """Refuse a tag that no tap carries: as None on both sides it would match everything.
+
+        Args:
+            texts: tags that were recorded, each canonical JSON.
+            of_target: whether the target's are among them, whose names for tags count then too.
+
+        Raises:
+            UsageError: there is one.
+        """
+        carried = {tag for text in texts for tag in parse_tags(text)}
+        named = [*(self.tags or ()), *(other for _, other in self.renamed if of_target)]
+        known = sorted({"name", "step", *carried})
+        unknown = [tag for tag in named if tag not in known]
+        if unknown and len(texts):  # else there is nothing to match in any case
+            close = difflib.get_close_matches(unknown[0], known, 3) or known[:8]
+            raise UsageError(
+                f"--match-on names {unknown[0]!r}, which no tap carries; there are "
+                f"{', '.join(close)}"
+            )
 
     @property
     def whole(self) -> bool:
@@ -155,28 +177,12 @@ class Matcher:
             self.index = Index.build(self.frame)
             self._offsets: list[int] | None = None
             return
-        self._check_tags()
+        self.match_on.check(self.frame["tags"].unique().to_list())
         kept = selected_rows(self.frame, self.filter, self.rank, self.step_offset)
         self._offsets = kept["row"].to_list()
         self.index = Index.build(
             kept, group=self.match_on.group, use_step=self.match_on.use_step, recount=True
         )
-
-    def _check_tags(self) -> None:
-        """Refuse a tag that no record carries: as None on both sides it would match everything.
-
-        Raises:
-            UsageError: there is one.
-        """
-        texts = self.frame["tags"].unique().to_list()
-        carried = {tag for text in texts for tag in parse_tags(text)} | {"name", "step"}
-        unknown = [tag for tag in self.match_on.tags or () if tag not in carried]
-        if unknown and texts:
-            close = difflib.get_close_matches(unknown[0], carried, 3) or sorted(carried)[:8]
-            raise UsageError(
-                f"--match-on names {unknown[0]!r}, a tag that no record carries, closest: "
-                f"{', '.join(close)}"
-            )
 
     def find(self, selected: Selected, kind: str) -> Match:
         """Return the records for a tap.

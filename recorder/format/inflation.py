@@ -21,6 +21,7 @@ from . import disk
 _MAGIC = b"PAR1"
 _LARGEST_FOOTER = 4 << 20
 _PAGE_HEAD = 1 << 16
+_LONGEST_HEAD = 8 << 20
 _DEEPEST = 12
 _LONGEST_VARINT = 10
 _VALUE_BYTES = 16  # of a text's view, the widest
@@ -120,7 +121,7 @@ def _measure_chunk(file: int, size: int, chunk: dict[int, Any]) -> int:
         try:
             head, end = _struct(data, begin)
         except (IndexError, ValueError):  # long texts may stand in it, as least and greatest
-            data, begin = os.pread(file, left, at), 0
+            data, begin = os.pread(file, min(left, _LONGEST_HEAD), at), 0
             head, end = _struct(data, begin)
         if head[2] < 0 or head[3] < 0:
             raise ValueError("a page of negative size")

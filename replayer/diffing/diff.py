@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -237,7 +236,8 @@ def diff(
         pairs = pair(
             run_a, run_b, filter=chosen, match_on=on, step_offset=step_offset, renames=renames
         )
-        _check_match_on(on, pairs)
+        texts = {text for side in (pairs.a, pairs.b) for text in side.frame["tags"].unique()}
+        on.check(texts, of_target=True)
         notes = [*pairs.notes, *pairs.skipped, *_about_thresholds(thresholds, pairs)]
         found = comparison.of(pairs, rules)
     notes += found.notes
@@ -356,20 +356,6 @@ class _Comparison(NamedTuple):
             tasks,
             tuple(notes if unread else ()),
             any(row.get("failed") == "damaged" for row in everything),
-        )
-
-
-def _check_match_on(on: MatchOn, pairs: Pairs) -> None:
-    """Refuse a tag to match on that no tap carries."""
-    frames = pairs.a.frame, pairs.b.frame
-    texts = {text for frame in frames for text in frame["tags"].unique()}
-    known = {"name", "step", *(tag for text in texts for tag in parse_tags(text))}
-    named = [*(on.tags or ()), *(other for _, other in on.renamed)]
-    unknown = [tag for tag in named if tag not in known]
-    if unknown and texts:
-        close = difflib.get_close_matches(unknown[0], sorted(known), 3) or sorted(known)[:8]
-        raise UsageError(
-            f"--match-on names {unknown[0]!r}, which no tap carries; there are {', '.join(close)}"
         )
 
 

@@ -182,5 +182,5 @@ def test_a_tag_that_no_record_carries_does_not_match_everything(record, replay, 
 
     (session,) = replay(job, match_on="name,layr")
     assert values == [0.0] * 3
-    assert "--match-on names 'layr', a tag that no record carries, closest: layer" in session.reason
+    assert "--match-on names 'layr', which no tap carries; there are layer" in session.reason
     assert capsys.readouterr().err.count("this rank is not grafted: --match-on") == 1
