@@ -72,10 +72,15 @@ class MatchOn:
             raise UsageError("--match-on order stands alone; it pairs by position, not by tags")
         given = [*names, *(other for _, other in renamed)]
         wrong = [n for n in given if n in (RECOMPUTE, "rank", "occurrence", "seq", "kind")]
-        wrong += [n for pair in renamed for n in pair if n in ("name", "step")]
         if wrong:
             raise UsageError(
                 f"--match-on cannot use {wrong[0]!r}; name tags of the taps, `name` or `step`"
+            )
+        fixed = [f"{one}={other}" for one, other in renamed if {one, other} & {"name", "step"}]
+        if fixed:
+            raise UsageError(
+                f"--match-on cannot use {fixed[0]!r}: `name` and `step` are called so on both "
+                "sides; give them alone"
             )
         others = [dict(renamed).get(name, name) for name in names]
         if len(set(names)) < len(names) or len(set(others)) < len(others):

@@ -2,7 +2,8 @@
 
 1. `Sharing.overwrite` remembers of each graft where it wrote, and some of what it wrote there.
 2. A later one whose bytes may be the same is looked at closely: where the job has not written there
-   in between, and what the earlier one wrote is changed by this one, both cannot be right.
+   in between, by torch's count of writes and by the sample, and what the earlier one wrote is
+   changed by this one, both cannot be right.
 
 Memory is known by its storage, weakly: what is freed and used again is not the same.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -39,17 +40,23 @@ class _Written:
     end: int
     tap: str
     tensor: weakref.ref[torch.Tensor]
-    version: int | None = None  # torch's count of writes in place, as the grafts left it
+    of_job: int = 0  # writes in place that torch counted when it was grafted, without the grafts'
 
-    def is_counted_untouched(self) -> bool:
-        """Whether torch counted no write but ours, or does not count for it."""
-        tensor = self.tensor()
-        return tensor is None or self.version is None or _version(tensor) == self.version
 
-    def count(self) -> None:
-        """Take the writes so far for ours."""
-        tensor = self.tensor()
-        self.version = None if tensor is None else _version(tensor)
+@dataclass
+class _Storage:
+    memory: weakref.ref[Any]
+    grafted: int = 0  # writes that torch counted for the grafts onto it
+    # Of one place the latest graft alone: it is the one that another would undo.
+    written: dict[_Place, _Written] = field(default_factory=dict)
+
+    def is_as_left(self, one: _Written) -> bool:
+        """Whether torch counted no write of the job's since, or does not count for the tensor.
+
+        Tensors of one memory that torch counts apart have fewer of ours.
+        """
+        tensor = one.tensor()
+        return tensor is None or _writes(tensor) - self.grafted <= one.of_job
 
 
 class Sharing:
@@ -57,8 +64,7 @@ class Sharing:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Of one place the latest graft alone: it is the one that another would undo.
-        self._storages: dict[int, tuple[weakref.ref[Any], dict[_Place, _Written]]] = {}
+        self._storages: dict[int, _Storage] = {}
 
     def next_step(self) -> None:
         """Forget what was written."""
@@ -83,24 +89,24 @@ class Sharing:
             here = _written(target, new, tap)
             storage = target.untyped_storage()
             known = self._storages.get(storage.data_ptr())
-            if known is None or known[0]() is not storage:
-                known = self._storages[storage.data_ptr()] = weakref.ref(storage), {}
-            untouched = [one for one in known[1].values() if one.is_counted_untouched()]
+            if known is None or known.memory() is not storage:
+                known = self._storages[storage.data_ptr()] = _Storage(weakref.ref(storage))
             before = [
                 (one, view, view.clone())
-                for one in untouched
-                if one.start < here.end and here.start < one.end
+                for one in known.written.values()
+                if one.start < here.end and here.start < one.end and known.is_as_left(one)
                 for view in (_view(one.place, target),)
                 if _equal(_sampled(view), one.sample)
             ]
+            writes = _writes(target)
             overwrite(target, new)
+            known.grafted += _writes(target) - writes
+            here.of_job = _writes(target) - known.grafted
             changed = [one for one, view, was in before if not _equal(view, was)]
-            known[1].pop(here.place, None)
-            known[1][here.place] = here
-            for one in (*untouched, here):
-                one.count()
-            if len(known[1]) > _A_STORAGE:
-                del known[1][next(iter(known[1]))]
+            known.written.pop(here.place, None)
+            known.written[here.place] = here
+            if len(known.written) > _A_STORAGE:
+                del known.written[next(iter(known.written))]
         if not changed:
             return ""
         return (
@@ -122,11 +128,9 @@ def _written(target: torch.Tensor, new: torch.Tensor, tap: str) -> _Written:
     return _Written(place, sample, offset * size, end, tap, weakref.ref(target))
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    try:
-        return tensor._version
-    except RuntimeError:  # of inference mode, which counts nothing
-        return None
+def _writes(tensor: torch.Tensor) -> int:
+    """Return how many writes in place torch counted; 0 in inference mode, which counts none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _view(one: _Place, target: torch.Tensor) -> torch.Tensor:

@@ -278,6 +278,7 @@ def test_strict_tells_what_was_missed_and_what_was_never_used(record, run):
         ({"match_on": "order,name"}, UsageError, "order stands alone"),
         ({"match_on": "name,name"}, UsageError, "names a tag twice"),
         ({"match_on": "name,recompute"}, UsageError, "cannot use 'recompute'"),
+        ({"match_on": "name=n"}, UsageError, "'name=n': `name` and `step` are called so on both"),
         ({"record": "True"}, UsageError, "record needs a folder"),
         ({"step_offset": 1.5}, UsageError, "give a whole number"),
         ({"transform": "no.such.fn"}, TransformError, "cannot be imported"),

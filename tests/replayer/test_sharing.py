@@ -143,6 +143,21 @@ def test_a_cache_that_the_job_fills_slot_by_slot_is_its_own(record, replay):
     assert session.log()["message"].to_list() == [""] * 20
 
 
+@pytest.mark.parametrize("alias", [lambda w: w.detach(), lambda w: w.data, lambda w: w])
+def test_an_alias_is_tied_however_torch_counts_its_writes(record, replay, alias):
+    record(base(a=torch.ones(4), b=torch.ones(4), c=torch.full((4,), 2.0)))
+    w = torch.zeros(4)
+
+    def job(rank):
+        tap("a", w)
+        other = alias(w)
+        tap("b", other)
+        tap("c", other)
+
+    (session,) = replay(job)
+    assert [bool(message) for message in session.log()["message"]] == [False, False, True]
+
+
 def test_another_step_is_another_matter(record, replay):
     def job(fill):
         def run(rank):
@@ -175,9 +190,9 @@ def test_a_cache_that_sees_no_end_of_grafts_is_not_remembered_for_good():
     sharing, cache = Sharing(), torch.zeros(1000, 4)
     for slot in range(1000):
         assert sharing.overwrite(cache[slot], torch.ones(4), f"kv slot={slot}") == ""
-    ((_, written),) = sharing._storages.values()
-    assert len(written) == 64
+    (storage,) = sharing._storages.values()
+    assert len(storage.written) == 64
     for _ in range(1000):
         sharing.overwrite(cache, torch.ones(1000, 4), "cache")
-    assert len(written) == 64
+    assert len(storage.written) == 64
     assert "what tap cache was given" in sharing.overwrite(cache, torch.zeros(1000, 4), "again")
