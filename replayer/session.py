@@ -43,8 +43,8 @@ from recorder.recording import Recording
 from recorder.session import Recorder
 from recorder.tags import label
 from recorder.taps.call import Call
+from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.gradients import GradientTaps
-from recorder.taps.recompute import repeat_to_the_end
 from recorder.taps.selection import Selected, Selection
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.signals import let_interrupts_through

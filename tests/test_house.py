@@ -241,4 +241,4 @@ def test_a_row_s_type_has_the_table_s_columns(row, columns, beside):
 
 def test_torch_s_private_names_are_used_in_two_files():
     users = [path.name for path in FILES if re.search(r"torch\._C\b|utils\._", path.read_text())]
-    assert users == ["bits.py", "recompute.py"]  # of tensors, and of autograd
+    assert users == ["bits.py", "checkpoints.py"]  # of tensors, and of autograd

@@ -9,7 +9,7 @@ from ..diagnostics import call_site
 from ..tags import cut
 
 if TYPE_CHECKING:
-    from .recompute import Place
+    from .checkpoints import Place
 
 _UNKNOWN = object()
 

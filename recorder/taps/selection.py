@@ -19,7 +19,8 @@ from ..errors import BadTag, FilterError
 from ..filters import Filter
 from ..tags import MOST_TAG_BYTES, PART, RECOMPUTE, Key, TagValue
 from .call import Call
-from .recompute import IN_ORDER, First, Firsts, Place, look
+from .checkpoints import Place, look
+from .recompute import IN_ORDER, First, Firsts
 from .values import classify
 
 THREADS = (
