@@ -28,7 +28,8 @@ from ..match import MatchOn
 from ..pairing.pairs import Pairs, pair
 from ..pairing.rename import Rename
 from ..pairing.tensors import Two
-from ..rules import Rules, Threshold, floors_of
+from ..rules import Rules, floors_of
+from ..thresholds import Threshold
 from .columns import COLUMNS, OUTCOMES, DiffRow, rows_of
 from .indices import MOST_INDICES
 from .nothing import over_nothing, why_nothing

@@ -144,6 +144,15 @@ def _relative(error: float, size: float) -> float:
     return math.sqrt(error / size) if size and error < math.inf else math.inf
 
 
+def _relative_of_rows(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return the same as `_relative` of each row, 0 of one without size."""
+    found = (error / size).sqrt().nan_to_num(0.0, float("inf"))
+    return found.masked_fill(error.isinf(), float("inf"))
+
+
+_relative_of_rows = scripted(_relative_of_rows)
+
+
 def _judged(
     sums: torch.Tensor,
     eps: float,
@@ -171,8 +180,7 @@ def _judged(
     """
     xx, yy, _xd, dd, _d, x4, n, element, xx_extreme, yy_extreme, dd_extreme = sums.unbind(1)
     square = torch.maximum(xx, yy)
-    error = (dd / square).sqrt().nan_to_num(0.0, float("inf"))
-    error = error.masked_fill(dd.isinf(), float("inf"))
+    error = _relative_of_rows(dd, square)
     there = square > 0
     if not bool(there.any()):
         return error, element, 0.0
@@ -205,8 +213,7 @@ def _judged(
     error = error.masked_fill(left, 0.0)
     element = element.masked_fill(left, 0.0)
     if not is_gradient:  # whose extremes are left of larger numbers, too
-        outer = (dd_extreme / torch.maximum(xx_extreme, yy_extreme)).sqrt()
-        outer = outer.nan_to_num(0.0, float("inf")).masked_fill(dd_extreme.isinf(), float("inf"))
+        outer = _relative_of_rows(dd_extreme, torch.maximum(xx_extreme, yy_extreme))
         error = torch.maximum(error, outer)
     return error, element, typical
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from replayer.diffing.bounds import proven
-from replayer.rules import Rules, Threshold, allowance, floors_of
+from replayer.rules import Rules, allowance, floors_of
+from replayer.thresholds import Threshold
 
 # The noise floor
 
