@@ -21,7 +21,7 @@ import torch
 
 from recorder.bits import plainly
 from recorder.capture import local_part
-from recorder.diagnostics import Warnings, call_site, say
+from recorder.diagnostics import call_site
 from recorder.errors import (
     GraftError,
     LayoutError,
@@ -34,7 +34,6 @@ from recorder.errors import (
 )
 from recorder.filters import Filter
 from recorder.format.schema import rank_folder
-from recorder.format.tables import to_frame
 from recorder.job import Job
 from recorder.mailbox import write_report
 from recorder.mesh import FrozenMesh
@@ -51,8 +50,9 @@ from recorder.taps.signals import let_interrupts_through
 from recorder.taps.values import classify
 
 from . import graft, transforms, unkept
-from .log import COLUMNS, WITHOUT_EFFECT, LogRow, ReplayLog, joined
+from .log import WITHOUT_EFFECT, LogRow, joined
 from .match import Match, Matcher, MatchOn
+from .outcomes import Outcomes, named
 from .parts import FEWER, MORE, ZEROS, Parts
 from .replacement import Replacement, Replacements
 from .settings import ReplaySettings
@@ -130,10 +130,9 @@ class Replayer:
             let_interrupts_through()
         self._selection = Selection(self.settings.filter)
         self.ignored = self._selection.ignored
-        self._warnings = Warnings()
         self._gradients = GradientTaps()
         self._made: Replacements | None = None
-        self._log: ReplayLog | None = None
+        self._outcomes = Outcomes(self.settings, self._ranks, self._selection, self._distrust)
         self._recorder: Recorder | None = None
         if record is not None and out is not None:
             self._recorder = Recorder(
@@ -178,7 +177,7 @@ class Replayer:
 
     def log(self) -> pl.DataFrame:
         """Return the log: one row per tap that was looked at."""
-        return self._log.frame() if self._log is not None else to_frame([], COLUMNS)
+        return self._outcomes.frame()
 
     def problems(self) -> list[str]:
         """Return why the replay on this rank is not to be trusted; empty where it is."""
@@ -213,16 +212,16 @@ class Replayer:
         if self.state != "running" or not self._confirm_rank():
             return
         rank = self._ranks.current.rank
-        selected = self._selection.select_or_warn(call, rank, self._once)
+        selected = self._selection.select_or_warn(call, rank, self._outcomes.once)
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
         if selected.note:
-            self._once(
+            self._outcomes.once(
                 (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
             )
         if selected.trouble:
-            self._finish(selected, "tensor", start, ReplayError(selected.trouble))
+            self._outcomes.finish(selected, "tensor", start, ReplayError(selected.trouble))
             return
         try:
             value = call.value()
@@ -230,7 +229,7 @@ class Replayer:
             if not call.is_made_here:
                 raise
             fact = f"its callable raised {type(err).__name__}: {err}"
-            self._finish(selected, "tensor", start, ReplayError(fact))
+            self._outcomes.finish(selected, "tensor", start, ReplayError(fact))
             return
         kind = classify(value)
         if kind == "tensor":
@@ -250,7 +249,7 @@ class Replayer:
                 self._compare_value(selected, value, start)
         else:
             fact = f"{kind}; only tensors can be grafted"
-            self._finish(selected, "tensor", start, ReplayError(fact))
+            self._outcomes.finish(selected, "tensor", start, ReplayError(fact))
 
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be handled for a reason nobody foresaw."""
@@ -258,7 +257,10 @@ class Replayer:
         self.reason = self.reason or f"tap {call.shown} was not grafted: {reason}"
 
     def _tell(self, call: Call, what: str) -> None:
-        self._once((call.shown, what), f"tap {call.shown} at {call.site} {what}")
+        self._outcomes.once((call.shown, what), f"tap {call.shown} at {call.site} {what}")
+
+    def _distrust(self, reason: str) -> None:
+        self.reason = reason
 
     def _fail(self, reason: str) -> None:
         """End the replay as one that is not to be trusted."""
@@ -275,12 +277,11 @@ class Replayer:
         self._gradients.close()
         self._end_parts()
         state, self.state = self.state, "closed"
-        if self._log is not None:
-            try:
-                self._log.close()
-            except OSError as err:
-                state, self.reason = "failed", f"the log cannot be written: {err.strerror or err}"
-                self._say(self.reason)
+        try:
+            self._outcomes.close()
+        except OSError as err:
+            state, self.reason = "failed", f"the log cannot be written: {err.strerror or err}"
+            self._outcomes.say(self.reason)
         write_report(
             {
                 "session": ReplaySettings.PREFIX,
@@ -298,17 +299,17 @@ class Replayer:
             return  # the wrapper speaks for all ranks
         why = self._selection.why_nothing()
         if why is not None:
-            self._say(why)
+            self._outcomes.say(why)
         elif self._lazy:
-            self._say(f"replay: {self.summary().line()}")
+            self._outcomes.say(f"replay: {self.summary().line()}")
             for problem in self.problems():
-                self._say(f"not to be trusted: {problem}")
+                self._outcomes.say(f"not to be trusted: {problem}")
 
     def _confirm_rank(self) -> bool:
         wrong = self._ranks.contradiction(committed=self._made is not None)
         if wrong is not None:
             self._fail(wrong)
-            self._say(f"replaying ended, the job goes on: {wrong}")
+            self._outcomes.say(f"replaying ended, the job goes on: {wrong}")
         return wrong is None
 
     def _ensure_log(self) -> bool:
@@ -320,11 +321,7 @@ class Replayer:
                 return self._made is not None
             rank, settings = self._ranks.current, self.settings
             try:
-                self._log = ReplayLog(
-                    self.out,
-                    f"{rank_folder(rank.rank)}-a{self._job.attempt}",
-                    overwrite=settings.overwrite,
-                )
+                self._outcomes.open(self.out, f"{rank_folder(rank.rank)}-a{self._job.attempt}")
                 matcher = Matcher(
                     self._frame,
                     MatchOn.parse(settings.match_on),
@@ -342,7 +339,7 @@ class Replayer:
                 )
             except (GraftError, OSError) as err:
                 self._fail(str(err))
-                self._say(f"this rank is not grafted: {err}")
+                self._outcomes.say(f"this rank is not grafted: {err}")
             return self._made is not None
 
     @property
@@ -352,7 +349,7 @@ class Replayer:
 
     def _warn_of(self, selected: Selected, warning: str, about: str) -> None:
         tap = label(selected.key.name, selected.tags)
-        self._once((about, selected.key.name), f"tap {tap}: {warning}")
+        self._outcomes.once((about, selected.key.name), f"tap {tap}: {warning}")
 
     def _attempt(
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
@@ -372,7 +369,7 @@ class Replayer:
                 made = self._replacements.make(
                     call, selected, target, kind, placements, mesh, match
                 )
-                shared = self._sharing.overwrite(target, made.tensor, _tap(selected))
+                shared = self._sharing.overwrite(target, made.tensor, named(selected))
             repeat_to_the_end()
         except Exception as err:
             if is_from_the_job(err):
@@ -386,8 +383,8 @@ class Replayer:
             of_callable if call.is_made_here else "",
         )
         if shared:
-            self._once(
-                (selected.key.name, "sharing"), f"tap {_tap(selected)} was grafted: {shared}"
+            self._outcomes.once(
+                (selected.key.name, "sharing"), f"tap {named(selected)} was grafted: {shared}"
             )
         row = self._finish(selected, kind, start, error, match, made, note)
         if error is None and target is not None and target.numel():
@@ -409,10 +406,12 @@ class Replayer:
         self._watching.latest = unkept.watch(call, value, target, freed)
 
     def _note_unkept(self, row: LogRow, reason: str) -> None:
-        self._amend(row, WITHOUT_EFFECT, reason)
+        self._outcomes.amend(row, WITHOUT_EFFECT, reason)
         tap = f"{label(row['name'], row['tags'])} step={row['step']}"
         tap += f" occurrence={row['occurrence']}"
-        self._once((row["name"], WITHOUT_EFFECT), f"tap {tap} was grafted without effect: {reason}")
+        self._outcomes.once(
+            (row["name"], WITHOUT_EFFECT), f"tap {tap} was grafted without effect: {reason}"
+        )
 
     def _on_gradient(
         self, call: Call, parts: Parts, number: int, grad: torch.Tensor, mesh: FrozenMesh | None
@@ -471,7 +470,7 @@ class Replayer:
         if len(grafted) < number:
             return ReplayError(MORE), None
         for row in grafted:
-            self._amend(row, "error", MORE)
+            self._outcomes.amend(row, "error", MORE)
         return ReplayError(ZEROS), torch.zeros_like(grad)
 
     def _end_parts(self) -> None:
@@ -481,13 +480,9 @@ class Replayer:
         for parts in ended:
             if self._replacements.matcher.has(parts.at(len(parts.rows)), "grad"):
                 for row in parts.grafted:
-                    self._amend(row, "error", FEWER)
+                    self._outcomes.amend(row, "error", FEWER)
                     tap = label(row["name"], row["tags"])
-                    self._once((row["name"], FEWER), f"tap {tap} was not grafted: {FEWER}")
-
-    def _amend(self, row: LogRow, outcome: str, reason: str) -> None:
-        """Write a row again, with what came to light since."""
-        self._write({**row, "outcome": outcome, "message": joined(reason, row["message"])})
+                    self._outcomes.once((row["name"], FEWER), f"tap {tap} was not grafted: {FEWER}")
 
     def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
         """Compare a value with the recorded one; values have no memory to graft onto."""
@@ -509,75 +504,14 @@ class Replayer:
         kind: str,
         start: float,
         error: GraftError | None,
-        match: Match | None = None,
+        match: Match | None,
         made: Replacement | None = None,
         note: str = "",
     ) -> LogRow:
-        """Log what came of a tap, say it where it failed, raise where that was asked for."""
-        outcome, message = "compared" if kind == "value" else "grafted", note
-        if error is not None:
-            outcome = "missing" if isinstance(error, MissingRecord) else "error"
-            message = " ".join(str(error).split("\n"))
-        key = selected.key
-        row: LogRow = {
-            "rank": self._ranks.current.rank,
-            "seq": self._selection.next_seq() if kind == "grad" else selected.seq,
-            "step": key.step,
-            "name": key.name,
-            "occurrence": key.occurrence,
-            "tags": selected.text,
-            "kind": kind,
-            "outcome": outcome,
-            "message": message,
-            "seconds": time.perf_counter() - start,
-        }
-        if match is not None:
-            row["n_senders"] = len(match.rows)
-            if error is None:
-                row["senders"] = self._replacements.senders(match)
-        if made is not None and error is None:
-            row["numel"] = made.tensor.numel()
-            if figures := made.figures:
-                row["rel_diff"], row["max_abs"] = figures.rel_diff, figures.max_abs
-                row["mean_abs"], row["changed"] = figures.mean_abs, figures.changed
-        self._write(row)
-        if error is None:
-            return row
-        tap = _tap(selected)
-        policy = self.settings.on_missing if outcome == "missing" else self.settings.on_error
-        if policy == "raise":
-            raise ReplayError(f"tap {tap} was not grafted: {message}") from error
-        self._once(
-            (key.name, outcome, type(error).__name__), f"tap {tap} was not grafted: {message}"
-        )
-        return row
-
-    def _write(self, row: LogRow) -> None:
-        assert self._log is not None  # `_ensure_log` made it
-        try:
-            self._log.add(row)
-        except OSError as err:
-            # The graft itself is done; only the trace of it is lost, and that is said.
-            self.reason = f"the log cannot be written: {err.strerror or err}"
-            self._say(self.reason)
-            write_report(
-                {"session": ReplaySettings.PREFIX, "state": "failed", "reason": self.reason}
-            )
-
-    def _once(self, about: tuple[str, ...], message: str) -> None:
-        self._warnings.once(about, message, self._where())
-
-    def _where(self) -> str:
-        return f"rank={self._ranks.current.rank} step={self._selection.step}"
-
-    def _say(self, message: str) -> None:
-        say(message, self._where())
-
-
-def _tap(selected: Selected) -> str:
-    """Return a tap as messages call it."""
-    key = selected.key
-    return f"{label(key.name, selected.tags)} step={key.step} occurrence={key.occurrence}"
+        senders = None
+        if match is not None and error is None:
+            senders = self._replacements.senders(match)
+        return self._outcomes.finish(selected, kind, start, error, match, senders, made, note)
 
 
 def _worded(err: Exception) -> GraftError:
