@@ -91,18 +91,21 @@ class Sharing:
             known = self._storages.get(storage.data_ptr())
             if known is None or known.memory() is not storage:
                 known = self._storages[storage.data_ptr()] = _Storage(weakref.ref(storage))
-            before = [
-                (one, view, view.clone())
+            met = [
+                (one, view)
                 for one in known.written.values()
                 if one.start < here.end and here.start < one.end and known.is_as_left(one)
                 for view in (_view(one.place, target),)
                 if _equal(_sampled(view), one.sample)
             ]
+            # Of the very same place no copy is needed: it becomes what is new.
+            same = [one for one, view in met if one.place == here.place and not _equal(view, new)]
+            before = [(one, view, view.clone()) for one, view in met if one.place != here.place]
             writes = _writes(target)
             overwrite(target, new)
             known.grafted += _writes(target) - writes
             here.of_job = _writes(target) - known.grafted
-            changed = [one for one, view, was in before if not _equal(view, was)]
+            changed = [one for one, view, was in before if not _equal(view, was)] + same
             known.written.pop(here.place, None)
             known.written[here.place] = here
             if len(known.written) > _A_STORAGE:
