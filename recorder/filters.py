@@ -207,7 +207,11 @@ class _Compiler:
 
         def arithmetic(env: Env) -> Any:
             a, b = left(env), right(env)
-            return None if a is None or b is None else self.attempt(node, function, a, b)
+            if a is None or b is None:
+                return None
+            if function is operator.mul and not (_is_number(a) and _is_number(b)):
+                raise self.error(node, "only numbers can be multiplied")
+            return self.attempt(node, function, a, b)
 
         return arithmetic
 
@@ -354,6 +358,10 @@ def _single(node: ast.expr) -> bool:
         and node.value in (None, True, False)
         and (not isinstance(node.value, (int, float)) or isinstance(node.value, bool))
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _flat(value: Any) -> Any:

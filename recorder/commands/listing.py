@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _LINES = 16
 _MOST_VALUES, _MOST_SHAPES = 1000, 100
 _TEXTS = ("tap", "ranks", "steps", "dtype and shape", "rank", "step", "occ", "layout")
+_LONGEST = 120  # characters of a name
 _NARROW = 72  # columns of a terminal in which names still fit beside statistics
 
 
@@ -190,7 +191,7 @@ def print_taps(recording: Recording, rows: pl.DataFrame, found: list[Tap], width
         shapes = [shape_text(shape) for shape in tap["shapes"][:2]]
         more = ["..."] if len(tap["shapes"]) > 2 else []
         cells = {
-            "tap": tap["name"] + tags + kind,
+            "tap": short(tap["name"], _LONGEST) + tags + kind,
             "ranks": span(tap["ranks"]),
             "steps": span(tap["steps"]),
             "records": str(tap["records"]),

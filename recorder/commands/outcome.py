@@ -155,6 +155,7 @@ def conclude(
         last = progress.get((one["rank"], one.get("pid") or 0))
         one["dropped"] = last.dropped if last else 0
         notes += _settled(run, one, reports)
+    wrong |= _replaced(run, claims, reports)
     rows = sum(c.get("rows", 0) for c in claims)
     nbytes = sum(c.get("bytes", 0) for c in claims)
     if is_open:  # those could not count for themselves
@@ -176,6 +177,19 @@ def conclude(
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
         notes.append(why_nothing(filter, reports) or _NO_TAP)
     return sorted(wrong), notes
+
+
+def _replaced(run: Path, claims: Sequence[ClaimData], reports: Sequence[Report]) -> set[str]:
+    """Return a line for each rank that recorded here and whose records another job replaced."""
+    kept = {c["rank"] for c in claims}
+    return {
+        f"rank {one['rank']} recorded here, and another job replaced its records meanwhile, or "
+        f"they were removed: {run} is not what COMMAND tapped; give each job a folder of its own"
+        for one in reports
+        if one.get("state") in ("complete", "stopped")
+        and one.get("selected")
+        and one.get("rank") not in kept
+    }
 
 
 def _settled(folder: Path, one: ClaimData, reports: Sequence[Report]) -> list[str]:

@@ -454,7 +454,7 @@ class Store:
         payload._refused = payload._refused or self._reached(payload, data.nbytes)
         if payload._refused is not None:
             if last:
-                raise LimitReached(f"{payload._refused} at {payload.row['name']!r}")
+                raise LimitReached(payload._refused)
             return  # it may prove to be known
         before, end = payload._written, payload._written + data.nbytes
         payload._written = end
@@ -489,19 +489,22 @@ class Store:
             os.close(file)
 
     def _reached(self, payload: Payload, nbytes: int) -> str | None:
-        """Return the limit that a payload would exceed, of which `nbytes` are at hand."""
-        limits = self._limits
+        """Say which limit a payload would exceed, of which `nbytes` are at hand."""
+        limits, at = self._limits, f"at {payload.row['name']!r}"
         if limits.max_bytes is not None and self.bytes + payload.nbytes > limits.max_bytes:
             if limits.keep_last is not None:
-                return f"--max-bytes has no room for --keep-last {limits.keep_last} and a step more"
-            return "--max-bytes was reached"
+                return (
+                    f"--max-bytes has no room for --keep-last {limits.keep_last} and a step more "
+                    f"{at}; raise it, or keep fewer steps"
+                )
+            return f"--max-bytes was reached {at}; raise it, or record less with --filter"
         if limits.min_free is not None:
             self._unmeasured += nbytes
             if self._unmeasured >= _MEASURED_EVERY:
                 self._unmeasured = nbytes
                 if disk.free_bytes(self._folder) - payload.nbytes < limits.min_free:
                     self._unmeasured = _MEASURED_EVERY  # and so are all that follow
-                    return "--min-free was reached"
+                    return f"--min-free was reached {at}; make room, or record less with --filter"
         return None
 
     def _place(self, payload: Payload, number: int, known: int | None) -> None:

@@ -134,6 +134,8 @@ def test_refuses_nesting_and_length_beyond_reason():
 def test_a_comparison_that_python_cannot_make_is_an_error_with_its_place():
     with pytest.raises(FilterError, match="not supported between"):
         Filter.parse('layer < "4"')(TAGS)
+    with pytest.raises(FilterError, match="only numbers can be multiplied"):
+        Filter.parse("name == 'a' * 99999999999")(TAGS)
 
 
 def test_a_filter_may_run_over_lines():

@@ -204,7 +204,9 @@ def test_max_bytes_stops_in_good_order(record, capsys):
     assert back.rows().height == 5
     assert back.claims()[0]["state"] == "stopped"
     assert back.load(0, "x", i=4)[0] == 4
-    assert "recording stopped, the job goes on: --max-bytes was reached" in capsys.readouterr().err
+    assert (
+        "recording stopped, the job goes on: --max-bytes was reached at" in capsys.readouterr().err
+    )
 
 
 def test_a_recording_is_readable_while_it_is_written(run):

@@ -263,6 +263,30 @@ def test_what_a_live_job_records_is_not_replaced(run, tmp_path):
 
 
 @pytest.mark.processes
+def test_whose_records_were_replaced_is_told_so(run, tmp_path):
+    """The first job's rank has closed while its wrapper still runs; another job overwrites."""
+    go = tmp_path / "go"
+    job = (
+        "import time, pathlib, torch; from recorder import Recorder, tap\n"
+        f"with Recorder({str(run)!r}, overwrite=True): tap('x', torch.ones(3))\n"
+        f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
+    )
+    first: list[outcome.Outcome] = []
+    words = [sys.executable, "-c", job]
+    settings = RecordSettings(overwrite=True)
+    thread = threading.Thread(target=lambda: first.append(outcome.recorded(run, settings, words)))
+    thread.start()
+    while not run.exists() or not claims.claimed_ranks(run) or claims.is_live(run):
+        time.sleep(0.01)
+    tapping = "import torch; from recorder import tap; tap('z', torch.ones(3))"
+    second = outcome.recorded(run, settings, [sys.executable, "-c", tapping])
+    go.touch()
+    thread.join()
+    assert second.status == 0 and Recording.open(run).rows()["name"].to_list() == ["z"]
+    assert first[0].status == 3 and "another job replaced its records" in first[0].problems[0]
+
+
+@pytest.mark.processes
 def test_a_child_of_a_tapping_parent_is_told_whose_rank_it_has(run):
     """A server that taps a prompt, and then spawns the engine, which has the same rank."""
     engine = "import torch; from recorder import tap; tap('hidden', torch.ones(4))"
