@@ -21,6 +21,32 @@ if TYPE_CHECKING:
     import polars as pl
 
 FOLDER = "grafts"
+OF_OWN_ERROR = {
+    "dtype": "String",
+    "sender_dtype": "String",
+    "shape": "List(Int64)",
+    "dims": "String",
+    "role": "String",
+    "size": "Float64",
+    "odd": "Int64",
+    "error": "Float64",
+    "error_extreme": "Float64",
+    "error_row": "Float64",
+    "error_row_at": "List(Int64)",
+    "error_typical": "Float64",
+    "error_element": "Float64",
+    "factor": "Float64",
+    "offset": "Float64",
+    "fits_at": "List(Int64)",
+    "scale": "Float64",
+    "cosine": "Float64",
+    "digest": "String",
+    "look": "String",
+}
+"""Columns that a replay with `own_error` fills; see `OwnRow`."""
+
+WEIGHT = "weight"
+"""The role of a parameter."""
 COLUMNS = {
     "rank": "Int32",
     "seq": "Int64",
@@ -39,6 +65,7 @@ COLUMNS = {
     "changed": "Int64",
     "numel": "Int64",
     "seconds": "Float64",
+    **OF_OWN_ERROR,
 }
 """The log's columns. `senders` has for each sender rank the `seq` of the record that was used."""
 
@@ -46,7 +73,38 @@ WITHOUT_EFFECT = "without effect"
 """The outcome of a graft onto a tensor that nobody kept."""
 
 
-class LogRow(TypedDict, total=False):
+class OwnRow(TypedDict, total=False):
+    """What is logged of one graft; null where it is not known.
+
+    `dtype`, `shape` and `dims` are the target's, `sender_dtype` the record's, `role` is `weight` of
+    a parameter; `error`, `error_...`, `factor`, `offset` and `fits_at` as of a diff; `size`, `odd`,
+    `scale`, `cosine` and `look` (JSON) as `OwnError` has them; `digest` (xxh3-128) is of the
+    target's own bytes.
+    """
+
+    dtype: str
+    sender_dtype: str
+    shape: list[int]
+    dims: str
+    role: str | None
+    size: float
+    odd: int
+    error: float
+    error_extreme: float
+    error_row: float
+    error_row_at: list[int] | None
+    error_typical: float
+    error_element: float
+    factor: float | None
+    offset: float | None
+    fits_at: list[int] | None
+    scale: float
+    cosine: float
+    digest: str
+    look: str | None
+
+
+class LogRow(OwnRow, total=False):
     """A row of the log; what is not known is not there."""
 
     rank: int
@@ -174,7 +232,7 @@ def _read_one(journal: Path) -> pl.DataFrame:
             return to_frame(_final(read_journal(journal)), COLUMNS)
         except FileNotFoundError:
             pass  # sealed in the meantime
-    return read_parquet([parquet], COLUMNS)
+    return read_parquet([parquet], COLUMNS, optional=OF_OWN_ERROR)
 
 
 def read_log(out: str | os.PathLike[str]) -> pl.DataFrame:

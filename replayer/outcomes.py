@@ -120,6 +120,7 @@ class Outcomes:
             if figures := made.figures:
                 row["rel_diff"], row["max_abs"] = figures.rel_diff, figures.max_abs
                 row["mean_abs"], row["changed"] = figures.mean_abs, figures.changed
+            row = {**row, **made.own}
         self._write(row)
         if error is None:
             return row

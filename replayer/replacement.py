@@ -10,15 +10,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from recorder.bits import dtype_name
 from recorder.capture import dims_text
-from recorder.errors import TransformError
+from recorder.errors import TransformError, is_from_the_job
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
 from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
@@ -30,9 +30,10 @@ from recorder.taps.values import encode_value
 
 from . import graft, transforms
 from .casts import is_unsupported, of_scaled
-from .log import joined
+from .log import OwnRow, joined
 from .match import Match, Matcher
 from .measuring.compare import Difference, difference
+from .own import Own
 from .relayout import Declared, Relayout
 from .transforms import GraftInput, Transform
 
@@ -71,11 +72,13 @@ class Replacement:
         tensor: of the target's shape, dtype and device.
         note: what to know of how it was made, "" where there is nothing.
         figures: how the target differs from it; None where that is not asked for, or not known.
+        own: where it differs, and how; {} likewise.
     """
 
     tensor: torch.Tensor
     note: str
     figures: Difference | None
+    own: OwnRow = field(default_factory=OwnRow)
 
 
 @dataclass
@@ -106,6 +109,7 @@ class Replacements:
         self._seqs = self._frame["seq"]
         self._needed = self._frame.select(_NEEDED)
         self._plans: dict[Any, Plan] = {}
+        self._own = Own(self._frame)
         self._meshes = MeshWatch()
         self._numbered_anew: set[str] = set()  # names whose layers a later stage numbers from 0
 
@@ -175,11 +179,47 @@ class Replacements:
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
+            own = OwnRow()
+            if self.settings.own_error:
+                own, why = self._own_of(target, new, declared, list(rows.values()))
+                unmeasured = joined(unmeasured, why)
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
         note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
-        return Replacement(new, note, figures)
+        return Replacement(new, note, figures, own)
+
+    def _own_of(
+        self,
+        target: torch.Tensor,
+        new: torch.Tensor,
+        declared: Declared,
+        rows: list[ManifestRow],
+    ) -> tuple[OwnRow, str]:
+        """Return what is logged of the target's own error, or why it is not known."""
+
+        def other(numbers: Sequence[int]) -> torch.Tensor:
+            given = [self._row(number) for number in numbers]
+            relayout = self._relayout(target, declared, given)
+            if relayout.decides:
+                return relayout.block()[0]
+            received = self._load({row["rank"]: row for row in given}, target.device)
+            return transforms.identity(received, self.rank.rank, self.rank.world_size, target)
+
+        try:
+            made = self._own.columns(
+                target,
+                new,
+                rows[0],
+                declared.dims,
+                other if self.transform is None else None,
+                is_gradient=declared.kind == "grad",
+            )
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            return OwnRow(), f"its own error is not measured: {type(err).__name__}: {err}"
+        return made, ""
 
     def _of_other_stage(
         self, selected: Selected, mesh: FrozenMesh | None, rows: dict[int, ManifestRow]

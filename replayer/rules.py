@@ -86,6 +86,24 @@ def allowance(rtol: float) -> Allowance:
     return Allowance(5 * rtol, 100 * rtol, 250 * rtol)
 
 
+def usual_of(rtol: float, typical: float, *, is_gradient: bool) -> Allowance:
+    """Return what rounding of one operation comes to for a pair.
+
+    Args:
+        rtol: the relative tolerance of its dtypes.
+        typical: its rows' median error.
+        is_gradient: whether its rows are what is left of larger numbers.
+    """
+    usual = allowance(rtol)
+    left = min(_CANCELLED * typical, _CANCELLED_ROW) if is_gradient else 0.0
+    return Allowance(usual.whole, max(usual.row, left), max(usual.element, left))
+
+
+def is_as_large(row: float, typical: float) -> bool:
+    """Whether the worst row is as far off as it is large, while others are not."""
+    return row >= _AS_LARGE and row > _AS_OTHERS * typical
+
+
 @dataclass(frozen=True)
 class Rules:
     """How pairs are judged.
@@ -166,13 +184,9 @@ class Rules:
         if not row["l2_a"]:  # zeros have no size that an error could be of
             return bool(row["mismatched"] == 0)
         typical = row["error_typical"]
-        as_large = row["error_row"] >= _AS_LARGE and row["error_row"] > _AS_OTHERS * typical
-        if as_large or row.get("fits_at") is not None:
+        if is_as_large(row["error_row"], typical) or row.get("fits_at") is not None:
             return False
-        usual = allowance(row["rtol"])
-        if row["kind"] == "grad":  # rows of gradients are what is left of larger numbers
-            left = min(_CANCELLED * typical, _CANCELLED_ROW)
-            usual = Allowance(usual.whole, max(usual.row, left), max(usual.element, left))
+        usual = usual_of(row["rtol"], typical, is_gradient=row["kind"] == "grad")
         if known is not None:
             # Where most rows are far off, a single element says nothing any more.
             element = math.inf if typical > _FAR * usual.whole else known.element

@@ -106,6 +106,7 @@ class Replayer:
         check: bool = True,
         replicas: str = "error",
         metrics: bool = True,
+        own_error: bool = False,
         overwrite: bool = False,
         rank: int | None = None,
         world_size: int | None = None,

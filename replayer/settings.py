@@ -60,6 +60,9 @@ class ReplaySettings(Settings):
     metrics: bool = option(
         True, "Log how the target's own values differ from those that replace them."
     )
+    own_error: bool = option(
+        False, "Log what graft localize goes by: where each tap is off by itself, and how."
+    )
     check: bool = option(
         True,
         "Compare each recorded tensor with its digest when it is first used; one that is damaged "

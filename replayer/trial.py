@@ -48,6 +48,7 @@ class Replayed:
         log: a row for each tap that was looked at, of all ranks.
         summary: the log, counted.
         recording: what was recorded beside it came to; None where nothing was to be.
+        failures: those of the problems that are no single graft's: of a rank, or of its log.
     """
 
     command_status: int
@@ -56,6 +57,7 @@ class Replayed:
     log: pl.DataFrame
     summary: Summary
     recording: Outcome | None = None
+    failures: tuple[str, ...] = ()
 
     @property
     def status(self) -> int:
@@ -153,7 +155,8 @@ def _concluded(
         log = read_log(folder)
     except (DamagedRecording, OSError) as err:  # what it came to is not known then
         problems, empty = (*sorted(wrong), str(err)), to_frame([], COLUMNS)
-        return Replayed(status, problems, (), empty, Summary({}, "", "", 0, 0, ()), beside)
+        nothing = Summary({}, "", "", 0, 0, ())
+        return Replayed(status, problems, (), empty, nothing, beside, problems)
     receivers = max((r.get("world_size", 1) for r in reports), default=1)
     last = log["rank"].max()
     if isinstance(last, int):
@@ -165,4 +168,5 @@ def _concluded(
         notes.append(why)
     refused = sum(r.get("refused", 0) for r in reports)
     problems = (*sorted(wrong), *summary.problems(settings.strict, refused))
-    return Replayed(status, problems, tuple(notes), log, summary, beside)
+    failures = tuple(sorted(wrong))
+    return Replayed(status, problems, tuple(notes), log, summary, beside, failures)

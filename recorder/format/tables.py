@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -172,7 +172,12 @@ def _write_frame(path: Path, frame: pl.DataFrame, access: Access, durable: bool 
 
 @through_interrupts
 def read_parquet(
-    paths: list[Path], columns: dict[str, str], source: str = "", *, is_checked: bool = False
+    paths: list[Path],
+    columns: dict[str, str],
+    source: str = "",
+    *,
+    is_checked: bool = False,
+    optional: Collection[str] = (),
 ) -> pl.DataFrame:
     """Return the rows of parquet files, one behind the other, their columns checked.
 
@@ -181,6 +186,7 @@ def read_parquet(
         columns: names and polars types that they must have.
         is_checked: whether `check_claims` has passed them.
         source: the name of a column to add, with each row's path.
+        optional: columns that are null where they are missing, as an earlier version left them.
 
     Raises:
         DamagedRecording: no parquet, more than it can be, or columns missing or of another type;
@@ -200,6 +206,9 @@ def read_parquet(
         raise
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as err:
         raise DamagedRecording(path, f"it is not a parquet file ({_first_line(err)})") from None
+    missing = [name for name in optional if name not in frame.columns]
+    if missing:
+        frame = frame.with_columns(pl.lit(None, dtype=schema[name]).alias(name) for name in missing)
     for name, dtype in schema.items():
         if frame.schema.get(name) != dtype:
             raise DamagedRecording(

@@ -101,16 +101,52 @@ def profile(
         is_gradient: whether rows are sums of larger numbers, as those of gradients are.
         run: like `map`, over parts of the tensors, perhaps on several threads.
     """
+    if not a.numel():
+        return Profile()
+    return profile_of(added_up(a, b, run), eps, unit, is_gradient)
+
+
+class Added(NamedTuple):
+    """What the rows of a pair add up to.
+
+    Attributes:
+        sums: of each row, of shape [rows, 11], float64; its columns are those of `rows`.
+        leading: sizes of the dims whose indices are rows.
+        dims: how many dims there are.
+        scale: what numbers were multiplied by for them.
+    """
+
+    sums: torch.Tensor
+    leading: tuple[int, ...]
+    dims: int
+    scale: float
+
+
+def added_up(
+    a: torch.Tensor, b: torch.Tensor, run: Map = map, most_rows: int = _MOST_ROWS
+) -> Added:
+    """Add up the rows of a pair, of at least one element.
+
+    Args:
+        a: the baseline's tensor, on the CPU, of a floating or complex dtype.
+        b: the target's, of the same shape.
+        run: like `map`, over parts of the tensors, perhaps on several threads.
+        most_rows: where there are more, a row is an index of fewer dims.
+    """
     dims = a.dim()
     if a.is_complex() or b.is_complex():
         a, b = (torch.view_as_real(as_numbers(t).to(torch.complex128)) for t in (a, b))
-    if not a.numel():
-        return Profile()
-    leading = _leading(a.shape, dims)
+    leading = _leading(a.shape, dims, most_rows)
     rows = math.prod(leading)
     one, other = (as_numbers(t.detach()).reshape(rows, -1) for t in (a, b))
     sums, scale = add_up(one, other, run)
-    rest = (-1,) * (dims - len(leading))
+    return Added(sums, leading, dims, scale)
+
+
+def profile_of(added: Added, eps: float, unit: float, is_gradient: bool) -> Profile:
+    """Return where the error of a pair lies, given what its rows add up to; see `profile`."""
+    sums, leading = added.sums, added.leading
+    rest = (-1,) * (added.dims - len(leading))
     errors, elements, typical = _judged(sums, eps, is_gradient)
     at = int(errors.argmax())
     row = float(errors[at])
@@ -124,15 +160,15 @@ def profile(
         typical,
         float(elements.max()),
         found.factor,
-        None if found.offset is None else found.offset / scale,
+        None if found.offset is None else found.offset / added.scale,
         None if found.along is None else (*found.along, *rest),
     )
 
 
-def _leading(sizes: Sequence[int], dims: int) -> tuple[int, ...]:
+def _leading(sizes: Sequence[int], dims: int, most_rows: int) -> tuple[int, ...]:
     """Return the sizes of the dims whose indices are rows."""
     keep = max(0, dims - 1)
-    while math.prod(sizes[:keep]) > _MOST_ROWS:
+    while math.prod(sizes[:keep]) > most_rows:
         keep -= 1
     return tuple(sizes[:keep])
 

@@ -50,6 +50,7 @@ VALUES = {
         "on_missing": ("raise", "raise"),
         "strict": ("1", True),
         "metrics": ("0", False),
+        "own_error": ("1", True),
         "check": ("0", False),
         "replicas": ("first", "first"),
         "overwrite": ("1", True),

@@ -1,0 +1,341 @@
+"""What kind of fault a segment has, in a word and a sentence, from what was logged at its graft.
+
+Each rule of `_RULES` looks at one thing; the first that fits names the class. What fits none is
+`unknown`, which is an honest class: a softmax scale, an activation or a mask leaves no signature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recorder.errors import LayoutError
+from recorder.logical import layout_of
+from recorder.sizes import count
+
+from ..measuring.look import Look, Place, Zeros
+from .judging import Judged
+
+_EXPLAINED = 0.85  # of the squared error
+_ALL = 0.95
+_SUM = 0.01  # of how far off the factors are, that their sum may be from a whole number
+_HEADS, _EXPERTS = ("h", "head", "heads", "kv", "hkv"), ("e", "expert", "experts")
+_TOKENS = ("s", "t", "token", "tokens", "seq", "sequence", "k", "q")
+
+
+@dataclass(frozen=True)
+class Class:
+    """What kind of fault it is.
+
+    Attributes:
+        word: `scaled`, `shifted`, `permuted`, `zeros`, `stale`, `partial sum`, `low precision`,
+            `noise`, `one rank`, `one head`, `one expert`, `one token`, `last tokens`, `unknown`.
+        evidence: what tells so, a sentence without its full stop.
+        factor: what the target's values are multiplied by, where one factor explains the error.
+    """
+
+    word: str
+    evidence: str
+    factor: float | None = None
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What a rule looks at.
+
+    Attributes:
+        worst: the segment on the rank where it is furthest off.
+        faulty: it on all ranks where it is a fault.
+        everywhere: it on all ranks.
+        noisy: whether it differs between repeats.
+    """
+
+    worst: Judged
+    faulty: Sequence[Judged]
+    everywhere: Sequence[Judged]
+    noisy: bool
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        return self.worst.cut.row
+
+    @property
+    def look(self) -> Look:
+        found: Look = self.row["look"]
+        return found
+
+
+def classify(
+    faulty: Sequence[Judged], everywhere: Sequence[Judged], *, noisy: bool = False
+) -> Class:
+    """Return what kind of fault a segment has.
+
+    Args:
+        faulty: it on the ranks where it is a fault, at least one.
+        everywhere: it on all ranks.
+        noisy: whether the target's own values differ between repeats.
+    """
+    worst = max(faulty, key=lambda one: (one.score, -one.cut.rank))
+    fault = _Fault(worst, faulty, everywhere, noisy)
+    where = _where(fault)
+    for rule in _RULES:
+        found = rule(fault)
+        if found is not None:
+            return Class(found.word, _joined(found.evidence, where), found.factor)
+    word, words = _alone(fault)
+    if word:
+        return Class(word, words)
+    error = worst.cut.error or 0.0
+    told = (
+        f"the target's values are off by {_percent(error)}, more than rounding, in no way that "
+        "its numbers tell"
+    )
+    return Class("unknown", _joined(told, where))
+
+
+def _joined(evidence: str, where: str) -> str:
+    return f"{evidence}, {where}" if where else evidence
+
+
+# What a rule says
+
+
+def _noise(fault: _Fault) -> Class | None:
+    if not fault.noisy:
+        return None
+    return Class("noise", "the target's values differ between repeats of one and the same run")
+
+
+def _odd(fault: _Fault) -> Class | None:
+    odd = fault.row["odd"] or 0
+    if not odd:
+        return None
+    return Class("unknown", f"{count(odd, 'element')} NaN or infinite on one side alone")
+
+
+def _chosen(fault: _Fault) -> Class | None:
+    look = fault.look.get("choice")
+    if look is None:
+        return None
+    told = f"{look['other']} of {look['rows']} rows are another choice"
+    if stand := look.get("stand"):
+        pairs = ", ".join(f"{b} for {a}" for a, b in stand)
+        return Class("permuted", f"{told}: the target always has {pairs}")
+    if "ties" in look:
+        told += f", {look['ties']} of them near ties by the scores tapped before"
+    return Class("unknown", f"{told}; the first is row {look['first'][0]}")
+
+
+def _narrow(fault: _Fault) -> Class | None:
+    fits = fault.look.get("fits")
+    if not fits:
+        return None
+    return Class(
+        "low precision",
+        f"each of the target's values is one that {fits} holds, and the baseline's are not",
+    )
+
+
+def _stale(fault: _Fault) -> Class | None:
+    stale = fault.look.get("stale")
+    return Class("stale", f"the target's values are those recorded at {stale}") if stale else None
+
+
+def _zeros(fault: _Fault) -> Class | None:
+    zeros = fault.look.get("zeros")
+    if not zeros:
+        return None
+    share, scale = zeros["share"], zeros["scale"]
+    if share > _ALL:
+        return Class("zeros", "the target's values are zero where the baseline's are not")
+    told = f"{_percent(share)} of the target's values are zero where the baseline's are not"
+    kept = 1 / (1 - share)
+    if share > 0.01 and abs(scale - kept) < 0.1 * (kept - 1) and zeros["explained"] > 0.5:
+        return Class("zeros", f"{told}, the others {scale:.3f} x: dropout makes that")
+    if fault.look["rows"]["worst"] >= 0.99 and share > 1e-3 and _rest_is_right(fault, zeros):
+        return Class("zeros", told)
+    return None
+
+
+def _rest_is_right(fault: _Fault, zeros: Zeros) -> bool:
+    """Whether zeros are about all that is wrong, which make an error as large as their share."""
+    error = fault.worst.cut.error or 0.0
+    return bool(0.5 < error / math.sqrt(zeros["share"]) < 2.0 and 0.9 < zeros["scale"] < 1.1)
+
+
+def _partial(fault: _Fault) -> Class | None:
+    """Ranks that hold one tensor: their factors add up to 1, or to their number."""
+    ranks = fault.everywhere
+    shapes = {tuple(one.cut.row["shape"]) for one in ranks}
+    factors = [one.cut.row["scale"] for one in ranks]
+    if len(ranks) < 2 or len(shapes) > 1 or len(fault.faulty) < len(ranks) or None in factors:
+        return None
+    if _is_scaled(fault.row) or not all(map(math.isfinite, factors)):
+        return None
+    told = " + ".join(f"{factor:.3f}" for factor in factors[:8])
+    for whole in (1.0, float(len(ranks))):
+        off = max(abs(factor - whole / len(ranks)) for factor in factors)
+        if whole != 1.0 and off < 1e-3:
+            continue  # errors across what they are off from, which say nothing
+        if abs(math.fsum(factors) - whole) <= _SUM * max(off, 0.1 * (whole == 1.0)):
+            how = "the parts of a sum over ranks" if whole == 1.0 else "parts of a mean over ranks"
+            return Class(
+                "partial sum",
+                f"each rank has a part: {told} = {math.fsum(factors):.3f} times the baseline's "
+                f"values, as {how} do that were not reduced",
+            )
+    return None
+
+
+def _is_scaled(row: Mapping[str, Any]) -> bool:
+    return bool((row["cosine"] or 0.0) ** 2 > _EXPLAINED)
+
+
+def _scaled(fault: _Fault) -> Class | None:
+    row = fault.row
+    if _is_scaled(row):
+        scale = row["scale"]
+        return Class("scaled", f"the target's values are {scale:.3f} x the baseline's", scale)
+    if row["factor"] is not None and row["fits_at"] is not None:
+        at = _index(row, row["fits_at"])
+        factor = row["factor"]
+        told = f"the target's values are {factor:.4f} x the baseline's"
+        return Class("scaled", f"{told} at {at}" if at else told, factor)
+    return None
+
+
+def _scaled_by_part(fault: _Fault) -> Class | None:
+    shares, factors = fault.look.get("shares", {}), fault.look.get("factors", {})
+    named = {"row": "row", "column": "index of the last dim"}
+    for name in (*sorted(n for n in shares if n.isdigit()), "column", "row"):
+        if shares.get(name, 0.0) <= _EXPLAINED:
+            continue
+        least, most = factors.get(name, (1.0, 1.0))
+        part = named.get(name) or f"index of {_dim(fault.row, int(name))}"
+        if abs(most - least) < 0.01 * abs(most):
+            factor = (least + most) / 2
+            told = f"the target's values are {factor:.3f} x the baseline's in some: by {part}"
+            place = fault.look.get("places", {}).get(name)
+            if place:
+                at = f"{_dim(fault.row, int(name))} {_list(place)}" if name.isdigit() else part
+                told = f"the target's values are {factor:.3f} x the baseline's at {at}"
+            return Class("scaled", told, factor)
+        return Class("scaled", f"each {part} has a factor of its own, {least:.3f} to {most:.3f}")
+    return None
+
+
+def _shifted(fault: _Fault) -> Class | None:
+    shares = fault.look.get("shares", {})
+    if shares.get("bias", 0.0) > _EXPLAINED:
+        return Class(
+            "shifted",
+            "one and the same vector is added to each row, as a bias that is added once too often "
+            "or too seldom",
+        )
+    if shares.get("offset", 0.0) > _EXPLAINED:
+        return Class("shifted", "one number is added to all of a row, to each its own")
+    if fault.row["offset"] is not None:
+        return Class("shifted", f"{fault.row['offset']:.4g} is added to all")
+    return None
+
+
+def _permuted(fault: _Fault) -> Class | None:
+    for dim, moved in sorted(fault.look.get("moved", {}).items()):
+        called = _dim(fault.row, int(dim))
+        told = f"{moved['found']} of {moved['wrong']} wrong indices of {called} are other ones"
+        pairs = ", ".join(
+            f"{a} is {b}" for a, b in zip(moved["at"][:3], moved["of"][:3], strict=True)
+        )
+        more = ", ..." if moved["found"] > 3 else ""
+        if moved["shift"] is not None and moved["found"] > 1:
+            return Class("permuted", f"{told}: each is the one {moved['shift']:+d} from it")
+        if moved["swap"]:
+            return Class("permuted", f"{told}: {pairs}{more}")
+        return Class("stale", f"{told}: {pairs}{more}")
+    return None
+
+
+_RULES: tuple[Callable[[_Fault], Class | None], ...] = (
+    _noise,
+    _odd,
+    _chosen,
+    _narrow,
+    _stale,
+    _zeros,
+    _permuted,
+    _partial,
+    _scaled,
+    _shifted,
+    _scaled_by_part,
+)
+
+
+# Where it is
+
+
+def _alone(fault: _Fault) -> tuple[str, str]:
+    """Return the class of what is wrong in one place alone, and how to say so."""
+    off = f"off by {_percent(fault.worst.cut.error or 0.0)}, while the rest is right"
+    for dim, place in sorted(fault.look.get("places", {}).items(), key=lambda one: one[1]["count"]):
+        called = _name(fault.row, int(dim))
+        words = f"{_dim(fault.row, int(dim))} {_list(place)} of {place['size']} alone: {off}"
+        if called in _HEADS and place["count"] == 1:
+            return "one head", words
+        if called in _EXPERTS and place["count"] == 1:
+            return "one expert", words
+        if called in _TOKENS and place["count"] == 1:
+            return "one token", words
+        is_tail = place["last"] == place["size"] - 1
+        is_run = place["last"] - place["at"][0] + 1 == place["count"]
+        if called in _TOKENS and is_tail and is_run:
+            return "last tokens", words
+    if 0 < len(fault.faulty) == 1 < len(fault.everywhere):
+        return "one rank", f"rank {fault.faulty[0].cut.rank} alone: {off}"
+    return "", ""
+
+
+def _where(fault: _Fault) -> str:
+    """Say in which few places it is, "" where it is everywhere."""
+    words = []
+    for dim, place in sorted(fault.look.get("places", {}).items()):
+        words.append(f"{_dim(fault.row, int(dim))} {_list(place)} of {place['size']}")
+    return f"in {' and '.join(words[:2])} alone" if words else ""
+
+
+def _list(place: Place) -> str:
+    at, total = place["at"], place["count"]
+    if total == 1:
+        return str(at[0])
+    if place["last"] - at[0] + 1 == total:
+        return f"{at[0]} to {place['last']}"
+    return ", ".join(map(str, at[:4])) + (", ..." if total > 4 else "")
+
+
+def _labels(row: Mapping[str, Any]) -> list[str]:
+    try:
+        return (
+            [dim.label for dim in layout_of(row["dims"], row["kind"]).dims] if row["dims"] else []
+        )
+    except LayoutError:
+        return []
+
+
+def _name(row: Mapping[str, Any], dim: int) -> str:
+    labels = _labels(row)
+    return labels[dim] if len(labels) == len(row["shape"]) else ""
+
+
+def _dim(row: Mapping[str, Any], dim: int) -> str:
+    return f"dim {_name(row, dim) or dim}"
+
+
+def _index(row: Mapping[str, Any], at: Sequence[int]) -> str:
+    return " and ".join(f"{_dim(row, dim)} {i}" for dim, i in enumerate(at) if i >= 0)
+
+
+def _percent(share: float) -> str:
+    if not math.isfinite(share):
+        return "more than all"
+    return f"{100 * share:.3g} %" if share >= 1e-3 else f"{share:.1e} of their size"

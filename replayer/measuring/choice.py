@@ -1,0 +1,79 @@
+"""How far apart two tensors of indices are: what a router chose, or which tokens.
+
+A row is an index of all dims but the last, and a choice of its numbers, in whatever order. It is a
+near tie where the scores that it was chosen by are as good for either choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .look import Chosen, Look
+
+_TIE = 0.02  # of the greatest score of a row, by which choices of 16 bits may differ
+_NAMED = 8  # rows
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of one graft of integers or booleans.
+
+    Attributes:
+        error: the share of rows that are another choice.
+        look: how they are another choice, {} where all are equal.
+    """
+
+    error: float = 0.0
+    look: Look = field(default_factory=Look)
+
+
+def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()) -> Choice:
+    """Return how far apart two choices are.
+
+    Args:
+        x: the baseline's, integers or booleans.
+        y: the target's, of the same shape.
+        scores: tensors that it may have been made by: the first counts that has a row for each of
+            its rows, and a number for each index.
+    """
+    x, y = (t.detach().cpu() for t in (x, y))
+    if not x.numel() or torch.equal(x, y):
+        return Choice()
+    x, y = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (x, y))
+    differ = (x != y).any(1)
+    is_set = x.dtype != torch.bool and x.shape[1] > 1
+    other = (x.sort(1).values != y.sort(1).values).any(1) if is_set else differ
+    rows, count = len(x), int(other.sum())
+    look: Chosen = {
+        "rows": rows,
+        "other": count,
+        "order": int(differ.sum()) - count,
+        "first": other.nonzero().flatten()[:_NAMED].tolist(),
+    }
+    if x.dtype != torch.bool and (stand := _standing(x, y)):
+        look["stand"] = stand
+    fitting = next((s for s in scores if _fits(s, x, y)), None)
+    if fitting is not None and count:
+        chosen = fitting.detach().cpu().reshape(rows, -1)[other].to(torch.float64)
+        a, b = (chosen.gather(1, t[other].long()) for t in (x, y))
+        worst = (a.sort(1).values - b.sort(1).values).abs().amax(1)
+        size = chosen.abs().amax(1)
+        look["ties"] = int((worst <= _TIE * size).sum())
+    return Choice(count / rows, {"choice": look})
+
+
+def _standing(x: torch.Tensor, y: torch.Tensor) -> list[list[int]]:
+    """Return which indices are always others, [] where one is not always the same."""
+    pairs = torch.stack([x.reshape(-1), y.reshape(-1)], 1).long().unique(dim=0).tolist()
+    is_one_to_one = len({a for a, _ in pairs}) == len(pairs) == len({b for _, b in pairs})
+    return [pair for pair in pairs if pair[0] != pair[1]][:_NAMED] if is_one_to_one else []
+
+
+def _fits(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> bool:
+    if scores.dim() < 1 or x.dtype == torch.bool or min(int(x.min()), int(y.min())) < 0:
+        return False
+    rows = scores.numel() // max(scores.shape[-1], 1)
+    return rows == len(x) and scores.shape[-1] > max(int(x.max()), int(y.max()))

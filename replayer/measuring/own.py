@@ -1,0 +1,312 @@
+"""What a target computed by itself at a graft, against what replaces it: how far off, and how.
+
+x is the baseline's element, y the target's own, d is y - x. Beyond the figures of `profile`:
+
+scale     y is this many times x, by least squares, whether or not that explains the error
+cosine    between d and x
+
+Where the error is more than half of what rounding may come to (`most_rounding`), a closer look says
+where it lies and what it looks like (`Look`).
+
+Elements that are more than 16 times what their row usually holds on both sides take no part in the
+closer look, nor does what is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from recorder.bits import dtype_name
+
+from .chunks import Pair
+from .elements import as_numbers
+from .look import Look, Moved, Place, Spread, Zeros
+from .profile import Added, Profile, added_up, profile_of
+from .rows import DD, EXTREME, XD, XX, YY, D, N
+
+_MOST_ROWS = 1 << 17  # 88 bytes each
+_CHUNK = 1 << 18
+_FINE, _COARSE = 32.0, 3.0  # units of rounding: of 32 bits and more, and of fewer
+_SIXTEEN = torch.finfo(torch.float16).eps
+_LOOKED_AT, _FAR_ROW = 0.5, 8.0  # of `most_rounding`, of all and of a row
+_STANDS_OUT = 8.0  # times the median index's error
+_MOST_LINES, _SAMPLES = 2048, 64  # lines of a dim that are sought elsewhere, by so many elements
+_WRONG_LINE, _SAME_LINE = 0.1, 0.1  # of a line's size; of its error
+_NAMED = 8  # indices
+_FEWEST = 16  # numbers that an explanation is told by
+_NARROWER = {
+    torch.float64: (torch.float32, torch.bfloat16),
+    torch.float32: (torch.bfloat16, torch.float16),
+}
+
+
+@dataclass(frozen=True)
+class OwnError:
+    """Of one graft; see the module's docstring.
+
+    Attributes:
+        profile: where the error lies.
+        size: root mean square of the baseline's elements.
+        odd: elements that are NaN or infinite on one side alone.
+        scale: y is this many times x.
+        cosine: between d and x.
+        look: what a closer look shows, {} where none was taken.
+    """
+
+    profile: Profile = field(default_factory=Profile)
+    size: float = 0.0
+    odd: int = 0
+    scale: float = 1.0
+    cosine: float = 0.0
+    look: Look = field(default_factory=Look)
+
+
+def most_rounding(eps: float) -> float:
+    """Return the relative error that rounding of a segment comes to at most.
+
+    Of clean segments with exact inputs, float32 showed at most 8 units of 2^-24 (26 where few keys
+    are attended to), bfloat16 1.7 units of 2^-8.
+
+    Args:
+        eps: the step from 1 to the next number, of the coarser dtype.
+    """
+    return (_FINE if eps < _SIXTEEN else _COARSE) * eps / 2
+
+
+def own_error(
+    x: torch.Tensor, y: torch.Tensor, eps: float, unit: float, *, is_gradient: bool
+) -> OwnError:
+    """Return how a target's own tensor differs from what replaces it.
+
+    Args:
+        x: what replaces it, of a floating or complex dtype.
+        y: its own, of the same shape.
+        eps: as of `profile`.
+        unit: likewise.
+        is_gradient: likewise.
+    """
+    x, y = (t.detach().cpu() for t in (x, y))
+    if not x.numel() or torch.equal(x, y):
+        return OwnError()
+    added = added_up(x, y, most_rows=_MOST_ROWS)
+    found = profile_of(added, eps, unit, is_gradient)
+    xx, yy, xd, dd, n = (float(added.sums[:, i].sum()) for i in (XX, YY, XD, DD, N))
+    is_far = max(found.whole, found.extreme) > _LOOKED_AT * most_rounding(eps)
+    look = Look()
+    if (is_far or found.row > _FAR_ROW * most_rounding(eps)) and dd and not x.is_complex():
+        look = _looked_at(added, x, y, most_rounding(eps))
+    return OwnError(
+        found,
+        math.sqrt(max(xx, yy) / n) / added.scale if n else 0.0,
+        _odd(x, y),
+        1 + xd / xx if xx else math.inf,
+        xd / math.sqrt(xx * dd) if xx and dd else 0.0,
+        look,
+    )
+
+
+def _odd(x: torch.Tensor, y: torch.Tensor) -> int:
+    """Count the elements that are finite on one side alone, or other kinds of not finite."""
+    if bool((as_numbers(x).sum() + as_numbers(y).sum()).isfinite()):
+        return 0
+    found = 0
+    for one, other in _chunks(x, y):
+        both = one.isfinite() & other.isfinite()
+        same = (one == other) | (one.isnan() & other.isnan())
+        found += int((~both & ~same).sum())
+    return found
+
+
+def _chunks(x: torch.Tensor, y: torch.Tensor) -> Iterator[Pair]:
+    rows, n = math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
+    one, other = (as_numbers(t).reshape(rows, n) for t in (x, y))
+    size = max(1, _CHUNK // n)
+    yield from zip(one.split(size), other.split(size), strict=True)
+
+
+def _looked_at(added: Added, x: torch.Tensor, y: torch.Tensor, most: float) -> Look:
+    columns, zeros = _columns(added, x, y)
+    sums, n = added.sums, x.shape[-1] if x.dim() else 1
+    dd = max(float(sums[:, DD].sum()), torch.finfo(torch.float64).tiny)
+    rows = len(sums)
+    shares: dict[str, float] = {}
+    factors: dict[str, list[float]] = {}
+    places: dict[str, Place] = {}
+    moved: dict[str, Moved] = {}
+    parts = {"row": sums} if rows >= 2 and n >= _FEWEST else {}
+    if rows >= _FEWEST and n >= 2:
+        parts["column"] = columns
+        shares["bias"] = float(columns[:, D].square().sum() / rows) / dd
+    shaped = sums.reshape(*added.leading, sums.shape[1])
+    several = [dim for dim, size in enumerate(added.leading) if 1 < size <= x.numel() // _FEWEST]
+    for dim in several:
+        parts[str(dim)] = shaped.movedim(dim, 0).reshape(x.shape[dim], -1, sums.shape[1]).sum(1)
+    if "row" in parts:
+        shares["offset"] = float((sums[:, D].square() / sums[:, N]).nansum()) / dd
+    for name, part in parts.items():
+        fitted = (part[:, XD] / part[:, XX]).nan_to_num(0.0, 0.0, 0.0)
+        shares[name] = float((fitted * part[:, XD]).sum()) / dd
+        wrong = part[:, DD] > most**2 * part[:, XX]
+        if bool(wrong.any()):
+            factors[name] = [
+                _short(1 + float(of(fitted[wrong]))) for of in (torch.amin, torch.amax)
+            ]
+    last = x.dim() - 1
+    for dim in [*several, last] if n > 1 else several:
+        part = columns if dim == last else parts[str(dim)]
+        if place := _place(part, most):
+            places[str(dim)] = place
+    for dim in range(x.dim()):
+        if found := _moved(x, y, dim):
+            moved[str(dim)] = found
+    look: Look = {"columns": _spread(columns), "rows": _spread(sums)}
+    look["shares"] = {name: _short(share) for name, share in shares.items()}
+    if factors:
+        look["factors"] = factors
+    if places:
+        look["places"] = places
+    if moved:
+        look["moved"] = moved
+    if zeros is not None:
+        look["zeros"] = zeros
+    for dtype in _NARROWER.get(y.dtype, ()):
+        if _holds(dtype, y) and not _holds(dtype, x):
+            look["fits"] = dtype_name(dtype)
+            break
+    return look
+
+
+def _columns(added: Added, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, Zeros | None]:
+    """Return the sums of columns, as those of rows, and what zeros there are."""
+    n = x.shape[-1] if x.dim() else 1
+    found = torch.zeros(n, added.sums.shape[1], dtype=torch.float64)
+    zeros = there = 0
+    kept = torch.zeros(3, dtype=torch.float64)
+    for one, other in _chunks(x, y):
+        a, b = (t.to(torch.float64) for t in (one, other))
+        used = a.isfinite() & b.isfinite()
+        smaller = torch.minimum(a.abs(), b.abs()).masked_fill(~used, 0.0)
+        usual = smaller.sqrt().mean(1, keepdim=True).square()
+        used &= smaller <= EXTREME * usual.clamp(min=torch.finfo(torch.float64).tiny)
+        a, b = a.masked_fill(~used, 0.0), b.masked_fill(~used, 0.0)
+        d = b - a
+        for column, value in ((XX, a * a), (YY, b * b), (XD, a * d), (DD, d * d), (D, d)):
+            found[:, column] += value.sum(0)
+        found[:, N] += used.sum(0)
+        is_zero = (b == 0) & (a != 0)
+        zeros, there = zeros + int(is_zero.sum()), there + int((a != 0).sum())
+        rest = a.masked_fill(is_zero, 0.0)
+        kept += torch.stack([(rest * rest).sum(), (rest * d).sum(), d[~is_zero].square().sum()])
+    share = zeros / there if there else 0.0
+    if share < 1e-3:
+        return found, None
+    xx, xd, dd = kept.tolist()
+    return found, {
+        "share": _short(share),
+        "scale": _short(1 + xd / xx) if xx else 0.0,
+        "explained": _short(xd * xd / (xx * dd)) if xx and dd else 1.0,
+    }
+
+
+def _errors(part: torch.Tensor) -> torch.Tensor:
+    """Return each index's error, relative to its size, or the usual one where it has little."""
+    size = torch.maximum(part[:, XX], part[:, YY])
+    usual = size.sum() / (size > 0).sum().clamp(min=1)
+    return (part[:, DD] / size.clamp(min=0.01 * float(usual))).sqrt().nan_to_num(0.0, math.inf)
+
+
+def _place(part: torch.Tensor, most: float) -> Place | None:
+    """Return which few indices are wrong while the others are not, None if they are not few."""
+    errors = _errors(part)
+    usual = float(errors.median())
+    limit = max(most, _STANDS_OUT * usual)
+    wrong = errors > limit
+    count = int(wrong.sum())
+    if not 0 < 2 * count <= len(errors):
+        return None
+    dd = part[:, DD]
+    if float(dd[wrong].sum()) < 0.8 * float(dd.sum()):
+        return None
+    at = wrong.nonzero().flatten().tolist()
+    return {
+        "at": at[:_NAMED],
+        "last": at[-1],
+        "count": count,
+        "size": len(errors),
+        "error": _short(float(errors[wrong].median())),
+        "usual": _short(usual),
+    }
+
+
+def _spread(part: torch.Tensor) -> Spread:
+    """Return the worst index and how far off it is, the median one, and the worst hundredth."""
+    errors, dd = _errors(part), part[:, DD]
+    at = int(errors.argmax())
+    few = max(1, len(dd) // 100)
+    share = float(dd.topk(few).values.sum() / dd.sum().clamp(min=torch.finfo(torch.float64).tiny))
+    return {
+        "at": at,
+        "size": len(errors),
+        "worst": _short(float(errors[at])),
+        "usual": _short(float(errors.median())),
+        "share": _short(share),
+    }
+
+
+def _moved(x: torch.Tensor, y: torch.Tensor, dim: int) -> Moved | None:
+    """Return which wrong lines of a dim are other lines of the baseline, None if few are."""
+    size = x.shape[dim]
+    others = [s for i, s in enumerate(x.shape) if i != dim]
+    if not 2 <= size <= _MOST_LINES or math.prod(others) < 4:
+        return None
+    a, b = _samples(x, dim, others), _samples(y, dim, others)
+    length = a.norm(dim=1)
+    off = (b - a).norm(dim=1)
+    wrong = (off > _WRONG_LINE * torch.maximum(length, b.norm(dim=1))).nonzero().flatten()
+    if not len(wrong):
+        return None
+    apart = torch.cdist(b[wrong], a, compute_mode="donot_use_mm_for_euclid_dist")
+    distance, source = apart.min(1)
+    found = (distance <= _SAME_LINE * torch.minimum(off[wrong], length[source])) & (
+        length[source] > 0
+    )
+    if int(found.sum()) < max(1, math.ceil(0.8 * len(wrong))):
+        return None
+    at, came = wrong[found].tolist(), source[found].tolist()
+    shifts = {j - i for i, j in zip(at, came, strict=True)}
+    return {
+        "at": at[:_NAMED],
+        "of": came[:_NAMED],
+        "found": len(at),
+        "wrong": len(wrong),
+        "swap": sorted(at) == sorted(came),
+        "shift": shifts.pop() if len(shifts) == 1 else None,
+    }
+
+
+def _samples(t: torch.Tensor, dim: int, others: list[int]) -> torch.Tensor:
+    """Return some elements of each index of a dim, of shape [size, samples], float64."""
+    total = math.prod(others)
+    if total <= _SAMPLES:
+        at = torch.arange(total)
+    else:
+        at = torch.randint(total, (_SAMPLES,), generator=torch.Generator().manual_seed(0))
+    places: Any = (slice(None), *torch.unravel_index(at, others))
+    lines = as_numbers(t).movedim(dim, 0)[places]
+    return lines.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _holds(dtype: torch.dtype, t: torch.Tensor) -> bool:
+    """Whether a dtype holds each element."""
+    parts = t.reshape(-1).split(_CHUNK)
+    return all(bool(((p.to(dtype).to(p.dtype) == p) | p.isnan()).all()) for p in parts)
+
+
+def _short(value: float) -> float:
+    """Return a number with as many digits as a message has."""
+    return float(f"{value:.4g}")
