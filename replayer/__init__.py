@@ -1,4 +1,4 @@
-"""Replay a recording onto another job, and compare two recordings."""
+"""Replay a recording onto another job, compare two recordings, and name what is faulty."""
 
 from __future__ import annotations
 
@@ -7,19 +7,40 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .diffing.diff import Diff, diff
+    from .finding.bisect import Bisected, bisect
+    from .finding.check import Checked, check
+    from .finding.localize import Localized, localize
     from .log import read_log
     from .session import Replayer
     from .transforms import GraftInput
 
 _LAZY = {
+    "Bisected": "replayer.finding.bisect",
+    "Checked": "replayer.finding.check",
     "Diff": "replayer.diffing.diff",
     "GraftInput": "replayer.transforms",
+    "Localized": "replayer.finding.localize",
     "Replayer": "replayer.session",
+    "bisect": "replayer.finding.bisect",
+    "check": "replayer.finding.check",
     "diff": "replayer.diffing.diff",
+    "localize": "replayer.finding.localize",
     "read_log": "replayer.log",
 }
 
-__all__ = ["Diff", "GraftInput", "Replayer", "diff", "read_log"]
+__all__ = [
+    "Bisected",
+    "Checked",
+    "Diff",
+    "GraftInput",
+    "Localized",
+    "Replayer",
+    "bisect",
+    "check",
+    "diff",
+    "localize",
+    "read_log",
+]
 
 
 def __getattr__(name: str) -> Any:

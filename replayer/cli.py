@@ -10,9 +10,12 @@ from recorder.commands.cli import ls, record, show, verify
 from recorder.commands.clicking import Group
 from recorder.diagnostics import NO_NUMPY
 
+from .commands.bisect import bisect
+from .commands.check import check
 from .commands.demo import demo
 from .commands.diff import diff
 from .commands.doctor import doctor
+from .commands.localize import localize
 from .commands.replay import replay
 
 
@@ -34,7 +37,7 @@ def main() -> None:
 GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Start here": (demo, doctor),
     "Record and replay": (record, replay),
-    "Find the fault": (diff,),
+    "Find the fault": (localize, check, bisect, diff),
     "Look": (ls, show),
     "Keep": (verify,),
 }

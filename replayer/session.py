@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -52,6 +53,7 @@ from recorder.taps.values import classify
 from . import graft, transforms, unkept
 from .log import WITHOUT_EFFECT, LogRow, joined
 from .match import Match, Matcher, MatchOn
+from .only import Only
 from .outcomes import Outcomes, named
 from .parts import FEWER, MORE, ZEROS, Parts
 from .replacement import Replacement, Replacements
@@ -96,6 +98,7 @@ class Replayer:
         *,
         filter: Filter | str | None = None,
         transform: Callable[..., Any] | str | TransformError | None = None,
+        only: str | None = None,
         out: str | os.PathLike[str] | None = None,
         record: Filter | str | None = None,
         match_on: str | None = None,
@@ -131,6 +134,7 @@ class Replayer:
             let_interrupts_through()
         self._selection = Selection(self.settings.filter)
         self.ignored = self._selection.ignored
+        self._only = None if self.settings.only is None else Only(self.settings.only)
         self._gradients = GradientTaps()
         self._made: Replacements | None = None
         self._outcomes = Outcomes(self.settings, self._ranks, self._selection, self._distrust)
@@ -216,6 +220,10 @@ class Replayer:
         selected = self._selection.select_or_warn(call, rank, self._outcomes.once)
         if selected is None or not self._ensure_log():
             return
+        if self._only is not None:
+            selected = self._chosen(call, selected)
+            if not (selected.forward or selected.grad):
+                return
         start = time.perf_counter()
         if selected.note:
             self._outcomes.once(
@@ -251,6 +259,17 @@ class Replayer:
         else:
             fact = f"{kind}; only tensors can be grafted"
             self._outcomes.finish(selected, "tensor", start, ReplayError(fact))
+
+    def _chosen(self, call: Call, selected: Selected) -> Selected:
+        """Return a tap with what of it is to be grafted; what is not is counted all the same."""
+        assert self._only is not None
+        chosen = self._only.of(selected)
+        if selected.forward and not chosen.forward and not self._replacements.matcher.is_by_key:
+            kind = classify(call.value())
+            if kind in ("tensor", "value"):
+                with contextlib.suppress(MissingRecord):
+                    self._replacements.matcher.find(selected, kind)
+        return chosen
 
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be handled for a reason nobody foresaw."""

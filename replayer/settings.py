@@ -31,6 +31,11 @@ class ReplaySettings(Settings):
         "what the dims of both sides say, else identity by rank.",
         metavar="PKG.MOD.FN",
     )
+    only: str | None = option(
+        None,
+        "Graft only the taps that this file names, and of each all steps; graft bisect writes it.",
+        metavar="FILE",
+    )
     record: Filter | None = option(
         None,
         "Also record in OUT what the target itself computed at these taps, before any of them is "

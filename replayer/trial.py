@@ -71,6 +71,8 @@ def replayed(
     out: str | os.PathLike[str] | None,
     settings: ReplaySettings,
     command: Sequence[str],
+    *,
+    aside: bool = False,
 ) -> Replayed:
     """Run a command, its taps overwritten from a recording.
 
@@ -79,6 +81,7 @@ def replayed(
         out: the folder for the log, and for what `settings.record` keeps; None to leave nothing.
         settings: how to replay.
         command: its words.
+        aside: whether what it prints goes to stderr.
 
     Raises:
         RecordingError: the folder is taken, or cannot be written.
@@ -99,7 +102,7 @@ def replayed(
             **settings.variables(),
         }
         env = launch.environment(variables, command, reports)
-        status = launch.run(command, env)
+        status = launch.run(command, env, aside)
         beside = None
         if settings.record is not None and out is not None:
             found = reports_of(RecordSettings.PREFIX, reports)

@@ -17,7 +17,13 @@ from replayer.settings import ReplaySettings
 
 ROOT = Path(__file__).parent.parent
 ROOT_README = (ROOT / "README.md").read_text()
-PLACES = ("README.md", "recorder/README.md", "replayer/README.md", "tests/benchmarks/README.md")
+PLACES = (
+    "README.md",
+    "recorder/README.md",
+    "replayer/README.md",
+    "replayer/finding/README.md",
+    "tests/benchmarks/README.md",
+)
 READMES = {place: (ROOT / place).read_text() for place in PLACES}
 ALL = "\n".join(READMES.values())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import click
@@ -137,11 +137,11 @@ class CheckedType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return self._option.checked(value, self._option.flag)
 
 
-def options_of(settings: type[Settings]) -> Callable[[F], F]:
+def options_of(settings: type[Settings], without: Collection[str] = ()) -> Callable[[F], F]:
     """Return a decorator that gives a command the options of a session, by the fields' names."""
 
     def decorate(function: F) -> F:
-        for one in reversed(settings.options()):
+        for one in reversed([one for one in settings.options() if one.name not in without]):
             shown: dict[str, Any] = {}
             if one.is_flag:
                 shown = {"is_flag": True}

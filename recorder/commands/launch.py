@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,15 +62,22 @@ def check(command: Sequence[str]) -> None:
         raise UsageError("there is no command to run; write it after --, as in: -- python train.py")
 
 
-def run(command: Sequence[str], env: Mapping[str, str]) -> int:
+def run(command: Sequence[str], env: Mapping[str, str], aside: bool = False) -> int:
     """Run a command to its end and return its exit status; 128 + N where signal N ended it.
+
+    Args:
+        command: its words.
+        env: its environment.
+        aside: whether what it prints goes to stderr, since stdout is for a result.
 
     Raises:
         UsageError: it cannot be started.
     """
     with _Signals() as signals:
         try:
-            process = subprocess.Popen(list(command), env=dict(env))
+            process = subprocess.Popen(
+                list(command), env=dict(env), stdout=sys.stderr if aside else None
+            )
         except FileNotFoundError:
             raise UsageError(
                 f"command not found: {command[0]}; write the command after --, as in: "

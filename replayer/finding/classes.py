@@ -18,9 +18,11 @@ from recorder.sizes import count
 from ..measuring.look import Look, Place, Zeros
 from .judging import Judged
 
-_EXPLAINED = 0.85  # of the squared error
+_EXPLAINED, _LEFT = 0.85, 0.1  # of the squared error; of the baseline's size
+_EXPLAINED_OF_ROUNDED = 0.3
 _ALL = 0.95
-_SUM = 0.01  # of how far off the factors are, that their sum may be from a whole number
+_SAME = 0.05  # of the size of a few elements
+_APART = 0.1  # of the baseline's size, that ranks' parts differ from it and from each other
 _HEADS, _EXPERTS = ("h", "head", "heads", "kv", "hkv"), ("e", "expert", "experts")
 _TOKENS = ("s", "t", "token", "tokens", "seq", "sequence", "k", "q")
 
@@ -83,6 +85,8 @@ def classify(
     for rule in _RULES:
         found = rule(fault)
         if found is not None:
+            if rule is _permuted:  # which says where
+                return found
             return Class(found.word, _joined(found.evidence, where), found.factor)
     word, words = _alone(fault)
     if word:
@@ -166,51 +170,85 @@ def _rest_is_right(fault: _Fault, zeros: Zeros) -> bool:
 
 
 def _partial(fault: _Fault) -> Class | None:
-    """Ranks that hold one tensor: their factors add up to 1, or to their number."""
+    """Ranks that hold one tensor, whose values add up to the baseline's, or have them as mean.
+
+    Rows are taken less the first, so that a bias which each rank adds does not matter.
+    """
     ranks = fault.everywhere
+    looks = [one.cut.row["look"].get("samples") for one in ranks]
     shapes = {tuple(one.cut.row["shape"]) for one in ranks}
-    factors = [one.cut.row["scale"] for one in ranks]
-    if len(ranks) < 2 or len(shapes) > 1 or len(fault.faulty) < len(ranks) or None in factors:
+    if len(ranks) < 2 or len(shapes) > 1 or len(fault.faulty) < len(ranks) or None in looks:
         return None
-    if _is_scaled(fault.row) or not all(map(math.isfinite, factors)):
+    base = _less_the_first(looks[0]["base"])
+    own = [_less_the_first(look["own"]) for look in looks]
+    size = math.hypot(*base)
+    if not size or any(math.dist(one, base) <= _APART * size for one in own):
         return None
-    told = " + ".join(f"{factor:.3f}" for factor in factors[:8])
-    for whole in (1.0, float(len(ranks))):
-        off = max(abs(factor - whole / len(ranks)) for factor in factors)
-        if whole != 1.0 and off < 1e-3:
-            continue  # errors across what they are off from, which say nothing
-        if abs(math.fsum(factors) - whole) <= _SUM * max(off, 0.1 * (whole == 1.0)):
-            how = "the parts of a sum over ranks" if whole == 1.0 else "parts of a mean over ranks"
-            return Class(
-                "partial sum",
-                f"each rank has a part: {told} = {math.fsum(factors):.3f} times the baseline's "
-                f"values, as {how} do that were not reduced",
-            )
+    if any(math.dist(own[0], one) <= _APART * size for one in own[1:]):
+        return None  # they are all wrong alike
+    total = [math.fsum(values) for values in zip(*own, strict=True)]
+    factors = " + ".join(f"{one.cut.row['scale']:.3f}" for one in ranks[:8])
+    if math.dist(total, base) <= _SAME * size:
+        return Class(
+            "partial sum",
+            f"each rank has a part ({factors} of the baseline's values), and together they are the "
+            "baseline's: a sum over ranks is missing",
+        )
+    if math.dist(total, [len(ranks) * value for value in base]) <= _SAME * size * len(ranks):
+        return Class(
+            "partial sum",
+            f"ranks differ ({factors} times the baseline's values), and their mean is the "
+            "baseline's: a mean over ranks is missing",
+        )
     return None
 
 
-def _is_scaled(row: Mapping[str, Any]) -> bool:
-    return bool((row["cosine"] or 0.0) ** 2 > _EXPLAINED)
+def _less_the_first(rows: Sequence[Sequence[float]]) -> list[float]:
+    first, *others = rows
+    if not any(other != first for other in others):
+        return [*first]  # of one row, say
+    return [a - b for row in others for a, b in zip(row, first, strict=True)]
+
+
+def _explains(fault: _Fault, share: float) -> bool:
+    """Whether what an explanation leaves of the error is little, or no more than rounding."""
+    left = math.sqrt(max(1 - share, 0.0)) * (fault.worst.cut.error or 0.0)
+    return (share > _EXPLAINED and left <= _LEFT) or (
+        share > _EXPLAINED_OF_ROUNDED and left <= fault.worst.limit
+    )
 
 
 def _scaled(fault: _Fault) -> Class | None:
-    row = fault.row
-    if _is_scaled(row):
+    row, shares = fault.row, fault.look.get("shares", {})
+    share = (row["cosine"] or 0.0) ** 2
+    if _explains(fault, share) and share >= shares.get("bias", 0.0):
         scale = row["scale"]
-        return Class("scaled", f"the target's values are {scale:.3f} x the baseline's", scale)
-    if row["factor"] is not None and row["fits_at"] is not None:
-        at = _index(row, row["fits_at"])
-        factor = row["factor"]
-        told = f"the target's values are {factor:.4f} x the baseline's"
-        return Class("scaled", f"{told} at {at}" if at else told, factor)
-    return None
+        return Class("scaled", f"the target's values are {_factor(scale)} x the baseline's", scale)
+    named = [dim for dim, i in enumerate(row["fits_at"] or ()) if i >= 0]
+    if row["factor"] is None or not named or not _is_all(fault, row["fits_at"]):
+        return None
+    if not all(_explains(fault, shares.get(str(dim), 0.0)) for dim in named):
+        return None
+    told = f"the target's values are {_factor(row['factor'])} x the baseline's"
+    return Class("scaled", f"{told} at {_index(row, row['fits_at'])}", row["factor"])
+
+
+def _factor(factor: float) -> str:
+    return f"{factor:.3f}" if abs(factor - 1) >= 0.05 else f"{factor:.4f}"
+
+
+def _is_all(fault: _Fault, at: Sequence[int] | None) -> bool:
+    """Whether what fits at an index is all that is wrong."""
+    named = [(dim, i) for dim, i in enumerate(at or ()) if i >= 0]
+    places = fault.look.get("places", {})
+    return all(str(dim) in places and places[str(dim)]["at"] == [i] for dim, i in named)
 
 
 def _scaled_by_part(fault: _Fault) -> Class | None:
     shares, factors = fault.look.get("shares", {}), fault.look.get("factors", {})
     named = {"row": "row", "column": "index of the last dim"}
     for name in (*sorted(n for n in shares if n.isdigit()), "column", "row"):
-        if shares.get(name, 0.0) <= _EXPLAINED:
+        if not _explains(fault, shares.get(name, 0.0)):
             continue
         least, most = factors.get(name, (1.0, 1.0))
         part = named.get(name) or f"index of {_dim(fault.row, int(name))}"
@@ -228,15 +266,15 @@ def _scaled_by_part(fault: _Fault) -> Class | None:
 
 def _shifted(fault: _Fault) -> Class | None:
     shares = fault.look.get("shares", {})
-    if shares.get("bias", 0.0) > _EXPLAINED:
+    if _explains(fault, shares.get("bias", 0.0)):
         return Class(
             "shifted",
             "one and the same vector is added to each row, as a bias that is added once too often "
             "or too seldom",
         )
-    if shares.get("offset", 0.0) > _EXPLAINED:
+    if _explains(fault, shares.get("offset", 0.0)):
         return Class("shifted", "one number is added to all of a row, to each its own")
-    if fault.row["offset"] is not None:
+    if fault.row["offset"] is not None and shares.get("offset", 0.0) > _EXPLAINED_OF_ROUNDED:
         return Class("shifted", f"{fault.row['offset']:.4g} is added to all")
     return None
 
@@ -254,7 +292,41 @@ def _permuted(fault: _Fault) -> Class | None:
         if moved["swap"]:
             return Class("permuted", f"{told}: {pairs}{more}")
         return Class("stale", f"{told}: {pairs}{more}")
+    return _permuted_over_ranks(fault)
+
+
+def _permuted_over_ranks(fault: _Fault) -> Class | None:
+    """Few indices on each of several ranks, which have one another's values."""
+    for dim in fault.look.get("places", {}):
+        known = [(one, one.cut.row["look"].get("places", {}).get(dim)) for one in fault.faulty]
+        places = [(one.cut.rank, place) for one, place in known if place is not None]
+        if len(places) < 2 or any(place["count"] > len(place["at"]) for _, place in places):
+            continue
+        lines = [
+            (rank, index, own, base)
+            for rank, place in places
+            for index, own, base in zip(place["at"], place["own"], place["lines"], strict=True)
+        ]
+        found = []
+        for rank, index, own, replaced in lines:
+            for other, source, _, base in lines:
+                if (rank, index) != (other, source) and _is_other(own, replaced, base):
+                    found.append(f"{index} of rank {rank} is {source} of rank {other}")
+                    break
+        if len(found) == len(lines):
+            more = ", ..." if len(found) > 3 else ""
+            called = _dim(fault.row, int(dim))
+            return Class(
+                "permuted",
+                f"{len(found)} of {len(lines)} wrong indices of {called} are other ones: "
+                f"{', '.join(found[:3])}{more}",
+            )
     return None
+
+
+def _is_other(own: Sequence[float], replaced: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether what stands in a place is another's, and not what replaced it, off by some."""
+    return math.dist(own, other) <= _SAME * max(math.dist(own, replaced), _SAME * math.hypot(*own))
 
 
 _RULES: tuple[Callable[[_Fault], Class | None], ...] = (

@@ -36,7 +36,7 @@ _COHERENT = 0.85  # of the squared error, that one explanation takes
 _FLOOR = 3.0
 _COARSE_SHARE = 0.25  # of the taps, that make a run one of 16 bits
 _FEWER_BITS, _AS_FAR = 0.5, 4.0  # of the kinds of segments; times one another
-_MOST_FEWER, _FEWEST_KINDS = 0.1, 4  # relative error; kinds of segments
+_MOST_FEWER, _FEWEST_KINDS = 0.1, 3  # relative error; kinds of segments
 _TIMES_FEWER = 3.0
 _CLEAR = 3.0  # times its limit: such faults come in the order of execution
 _TIES = 0.05  # of the rows, that may be another choice where no scores tell why
@@ -215,11 +215,9 @@ def _fewer_bits(cuts: Sequence[Cut], limits: Mapping[int, float]) -> float | Non
     for one in cuts:
         if id(one) in limits and not one.is_weight and one.error:
             kinds[one.place.name, one.place.kind].append((one.error, most_rounding(_eps(one))))
-    if len(kinds) < _FEWEST_KINDS:
-        return None
     usual = [(median(e for e, _ in found), median(m for _, m in found)) for found in kinds.values()]
     beyond = [error for error, most in usual if error > most]
-    if len(beyond) < _FEWER_BITS * len(usual) or max(beyond) > _MOST_FEWER:
+    if len(beyond) < max(_FEWEST_KINDS, _FEWER_BITS * len(usual)) or max(beyond) > _MOST_FEWER:
         return None
     return median(beyond) if max(beyond) <= _AS_FAR * min(beyond) else None
 
@@ -247,7 +245,7 @@ def _judged(
         scores["row"] = max(scores["row"], 1 + row["error_row"])
     is_far = error > most_rounding(torch.finfo(dtypes[0]).eps) and not fewer
     if row["fits_at"] is not None or (is_far and _is_coherent(row)):
-        scores["direction"] = max(2.0, error / limit)
+        scores["direction"] = max(_CLEAR, error / limit)
     reasons = tuple(name for name, score in scores.items() if score > 1)
     return Judged(one, limit, siblings, max(scores.values()), reasons)
 

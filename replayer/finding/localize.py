@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,7 @@ def localize(
     truth: str | os.PathLike[str] | None = None,
     truth_factor: float = 2.0,
     repeat: int = 1,
+    aside: bool = False,
     **options: Any,
 ) -> Localized:
     """Replay a target with all its taps grafted, and say which of its segments are faulty.
@@ -89,6 +91,7 @@ def localize(
             `truth_factor` times what the baseline is off from it.
         truth_factor: see there.
         repeat: how often to replay; what differs between repeats is noise.
+        aside: whether what the command prints goes to stderr.
         **options: as of `graft replay`, by their names there.
 
     Raises:
@@ -98,7 +101,7 @@ def localize(
     if repeat < 1:
         raise UsageError(f"repeat is {repeat}; it is how often to replay, 1 or more")
     recording = Recording.open(run)
-    settings = _settings(options)
+    settings = settings_of(options)
     sharpened, was_checked = sharpened_by(recording, floor, truth, truth_factor, settings)
     logs: list[pl.DataFrame] = []
     problems: list[str] = []
@@ -109,12 +112,12 @@ def localize(
             None if out is None else Path(out) if number == 0 else Path(out, f"repeat-{number}")
         )
         if callable(target):
-            log, wrong = _in_process(recording, target, folder, settings)
+            log, wrong, said = in_process(recording, target, folder, settings)
         else:
-            done = replayed(recording, folder, settings, target)
-            log, wrong = done.log, list(done.failures)
+            done = replayed(recording, folder, settings, target, aside=aside)
+            log, wrong, said = done.log, list(done.failures), list(done.notes)
             status = status or done.command_status
-            notes += [note for note in done.notes if number == 0]
+        notes += said if number == 0 else []
         logs.append(log)
         problems += [one for one in wrong if one not in problems]
     found = located(logs[0], sharpened, _noisy(logs))
@@ -140,21 +143,30 @@ def localize(
     )
 
 
-def _settings(options: Mapping[str, Any]) -> ReplaySettings:
+def settings_of(options: Mapping[str, Any]) -> ReplaySettings:
+    """Return the settings of a replay that measures own errors.
+
+    Raises:
+        UsageError: an option is unknown, or cannot be used.
+    """
     known = {one.name for one in ReplaySettings.options()}
     unknown = sorted({*options} - known)
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no option of a replay; there are {sorted(known)}")
+        close = difflib.get_close_matches(unknown[0], known, 2) or sorted(known)
+        raise UsageError(f"{unknown[0]!r} is no option of a replay; there is {', '.join(close)}")
     return ReplaySettings.given({**options, "own_error": True})
 
 
-def _in_process(
+def in_process(
     recording: Recording, target: Callable[[], Any], out: Path | None, settings: ReplaySettings
-) -> tuple[pl.DataFrame, list[str]]:
-    session = Replayer(recording.path, out=out, **vars(replace(settings, strict=False)))
+) -> tuple[pl.DataFrame, list[str], list[str]]:
+    """Replay onto a function in this process: return the log, what failed, and what to say."""
+    given = {**vars(replace(settings, strict=False)), "out": out}
+    session = Replayer(recording.path, **given)
     with session:
         target()
-    return session.log(), [session.reason] if session.reason else []
+    wrong = [session.reason] if session.reason else []
+    return session.log(), wrong, [f"replay: {session.summary().line()}"]
 
 
 def _noisy(logs: Sequence[pl.DataFrame]) -> set[tuple[int, Place]]:

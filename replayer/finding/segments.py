@@ -135,7 +135,7 @@ def cuts_of(log: pl.DataFrame) -> Cuts:
         one = Cut(place, row, begins, len(orders[rank]))
         if one.is_weight:
             one = Cut(place, row, None, len(orders[rank]))
-        else:
+        elif row["outcome"] != WITHOUT_EFFECT:
             latest[rank, row["kind"]] = place
         orders[rank].append(place)
         cuts.append(one)
@@ -155,9 +155,7 @@ def _why_not(row: Row) -> str | None:
         return f"its value is another: {message}" if outcome == "compared" else message
     if outcome == "missing":
         return f"{_MISS}: {message}"
-    if outcome == WITHOUT_EFFECT:
-        return f"grafted without effect, so its error is a part of the next segment's: {message}"
-    if outcome != "grafted":
+    if outcome not in ("grafted", WITHOUT_EFFECT):
         return message or outcome
     if row["error"] is None:
         return message or "its own error was not measured"
@@ -174,8 +172,8 @@ def _notes(log: pl.DataFrame, orders: Mapping[int, list[Place]]) -> list[str]:
         )
     if counts[WITHOUT_EFFECT]:
         notes.append(
-            f"{count(counts[WITHOUT_EFFECT], 'graft')} had no effect: the segments behind them "
-            "begin at the last that had one"
+            f"{count(counts[WITHOUT_EFFECT], 'graft')} had no effect: what they are off by, the "
+            "segments behind them are off by too"
         )
     if len(orders) > 1:
         first, *others = sorted(orders)

@@ -12,7 +12,8 @@ class Place(TypedDict):
     """Of a dim, the few indices that are wrong while the others are not.
 
     `at` names the first of them; `count` of `size` are wrong, the last of them is `last`; they are
-    off by `error` in the median, all indices by `usual`.
+    off by `error` in the median, all indices by `usual`. `own` and `lines` have a few elements of
+    each that is named: the target's, and the baseline's; of the same places on all ranks.
     """
 
     at: list[int]
@@ -21,6 +22,8 @@ class Place(TypedDict):
     size: int
     error: float
     usual: float
+    own: list[list[float]]
+    lines: list[list[float]]
 
 
 class Moved(TypedDict):
@@ -49,6 +52,16 @@ class Spread(TypedDict):
     worst: float
     usual: float
     share: float
+
+
+class Samples(TypedDict):
+    """The `own` elements and the `base`line's, where some rows and columns cross, row by row.
+
+    They are at the same places on all ranks, so that ranks can be held against one another.
+    """
+
+    own: list[list[float]]
+    base: list[list[float]]
 
 
 class Zeros(TypedDict):
@@ -95,6 +108,7 @@ class Look(TypedDict, total=False):
     columns: Spread
     rows: Spread
     zeros: Zeros
+    samples: Samples
     fits: str
     stale: str
     choice: Chosen

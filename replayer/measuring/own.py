@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,7 +37,7 @@ _LOOKED_AT, _FAR_ROW = 0.5, 8.0  # of `most_rounding`, of all and of a row
 _STANDS_OUT = 8.0  # times the median index's error
 _MOST_LINES, _SAMPLES = 2048, 64  # lines of a dim that are sought elsewhere, by so many elements
 _WRONG_LINE, _SAME_LINE = 0.1, 0.1  # of a line's size; of its error
-_NAMED = 8  # indices
+_NAMED, _FEW, _ROWS = 8, 8, 4  # indices; elements of each; rows
 _FEWEST = 16  # numbers that an explanation is told by
 _NARROWER = {
     torch.float64: (torch.float32, torch.bfloat16),
@@ -159,12 +159,16 @@ def _looked_at(added: Added, x: torch.Tensor, y: torch.Tensor, most: float) -> L
     last = x.dim() - 1
     for dim in [*several, last] if n > 1 else several:
         part = columns if dim == last else parts[str(dim)]
-        if place := _place(part, most):
+        if place := _place(part, most, *(_Lines(t, dim) for t in (y, x))):
             places[str(dim)] = place
     for dim in range(x.dim()):
         if found := _moved(x, y, dim):
             moved[str(dim)] = found
-    look: Look = {"columns": _spread(columns), "rows": _spread(sums)}
+    look: Look = {
+        "columns": _spread(columns),
+        "rows": _spread(sums),
+        "samples": {"own": _crossings(y), "base": _crossings(x)},
+    }
     look["shares"] = {name: _short(share) for name, share in shares.items()}
     if factors:
         look["factors"] = factors
@@ -220,7 +224,19 @@ def _errors(part: torch.Tensor) -> torch.Tensor:
     return (part[:, DD] / size.clamp(min=0.01 * float(usual))).sqrt().nan_to_num(0.0, math.inf)
 
 
-def _place(part: torch.Tensor, most: float) -> Place | None:
+class _Lines(NamedTuple):
+    """A few elements of each index of a dim, taken only where they are asked for."""
+
+    tensor: torch.Tensor
+    dim: int
+
+    def at(self, indices: list[int]) -> list[list[float]]:
+        others = [s for i, s in enumerate(self.tensor.shape) if i != self.dim]
+        few = _samples(self.tensor, self.dim, others)[indices, :_FEW]
+        return [[_short(value) for value in line] for line in few.tolist()]
+
+
+def _place(part: torch.Tensor, most: float, own: _Lines, base: _Lines) -> Place | None:
     """Return which few indices are wrong while the others are not, None if they are not few."""
     errors = _errors(part)
     usual = float(errors.median())
@@ -240,6 +256,8 @@ def _place(part: torch.Tensor, most: float) -> Place | None:
         "size": len(errors),
         "error": _short(float(errors[wrong].median())),
         "usual": _short(usual),
+        "own": own.at(at[:_NAMED]),
+        "lines": base.at(at[:_NAMED]),
     }
 
 
@@ -299,6 +317,14 @@ def _samples(t: torch.Tensor, dim: int, others: list[int]) -> torch.Tensor:
     places: Any = (slice(None), *torch.unravel_index(at, others))
     lines = as_numbers(t).movedim(dim, 0)[places]
     return lines.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+
+
+def _crossings(t: torch.Tensor) -> list[list[float]]:
+    """Return the elements where four rows and eight columns cross, evenly spaced."""
+    rows, n = math.prod(t.shape[:-1]), t.shape[-1] if t.dim() else 1
+    at = [i * rows // _ROWS for i in range(_ROWS)], [i * n // _FEW for i in range(_FEW)]
+    few = as_numbers(t).reshape(rows, n)[at[0]][:, at[1]].to(torch.float64)
+    return [[_short(value) for value in row] for row in few.nan_to_num(0.0, 0.0, 0.0).tolist()]
 
 
 def _holds(dtype: torch.dtype, t: torch.Tensor) -> bool:

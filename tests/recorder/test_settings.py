@@ -51,6 +51,7 @@ VALUES = {
         "strict": ("1", True),
         "metrics": ("0", False),
         "own_error": ("1", True),
+        "only": ("taps.json", "taps.json"),
         "check": ("0", False),
         "replicas": ("first", "first"),
         "overwrite": ("1", True),

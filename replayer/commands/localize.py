@@ -1,0 +1,110 @@
+"""`graft localize`: parse, one call, print."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from recorder.commands.clicking import COMMAND, WrappingCommand, expected_errors, note, options_of
+from recorder.commands.tables import terminal_width
+
+from ..settings import ReplaySettings
+
+_MOST = 12
+
+
+@click.command(
+    cls=WrappingCommand, short_help="Name the faulty segments of COMMAND, from one replay."
+)
+@click.argument("run", metavar="RUN")
+@click.option("-o", "--out", metavar="OUT", help="Folder for the replay's log.")
+@click.option(
+    "--floor",
+    multiple=True,
+    metavar="RUN",
+    help="What graft check left, or a second recording of the baseline: what differs there is no "
+    "fault. Only raises what is taken for rounding; may be repeated.",
+)
+@click.option(
+    "--truth",
+    metavar="RUN",
+    help="The same model recorded in higher precision: a segment may be off by --truth-factor "
+    "times what the baseline is off from it.",
+)
+@click.option("--truth-factor", type=float, default=2.0, show_default=True, metavar="M")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Replay N times: what differs between repeats is noise.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=_MOST,
+    show_default=True,
+    metavar="N",
+    help="Rows of the table.",
+)
+@click.option("--all", "everything", is_flag=True, help="Also list what was not judged, and why.")
+@click.option("--json", "is_json", is_flag=True, help="Print JSON alone.")
+@click.option("--markdown", "is_markdown", is_flag=True, help="Print what an issue needs.")
+@options_of(ReplaySettings, without=("own_error", "metrics"))
+@COMMAND
+@expected_errors
+def localize(
+    run: str,
+    out: str | None,
+    floor: tuple[str, ...],
+    truth: str | None,
+    truth_factor: float,
+    repeat: int,
+    limit: int,
+    everything: bool,
+    is_json: bool,
+    is_markdown: bool,
+    command: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Run COMMAND with every tap grafted from the recording RUN, and name its faulty segments.
+
+    While all is grafted, what the target itself computes at a tap comes from the baseline's own
+    inputs: each tap is off by what its segment adds, and by nothing inherited. Ends with 1 where a
+    fault is named, with 0 where all is rounding, with 3 where that is not to be trusted.
+
+    \b
+    Example:
+      graft localize runs/base -- torchrun --nproc-per-node 2 infer.py
+    """
+    if is_json and is_markdown:
+        raise click.UsageError("--json and --markdown are two forms of the result; choose one")
+    from ..finding.localize import localize as find
+    from ..showing import faults as report
+
+    done = find(
+        run,
+        command,
+        out=None if out is None else Path(out),
+        floor=floor,
+        truth=truth,
+        truth_factor=truth_factor,
+        repeat=repeat,
+        aside=is_json or is_markdown,
+        **options,
+    )
+    for line in done.notes:
+        note(line)
+    for problem in done.problems:
+        note(f"not to be trusted: {problem}")
+    if is_json:
+        click.echo(report.as_json(done))
+    elif is_markdown:
+        click.echo(report.markdown(done, limit))
+    else:
+        report.print_found(done, terminal_width(), limit, everything)
+    sys.exit(done.status)

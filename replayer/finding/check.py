@@ -1,0 +1,222 @@
+"""Is the method to be trusted here? The baseline replayed onto itself, in which no bit may change.
+
+1. A replay with everything grafted, which also records what the job computed by itself.
+2. Where something changed, a run without any graft tells whether the job differs from itself, or is
+   changed by the grafts.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recorder.commands.outcome import UNTRUSTED, recorded
+from recorder.errors import UsageError
+from recorder.filters import Filter
+from recorder.format.rows import parse_tags
+from recorder.recording import Recording
+from recorder.session import Recorder
+from recorder.settings import RecordSettings
+from recorder.sizes import count
+from recorder.tags import is_recompute
+
+from ..log import WITHOUT_EFFECT
+from ..trial import replayed
+from .localize import in_process, settings_of
+from .segments import Place
+
+if TYPE_CHECKING:
+    import polars as pl
+
+CHANGED = 1
+"""Exit status where a bit changed."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A tap whose own value was not the recorded one, on some rank.
+
+    Attributes:
+        place: which, in which step.
+        ranks: on which.
+        elements: how many changed, on the rank where most did.
+        error: their relative error, None where there is none.
+        repeats: in how many repeats.
+    """
+
+    place: Place
+    ranks: tuple[int, ...]
+    elements: int
+    error: float | None
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a baseline replayed onto itself came to.
+
+    Attributes:
+        run: the baseline's folder.
+        changed: what changed, in order of execution; empty where every bit is as recorded.
+        taps: how many taps were grafted or compared, of all ranks.
+        repeats: how often it was replayed.
+        why: what the changes come from, a sentence; "" where there are none.
+        out: the folder with the log and the recording of the first replay: a floor.
+        command_status: the command's exit status.
+        problems: why the result is not to be trusted, a line each.
+        notes: what else to say, a line each.
+    """
+
+    run: Path
+    changed: tuple[Changed, ...]
+    taps: int
+    repeats: int
+    why: str
+    out: Path | None
+    command_status: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def status(self) -> int:
+        """COMMAND's own where that is not 0; 3 where not trusted, 1 where a bit changed, else 0."""
+        if self.command_status:
+            return self.command_status
+        if self.problems:
+            return UNTRUSTED
+        return CHANGED if self.changed else 0
+
+
+def check(
+    run: str | os.PathLike[str],
+    target: Sequence[str] | Callable[[], Any],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    repeat: int = 1,
+    **options: Any,
+) -> Checked:
+    """Replay a baseline onto itself, and say whether anything changed.
+
+    Args:
+        run: the baseline's recording.
+        target: the command that made it; or a function, which is called in this process.
+        out: a folder for the log and for what the job computed by itself, a floor for localize.
+        repeat: how often to replay.
+        **options: as of `graft replay`, by their names there.
+
+    Raises:
+        RecordingError: the recording cannot be read, or `out` holds a replay already.
+        UsageError: an option cannot be used, or the command cannot be started.
+    """
+    if repeat < 1:
+        raise UsageError(f"repeat is {repeat}; it is how often to replay, 1 or more")
+    recording = Recording.open(run)
+    with tempfile.TemporaryDirectory(prefix="graft-") as spare:
+        folder = Path(spare, "check") if out is None else Path(out)
+        problems: list[str] = []
+        notes: list[str] = []
+        logs: list[pl.DataFrame] = []
+        status = 0
+        for number in range(repeat):
+            into = folder if number == 0 else Path(spare, f"repeat-{number}")
+            settings = settings_of({**options, "record": Filter.parse("True")})
+            if callable(target):
+                log, wrong, said = in_process(recording, target, into, settings)
+            else:
+                done = replayed(recording, into, settings, target)
+                log, wrong, said = done.log, list(done.problems), list(done.notes)
+                status = status or done.command_status
+                if done.summary.outcomes.get("missing"):
+                    wrong.append(f"a tap has no record: {done.summary.first_missing}")
+                elif done.summary.unused:
+                    wrong.append(
+                        f"{count(done.summary.unused, 'record')} never used, such as "
+                        f"{', '.join(done.summary.unused_names[:3])}; give the command that made it"
+                    )
+            logs.append(log)
+            problems += [one for one in wrong if one not in problems]
+            notes += said if number == 0 else []
+        changed = _changed(logs)
+        why = ""
+        if changed and not status:
+            why = _why(recording, target, Path(spare, "plain"), changed[0])
+    unkept = Counter(logs[0]["outcome"].to_list())[WITHOUT_EFFECT]
+    if unkept:
+        notes.append(
+            f"{count(unkept, 'graft')} had no effect; behind such a tap errors are not cut off"
+        )
+    looked_at = logs[0].filter(logs[0]["outcome"].is_in(["grafted", WITHOUT_EFFECT, "compared"]))
+    return Checked(
+        Path(run),
+        tuple(changed),
+        looked_at.height,
+        repeat,
+        why,
+        None if out is None else Path(out),
+        status,
+        tuple(problems),
+        tuple(notes),
+    )
+
+
+def _changed(logs: Sequence[pl.DataFrame]) -> list[Changed]:
+    """Return what changed in any repeat, in order of execution."""
+    found: dict[Place, list[tuple[int, int, int, float | None]]] = {}
+    for number, log in enumerate(logs):
+        for row in log.sort("step", "seq", "rank").iter_rows(named=True):
+            if is_recompute(parse_tags(row["tags"])):
+                continue
+            place = Place(row["name"], row["tags"], row["kind"], row["step"], row["occurrence"])
+            is_value = row["outcome"] == "compared" and "recorded " in (row["message"] or "")
+            if row["changed"] or is_value:
+                found.setdefault(place, []).append(
+                    (number, row["rank"], row["changed"] or 0, row["error"])
+                )
+    return [
+        Changed(
+            place,
+            tuple(sorted({rank for _, rank, _, _ in rows})),
+            max(elements for _, _, elements, _ in rows),
+            max((error for *_, error in rows if error is not None), default=None),
+            len({number for number, *_ in rows}),
+        )
+        for place, rows in found.items()
+    ]
+
+
+def _why(
+    recording: Recording,
+    target: Sequence[str] | Callable[[], Any],
+    folder: Path,
+    first: Changed,
+) -> str:
+    """Say whether a run without grafts is the recorded one."""
+    if callable(target):
+        with Recorder(folder, level="digests"):
+            target()
+    else:
+        recorded(folder, RecordSettings(level="digests"), target)
+    keys = ("rank", "name", "tags", "kind", "step", "occurrence")
+    one, other = (
+        run.latest().select(*keys, "seq", "digest") for run in (recording, Recording.open(folder))
+    )
+    both = one.join(other, on=list(keys), how="inner", suffix="_again")
+    apart = both.filter(both["digest"].ne_missing(both["digest_again"])).sort("step", "seq", "rank")
+    if not apart.height:
+        return (
+            "without grafts the job computes what was recorded, so grafting changes it: a tensor "
+            "that it overwrites is used elsewhere too"
+        )
+    row = apart.row(0, named=True)
+    place = Place(*(row[key] for key in keys[1:]))
+    also = " as well" if place == first.place else ""
+    return (
+        f"the job is not deterministic: without any graft it differs from its recording{also}, "
+        f"first at {place.label} step={place.step} on rank {row['rank']}; seed it and make its "
+        "kernels deterministic, or give what differs to localize as --floor"
+    )
