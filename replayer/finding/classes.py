@@ -18,7 +18,7 @@ from recorder.sizes import count
 from ..measuring.look import Look, Place, Zeros
 from .judging import Judged
 
-_EXPLAINED, _LEFT = 0.85, 0.1  # of the squared error; of the baseline's size
+_EXPLAINED, _LEFT = 0.85, 0.03  # of the squared error; of the baseline's size
 _EXPLAINED_OF_ROUNDED = 0.3
 _ALL = 0.95
 _SAME = 0.05  # of the size of a few elements
@@ -138,7 +138,7 @@ def _narrow(fault: _Fault) -> Class | None:
         return None
     return Class(
         "low precision",
-        f"each of the target's values is one that {fits} holds, and the baseline's are not",
+        f"each of the target's values has as few bits as {fits} has, and the baseline's have more",
     )
 
 
@@ -213,7 +213,7 @@ def _less_the_first(rows: Sequence[Sequence[float]]) -> list[float]:
 def _explains(fault: _Fault, share: float) -> bool:
     """Whether what an explanation leaves of the error is little, or no more than rounding."""
     left = math.sqrt(max(1 - share, 0.0)) * (fault.worst.cut.error or 0.0)
-    return (share > _EXPLAINED and left <= _LEFT) or (
+    return (share > _EXPLAINED and left <= max(_LEFT, 2 * fault.worst.limit)) or (
         share > _EXPLAINED_OF_ROUNDED and left <= fault.worst.limit
     )
 
@@ -326,7 +326,8 @@ def _permuted_over_ranks(fault: _Fault) -> Class | None:
 
 def _is_other(own: Sequence[float], replaced: Sequence[float], other: Sequence[float]) -> bool:
     """Whether what stands in a place is another's, and not what replaced it, off by some."""
-    return math.dist(own, other) <= _SAME * max(math.dist(own, replaced), _SAME * math.hypot(*own))
+    off = math.dist(own, replaced)
+    return off > _APART * math.hypot(*own) and math.dist(own, other) <= _SAME * off
 
 
 _RULES: tuple[Callable[[_Fault], Class | None], ...] = (
@@ -335,8 +336,8 @@ _RULES: tuple[Callable[[_Fault], Class | None], ...] = (
     _chosen,
     _narrow,
     _stale,
-    _zeros,
     _permuted,
+    _zeros,
     _partial,
     _scaled,
     _shifted,

@@ -97,8 +97,8 @@ class Look(TypedDict, total=False):
     `shares` of the squared error that one explanation takes: `bias` one vector added to each row,
     `offset` one number to each row, `row`, `column` or a dim's number a factor for each of its
     indices; `factors` the least and the greatest of those that are wrong. `places` and `moved` by
-    the dim's number. `fits` is a coarser dtype that holds each of the target's values, and not the
-    baseline's. `stale` names another record that the target's values are.
+    the dim's number. `fits` is a format that has bits enough for each of the target's values, and
+    not of the baseline's. `stale` names another record that the target's values are.
     """
 
     shares: dict[str, float]

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from recorder.bits import dtype_name
+from recorder.bits import as_bits
 
 from .chunks import Pair
 from .elements import as_numbers
@@ -39,10 +39,15 @@ _MOST_LINES, _SAMPLES = 2048, 64  # lines of a dim that are sought elsewhere, by
 _WRONG_LINE, _SAME_LINE = 0.1, 0.1  # of a line's size; of its error
 _NAMED, _FEW, _ROWS = 8, 8, 4  # indices; elements of each; rows
 _FEWEST = 16  # numbers that an explanation is told by
-_NARROWER = {
-    torch.float64: (torch.float32, torch.bfloat16),
-    torch.float32: (torch.bfloat16, torch.float16),
-}
+_FRACTION = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
+_FORMATS = (
+    # bits of fraction
+    (2, "float8_e5m2"),
+    (3, "float8_e4m3"),
+    (7, "bfloat16"),
+    (10, "float16 or TF32"),
+    (23, "float32"),
+)
 
 
 @dataclass(frozen=True)
@@ -178,10 +183,8 @@ def _looked_at(added: Added, x: torch.Tensor, y: torch.Tensor, most: float) -> L
         look["moved"] = moved
     if zeros is not None:
         look["zeros"] = zeros
-    for dtype in _NARROWER.get(y.dtype, ()):
-        if _holds(dtype, y) and not _holds(dtype, x):
-            look["fits"] = dtype_name(dtype)
-            break
+    if fits := _narrower(x, y):
+        look["fits"] = fits
     return look
 
 
@@ -240,8 +243,7 @@ def _place(part: torch.Tensor, most: float, own: _Lines, base: _Lines) -> Place 
     """Return which few indices are wrong while the others are not, None if they are not few."""
     errors = _errors(part)
     usual = float(errors.median())
-    limit = max(most, _STANDS_OUT * usual)
-    wrong = errors > limit
+    wrong = errors > max(most, _STANDS_OUT * usual)
     count = int(wrong.sum())
     if not 0 < 2 * count <= len(errors):
         return None
@@ -327,10 +329,22 @@ def _crossings(t: torch.Tensor) -> list[list[float]]:
     return [[_short(value) for value in row] for row in few.nan_to_num(0.0, 0.0, 0.0).tolist()]
 
 
-def _holds(dtype: torch.dtype, t: torch.Tensor) -> bool:
-    """Whether a dtype holds each element."""
-    parts = t.reshape(-1).split(_CHUNK)
-    return all(bool(((p.to(dtype).to(p.dtype) == p) | p.isnan()).all()) for p in parts)
+def _narrower(x: torch.Tensor, y: torch.Tensor) -> str:
+    """Return the coarsest format that has bits enough for each element of y, but not of x.
+
+    Exponents are not asked about: a scale may have been taken out.
+    """
+    for bits, called in _FORMATS:
+        if bits < _FRACTION.get(y.dtype, 0) and _has_bits(y, bits):
+            return "" if _has_bits(x, bits) else called
+    return ""
+
+
+def _has_bits(t: torch.Tensor, bits: int) -> bool:
+    """Whether no element has more than so many bits of fraction."""
+    rest = (1 << _FRACTION[t.dtype] - bits) - 1
+    parts = as_bits(t).reshape(-1).split(_CHUNK)
+    return not any(bool((part & rest).any()) for part in parts)
 
 
 def _short(value: float) -> float:

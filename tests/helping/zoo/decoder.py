@@ -1,322 +1,346 @@
-"""A small decoder with taps, cut over tensor-parallel ranks, and the faults it can be given.
-
-Grouped heads, RoPE, a sliding window on odd layers, mixtures of experts on every third one, a KV
-cache. Weights are drawn whole from a seed and then cut. A fault is a name and a layer; `Decoder`
-asks `self.has(name, layer)` where it could go wrong.
-"""
+"""A small decoder-only model with taps: grouped queries, RoPE, windows, experts, a KV cache."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
 
-from recorder import declare_mesh, step
-from recorder import tap as real_tap
+from recorder import declare_mesh, step, tap
+
+from . import decoder_weights
+from .decoder_options import CHOSEN, EPSILON, EXPERTS, HEADS, KEY_HEADS, VOCAB, WINDOW
+from .decoder_options import Fault as Fault
+from .decoder_options import Options as Options
 
 SPARSE = ("attn_out", "mlp_out", "hidden", "logits")
 
 
-@dataclass(frozen=True)
-class Options:
-    """How one side computes; none of it but `layers`, `width` and seeds changes what.
-
-    Attributes:
-        kernel: of attention: `eager`, `sdpa` or `split`, which sums in parts.
-        taps: `dense`, or `sparse` for those at the ends of blocks.
-        stream: `sum`, or `delta` where the residual is added up later.
-        decode: steps of one token after the prompt, with a cache; in the target of such a pair,
-            `cached` says whether it has one.
-        reduced: dtype that all products are rounded to, as in a run of fewer bits.
-    """
-
-    layers: int = 3
-    width: int = 64
-    tokens: int = 24
-    dtype: str = "float32"
-    tp: int = 1
-    kernel: str = "eager"
-    taps: str = "dense"
-    stream: str = "sum"
-    decode: int = 0
-    cached: bool = True
-    in_place: bool = False
-    padding: int = 0
-    massive: bool = False
-    experts: bool = True
-    reduced: str = ""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong, where."""
-
-    name: str
-    layer: int = 0
-    at: int = 0
-
-
-@dataclass
 class Decoder:
     """One rank's part of the model."""
 
-    options: Options
-    rank: int = 0
-    faults: tuple[Fault, ...] = ()
-    heads: int = 8
-    groups: int = 4
-    experts: int = 8
-    _weights: list[dict[str, Tensor]] = field(init=False)
+    def __init__(self, options: Options, rank: int, group: dist.ProcessGroup | None = None):
+        declare_mesh(tp=(rank, options.tp))
+        self.options, self.rank, self.group = options, rank, group
+        self.ends, self.layers = decoder_weights.load(options, rank)
+        self.step = 0
+        self.cache: list[tuple[Tensor, Tensor]] = []
+        self.padding = torch.zeros(options.batch, dtype=torch.long)
+        if options.left_padding:
+            self.padding[1::2] = options.tokens // 4
+        self.before: dict[str, Tensor] = {}
+        self.stream = "b s[tp] w" if options.sequence_parallel and options.tp > 1 else "b s w"
 
-    def __post_init__(self):
-        o = self.options
-        random = torch.Generator().manual_seed(1000 + o.seed)
-        w, d = o.width, o.width // self.heads
-        dtype = getattr(torch, o.dtype)
+    @torch.no_grad()
+    def run(self) -> None:
+        """Compute all batches, each as a prompt and then token by token."""
+        options = self.options
+        random = torch.Generator().manual_seed(1000 + options.token_seed)
+        for _ in range(options.steps):
+            total = options.tokens + options.decode
+            tokens = torch.randint(1, VOCAB, (options.batch, total), generator=random)
+            tokens[:, 0] = 0
+            heads, dtype = KEY_HEADS // options.tp, options.torch_dtype
+            self.cache = [
+                tuple(
+                    torch.zeros(options.batch, total + 1, heads, options.head_dim, dtype=dtype)
+                    for _ in "kv"
+                )
+                for _ in self.layers
+            ]
+            self.advance(tokens[:, : options.tokens], 0)
+            for start in range(options.tokens, total):
+                self.advance(tokens[:, start : start + 1], start)
 
-        def draw(*shape, scale=None):
-            values = torch.randn(*shape, generator=random) * (scale or shape[-2] ** -0.5)
-            return values.to(dtype)
+    def advance(self, tokens: Tensor, start: int) -> None:
+        """Compute one step."""
+        self.forward(tokens, start)
+        step()
+        self.step += 1
 
-        self.embedding = draw(97, w, scale=1.0)
-        if o.massive:
-            self.embedding[:, 5] *= 60
-        self._weights = []
-        for _layer in range(o.layers):
-            one = {
-                "q": draw(w, w), "k": draw(w, self.groups * d), "v": draw(w, self.groups * d),
-                "o": draw(w, w), "bias": draw(w, scale=0.3),
-                "norm": 1 + 0.1 * draw(w, scale=1.0), "mlp_norm": 1 + 0.1 * draw(w, scale=1.0),
-                "gate": draw(w, 2 * w), "up": draw(w, 2 * w), "down": draw(2 * w, w),
-                "router": draw(w, self.experts),
-                "e_gate": draw(self.experts, w, w), "e_up": draw(self.experts, w, w),
-                "e_down": draw(self.experts, w, w),
-            }  # fmt: skip
-            self._weights.append(one)
-        self.final = 1 + 0.1 * draw(w, scale=1.0)
-        self.head = draw(w, 97)
-        for layer, one in enumerate(self._weights):
-            self._plant(layer, one)
-            for name, dim in (("q", 1), ("k", 1), ("v", 1), ("o", 0), ("gate", 1), ("up", 1),
-                              ("down", 0), ("e_gate", 2), ("e_up", 2), ("e_down", 1)):  # fmt: skip
-                one[name] = one[name].chunk(o.tp, dim)[self.rank].contiguous()
-            if self.has("shard", layer) and self.rank == 1:
-                one["down"] = one["down"].flip(0).contiguous()
+    def forward(self, tokens: Tensor, start: int) -> Tensor:
+        """Tokens `[b, s]`, the first of them at `start`, to logits."""
+        x = self.tap("embed", self.scattered(self.ends["embedding"][tokens]), self.stream)
+        delta = None
+        for i, layer in enumerate(self.layers):
+            x, normed = self.add_and_norm(x, delta, layer["attn_norm"], "attn_norm", i)
+            delta = self.attend(self.gathered(normed), layer, i, start)
+            x, normed = self.add_and_norm(x, delta, layer["mlp_norm"], "mlp_norm", i)
+            delta = self.mlp(self.gathered(normed), layer, i)
+            if self.options.residual == "pair":
+                tap("hidden", x + delta, dims=self.stream, layer=i)  # which nobody keeps
+            else:
+                x, delta = self.tap("hidden", self.added(x, delta), self.stream, i), None
+        _, normed = self.add_and_norm(x, delta, self.ends["norm"], "norm", None)
+        return self.tap("logits", self.gathered(normed) @ self.ends["unembedding"], "b s v[tp]")
 
-    def has(self, name, layer):
-        """Return the fault of a name in a layer, None where there is none."""
-        return next((f for f in self.faults if (f.name, f.layer) == (name, layer)), None)
+    def attend(self, x: Tensor, layer: decoder_weights.Weights, i: int, start: int) -> Tensor:
+        """Attention over the cache and `x`."""
+        query, key, value = (
+            self.tap(f"attn_{name}", self.by_head(x @ layer[name]), f"b s {heads}[tp] d", i)
+            for name, heads in (("q", "h"), ("k", "kv"), ("v", "kv"))
+        )
+        at = start + torch.arange(x.shape[1])
+        query = self.tap("q_rope", self.rotated(query, at, i, "q"), "b s h[tp] d", i)
+        key = self.tap("k_rope", self.rotated(key, at, i, "k"), "b s kv[tp] d", i)
+        key, value = self.cached(key, value, i, start)
+        context = self.context(query, key, value, self.visible(at, i), i)
+        context = self.tap("attn_context", context, "b s h[tp] d", i)
+        out = context.flatten(start_dim=2) @ layer["o"]
+        if self.fault("bias_each_rank", i):
+            out = out + layer["bias"]
+            layer = layer | {"bias": torch.zeros_like(layer["bias"])}
+        out = self.scattered(self.reduced(out, "attn_out", i)) + layer["bias"]
+        return self.tap("attn_out", out, self.stream, i)
 
-    def _plant(self, layer, one):
-        d = self.options.width // self.heads
-        if fault := self.has("heads", layer):
-            a, b = fault.at % 8, (fault.at + 3) % 8
-            order = list(range(self.heads))
-            order[a], order[b] = order[b], order[a]
-            one["q"] = one["q"].unflatten(1, (self.heads, d))[:, order].flatten(1)
-        if self.has("gate_up", layer):
-            one["gate"], one["up"] = one["up"], one["gate"]
-        if fault := self.has("bit", layer):
-            flat = one["up"].reshape(-1)
-            flat[fault.at] = flat[fault.at] * 2.0**20 if flat[fault.at] else 1e4
-        if fault := self.has("fp8", layer):
-            block = one["down"][:32].float()
-            one["down"][:32] = (block * (1.7 + fault.at % 3)).to(one["down"].dtype)
-        if self.has("experts", layer):
-            for name in ("e_gate", "e_up", "e_down"):
-                one[name] = one[name][[1, 0, *range(2, self.experts)]]
-        if fault := self.has("expert_scale", layer):
-            one["e_down"][fault.at % self.experts] *= 1.25
+    def mlp(self, x: Tensor, layer: decoder_weights.Weights, i: int) -> Tensor:
+        """SwiGLU, or a mixture of such experts."""
+        has_experts = self.options.has_experts(i)
+        share = used = None
+        spread = self.options.expert_parallel
+        dims = ("b s e[tp] f" if spread else "b s e f[tp]") if has_experts else "b s f[tp]"
+        if has_experts:
+            share, used = self.route(x, layer, i)
+        gate, up = (
+            self.tap(name, self.into_experts(x, layer[name], used), dims, i)
+            for name in ("gate", "up")
+        )
+        if self.fault("act_swapped", i):
+            gate, up = up, gate
+        if self.options.fused:
+            inner = (F.silu(gate.float()) * up.float()).to(gate.dtype)
+        else:
+            inner = F.silu(gate) * up
+        inner = self.tap("mlp_act", inner, dims, i)
+        down = layer["down"]
+        if self.fault("low_matmul", i):
+            low = torch.bfloat16 if inner.dtype == torch.float32 else torch.float8_e4m3fn
+            inner, down = inner.to(low).to(inner.dtype), down.to(low).to(down.dtype)
+        if share is None:
+            out = inner @ down
+        elif self.options.fused:
+            out = torch.einsum("bsef,efw,bse->bsw", inner.float(), down.float(), share)
+            out = out.to(inner.dtype)
+        else:
+            out = torch.zeros_like(x)
+            for e, weight in enumerate(down):
+                out += inner[:, :, e] @ weight * share[:, :, e, None].to(x.dtype)
+        return self.tap("mlp_out", self.scattered(self.reduced(out, "mlp_out", i)), self.stream, i)
 
-    def tap(self, name, value, **about):
-        """Tap what the options ask for."""
-        if self.options.taps == "sparse" and name not in SPARSE:
-            return value
-        return real_tap(name, value, **about)
+    def route(self, x: Tensor, layer: decoder_weights.Weights, i: int) -> tuple[Tensor, Tensor]:
+        """Return each expert's share of each token, and which tokens it gets, of this rank."""
+        logits = self.tap("router_logits", x.float() @ layer["router"].float(), "b s e", i)
+        chosen = self.tap("topk", logits.topk(CHOSEN).indices, "b s k", i)
+        weights = logits.softmax(dim=-1).gather(-1, chosen)
+        if not self.fault("not_renormalised", i):
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        if fault := self.fault("expert_map", i):
+            first, second = fault.at
+            chosen = torch.where(
+                chosen == first, second, torch.where(chosen == second, first, chosen)
+            )
+        share = torch.zeros_like(logits).scatter(-1, chosen, weights)
+        used = torch.zeros_like(logits).scatter(-1, chosen, 1.0)
+        if fault := self.fault("capacity", i):
+            capacity = math.ceil(used.sum().item() / EXPERTS)
+            kept = used * (used.flatten(0, 1).cumsum(dim=0).view_as(used) <= capacity)
+            share, used = (share, kept) if fault.what == "dispatch" else (share * kept, used)
+        if self.options.expert_parallel:
+            share, used = (t.chunk(self.options.tp, dim=-1)[self.rank] for t in (share, used))
+        return share, used
 
-    def product(self, x, w):
-        """Multiply, in the order of summands and in the bits that the options say."""
-        o = self.options
-        if o.reduced:
-            low = getattr(torch, o.reduced)
-            x, w = x.to(low).to(x.dtype), w.to(low).to(w.dtype)
-        if o.kernel == "split":
-            parts = zip(x.chunk(4, -1), w.chunk(4, -2), strict=True)
-            return sum(a @ b for a, b in parts)
-        return x @ w
+    def into_experts(self, x: Tensor, weight: Tensor, used: Tensor | None) -> Tensor:
+        """Multiply into the MLP; an expert has zeros where a token is not its own."""
+        if used is None:
+            return x @ weight
+        return torch.einsum("bsw,ewf->bsef", x, weight) * used.to(x.dtype)[..., None]
 
-    def reduced(self, x):
-        """Add up over ranks."""
-        if self.options.tp > 1:
-            x = x.contiguous()
-            dist.all_reduce(x)
+    def context(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, i: int) -> Tensor:
+        """Return what each head attends to, `[b, s, h, d]`."""
+        scale = 1 / math.sqrt(self.options.head_dim)
+        if fault := self.fault("softmax_scale", i):
+            scale *= fault.at[0]
+        groups = HEADS // KEY_HEADS
+        if self.fault("tiled_heads", i):
+            key, value = key.repeat(1, 1, groups, 1), value.repeat(1, 1, groups, 1)
+        else:
+            key, value = (t.repeat_interleave(groups, dim=2) for t in (key, value))
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        mask, kind = mask[:, None], self.options.attention
+        if kind == "sdpa":
+            out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+        elif kind == "split":
+            out = attention_by_blocks(query, key, value, mask, scale)
+        else:
+            scores = (query @ key.mT * scale).masked_fill(~mask, -math.inf)
+            weights = scores.float().softmax(dim=-1)
+            if self.fault("low_probs", i):
+                low = torch.bfloat16 if query.dtype == torch.float32 else torch.float8_e4m3fn
+                weights = weights.to(low).float()
+            if self.fault("dropout_probs", i):
+                weights = self.dropped(weights, True)
+            out = weights.to(value.dtype) @ value
+        return out.transpose(1, 2)
+
+    def visible(self, at: Tensor, i: int) -> Tensor:
+        """Return which keys each query at `at` sees, `[b, s, keys]`."""
+        peek = 1 if self.fault("peek", i) else 0
+        keys = torch.arange(int(at[-1]) + 1)
+        queries = at[:, None]
+        mask = keys <= queries + peek
+        if self.options.has_window(i):
+            fault = self.fault("window", i)
+            mask &= keys > queries - WINDOW - (fault.at[0] if fault else 0)
+        padding = 0 * self.padding if self.fault("padding_seen", i) else self.padding
+        return (mask & (keys >= padding[:, None, None])) | (keys == queries)
+
+    def cached(self, key: Tensor, value: Tensor, i: int, start: int) -> tuple[Tensor, Tensor]:
+        """Put keys and values into the cache and return all up to here."""
+        end = start + key.shape[1]
+        fault = self.fault("cache_slot", i)
+        shift = int(fault.at[0]) if fault and start else 0
+        for cache, new in zip(self.cache[i], (key, value), strict=True):
+            cache[:, start + shift : end + shift] = new
+        if (fault := self.fault("cache_stale", i)) and start:
+            self.cache[i][0][:, start] = self.cache[i][0][:, start - 1]
+        keys, values = self.cache[i]
+        return keys[:, :end], values[:, :end]
+
+    def rotated(self, x: Tensor, at: Tensor, i: int, which: str) -> Tensor:
+        """Rotate queries or keys by their positions."""
+        positions = at - self.padding[:, None]
+        fault = self.fault("rope_shift", i)
+        if fault and which in fault.what:
+            offset, since = fault.at
+            positions = positions + offset * (at >= since)
+        if (fault := self.fault("rope_stale", i)) and which in fault.what:
+            positions = positions.clamp(max=self.options.tokens - 1)
+        base = 10000.0
+        if (fault := self.fault("rope_base", i)) and which in fault.what:
+            base = fault.at[0]
+        half = x.shape[-1] // 2
+        angles = positions.clamp(min=0)[..., None] / base ** (torch.arange(half) / half)
+        cosine, sine = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        precise = x.float() if self.options.fused else x
+        first, second = precise.chunk(2, dim=-1)
+        cosine, sine = cosine.to(precise.dtype), sine.to(precise.dtype)
+        turned = [first * cosine - second * sine, second * cosine + first * sine]
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+    def add_and_norm(
+        self, x: Tensor, delta: Tensor | None, weight: Tensor, name: str, i: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual with the delta in it, and its norm."""
+        total = x if delta is None else self.added(x, delta)
+        exact = total.float()
+        if delta is not None and self.options.residual == "pair":
+            exact = x.float() + delta.float()
+        fault = self.fault("epsilon", i, name)
+        epsilon = EPSILON * (fault.at[0] if fault else 1)
+        normed = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + epsilon)
+        fused = self.options.fused
+        normed = (normed * weight).to(x.dtype) if fused else normed.to(x.dtype) * weight
+        return total, normed if i is None else self.tap(name, normed, self.stream, i)
+
+    def added(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Add to the residual stream."""
+        return delta.add_(x) if self.options.in_place else x + delta
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """Split the last dim into heads."""
+        return x.unflatten(-1, (-1, self.options.head_dim))
+
+    def reduced(self, x: Tensor, name: str, i: int) -> Tensor:
+        """Sum over the ranks."""
+        if self.options.tp == 1 or self.fault("missing_reduce", i, name):
+            return x
+        total = x.float()
+        dist.all_reduce(total, group=self.group)
+        return total.to(x.dtype)
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """Keep this rank's tokens, where the stream is cut."""
+        return x.chunk(self.options.tp, dim=1)[self.rank].clone() if "[" in self.stream else x
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Put the tokens of all ranks together, where the stream is cut."""
+        if "[" not in self.stream:
+            return x
+        parts = [torch.empty_like(x, dtype=torch.float32) for _ in range(self.options.tp)]
+        dist.all_gather(parts, x.float().contiguous(), group=self.group)
+        return torch.cat(parts, dim=1).to(x.dtype)
+
+    def fault(self, kind: str, layer: int | None, what: str | None = None) -> Fault | None:
+        """Return the fault of a kind that is planted here."""
+        for fault in self.options.faults:
+            if (fault.kind, fault.layer) == (kind, layer) and what in (None, fault.what):
+                return fault
+        return None
+
+    def tap(self, name: str, x: Tensor, dims: str, layer: int | None = None) -> Tensor:
+        """Tap a tensor, spoiled by the faults that are planted at it."""
+        for fault in self.options.faults:
+            if (fault.what, fault.layer) == (name, layer):
+                x = self.spoiled(x, fault, "[tp]" in dims)
+        if self.options.taps == "dense" or name in SPARSE:
+            x = tap(name, x, dims=dims, **({} if layer is None else {"layer": layer}))
+        if any(fault.kind.startswith("stale") for fault in self.options.faults):
+            self.before[name] = x
         return x
 
-    def norm(self, x, weight, layer, name="norm"):
-        """RMSNorm, in float32."""
-        eps = 1e-5
-        if name == "norm" and self.has("eps", layer):
-            eps = 1e-5 * 1e3 * 10
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    def spoiled(self, x: Tensor, fault: Fault, is_cut: bool) -> Tensor:
+        """Return a tensor as a fault of values makes it."""
+        kind, at = fault.kind, fault.at
+        if kind == "rounded":
+            return x.to(getattr(torch, at[0])).to(x.dtype)
+        if kind == "scaled":
+            return x * at[0]
+        if kind == "shifted":
+            return x + at[0]
+        if kind == "scaled_on_rank":
+            return x * at[0] if self.rank == self.options.tp - 1 else x
+        if kind == "dropout":
+            return self.dropped(x, is_cut)
+        if kind == "zero_last":
+            return torch.cat([x[:, : -at[0]], torch.zeros_like(x[:, -at[0] :])], dim=1)
+        if kind == "token":
+            x = x.clone()
+            x[at[0], at[1]] = x[at[0], at[1] - 1]
+            return x
+        if kind == "stale_layer" or (kind == "stale_step" and self.step):
+            return self.before[fault.what].clone()
+        if kind == "swap_chosen":
+            first, second = at
+            return torch.where(x == first, second, torch.where(x == second, first, x))
+        return x
 
-    def rope(self, x, positions):
-        """Rotate x of [b, s, h, d] by positions of [b, s]."""
-        half = x.shape[-1] // 2
-        rates = 100.0 ** -(torch.arange(half) / half)
-        angles = (positions[..., None].float() * rates)[:, :, None]
-        a, b = x.float().chunk(2, -1)
-        return torch.cat(
-            [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1
-        ).to(x.dtype)
+    def dropped(self, x: Tensor, is_cut: bool) -> Tensor:
+        """Apply dropout, on each rank alike where each has the whole."""
+        seed = 7 + self.step * 10 + (self.rank if is_cut else 0)
+        random = torch.Generator().manual_seed(seed + self.options.token_seed * 100)
+        kept = torch.rand(x.shape, generator=random) >= 0.1
+        return x * kept.to(x.dtype) / 0.9
 
-    def attention(self, x, layer, positions, cache):
-        """Attention of x of [b, s, w]."""
-        w, o = self._weights[layer], self.options
-        d = o.width // self.heads
-        x = self.tap("attn_norm", self.norm(x, w["norm"], layer), dims="b s w", layer=layer)
-        if self.has("low_norm", layer):
-            x = x.to(torch.bfloat16).to(x.dtype)
-        q, k, v = (self.product(x, w[n]).unflatten(-1, (-1, d)) for n in "qkv")
-        if self.has("low", layer):
-            q = q.to(torch.bfloat16).to(q.dtype)
-        q = self.tap("attn_q", q, dims="b s h[tp] d", layer=layer)
-        k = self.tap("attn_k", k, dims="b s h[tp] d", layer=layer)
-        v = self.tap("attn_v", v, dims="b s h[tp] d", layer=layer)
-        turned = positions
-        if self.has("rope", layer):
-            turned = positions + (positions > 7)
-        q = self.tap("q_rope", self.rope(q, turned), dims="b s h[tp] d", layer=layer)
-        k = self.tap("k_rope", self.rope(k, positions), dims="b s h[tp] d", layer=layer)
-        keys = positions
-        if cache is not None:
-            if cache.get(layer) is not None:
-                old_k, old_v, old = cache[layer]
-                if self.has("cache", layer):
-                    old_k = torch.cat([old_k[:, :1], old_k[:, :-1]], 1)
-                k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
-                keys = torch.cat([old, positions], 1)
-            cache[layer] = k, v, keys
-        context = self.attend(q, k, v, positions, keys, layer)
-        context = self.tap("attn_context", context.flatten(2), dims="b s w[tp]", layer=layer)
-        out = self.product(context, w["o"])
-        if not self.has("no_reduce", layer):
-            if self.has("bias_twice", layer):
-                out = out + w["bias"]
-            out = self.reduced(out)
-        if not self.has("bias_twice", layer):
-            out = out + w["bias"]
-        return self.tap("attn_out", out, dims="b s w", layer=layer)
 
-    def attend(self, q, k, v, positions, keys, layer):
-        """Return [b, s, h, d] from q of [b, s, h, d], k and v of [b, t, g, d]."""
-        repeat = q.shape[2] // k.shape[2]
-        k, v = (t.repeat_interleave(repeat, 2) for t in (k, v))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        at, of = positions[:, None, :, None], keys[:, None, None, :]
-        peek = 1 if self.has("peek", layer) else 0
-        allowed = (of <= at + peek) & (of >= 0)
-        if layer % 2:
-            allowed &= of > at - 8 - (1 if self.has("window", layer) else 0)
-        scale = q.shape[-1] ** -0.5
-        if self.has("scale", layer):
-            scale *= 1.5
-        if self.options.kernel == "sdpa":
-            found = scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
-            return found.nan_to_num().transpose(1, 2)
-        scores = (q.float() @ k.float().mT * scale).masked_fill(~allowed, -1e30)
-        probs = (scores.softmax(-1) * allowed.any(-1, keepdim=True)).to(v.dtype)
-        if self.has("dropout", layer):
-            random = torch.Generator().manual_seed(7)
-            kept = torch.rand(probs.shape, generator=random) > 0.1
-            probs = probs * kept / 0.9
-        return (probs @ v).transpose(1, 2)
-
-    def mlp(self, x, layer):
-        """The block after attention."""
-        w = self._weights[layer]
-        x = self.tap(
-            "mlp_norm", self.norm(x, w["mlp_norm"], layer, "mlp"), dims="b s w", layer=layer
-        )
-        if self.options.experts and layer % 3 == 1:
-            out = self.mixture(x, layer)
-        else:
-            gate, up = self.product(x, w["gate"]), self.product(x, w["up"])
-            gate = self.tap("gate", gate, dims="b s f[tp]", layer=layer)
-            up = self.tap("up", up, dims="b s f[tp]", layer=layer)
-            act = self.tap("mlp_act", silu(gate) * up, dims="b s f[tp]", layer=layer)
-            if self.has("mlp_dropout", layer):
-                random = torch.Generator().manual_seed(9 + self.rank)
-                act = act * (torch.rand(act.shape, generator=random) > 0.1) / 0.9
-            out = self.product(act, w["down"])
-        if not self.has("mlp_no_reduce", layer):
-            out = self.reduced(out)
-        return self.tap("mlp_out", out, dims="b s w", layer=layer)
-
-    def mixture(self, x, layer):
-        """Two of eight experts for each token."""
-        w = self._weights[layer]
-        scores = self.tap("router", self.product(x, w["router"]), dims="b s e", layer=layer)
-        probs = scores.float().softmax(-1)
-        chosen = self.tap("topk", probs.topk(2, -1).indices, dims="b s k", layer=layer)
-        weights = probs.gather(-1, chosen)
-        if not self.has("renorm", layer):
-            weights = weights / weights.sum(-1, keepdim=True)
-        weights = weights.to(x.dtype)
-        out = torch.zeros_like(x)
-        capacity = 9 if self.has("capacity", layer) else 10**6
-        for expert in range(self.experts):
-            took = (chosen == expert).any(-1)
-            share = (weights * (chosen == expert)).sum(-1)
-            took &= took.flatten().cumsum(0).view_as(took) <= capacity
-            act = silu(self.product(x, w["e_gate"][expert])) * self.product(x, w["e_up"][expert])
-            out = out + self.product(act, w["e_down"][expert]) * (share * took)[..., None]
-        return out
-
-    def forward(self, tokens, positions, cache):
-        """Tokens [b, s] to logits."""
-        o = self.options
-        x = self.tap("embed", self.embedding[tokens], dims="b s w")
-        delta = None
-        for layer in range(o.layers):
-            if delta is not None:
-                x = x + delta
-            out = self.attention(x, layer, positions, cache)
-            kept = out
-            x = x + kept
-            if o.in_place:
-                out.mul_(3.0)
-            delta = self.mlp(x, layer)
-            whole = x + delta
-            if o.stream == "delta":
-                # Declared as the sum at the tap, although the block keeps both.
-                whole = self.tap("hidden", whole, dims="b s w", layer=layer)
-                x, delta = whole - delta, delta
-                x, delta = whole, None
-            else:
-                x, delta = self.tap("hidden", whole, dims="b s w", layer=layer), None
-        x = self.norm(x, self.final, -1, "final")
-        return self.tap("logits", self.product(x, self.head), dims="b s v")
-
-    def run(self):
-        """A prompt of two sequences, then the steps of decoding."""
-        o = self.options
-        declare_mesh(tp=(self.rank, o.tp))
-        random = torch.Generator().manual_seed(2000 + o.seed)
-        total = o.tokens + o.decode
-        tokens = torch.randint(97, (2, total), generator=random)
-        positions = torch.arange(total).expand(2, total).clone()
-        if o.padding:
-            positions[1] -= o.padding
-        cache = {} if o.decode else None
-        with torch.no_grad():
-            self.forward(tokens[:, : o.tokens], positions[:, : o.tokens], cache)
-            step()
-            for i in range(o.tokens, total):
-                if o.cached:
-                    self.forward(tokens[:, i : i + 1], positions[:, i : i + 1], cache)
-                step()
+def attention_by_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, block: int = 5
+) -> Tensor:
+    """Attention that takes keys block by block and merges what each block gives."""
+    dtype = query.dtype
+    query, key, value = query.float(), key.float(), value.float()
+    tops, sums, outs = [], [], []
+    for begin in range(0, key.shape[2], block):
+        part = slice(begin, begin + block)
+        scores = (query @ key[:, :, part].mT * scale).masked_fill(~mask[..., part], -1e30)
+        top = scores.amax(dim=-1, keepdim=True)
+        weights = (scores - top).exp()
+        tops.append(top)
+        sums.append(weights.sum(dim=-1, keepdim=True))
+        outs.append(weights @ value[:, :, part])
+    top = torch.stack(tops)
+    factors = (top - top.amax(dim=0)).exp()
+    total = (torch.stack(outs) * factors).sum(dim=0) / (torch.stack(sums) * factors).sum(dim=0)
+    return total.to(dtype)

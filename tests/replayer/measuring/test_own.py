@@ -105,10 +105,19 @@ def test_zeros_of_dropout_and_the_factor_of_the_rest():
     assert zeros["scale"] == pytest.approx(1 / 0.9, rel=1e-3) and zeros["explained"] > 0.99
 
 
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-def test_values_that_a_coarser_dtype_holds(narrow):
+@pytest.mark.parametrize("scale", [1.0, 2.0**-9])
+@pytest.mark.parametrize(
+    ("narrow", "called"),
+    [
+        (torch.bfloat16, "bfloat16"),
+        (torch.float16, "float16 or TF32"),
+        (torch.float8_e4m3fn, "float8_e4m3"),
+        (torch.float8_e5m2, "float8_e5m2"),
+    ],
+)
+def test_values_that_a_coarser_dtype_holds(narrow, called, scale):
     x = randn(64, 96)
-    assert own(x, x.to(narrow).float()).look["fits"] == str(narrow).removeprefix("torch.")
+    assert own(x * scale, x.to(narrow).float() * scale).look["fits"] == called
     assert "fits" not in own(x.to(narrow).float(), (2 * x).to(narrow).float()).look
 
 

@@ -1,0 +1,1 @@
+"""Models with planted faults and clean variants, for measuring how well faults are named."""
