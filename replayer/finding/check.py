@@ -124,7 +124,7 @@ def check(
         status = 0
         for number in range(repeat):
             into = folder if number == 0 else Path(spare, f"repeat-{number}")
-            settings = settings_of({**options, "record": Filter.parse("True")})
+            settings = settings_of({**options, "metrics": True, "record": Filter.parse("True")})
             if callable(target):
                 log, wrong, said = in_process(recording, target, into, settings)
             else:

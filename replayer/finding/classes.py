@@ -124,6 +124,9 @@ def _chosen(fault: _Fault) -> Class | None:
     if look is None:
         return None
     told = f"{look['other']} of {look['rows']} rows are another choice"
+    if shift := look.get("shift"):
+        called = _dim(fault.row, shift[0])
+        return Class("permuted", f"{told}: each of {called} is the one {shift[1]:+d} from it")
     if stand := look.get("stand"):
         pairs = ", ".join(f"{b} for {a}" for a, b in stand)
         return Class("permuted", f"{told}: the target always has {pairs}")

@@ -235,7 +235,7 @@ def _judged(
     usual = usual_of(rtol, row["error_typical"], is_gradient=is_gradient)
     if is_gradient and row["size"] <= usual.whole * usual_gradient:
         return Judged(one, limit, siblings, 0.0)  # zero beside the others, but for rounding
-    if math.isinf(error) and (row["max_abs"] or 0.0) <= atol:
+    if math.isinf(error) and row["size"] <= atol:
         return Judged(one, limit, siblings, 0.0)  # what is off has no size of its own
     room = max(1.0, limit / most_rounding(_eps(one)))
     scores = {"error": error / limit}

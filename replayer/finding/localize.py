@@ -144,7 +144,7 @@ def localize(
 
 
 def settings_of(options: Mapping[str, Any]) -> ReplaySettings:
-    """Return the settings of a replay that measures own errors.
+    """Return the settings of a replay that measures own errors, and other figures if asked for.
 
     Raises:
         UsageError: an option is unknown, or cannot be used.
@@ -154,7 +154,7 @@ def settings_of(options: Mapping[str, Any]) -> ReplaySettings:
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, 2) or sorted(known)
         raise UsageError(f"{unknown[0]!r} is no option of a replay; there is {', '.join(close)}")
-    return ReplaySettings.given({**options, "own_error": True})
+    return ReplaySettings.given({"metrics": False, **options, "own_error": True})
 
 
 def in_process(

@@ -42,6 +42,7 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
     x, y = (t.detach().cpu() for t in (x, y))
     if not x.numel() or torch.equal(x, y):
         return Choice()
+    shift = _shift(x, y)
     x, y = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (x, y))
     differ = (x != y).any(1)
     is_set = x.dtype != torch.bool and x.shape[1] > 1
@@ -53,6 +54,8 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
         "order": int(differ.sum()) - count,
         "first": other.nonzero().flatten()[:_NAMED].tolist(),
     }
+    if shift is not None:
+        look["shift"] = shift
     if x.dtype != torch.bool and (stand := _standing(x, y)):
         look["stand"] = stand
     fitting = next((s for s in scores if _fits(s, x, y)), None)
@@ -63,6 +66,19 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
         size = chosen.abs().amax(1)
         look["ties"] = int((worst <= _TIE * size).sum())
     return Choice(count / rows, {"choice": look})
+
+
+def _shift(x: torch.Tensor, y: torch.Tensor) -> list[int] | None:
+    """Return a dim of which each index is the baseline's next or last, and which: [dim, +-1]."""
+    for dim, size in enumerate(x.shape):
+        if size < 4:
+            continue
+        for by in (1, -1):
+            a = x.narrow(dim, max(by, 0), size - 1)
+            b = y.narrow(dim, max(-by, 0), size - 1)
+            if torch.equal(a, b):
+                return [dim, by]
+    return None
 
 
 def _standing(x: torch.Tensor, y: torch.Tensor) -> list[list[int]]:

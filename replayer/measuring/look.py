@@ -79,7 +79,8 @@ class Chosen(TypedDict, total=False):
     """Of indices: how many of the `rows` are an `other` choice, the `first` of them.
 
     `ties` of them are near ties by the scores, if those are known; in so many more the same choice
-    comes in another `order`. `stand` has, of indices, [one, other] where the other always stands
+    comes in another `order`. `shift` is [dim, k] where each index of a dim is the baseline's k from
+    it. `stand` has, of indices, [one, other] where the other always stands
     for the one.
     """
 
@@ -88,6 +89,7 @@ class Chosen(TypedDict, total=False):
     first: list[int]
     ties: int
     order: int
+    shift: list[int]
     stand: list[list[int]]
 
 

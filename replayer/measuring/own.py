@@ -56,7 +56,7 @@ class OwnError:
 
     Attributes:
         profile: where the error lies.
-        size: root mean square of the baseline's elements.
+        size: root mean square of the elements of either side, the larger, without extremes.
         odd: elements that are NaN or infinite on one side alone.
         scale: y is this many times x.
         cosine: between d and x.

@@ -280,6 +280,8 @@ def _fitted(
     multiple of it. So a row counts where it is far more off than the rest, and of gradients so does
     an index.
     """
+    if not bool((sums[:, DD] > unit**2 * sums[:, XX]).any()):
+        return _Fit()  # no part of an error is larger than it
     odd: torch.Tensor | float = _ODD_GRADIENT
     odds = _ODDS + math.log(1 + sum(leading) + len(sums))
     of_all = _SHARE if is_gradient else _SHARE_OF_ALL

@@ -1,6 +1,6 @@
 """What a profile is made of: each row's sums over a pair of tensors, without what masks left.
 
-1. `_great_from` finds what masks left, by the exponents of all numbers.
+1. `_great` finds what masks left, by the exponents of all numbers, or of some where that is enough.
 2. `add_up` adds up each row, chunk by chunk; `_sums` does a chunk: in float32 where that holds the
    numbers and, of a row, the squares and fourth powers, which takes a third of the time, else in
    float64.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ EXTREME = 16.0
 
 _CHUNK = 1 << 16  # elements worked on at once; they stay in a processor's cache
 _AT_ONCE = 1 << 20  # elements that one thread takes
+_SAMPLED, _STRIDE = 1 << 18, 17  # elements, of which one of so many shows whether there is a gap
 _GAP = 3  # binades without a number, below what is great
 _LEAST_BELOW, _SHARE_BELOW = 16, 64  # numbers below it at least, and one of so many
 _EXPONENT = {torch.float32: (23, 8), torch.float64: (52, 11)}  # the place of its bits, how many
@@ -52,8 +53,7 @@ def add_up(one: torch.Tensor, other: torch.Tensor, run: Map = map) -> tuple[torc
     is_narrow = all(t.dtype in _NARROW for t in (one, other))
     dtype = torch.float32 if is_narrow else torch.float64
     parts = [part for block in _cut((one, other), _AT_ONCE) for part in block]
-    counts = functools.reduce(torch.add, run(lambda part: _binades(part, dtype), parts))
-    great, top, highest = _great_from(counts, dtype)
+    great, top, highest = _great(one, other, parts, dtype, run)
     scale, outer = (_scale(e, dtype) for e in (top, highest))
     is_far = is_narrow and highest > _HIGH
     if is_narrow:
@@ -99,6 +99,36 @@ def _joined(parts: Iterable[torch.Tensor]) -> torch.Tensor:
         total = total + part
         total[:, ELEMENT] = most
     return total
+
+
+def _great(
+    one: torch.Tensor,
+    other: torch.Tensor,
+    parts: Sequence[Pair],
+    dtype: torch.dtype,
+    run: Map,
+) -> tuple[float, int, int]:
+    """Return from where on numbers are great by a gap, as `_great_from` does.
+
+    A sample without a gap, from whose greatest to the greatest of all there is none either, has as
+    many exponents or fewer than all have: then there is none.
+    """
+    if one.numel() >= _SAMPLED:
+        few, of_other = (t.reshape(-1)[::_STRIDE].unsqueeze(0) for t in (one, other))
+        great, _, highest = _great_from(_binades((few, of_other), dtype), dtype)
+        most = [max(found) for found in zip(*run(_greatest, parts), strict=True)]
+        if great == math.inf and all(map(math.isfinite, most)) and min(most) > 0:
+            bound = math.frexp(min(most))[1] - 1
+            if bound - highest <= _GAP:
+                return great, bound, bound
+    counts = functools.reduce(torch.add, run(lambda part: _binades(part, dtype), parts))
+    return _great_from(counts, dtype)
+
+
+def _greatest(pair: Pair) -> tuple[float, float]:
+    """Return the greatest magnitude of each side; NaN or infinite where something is."""
+    found = [torch.stack(torch.aminmax(t)).to(torch.float64).abs().amax() for t in pair]
+    return float(found[0]), float(found[1])
 
 
 def _binades(pair: Pair, dtype: torch.dtype) -> torch.Tensor:

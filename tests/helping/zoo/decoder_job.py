@@ -7,7 +7,7 @@ from .jobs import run
 if __name__ == "__main__":
     run(
         cases,
-        lambda options: Decoder(options, 0).run(),
-        lambda case, rank, group: Decoder(case.target, rank, group).run(),
+        lambda options, seed: Decoder(options, 0).run(),
+        lambda case, seed, rank, group: Decoder(case.target, rank, group).run(),
         lambda case: case.target.tp,
     )

@@ -24,16 +24,17 @@ WAIT = timedelta(seconds=30)
 
 def run(
     cases: Callable[[int], Sequence[Any]],
-    base: Callable[[Any], None],
-    target: Callable[[Any, int, Any], None],
+    base: Callable[[Any, int], None],
+    target: Callable[[Any, int, int, Any], None],
     ranks: Callable[[Any], int],
 ) -> None:
     """Run the pairs that the command line names; what a reader needs to know stands beside each.
 
     Args:
-        cases: the pairs of a seed, each with `name`, `base`, `expected`, `classes`.
-        base: runs a baseline, of one rank.
-        target: runs a pair's target on a rank, in a process group.
+        cases: the pairs of a seed, each with `name`, `base`, `expected`, `classes`, and perhaps
+            `also`, other taps at which a fault shows by itself.
+        base: runs a baseline, of one rank, given its options and the seed.
+        target: runs a pair's target, given the pair, the seed, the rank and the process group.
         ranks: how many ranks a pair's target has.
     """
     parser = argparse.ArgumentParser()
@@ -53,16 +54,17 @@ def run(
 
     def record(options: Any) -> None:
         with Recorder(place_of(options), rank=0, world_size=1):
-            base(options)
+            base(options, given.seed)
 
     def replay(case: Any) -> None:
         folder, world = given.out / "cases" / case.name, ranks(case)
         if rank >= world:
             return
         with Replayer(place_of(case.base), out=folder, own_error=True, rank=rank, world_size=world):
-            target(case, rank, group)
+            target(case, given.seed, rank, group)
         if rank == 0:
-            told = {"expected": case.expected, "classes": sorted(case.classes)}
+            also = getattr(case, "also", ())
+            told = {"expected": case.expected, "also": also, "classes": sorted(case.classes)}
             (folder / "expected.json").write_text(json.dumps(told))
 
     if rank == 0:

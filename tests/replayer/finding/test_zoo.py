@@ -70,7 +70,7 @@ def hold(job, out, seed, every=1):
         ]
         row = faults[SHAPE.sub("", folder.name)]
         row[0] += 1
-        row[1] += 0 in at
+        row[1] += 0 in at or any(fits(named[0], wanted) for wanted in expected["also"])
         row[2] += any(i is not None and i < 3 for i in at)
         row[3] += None in at
         word = named[at[0]].class_.word if at[0] is not None else ""
