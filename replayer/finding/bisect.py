@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from recorder.commands.outcome import UNTRUSTED
 from recorder.errors import RecordingError, RecordingExists, UsageError
 from recorder.filters import Filter
+from recorder.format import disk
 from recorder.format.rows import parse_tags
 from recorder.format.tables import to_frame
 from recorder.recording import Recording
@@ -33,10 +34,10 @@ from recorder.tags import RECOMPUTE, canonical, is_recompute
 
 from ..diffing.columns import DiffRow, rows_of
 from ..diffing.diff import diff
+from ..match import MatchOn
 from ..only import Tap, write
 from ..settings import ReplaySettings
-from ..trial import replayed
-from .localize import in_process, settings_of
+from .localize import settings_of, trial_of
 from .search import Boundary, Verdict, Voted, boundary, contradiction, smallest_set, steps_of
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ class _Trials:
                 )
                 for one in lines
             ]  # fmt: skip
+            _rewrite(path, [head, *lines])
             if self._old:
                 self.say(f"going on after {len(self._old)} trials in {self.out}")
             return
@@ -316,14 +318,9 @@ class _Trials:
             path = folder / "taps.json"
             write(path, taps)
             settings = replace(settings, only=str(path.resolve()))
-        if callable(self.target):
-            log, wrong, _ = in_process(self.recording, self.target, folder, settings)
-            return log, 0, "; ".join(wrong)
-        done = replayed(self.recording, folder, settings, self.target, aside=True)
-        why = "; ".join(done.failures)
-        if done.recording is not None and done.recording.problems:
-            why = "; ".join(filter(None, [why, *done.recording.problems]))
-        return done.log, done.command_status, why
+        done = trial_of(self.recording, self.target, folder, settings, aside=True)
+        beside = done.recording.problems if done.recording is not None else ()
+        return done.log, done.command_status, "; ".join([*done.failures, *beside])
 
     def _verdict(
         self, chosen: Sequence[int], folder: Path, status: int, why: str
@@ -357,8 +354,11 @@ class _Trials:
 
     def _watched(self, folder: Path) -> list[DiffRow]:
         """Return how each watched tap compares with the baseline."""
+        # By order, only the watched ones of both sides can be counted.
+        is_by_order = MatchOn.parse(self.settings.match_on).order
         found = diff(
             self.recording, folder, match_on=self.settings.match_on,
+            filter=self.watch if is_by_order else None,
             step_offset=self.settings.step_offset, ignore_missing=True,
         )  # fmt: skip
         compared = ("equal", "close", "differs", "shape", "error")
@@ -425,6 +425,12 @@ def _whole_lines(path: Path) -> list[Any]:
     if not found or not isinstance(found[0], dict) or "asked" not in found[0]:
         raise RecordingError(f"{path} does not hold what it should; name another -o OUT")
     return found
+
+
+def _rewrite(path: Path, lines: Sequence[object]) -> None:
+    """Write lines anew, without what was torn behind them."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    disk.replace(path, text.encode())
 
 
 def _clear(folder: Path) -> None:

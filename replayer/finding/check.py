@@ -26,8 +26,7 @@ from recorder.sizes import count
 from recorder.tags import is_recompute
 
 from ..log import WITHOUT_EFFECT
-from ..trial import replayed
-from .localize import in_process, settings_of
+from .localize import settings_of, trial_of
 from .segments import Place
 
 if TYPE_CHECKING:
@@ -125,22 +124,19 @@ def check(
         for number in range(repeat):
             into = folder if number == 0 else Path(spare, f"repeat-{number}")
             settings = settings_of({**options, "metrics": True, "record": Filter.parse("True")})
-            if callable(target):
-                log, wrong, said = in_process(recording, target, into, settings)
-            else:
-                done = replayed(recording, into, settings, target)
-                log, wrong, said = done.log, list(done.problems), list(done.notes)
-                status = status or done.command_status
-                if done.summary.outcomes.get("missing"):
-                    wrong.append(f"a tap has no record: {done.summary.first_missing}")
-                elif done.summary.unused:
-                    wrong.append(
-                        f"{count(done.summary.unused, 'record')} never used, such as "
-                        f"{', '.join(done.summary.unused_names[:3])}; give the command that made it"
-                    )
-            logs.append(log)
+            done = trial_of(recording, target, into, settings)
+            wrong, summary = list(done.problems), done.summary
+            status = status or done.command_status
+            if summary.outcomes.get("missing"):
+                wrong.append(f"a tap has no record: {summary.first_missing}")
+            elif summary.unused:
+                wrong.append(
+                    f"{count(summary.unused, 'record')} never used, such as "
+                    f"{', '.join(summary.unused_names[:3])}; give the command that made it"
+                )
+            logs.append(done.log)
             problems += [one for one in wrong if one not in problems]
-            notes += said if number == 0 else []
+            notes += done.notes if number == 0 else []
         changed = _changed(logs)
         why = ""
         if changed and not status:

@@ -16,7 +16,7 @@ from recorder.recording import Recording
 from ..log import FOLDER, read_log
 from ..session import Replayer
 from ..settings import ReplaySettings
-from ..trial import replayed
+from ..trial import Replayed, replayed
 from .judging import Sharpened
 from .located import Located, located
 from .segments import Place, cuts_of
@@ -111,15 +111,11 @@ def localize(
         folder = (
             None if out is None else Path(out) if number == 0 else Path(out, f"repeat-{number}")
         )
-        if callable(target):
-            log, wrong, said = in_process(recording, target, folder, settings)
-        else:
-            done = replayed(recording, folder, settings, target, aside=aside)
-            log, wrong, said = done.log, list(done.failures), list(done.notes)
-            status = status or done.command_status
-        notes += said if number == 0 else []
-        logs.append(log)
-        problems += [one for one in wrong if one not in problems]
+        done = trial_of(recording, target, folder, settings, aside=aside)
+        status = status or done.command_status
+        notes += done.notes if number == 0 else []
+        logs.append(done.log)
+        problems += [one for one in done.failures if one not in problems]
     found = located(logs[0], sharpened, _noisy(logs))
     if not found.segments and not problems:
         problems.append("nothing was grafted, so nothing is known of any segment")
@@ -157,16 +153,37 @@ def settings_of(options: Mapping[str, Any]) -> ReplaySettings:
     return ReplaySettings.given({"metrics": False, **options, "own_error": True})
 
 
-def in_process(
-    recording: Recording, target: Callable[[], Any], out: Path | None, settings: ReplaySettings
-) -> tuple[pl.DataFrame, list[str], list[str]]:
-    """Replay onto a function in this process: return the log, what failed, and what to say."""
+def trial_of(
+    recording: Recording,
+    target: Sequence[str] | Callable[[], Any],
+    out: Path | None,
+    settings: ReplaySettings,
+    *,
+    aside: bool = False,
+) -> Replayed:
+    """Replay onto a command, or onto a function that is called in this process.
+
+    Args:
+        recording: the baseline's.
+        target: the command's words, or the function.
+        out: the folder for the log; None to leave none.
+        settings: how to replay.
+        aside: whether what a command prints goes to stderr.
+
+    Raises:
+        RecordingError: the folder is taken, or cannot be written.
+        UsageError: the command cannot be started.
+    """
+    if not callable(target):
+        return replayed(recording, out, settings, target, aside=aside)
     given = {**vars(replace(settings, strict=False)), "out": out}
     session = Replayer(recording.path, **given)
     with session:
         target()
-    wrong = [session.reason] if session.reason else []
-    return session.log(), wrong, [f"replay: {session.summary().line()}"]
+    summary = session.summary()
+    notes = (f"replay: {summary.line()}",)
+    failures = (session.reason,) if session.reason else ()
+    return Replayed(0, tuple(session.problems()), notes, session.log(), summary, None, failures)
 
 
 def _noisy(logs: Sequence[pl.DataFrame]) -> set[tuple[int, Place]]:

@@ -42,7 +42,7 @@ COLUMNS = {
     "order": "Int64",
 }
 _MOST_OFF = 0.6  # of the kinds of segments, that cannot well be faults each
-_FEWEST_KINDS = 5
+_FEWEST_KINDS, _BEHIND = 4, 0.9  # and of the segments behind the first fault
 
 
 @dataclass(frozen=True)
@@ -270,6 +270,10 @@ def _trouble(segments: Sequence[Segment]) -> str:
             kinds[one.place.name, one.place.kind].append(one)
     off = [found for found in kinds.values() if sum(one.is_fault for one in found) > len(found) / 2]
     if len(kinds) < _FEWEST_KINDS or len(off) < _MOST_OFF * len(kinds):
+        return ""
+    inner = sorted((one for found in kinds.values() for one in found), key=lambda one: one.order)
+    behind = inner[next(i for i, one in enumerate(inner) if one.is_fault) :]
+    if sum(one.is_fault for one in behind) < _BEHIND * len(behind):
         return ""
     return (
         f"{len(off)} of {len(kinds)} kinds of segments are off, as where grafts have no effect, "

@@ -1,0 +1,304 @@
+"""What localize names, what it leaves alone, and what it says of the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from layered import LAYERS, WIDTH, job
+
+from recorder import Recorder, tap
+from recorder.errors import RecordingError, UsageError
+from replayer import Replayer, localize
+from replayer.finding.located import located
+from replayer.log import COLUMNS, OF_OWN_ERROR, read_log
+from replayer.showing import faults as report
+
+
+def named(found):
+    return [(one.place.name, one.place.tag_values.get("layer")) for one in found.found.faults]
+
+
+def test_the_segment_of_a_fault_is_named_and_nothing_else(base):
+    found = localize(base(), job({("down", 2): lambda x: 4 * x}))
+    (fault,) = found.found.faults
+    assert named(found) == [("down", 2)] and found.status == 1 and not found.problems
+    assert (fault.class_.word, fault.class_.factor) == ("scaled", pytest.approx(4))
+    assert [(one.name, one.tag_values) for one in fault.begins] == [("up", {"layer": 2})]
+    assert report.verdict(found) == (
+        "fault: down layer=2 (from up layer=2): the target's values are 4.000 x the baseline's"
+    )
+    lines = report.lines(found)
+    assert lines[1].startswith("11 other segments are equal bit for bit")
+    assert lines[-1] == (
+        "next: look at what lies between the taps up and down of layer 2 in the target; a tap "
+        "between them would halve the segment"
+    )
+
+
+def test_without_a_fault_all_is_rounding(base):
+    found = localize(base(), job({("up", 1): lambda x: (x.double() * (1 + 1e-9)).float()}))
+    assert found.status == 0 and not named(found)
+    assert report.verdict(found).startswith("no fault: 12 segments are")
+
+
+def test_faults_behind_each_other_are_all_named_in_order_of_execution(base):
+    wrong = {
+        ("up", 3): lambda x: x.flip(1),
+        ("up", 1): lambda x: x + 0.5,
+        ("down", 3): lambda x: 2 * x,
+    }
+    found = localize(base(), job(wrong))
+    assert named(found) == [("up", 1), ("up", 3), ("down", 3)]
+    words = [one.class_.word for one in found.found.faults]
+    assert words == ["shifted", "permuted", "scaled"]
+    assert [line[:5] for line in report.lines(found)[:3]] == ["fault", "also:", "also:"]
+
+
+def test_a_fault_of_one_step_says_in_which(base):
+    found = localize(
+        base(steps=4), job({("up", 1): lambda x, s: x * (2 if s == 2 else 1)}, steps=4)
+    )
+    assert [one.place.step for one in found.found.faults] == [2]
+    assert ", in step 2 of 0-3: " in report.verdict(found)
+    every = localize(found.run.path, job({("up", 1): lambda x: 2 * x}, steps=4))
+    assert ", in every step: " in report.verdict(every)
+    assert len(report.rows(every, 12)) == 12 and report.rows(every, 12)[0]["steps"] == "0-3"
+
+
+def test_a_wrong_parameter_comes_before_all_that_it_spoils(run):
+    def train(factor=1.0, also=1.0):
+        w = torch.nn.Parameter(factor * torch.arange(1.0, 65).view(8, 8))
+        x = tap("x", torch.ones(4, 8) * also)
+        weight = tap("w", w)
+        tap("y", x @ weight)
+
+    with Recorder(run):
+        train()
+    found = localize(run, lambda: train(2.0, 3.0))
+    assert named(found) == [("w", None), ("x", None)]
+    assert found.found.faults[0].is_weight
+    assert "loads, converts or updates the parameter w" in report.lines(found)[-1]
+    assert found.segments.filter(found.segments["name"] == "y")["begins"].to_list() == [["x"]]
+
+
+def test_what_is_not_finite_is_a_fault(base):
+    def broken(x):
+        x = x.clone()
+        x[0, 3, 5] = torch.nan
+        return x
+
+    found = localize(base(), job({("up", 2): broken}))
+    assert named(found) == [("up", 2)]
+    assert "1 element NaN or infinite on one side alone" in found.found.faults[0].class_.evidence
+    json.loads(report.as_json(found))
+
+
+def test_a_tap_without_a_record_cuts_nothing_and_is_said(run):
+    def target(factor, extra):
+        x = tap("a", torch.ones(4, 8))
+        x = x * factor
+        if extra:
+            x = tap("between", x)
+        tap("b", x + 1)
+
+    with Recorder(run):
+        target(1.0, False)
+    found = localize(run, lambda: target(3.0, True))
+    assert named(found) == [("b", None)] and found.found.faults[0].names == ["a"]
+    assert [one.place.name for one in found.found.not_judged] == ["between"]
+    assert any("1 tap had no record and cut nothing" in note for note in found.found.notes)
+    assert localize(run, lambda: target(1.0, True)).status == 0
+
+
+def test_another_shape_is_not_judged_and_not_taken_for_right(run):
+    def target(size, factor=1.0):
+        tap("a", torch.ones(size))
+        tap("b", torch.ones(4) * factor)
+
+    with Recorder(run):
+        target(4)
+    found = localize(run, lambda: target(5))
+    assert found.status == 3 and "a was not judged" in found.problems[0]
+    assert "[5]" in found.found.not_judged[0].why
+    assert localize(run, lambda: target(5, 2.0)).status == 1
+
+
+def test_nothing_grafted_is_no_result(base):
+    found = localize(base(), lambda: tap("other", torch.ones(3)))
+    assert found.status == 3 and "nothing was grafted" in found.problems[0]
+    assert report.verdict(found) == "no segment was judged"
+
+
+def test_the_last_tap_is_judged_although_nobody_keeps_it(run):
+    def target(factor):
+        x = tap("a", torch.ones(4, 8))
+        tap("b", x * factor)
+
+    with Recorder(run):
+        target(1.0)
+    assert named(localize(run, lambda: target(2.0))) == [("b", None)]
+
+
+def test_grafts_that_do_nothing_are_found_out(base):
+    """The target taps copies, and goes on with what it computed itself: all is off."""
+
+    def target():
+        random = torch.Generator().manual_seed(0)
+        weights = torch.randn(LAYERS, 2, WIDTH, WIDTH, generator=random) / WIDTH**0.5
+        x = 1.5 * torch.randn(2, 12, WIDTH, generator=random)
+        kept = [tap("x", x.clone(), dims="b s w")]
+        for layer, (up, down) in enumerate(weights):
+            x = torch.tanh(x @ up)
+            kept.append(tap("up", x.clone(), dims="b s w", layer=layer))
+            x = x @ down
+            kept.append(tap("down", x.clone(), dims="b s w", layer=layer))
+        kept.append(tap("out", x.sum(-1), dims="b s"))
+
+    found = localize(base(), target)
+    assert found.status == 3 and "grafts have no effect" in found.problems[0]
+
+
+def test_a_value_that_differs_is_told(run):
+    def target(value):
+        tap("scale", value)
+        tap("x", torch.ones(3))
+
+    with Recorder(run):
+        target(0.5)
+    found = localize(run, lambda: target(0.25))
+    (one,) = found.found.not_judged
+    assert "recorded 0.5, here 0.25" in one.why and found.status == 3
+    assert localize(run, lambda: target(0.5)).status == 0
+
+
+def test_a_floor_and_a_truth_raise_limits_and_never_lower_them(base, tmp_path):
+    noise = {
+        ("up", 2): lambda x: x * (1 + 1e-4 * torch.randn(x.shape, generator=torch.Generator()))
+    }
+    right, off = base(), job(noise)
+    assert named(localize(right, off)) == [("up", 2)]
+    with Replayer(right, own_error=True, out=tmp_path / "floor"):
+        off()
+    floored = localize(right, off, floor=[tmp_path / "floor"])
+    assert floored.status == 0 and floored.was_checked
+    with Recorder(tmp_path / "second"):
+        off()
+    assert localize(right, off, floor=[tmp_path / "second"]).status == 0
+    assert localize(right, off, truth=tmp_path / "second").status == 0
+    scaled = job({("up", 2): lambda x: 1.5 * x})
+    assert named(localize(right, scaled, floor=[tmp_path / "floor"])) == [("up", 2)]
+    with Replayer(right, own_error=True, out=tmp_path / "clean"):
+        job()()
+    assert localize(right, job(), floor=[tmp_path / "clean"]).status == 0
+
+
+def test_what_differs_between_repeats_is_noise(base):
+    found = localize(base(), job({("up", 2): lambda x: x * torch.rand(x.shape)}), repeat=2)
+    assert found.found.faults[0].class_.word == "noise"
+    with pytest.raises(UsageError, match="repeat is 0"):
+        localize(found.run.path, job(), repeat=0)
+
+
+def test_options_are_those_of_a_replay(base):
+    right = base()
+    found = localize(right, job({("up", 2): lambda x: 2 * x}), filter="layer != 2")
+    assert found.status == 1 and named(found) == [("up", 3)]
+    with pytest.raises(UsageError, match="'match' is no option of a replay; there is match_on"):
+        localize(right, job(), match="name")
+    with pytest.raises(RecordingError):
+        localize(right.with_name("nothing"), job())
+
+
+def test_a_log_without_own_errors_says_so(base, tmp_path):
+    with Replayer(base(), out=tmp_path / "plain"):
+        job()()
+    found = located(read_log(tmp_path / "plain"))
+    assert not found.segments and len(found.not_judged) == 12
+    with pytest.raises(RecordingError, match="without own errors; make the floor with graft check"):
+        localize(tmp_path / "run", job(), floor=[tmp_path / "plain"])
+
+
+def test_a_log_of_the_version_before_is_read(base, tmp_path):
+    with Replayer(base(), out=tmp_path / "plain"):
+        job()()
+    (path,) = (tmp_path / "plain" / "grafts").glob("*.parquet")
+    log = read_log(tmp_path / "plain")
+    log.drop(*OF_OWN_ERROR).write_parquet(path)
+    again = read_log(tmp_path / "plain")
+    assert list(again.columns) == list(COLUMNS) and again.equals(log)
+
+
+def test_near_ties_are_rounding_and_other_choices_are_not(run):
+    scores = torch.randn(64, 8, generator=torch.Generator().manual_seed(3))
+    third = scores.argsort(1, descending=True)[:, 2]
+    scores[5, third[5]] = scores[5].topk(2).values[1] - 1e-6
+
+    def target(change):
+        kept = tap("scores", scores.clone(), layer=0)
+        tap("chosen", change(scores.topk(2).indices), layer=0)
+        return kept
+
+    def other(row):
+        def change(chosen):
+            chosen = chosen.clone()
+            chosen[row, 1] = third[row]
+            return chosen
+
+        return change
+
+    with Recorder(run):
+        target(lambda chosen: chosen)
+    assert localize(run, lambda: target(lambda chosen: chosen.flip(1))).status == 0
+    assert localize(run, lambda: target(other(5))).status == 0
+    found = localize(run, lambda: target(other(6)))
+    assert named(found) == [("chosen", 0)]
+    assert "1 of 64 rows are another choice, 0 of them near ties" in report.verdict(found)
+
+
+def test_without_scores_a_few_other_choices_are_not_judged(run):
+    chosen = torch.randint(8, (64, 2), generator=torch.Generator().manual_seed(3))
+
+    def target(rows):
+        tap("x", torch.ones(3))
+        tap("chosen", torch.where(torch.arange(64)[:, None] < rows, (chosen + 1) % 8, chosen))
+
+    with Recorder(run):
+        target(0)
+    few, many = (localize(run, lambda n=n: target(n)) for n in (2, 40))
+    assert few.status == 3 and "tap the scores before it" in few.found.not_judged[0].why
+    assert many.status == 1
+
+
+def test_the_table_fits_a_terminal_and_the_json_is_whole(base, capsys):
+    found = localize(base(), job({("up", 2): lambda x: 2 * x}))
+    report.print_found(found, 80, 4, everything=True)
+    printed = capsys.readouterr().out
+    table = printed.split("\n\n")[1].splitlines()
+    assert len(table) == 6 and max(map(len, table)) <= 80 and "8 more segments" in table[-1]
+    told = json.loads(report.as_json(found))
+    first = told["segments"][0]
+    assert first["name"] == "up" and first["tags"] == {"layer": 2} and first["rank"] == [0]
+    assert first["from"] == ["down"] and first["fault"] is True and first["class"] == "scaled"
+    assert first["factor"] == pytest.approx(2) and first["error"] == pytest.approx(1)
+    assert 0 < first["expected"] < 1e-5 and first["evidence"].startswith("the target's values")
+    assert told["status"] == 1 and told["not_judged"] == [] and len(told["segments"]) == 12
+    assert not any(one["fault"] for one in told["segments"][1:])
+
+
+def test_markdown_has_the_verdict_the_versions_and_both_commands(base):
+    found = localize(base(), job({("up", 2): lambda x: 2 * x}))
+    text = report.markdown(found)
+    assert text.startswith("**fault: up layer=2")
+    assert "| baseline |" in text and "graft localize" in text and "graft record" in text
+    rows = [
+        line for line in text.splitlines() if line.startswith("| up") or line.startswith("| down")
+    ]
+    assert len(rows) <= 12
+
+
+def test_frames_have_the_columns_they_say(base):
+    found = localize(base(), job({("up", 2): lambda x: 2 * x}))
+    assert found.segments.height == 12 and found.segments["fault"].sum() == 1
+    assert found.segments["name"][0] == "up"
