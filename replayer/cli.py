@@ -27,7 +27,8 @@ def main() -> None:
     \b
     Exit status: COMMAND's own when that is not 0; else
       0  fine
-      1  the comparison differs, or compared nothing; verify found damage
+      1  localize names a fault; the comparison differs, or compared nothing; check or verify
+         found a change or damage
       2  wrong usage, or an unreadable recording
       3  COMMAND ended well, but the recording or replay is not to be trusted
     """

@@ -1,8 +1,9 @@
 """Run the demo: record the baseline and the faulty target, graft one tap, show what that changed.
 
-1. `commands` lists the three `graft` commands; `run_demo` prints each and runs it.
+1. `commands` lists three `graft` commands; `run_demo` prints each and runs it.
 2. `compare_runs` puts each side's blocks together and measures every tap before and after.
 3. `effects_table` and `verdict` word the result.
+4. `naming` is the command that names the fault from one replay.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from rich.table import Table
 from recorder import Recording
 from recorder.diagnostics import NO_NUMPY
 
+from ..finding.localize import FAULT
 from ..measuring.compare import difference
 from .model import STEPS
 from .target import FAULTY_LAYER
@@ -35,6 +37,9 @@ GRAFTED_TAP = "attn_q"  # the first tap after the fault
 TOLERANCE = 1e-5  # 4 and 2 ranks sum in another order, so outputs are equal up to rounding
 VISIBLE = 1e-6  # no rounding makes a relative difference as great as this
 
+_BASELINE = [
+    *("--", "torchrun", "--standalone", "--nproc-per-node", "4", "-m", "replayer.demo.baseline"),
+]
 BIN = Path(sys.executable).parent
 
 Command = list[list[str]]  # the words of one command, in the lines it is printed in
@@ -70,11 +75,14 @@ def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
     if "OMP_NUM_THREADS" not in environment:  # torchrun would choose 1 too, but with a warning
         echo("$ export OMP_NUM_THREADS=1")
         environment["OMP_NUM_THREADS"] = "1"
-    for purpose, command in commands(folder):
+
+    def status_of(purpose: str, command: Command) -> int:
         echo(f"\n# {purpose}\n$ {spelled(command)}")
         words = [word for line in command for word in line]
-        status = subprocess.run(words, env=environment, check=False).returncode
-        if status:
+        return subprocess.run(words, env=environment, check=False).returncode
+
+    for purpose, command in commands(folder):
+        if status := status_of(purpose, command):
             echo(f"\nThe demo stops here: that command ended with status {status}.")
             return status
 
@@ -86,8 +94,10 @@ def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
     before = or_nan(difference(logits, whole(target, "logits")).max_abs)
     after = or_nan(difference(logits, whole(grafted, "logits")).max_abs)
     echo("\n" + verdict(before, after))
+    status = status_of(*naming(folder))
+    echo(f"(status {status}: a fault is named)" if status == FAULT else f"(status {status})")
     echo(next_steps(folder))
-    return 0 if restored(before, after) else 1
+    return 0 if restored(before, after) and status == FAULT else 1
 
 
 def commands(folder: Path) -> list[tuple[str, Command]]:
@@ -95,7 +105,7 @@ def commands(folder: Path) -> list[tuple[str, Command]]:
     graft = program("graft", "replayer.cli")
     torchrun = ["--", *program("torchrun", "torch.distributed.run"), "--standalone"]
     baseline = [*torchrun, "--nproc-per-node", "4", "-m", "replayer.demo.baseline"]
-    target = [*torchrun, "--nproc-per-node", "2", "-m", "replayer.demo.target"]
+    target = target_command()
     runs = {name: str(folder / name) for name in ("baseline", "target", "grafted")}
     only_first_wrong = f'name == "{GRAFTED_TAP}" and layer == {FAULTY_LAYER}'
     return [
@@ -117,6 +127,23 @@ def commands(folder: Path) -> list[tuple[str, Command]]:
             ],
         ),
     ]
+
+
+def naming(folder: Path) -> tuple[str, Command]:
+    """The command that names the fault, and its purpose."""
+    return (
+        "And the fault named without knowing where it is: one replay with every tap overwritten.",
+        [
+            [*program("graft", "replayer.cli"), "localize", str(folder / "baseline")],
+            ["--limit", "4", *target_command()],
+        ],
+    )
+
+
+def target_command() -> list[str]:
+    """The words that run the target, `--` before them."""
+    torchrun = ["--", *program("torchrun", "torch.distributed.run"), "--standalone"]
+    return [*torchrun, "--nproc-per-node", "2", "-m", "replayer.demo.target"]
 
 
 def program(script: str, module: str) -> list[str]:
@@ -223,6 +250,7 @@ def next_steps(folder: Path) -> str:
     lines = [
         "\nLook closer (to repeat a command above, choose another -o folder):",
         shlex.join(["graft", "diff", baseline, target, "--html", "diff.html"]),
+        shlex.join(["graft", "check", baseline, "-o", str(folder / "check"), *_BASELINE]),
         shlex.join(["graft", "ls", baseline]),
         shlex.join(["graft", "show", baseline, "--filter", selected]),
         shlex.join(["python", "-c", scan]),

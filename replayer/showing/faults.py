@@ -50,9 +50,8 @@ def lines(done: Localized) -> list[str]:
     found += done.found.notes
     if not done.was_checked and done.found.segments:
         found.append(
-            "no replay of the baseline onto itself was given, so that the method holds here is not "
-            f"shown; graft check {shlex.quote(str(done.run.path))} -o CHECK -- BASELINE makes one, "
-            "for --floor CHECK"
+            "not checked whether the baseline replays onto itself unchanged; run graft check "
+            f"{shlex.quote(str(done.run.path))} -o CHECK -- BASELINE, then add --floor CHECK"
         )
     if groups:
         found.append(f"next: {_next(groups[0][0])}")

@@ -56,7 +56,18 @@ def test_prints_every_command_it_runs(demo: tuple[Path, str]) -> None:
         f"$ graft record -o {folder}/target {target}",
         f"$ graft replay {folder}/baseline -o {folder}/grafted"
         f" --filter 'name == \"attn_q\" and layer == 2' --record True {target}",
+        f"$ graft localize {folder}/baseline --limit 4 {target}",
     ]
+
+
+def test_the_fault_is_named_at_the_end(demo: tuple[Path, str]) -> None:
+    _, output = demo
+    named = output.split("$ graft localize")[1]
+    assert (
+        "fault: attn_q layer=2 (from hidden layer=1), on both ranks, in every step: the target's "
+        "values are 4.000 x the baseline's" in named
+    )
+    assert "(status 1: a fault is named)" in named
 
 
 def test_shows_every_tap_and_passes(demo: tuple[Path, str]) -> None:
