@@ -17,6 +17,7 @@ from .commands.diff import diff
 from .commands.doctor import doctor
 from .commands.localize import localize
 from .commands.replay import replay
+from .commands.skill import skill
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,8 +28,8 @@ def main() -> None:
     \b
     Exit status: COMMAND's own when that is not 0; else
       0  fine
-      1  localize names a fault; the comparison differs, or compared nothing; check or verify
-         found a change or damage
+      1  localize names a fault; the comparison differs, or compared nothing;
+         check found a change, verify damage
       2  wrong usage, or an unreadable recording
       3  COMMAND ended well, but the recording or replay is not to be trusted
     """
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Start here": (demo, doctor),
+    "Start here": (demo, doctor, skill),
     "Record and replay": (record, replay),
     "Find the fault": (localize, check, bisect, diff),
     "Look": (ls, show),

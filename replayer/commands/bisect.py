@@ -21,7 +21,7 @@ from ..settings import ReplaySettings
 
 
 @click.command(
-    cls=WrappingCommand, short_help="Find the faulty segment by replays that graft some taps."
+    cls=WrappingCommand, short_help="Search for a fault by replays that graft some taps."
 )
 @click.argument("run", metavar="RUN")
 @click.option(

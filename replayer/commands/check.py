@@ -13,7 +13,7 @@ from ..settings import ReplaySettings
 
 
 @click.command(
-    cls=WrappingCommand, short_help="Replay the baseline onto itself: may the method be trusted?"
+    cls=WrappingCommand, short_help="Replay the baseline onto itself: does a bit change?"
 )
 @click.argument("run", metavar="RUN")
 @click.option(

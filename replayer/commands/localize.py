@@ -16,9 +16,7 @@ from ..settings import ReplaySettings
 _MOST = 12
 
 
-@click.command(
-    cls=WrappingCommand, short_help="Name the faulty segments of COMMAND, from one replay."
-)
+@click.command(cls=WrappingCommand, short_help="Name what is faulty in COMMAND, from one replay.")
 @click.argument("run", metavar="RUN")
 @click.option("-o", "--out", metavar="OUT", help="Folder for the replay's log.")
 @click.option(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from typed import graft
 
+import recorder
 from replayer.cli import GROUPS, main
 
 
@@ -31,3 +34,12 @@ def test_a_command_like_no_other_is_answered_with_the_help():
     done = graft("xyzzy")
     assert done.exit_code == 2
     assert "no such command 'xyzzy'; graft --help lists the commands" in done.stderr
+
+
+def test_skill_prints_a_page_whose_commands_and_names_exist():
+    page = graft("skill").stdout
+    assert page.startswith("---\nname: tensorgraft\n") and len(page.splitlines()) < 90
+    named = set(re.findall(r"(?:^|`)graft ([a-z]+) ", page, re.MULTILINE))
+    assert named <= set(main.commands) and {"record", "check", "localize", "bisect"} <= named
+    for name in re.findall(r"from recorder import (.*)", page)[0].split(", "):
+        assert name in recorder.__all__
