@@ -98,8 +98,8 @@ class OwnRow(TypedDict, total=False):
     factor: float | None
     offset: float | None
     fits_at: list[int] | None
-    scale: float
-    cosine: float
+    scale: float | None
+    cosine: float | None
     digest: str
     look: str | None
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _STALE_FROM = 0.1  # relative error
 _MOST_STALE, _MOST_CANDIDATES = 32, 8  # taps that are compared with other records; by how many
-_MOST_BYTES = 64 << 20
+_MOST_BYTES, _CHUNK, _LITTLE = 32 << 20, 1 << 18, 1e-300
 _SCORES, _SCORES_BYTES = 3, 16 << 20  # grafted tensors that indices may have been chosen by
 
 
@@ -110,9 +110,7 @@ class Own:
                 continue
             if candidate.shape != target.shape:
                 continue
-            a, b = (t.detach().to(torch.float64).nan_to_num() for t in (candidate, target))
-            size = float(a.norm())
-            if size and float((b - a).norm()) <= 2 * most * size:
+            if _is_the_same(candidate, target, 2 * most):
                 return name
         return ""
 
@@ -149,6 +147,17 @@ class Own:
                 about += f" occurrence={row['occurrence']}"
             near.append((same["row"].to_list(), about))
         return near
+
+
+def _is_the_same(one: torch.Tensor, other: torch.Tensor, most: float) -> bool:
+    """Whether two tensors of one shape are off by at most so much of their size."""
+    size = off = 0.0
+    for a, b in zip(*(t.detach().reshape(-1).split(_CHUNK) for t in (one, other)), strict=True):
+        a, b = (t.to(torch.float64).nan_to_num() for t in (a, b))
+        size, off = size + float(a.square().sum()), off + float((b - a).square().sum())
+        if off > 4 * most**2 * max(size, _LITTLE) and size:
+            return False
+    return size > 0 and off <= most**2 * size
 
 
 def _distance(record: ManifestRow, tags: Mapping[str, TagValue], row: ManifestRow) -> float | None:

@@ -25,6 +25,7 @@ def test_the_benchmarks_run_and_say_what_they_found(tmp_path):
         "layouts",
         "metrics",
         "opening",
+        "localizing",
         "diff-large",
         "diff-many",
         "diff-manifests",

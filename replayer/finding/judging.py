@@ -130,7 +130,7 @@ def judge(cuts: Sequence[Cut], sharpened: Sharpened | None = None) -> Judgement:
 
 
 def _is_float(one: Cut) -> bool:
-    return one.row["scale"] is not None
+    return one.row["size"] is not None
 
 
 def _is_gradient(one: Cut) -> bool:
@@ -253,7 +253,7 @@ def _judged(
 def _is_coherent(row: Mapping[str, Any]) -> bool:
     """Whether one factor, one of each row or column, or one vector explains the error."""
     shares = row["look"].get("shares", {})
-    return bool(max(row["cosine"] ** 2, *shares.values(), 0.0) > _COHERENT)
+    return bool(max((row["cosine"] or 0.0) ** 2, *shares.values(), 0.0) > _COHERENT)
 
 
 def _of_choice(one: Cut) -> Judged:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import cuda
 import diffing
+import localizing
 import recording
 import replaying
 import taps
@@ -44,6 +45,8 @@ BENCHMARKS = {
     "metrics": replaying.metrics,
     "opening": replaying.opening,
     "replay-memory": replaying.replay_memory,
+    "localizing": localizing.localizing,
+    "localizing-memory": localizing.localizing_memory,
     "diff-large": diffing.large,
     "diff-many": diffing.many,
     "diff-manifests": diffing.manifests,

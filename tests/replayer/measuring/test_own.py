@@ -9,7 +9,8 @@ import torch
 
 from replayer.measuring.choice import choice
 from replayer.measuring.measures import units
-from replayer.measuring.own import most_rounding, own_error
+from replayer.measuring.own import _clean, most_rounding, own_error
+from replayer.measuring.profile import added_up, profile_of
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -166,3 +167,42 @@ def test_indices_that_always_stand_for_others():
     x = torch.randint(8, (64, 2), generator=torch.Generator().manual_seed(0))
     y = torch.where(x == 2, 5, torch.where(x == 5, 2, x))
     assert choice(x, y).look["choice"]["stand"] == [[2, 5], [5, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(40))
+def test_what_a_quick_look_calls_clean_a_thorough_one_does_too(seed, dtype):
+    random = torch.Generator().manual_seed(seed)
+    shape = [(40, 96), (3, 17, 64), (2, 5, 4, 130), (7,), (5, 1)][seed % 5]
+    x = torch.randn(shape, generator=random) * 10.0 ** (seed % 7 - 3)
+    x = [x, x.relu(), torch.nn.functional.silu(x), x.cumsum(-1), x * (x.abs() > 1)][seed // 5 % 5]
+    if seed % 3 == 0 and x.shape[-1] > 8:
+        x[..., 1] *= 300
+    x = x.to(dtype)
+    eps, unit = units(dtype, dtype)
+    limit = min(unit, 0.75 * most_rounding(eps))
+    for size in (0.01, 0.1, 0.3, 0.6, 1.0, 3.0, 100.0):
+        noise = size * limit * torch.randn(shape, generator=random)
+        y = (x.double() * (1 + noise)).to(dtype)
+        if seed % 4 == 1 and x.numel() > 50:  # one row, or a factor
+            y = y.clone()
+            y[0] = (x[0].double() * (1 + size * limit)).to(dtype)
+        quick = _clean(x, y, limit)
+        if quick is None or torch.equal(x, y):
+            continue
+        found = profile_of(added_up(x, y), eps, unit, False)
+        assert found.factor is None and found.offset is None
+        assert max(found.whole, found.extreme, found.row) <= 1.01 * limit
+        assert found.element <= 1.01 * quick.profile.element or found.element < 20 * limit
+        assert quick.profile.whole == pytest.approx(found.whole, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_clean_at_a_quick_look(dtype):
+    eps, unit = units(dtype, dtype)
+    x = torch.nn.functional.silu(randn(4, 64, 256)).to(dtype)
+    y = (x.double() * (1 + 0.5 * eps * randn(4, 64, 256, seed=1))).to(dtype)
+    assert not torch.equal(x, y) and _clean(x, y, min(unit, 0.75 * most_rounding(eps))) is not None
+    y[2, 3] = x[2, 3] * (1 + 4 * eps)
+    y[1, 5, 7] += 1
+    assert _clean(x, y, min(unit, 0.75 * most_rounding(eps))) is None
