@@ -10,6 +10,7 @@ import click
 
 from recorder.commands.clicking import COMMAND, WrappingCommand, expected_errors, note, options_of
 from recorder.commands.tables import terminal_width
+from recorder.errors import UsageError
 
 from ..settings import ReplaySettings
 
@@ -52,6 +53,7 @@ _MOST = 12
 @click.option("--all", "everything", is_flag=True, help="Also list what was not judged, and why.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON alone.")
 @click.option("--markdown", "is_markdown", is_flag=True, help="Print what an issue needs.")
+@click.option("--html", metavar="PAGE", help="Also write a page that opens in a browser.")
 @options_of(ReplaySettings, without=("own_error", "metrics"))
 @COMMAND
 @expected_errors
@@ -66,6 +68,7 @@ def localize(
     everything: bool,
     is_json: bool,
     is_markdown: bool,
+    html: str | None,
     command: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -81,6 +84,9 @@ def localize(
     """
     if is_json and is_markdown:
         raise click.UsageError("--json and --markdown are two forms of the result; choose one")
+    from ..showing.output import check_outputs
+
+    check_outputs([Path(html)] if html is not None else [])
     from ..finding.localize import localize as find
     from ..showing import faults as report
 
@@ -97,6 +103,11 @@ def localize(
     )
     for line in done.notes:
         note(line)
+    if html is not None:
+        try:
+            report.write_page(done, Path(html))
+        except OSError as err:
+            raise UsageError(f"{html} cannot be written: {err.strerror or err}") from None
     for problem in done.problems:
         note(f"not to be trusted: {problem}")
     if is_json:

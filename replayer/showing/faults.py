@@ -18,8 +18,11 @@ from ..finding.localize import Localized
 from ..finding.located import Segment, steps_of
 from ..finding.search import NOT_BAD, NOT_GOOD
 from ..finding.segments import Place
+from .output import written
+from .page import render
 
 _LEFT = ("segment", "from", "steps", "ranks", "what")
+_MOST_ON_PAGE = 20_000
 _NAMED = 3  # segments, where there is room for no more
 _LONG = 60  # characters of a name in a table
 
@@ -206,6 +209,22 @@ def print_found(done: Localized, width: int, limit: int, everything: bool) -> No
             console.print(printable(text), soft_wrap=True)
 
 
+def _unjudged(done: Localized) -> list[dict[str, object]]:
+    return [
+        {
+            "name": one.place.name,
+            "tags": one.place.tag_values,
+            "label": one.place.label,
+            "kind": one.place.kind,
+            "step": one.place.step,
+            "occurrence": one.place.occurrence,
+            "rank": list(one.ranks),
+            "why": one.why,
+        }
+        for one in done.found.not_judged
+    ]
+
+
 def as_json(done: Localized) -> str:
     """Return one JSON object: the verdict, the segments, the worst first, what was not judged."""
     return json.dumps(
@@ -213,23 +232,57 @@ def as_json(done: Localized) -> str:
             "verdict": verdict(done),
             "status": done.status,
             "segments": [one.as_dict() for one in done.found.segments],
-            "not_judged": [
-                {
-                    "name": one.place.name,
-                    "tags": one.place.tag_values,
-                    "kind": one.place.kind,
-                    "step": one.place.step,
-                    "occurrence": one.place.occurrence,
-                    "rank": list(one.ranks),
-                    "why": one.why,
-                }
-                for one in done.found.not_judged
-            ],
+            "not_judged": _unjudged(done),
             "problems": list(done.problems),
             "notes": list(done.found.notes),
         },
         allow_nan=False,
     )
+
+
+def write_page(done: Localized, path: Path) -> None:
+    """Write a page: own errors over the order of execution, and all segments.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    kept = done.found.segments[:_MOST_ON_PAGE]
+    data = {
+        "verdict": verdict(done),
+        "lines": lines(done)[1:],
+        "problems": list(done.problems),
+        "segments": [
+            {
+                **one.as_dict(),
+                "label": one.place.label,
+                "begins": [place.label for place in one.begins],
+                "of": one.of,
+                "order": one.order,
+            }
+            for one in kept
+        ],
+        "left_out": len(done.found.segments) - len(kept),
+        "not_judged": _unjudged(done)[:_MOST_ON_PAGE],
+        "sides": _sides(done),
+    }
+    written(path, lambda spare: spare.write_text(render(data, "segments"), encoding="utf-8"))
+
+
+def _sides(done: Localized) -> list[dict[str, object]]:
+    known = (
+        ("baseline", done.run.meta.get("provenance", {}), done.run.meta.get("command") or []),
+        ("target", provenance(), done.command),
+    )
+    return [
+        {
+            "title": side,
+            "lines": [
+                shlex.join(map(str, command)),
+                ", ".join(f"{name} {v}" for name, v in about.get("versions", {}).items()),
+            ],
+        }
+        for side, about, command in known
+    ]
 
 
 def markdown(done: Localized, limit: int = 12) -> str:

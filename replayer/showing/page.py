@@ -1,18 +1,20 @@
-"""The page of `graft diff --html`: one file, which opens from disk and fetches nothing.
+"""A page of `--html`: one file, which opens from disk and fetches nothing.
 
-It is put together of `page.html`, `page.css`, `page.js` and the data when it is written.
+That of a diff is put together of `page.html`, `page.css`, `page.js` and the data as it is written;
+that of localize has its own html and script, called segments.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: Mapping[str, Any], kind: str = "page") -> str:
     """The page with `data` in it; infinities come as "inf" and "-inf", unknown figures as None.
 
     json.dumps leaves nothing but ASCII, so U+2028, U+2029 and lone surrogates are escaped too.
@@ -21,11 +23,11 @@ def render(data: dict[str, Any]) -> str:
         ValueError: `data` holds a NaN or an infinity as a float.
     """
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
-    page = _part("page.html")
+    page = _part(f"{kind}.html")
     # The data last: what stands in it is nobody's place.
     for place, part in (
         ("__STYLE__", _part("page.css")),
-        ("__SCRIPT__", _part("page.js")),
+        ("__SCRIPT__", _part(f"{kind}.js")),
         ("__DATA__", text),
     ):
         page = page.replace(place, part, 1)
