@@ -5,7 +5,7 @@ A segment's error is rounding where it is at most the largest of
 - what rounding comes to in the coarser dtype of both sides (`most_rounding`);
 - `_SIBLINGS` times the median error of its siblings, the same segment in other layers, as long as
   that is no more than `_MOST_TIMES` the former, for a fault may sit in all of them. Where a tap is
-  finer than the run, which may have computed it in fewer bits, it is `_FINE_SIBLINGS` times the
+  finer than the run, which may have computed it in fewer bits, it is as many times the
   siblings', up to what rounding comes to in the run's dtype;
 - `_FLOOR` times the noise floor, and m times the baseline's error against the truth, where given;
 
@@ -30,7 +30,7 @@ from ..measuring.own import most_rounding
 from ..rules import is_as_large, usual_of
 from .segments import Cut, Place
 
-_SIBLINGS, _FINE_SIBLINGS, _FEWEST = 7.0, 4.0, 3
+_SIBLINGS, _FEWEST = 4.0, 3
 _MOST_TIMES = {True: 10.0, False: 3.0}  # by whether the dtype has 32 bits or more
 _COHERENT = 0.85  # of the squared error, that one explanation takes
 _FLOOR = 3.0
@@ -202,7 +202,7 @@ def _limit(one: Cut, siblings: float | None, run: _Run, sharpened: Sharpened) ->
     eps = _eps(one)
     least, most = most_rounding(eps), most_rounding(run.eps)
     if least < most:
-        usual = math.inf if siblings is None else _FINE_SIBLINGS * siblings
+        usual = math.inf if siblings is None else _SIBLINGS * siblings
         limit = min(most, max(least, usual))
     else:
         limit = max(least, min(_SIBLINGS * (siblings or 0.0), _MOST_TIMES[eps < 1e-5] * least))
