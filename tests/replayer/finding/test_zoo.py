@@ -101,4 +101,4 @@ def test_faults_of_training_are_named_and_clean_pairs_are_not(tmp_path, seed):
 
 @pytest.mark.parametrize("job", ["zoo.decoder_job", "zoo.training_job"])
 def test_some_of_the_zoo(tmp_path, job):
-    hold(job, tmp_path, 0, every=7 if "decoder" in job else 3)
+    hold(job, tmp_path, 0, every=14 if "decoder" in job else 8)
