@@ -81,22 +81,18 @@ def bisect(
     Example:
       graft bisect runs/base -o runs/bisect --watch 'name == "logits"' -- python infer.py
     """
+    from ..finding.bisect import Interrupted
     from ..finding.bisect import bisect as find
     from ..showing import faults as report
 
-    done = find(
-        run,
-        command,
-        out=out,
-        watch=watch,
-        tol=tol,
-        check=script,
-        minimal_set=minimal_set,
-        repeat=repeat,
-        dry_run=dry_run,
-        say=note,
-        **options,
-    )
+    try:
+        done = find(
+            run, command, out=out, watch=watch, tol=tol, check=script, minimal_set=minimal_set,
+            repeat=repeat, dry_run=dry_run, say=note, **options,
+        )  # fmt: skip
+    except Interrupted as err:
+        note(str(err))
+        sys.exit(err.status)
     for line in report.bisect_lines(done):
         click.echo(line)
     sys.exit(done.status)

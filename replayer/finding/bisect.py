@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,12 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recorder.commands.outcome import UNTRUSTED
-from recorder.errors import RecordingError, RecordingExists, UsageError
+from recorder.errors import RecordingError, RecordingExists, ReplayError, UsageError
 from recorder.filters import Filter
 from recorder.format import disk
 from recorder.format.rows import parse_tags
 from recorder.format.tables import to_frame
 from recorder.recording import Recording
+from recorder.sizes import count
 from recorder.tags import RECOMPUTE, canonical, is_recompute
 
 from ..diffing.columns import DiffRow, rows_of
@@ -127,6 +129,15 @@ class Bisected:
 
 
 Say = Callable[[str], None]
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+class Interrupted(ReplayError):
+    """A search was stopped; `status` is the exit status of the command that was running."""
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def bisect(
@@ -161,6 +172,7 @@ def bisect(
         **options: as of `graft replay`, by their names there.
 
     Raises:
+        Interrupted: the command was, by SIGINT or SIGTERM.
         RecordingError: the recording cannot be read, or `out` holds another search.
         UsageError: an option cannot be used, or the command cannot be started.
     """
@@ -175,8 +187,9 @@ def bisect(
     settings = settings_of({**options, "only": None, "record": watched, "own_error": False})
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:
         trials = _Trials(
-            recording, target, Path(folder), watched, tol, check, settings, say or _say_nothing
-        )
+            recording, target, Path(folder), watched, tol, check, settings, say or _say_nothing,
+            out is not None,
+        )  # fmt: skip
         trials.begin()
         n = len(trials.taps)
         if dry_run:
@@ -214,11 +227,11 @@ class _Trials:
     check: str | None
     settings: ReplaySettings
     say: Say
+    is_kept: bool
     taps: list[Tap] = field(default_factory=list)
     made: list[Trial] = field(default_factory=list)
     most: int | None = None
     _old: list[Trial] = field(default_factory=list)
-    _bad: int = 0
 
     def begin(self) -> None:
         """Read what an earlier search left, or name the taps by a first trial.
@@ -236,20 +249,24 @@ class _Trials:
                 raise RecordingExists(
                     self.out, "holds another search", "give its command again, or another -o OUT"
                 )
-            self.taps = [Tap(*one) for one in head["taps"]]
+            named = [Tap(*one) for line in lines for one in line.get("named", ())]
+            trials = [line for line in lines if "trial" in line] if named else []
+            self.taps = named
             self._old = [
                 Trial(
                     one["trial"], tuple(one["taps"]), Verdict(one["verdict"]), one["why"],
                     one["status"], is_old=True,
                 )
-                for one in lines
+                for one in trials
             ]  # fmt: skip
-            _rewrite(path, [head, *lines])
-            if self._old:
-                self.say(f"going on after {len(self._old)} trials in {self.out}")
-            return
-        if any(self.out.iterdir()):
+            _rewrite(path, [head, *lines] if named else [head])
+            if named:
+                self.say(f"going on after {count(len(trials), 'trial')} in {self.out}")
+                return
+        elif any(self.out.iterdir()):
             raise RecordingExists(self.out, "holds other files", "name a new folder")
+        else:
+            _append(path, {"asked": asked})
         self.say("trial 1: graft everything, which names the taps")
         log, status, why = self._replay(self.out / "trial-1", None)
         self.taps = _taps_of(log)
@@ -258,7 +275,7 @@ class _Trials:
                 f"no tap was grafted{f' ({why})' if why else ''}, so there is nothing to search; "
                 "see graft replay"
             )
-        _append(path, {"asked": asked, "taps": [list(tap) for tap in self.taps]})
+        _append(path, {"named": [list(tap) for tap in self.taps]})
         self._note(tuple(range(len(self.taps))), self.out / "trial-1", status, why)
 
     def _asked(self) -> dict[str, object]:
@@ -319,6 +336,9 @@ class _Trials:
             write(path, taps)
             settings = replace(settings, only=str(path.resolve()))
         done = trial_of(self.recording, self.target, folder, settings, aside=True)
+        if done.command_status in _INTERRUPTED:
+            kept = "; the same command goes on from there" if self.is_kept else ""
+            raise Interrupted(f"interrupted in {folder.name}{kept}", done.command_status)
         beside = done.recording.problems if done.recording is not None else ()
         return done.log, done.command_status, "; ".join([*done.failures, *beside])
 

@@ -116,6 +116,8 @@ def localize(
         notes += done.notes if number == 0 else []
         logs.append(done.log)
         problems += [one for one in done.failures if one not in problems]
+    if status:
+        notes.append(f"COMMAND ended with {status}; what it tapped until then is judged")
     found = located(logs[0], sharpened, _noisy(logs))
     if not found.segments and not problems:
         problems.append("nothing was grafted, so nothing is known of any segment")

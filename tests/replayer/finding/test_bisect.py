@@ -91,7 +91,7 @@ def test_a_search_that_was_interrupted_goes_on(base, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         bisect(run, stopped, watch=WATCH, out=out)
-    assert len((out / "trials.jsonl").read_text().splitlines()) == 4  # and what was asked
+    assert len((out / "trials.jsonl").read_text().splitlines()) == 5  # and two before
     with (out / "trials.jsonl").open("a") as file:
         file.write('{"trial": 9, "ta')  # torn
     said = []
@@ -107,12 +107,27 @@ def test_a_search_that_was_interrupted_goes_on(base, tmp_path):
         bisect(run, stopped, watch=WATCH, out=run)
 
 
+def test_a_search_that_was_interrupted_in_its_first_trial_begins_anew(base, tmp_path):
+    run, calls = base(), []
+
+    def stopped():
+        calls.append(0)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return job({("down", 2): lambda x: x + 1})()
+
+    with pytest.raises(KeyboardInterrupt):
+        bisect(run, stopped, watch=WATCH, out=tmp_path / "search")
+    found = bisect(run, stopped, watch=WATCH, out=tmp_path / "search")
+    assert found.found.label == "down layer=2" and not any(one.is_old for one in found.trials)
+
+
 def test_each_trial_is_a_line_with_its_verdict(base, tmp_path):
     found = bisect(base(), job({("up", 2): lambda x: -x}), watch=WATCH, out=tmp_path / "search")
-    head, *lines = map(json.loads, (tmp_path / "search" / "trials.jsonl").read_text().splitlines())
-    assert len(head["taps"]) == 12 and [one["trial"] for one in lines] == list(
-        range(1, len(lines) + 1)
-    )
+    text = (tmp_path / "search" / "trials.jsonl").read_text()
+    asked, named, *lines = map(json.loads, text.splitlines())
+    assert asked["asked"]["watch"] == WATCH and len(named["named"]) == 12
+    assert [one["trial"] for one in lines] == list(range(1, len(lines) + 1))
     assert {one["verdict"] for one in lines} == {"good", "bad"}
     assert all(one["why"] for one in lines)
     assert found.frame().height == len(lines)
