@@ -1,10 +1,12 @@
 """A real encoder with real weights: grafts tell on which side of a planted fault a tap lies."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -124,3 +126,36 @@ def test_grafts_before_the_fault_leave_the_embedding_wrong(
     assert replayed.grafts_per_rank() == [STEPS * len(names)] * len(RANKS)
     assert max(replayed.max_abs()) < 1e-3  # here both sides still agree, part for part
     assert max_abs(replayed.embedding, baseline.embedding) > 1e-3
+
+
+def localized(baseline: Recorded, *words: str) -> dict[str, Any]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GRAFT_")}
+    done = subprocess.run(
+        [
+            *map(str, (GRAFT, "localize", baseline.run, "--json")),
+            *("--transform", "minilm_transform.recut", "--", *map(str, TARGET), *words),
+        ],
+        env={**inherited, "PYTHONPATH": str(JOBS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["status"] == done.returncode, done.stderr
+    return found
+
+
+def test_localize_names_the_fault_of_a_real_model(baseline: Recorded) -> None:
+    found = localized(baseline, "--fault")
+    assert found["status"] == 1 and found["not_judged"] == []
+    faults = [one for one in found["segments"] if one["fault"]]
+    assert {(one["name"], one["tags"]["layer"]) for one in faults} == {("mlp_out", 3)}
+    assert [one["step"] for one in faults] == [0, 1] and faults[0]["rank"] == RANKS
+    assert found["verdict"].startswith("fault: mlp_out layer=3 (from mlp_act layer=3), on both")
+
+
+@pytest.mark.slow
+def test_localize_names_nothing_in_a_clean_real_model(baseline: Recorded) -> None:
+    found = localized(baseline)
+    assert found["status"] == 0 and not any(one["fault"] for one in found["segments"])
