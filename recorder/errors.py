@@ -21,6 +21,7 @@ GraftError                     every expected failure; the command line prints i
     +-- MissingRecord          nothing recorded matches the tap
     +-- TransformError         the transform failed or cannot be loaded
     +-- GraftRefused           the copy would not be faithful
+    +-- Interrupted            a search by trials was stopped in one of them
 """
 
 from __future__ import annotations
@@ -222,6 +223,14 @@ class TransformError(ReplayError):
 
 class GraftRefused(ReplayError):
     """The copy would not be faithful."""
+
+
+class Interrupted(ReplayError):
+    """A search by trials was stopped; `status` is that of the command which was running."""
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def is_from_the_job(err: Exception) -> bool:

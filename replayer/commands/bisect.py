@@ -15,6 +15,7 @@ from recorder.commands.clicking import (
     note,
     options_of,
 )
+from recorder.errors import Interrupted
 from recorder.filters import Filter
 
 from ..settings import ReplaySettings
@@ -81,7 +82,6 @@ def bisect(
     Example:
       graft bisect runs/base -o runs/bisect --watch 'name == "logits"' -- python infer.py
     """
-    from ..finding.bisect import Interrupted
     from ..finding.bisect import bisect as find
     from ..showing import faults as report
 

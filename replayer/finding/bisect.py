@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recorder.commands.outcome import UNTRUSTED
-from recorder.errors import RecordingError, RecordingExists, ReplayError, UsageError
+from recorder.errors import Interrupted, RecordingError, RecordingExists, UsageError
 from recorder.filters import Filter
 from recorder.format import disk
 from recorder.format.rows import parse_tags
@@ -130,14 +130,6 @@ class Bisected:
 
 Say = Callable[[str], None]
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-
-
-class Interrupted(ReplayError):
-    """A search was stopped; `status` is the exit status of the command that was running."""
-
-    def __init__(self, reason: str, status: int) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 def bisect(

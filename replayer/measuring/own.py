@@ -227,7 +227,7 @@ def _looked_at(added: Added, x: torch.Tensor, y: torch.Tensor, most: float) -> L
     factors: dict[str, list[float]] = {}
     places: dict[str, Place] = {}
     moved: dict[str, Moved] = {}
-    parts = {"row": sums} if rows >= 2 and n >= _FEWEST else {}
+    parts = {"row": sums} if n >= 2 and rows * (n - 1) >= 2 * _FEWEST else {}
     if rows >= _FEWEST and n >= 2:
         parts["column"] = columns
         shares["bias"] = float(columns[:, D].square().sum() / rows) / dd
@@ -267,7 +267,8 @@ def _looked_at(added: Added, x: torch.Tensor, y: torch.Tensor, most: float) -> L
         look["moved"] = moved
     if zeros is not None:
         look["zeros"] = zeros
-    if fits := _narrower(x, y):
+    is_there = zeros is None or zeros["share"] < 0.5
+    if is_there and (fits := _narrower(x, y)):
         look["fits"] = fits
     return look
 
