@@ -351,6 +351,7 @@ def test_headers_that_contradict_themselves(tmp_path, header, said):
         read_header(path)
 
 
+@pytest.mark.slow
 def test_a_million_tags(made, shell):
     tags = json.dumps({f"tag{i}": i for i in range(1_000_000)})
     alter(made, tags=tags)

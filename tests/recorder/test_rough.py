@@ -262,6 +262,7 @@ def test_no_stderr_at_all(shell):
     assert (done.returncode, done.stdout) == (0, b"went on\n")
 
 
+@pytest.mark.slow
 def test_staging_memory_that_is_not_to_be_had(shell, run):
     with pytest.raises(UsageError, match="staging"):
         Recorder(run, staging="99999999999999999999GB")
@@ -273,6 +274,7 @@ def test_staging_memory_that_is_not_to_be_had(shell, run):
     assert json.loads((run / "recording.json").read_text())["ended"][0]["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_drops_are_counted_even_if_the_job_is_killed(shell, run):
     job = shell.write(
         "job.py",

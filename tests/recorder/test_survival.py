@@ -361,6 +361,7 @@ def test_keep_last_holds_the_steps_before_an_exception(shell, run):
     assert Recording.open(run).rows()["step"].to_list() == [6, 7, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_one_rank_dead_and_the_others_alive(shell, run):
     job = shell.write(
         "job.py",

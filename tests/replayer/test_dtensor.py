@@ -30,6 +30,7 @@ JOB = """
 """
 
 
+@pytest.mark.slow
 def test_a_dtensor_s_local_part_is_recorded_and_grafted(shell, run):
     shell.write("job.py", JOB)
     job = [*shell.torchrun(2), "job.py"]

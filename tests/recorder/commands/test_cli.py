@@ -143,6 +143,7 @@ def test_a_killed_job_leaves_what_it_tapped(shell, run):
     assert listed.returncode == 0 and "not closed on rank 0" in listed.stdout
 
 
+@pytest.mark.slow
 def test_one_wrapper_a_rank_shares_a_folder_and_takes_nobody_s_place(shell, run):
     job = shell.write("job.py", JOB)
     words = (shell.graft, "record", "-o", run, "--", shell.python, job)
@@ -175,6 +176,7 @@ def test_where_only_the_rank_can_know_the_job_goes_on_and_the_wrapper_ends_with_
     assert sorted((p, p.read_bytes()) for p in run.rglob("*") if p.is_file()) == before
 
 
+@pytest.mark.slow
 def test_threads_that_tap_while_the_session_opens_lose_nothing(shell, run):
     shell.write(
         "threads.py",
@@ -198,6 +200,7 @@ def test_threads_that_tap_while_the_session_opens_lose_nothing(shell, run):
     assert done.returncode == 0 and "400 grafted" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_data_loader_s_worker_that_taps_first_does_not_take_the_rank(shell, run):
     shell.write(
         "loader.py",
@@ -263,6 +266,7 @@ def test_a_bad_variable_is_said_and_the_job_goes_on(shell, run):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_multiprocessing_children_that_leave_without_atexit_close_too(shell, run):
     shell.write(
         "spawn.py",

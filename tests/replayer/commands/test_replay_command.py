@@ -169,6 +169,7 @@ def test_a_replay_that_is_not_to_be_trusted_ends_with_3_and_the_job_goes_on(
         assert replayed(single, run, *options, status=4).returncode == 4
 
 
+@pytest.mark.slow
 def test_on_error_and_on_missing_raise_stop_the_job(single, run):
     done = replayed(single, run, "--on-missing", "raise", "--step-offset", "1")
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 2
@@ -210,6 +211,7 @@ def test_a_log_is_not_written_over_unless_told_so(single, run, tmp_path):
     assert Recording.open(out).rows().height == 4
 
 
+@pytest.mark.slow
 def test_overwriting_a_replay_leaves_recordings_alone(single, run, tmp_path):
     done = replayed(single, run, "-o", run, "--overwrite")
     assert done.returncode == 2 and "OUT is RUN itself" in done.stderr
