@@ -217,7 +217,8 @@ def _add_up(own: Sequence[Sequence[Sequence[float]]], base: Sequence[Any], times
     ]
     most = [_SAME * times * math.hypot(*row) for row in base]
     few = math.ceil(0.75 * len(rests))
-    biases = [[0.0] * len(rests[0]), *(rests if len(rests) > 2 else ())]
+    is_told_apart = len({*map(tuple, base)}) > 2  # else any rest is one and the same
+    biases = [[0.0] * len(rests[0]), *(rests if is_told_apart else ())]
     return any(
         sum(math.dist(rest, bias) <= far for rest, far in zip(rests, most, strict=True)) >= few
         for bias in biases

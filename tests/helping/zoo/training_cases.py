@@ -153,7 +153,7 @@ def _stale(draw: random.Random, how: Options, layer: int) -> Shows:
 
 
 def _labels(draw: random.Random, how: Options, layer: int) -> Shows:
-    return Fault("labels"), [("labels", {}, "tensor", 0)], {"shifted"}
+    return Fault("labels"), [("labels", {}, "tensor", 0)], {"permuted"}
 
 
 def _labels_in_loss(draw: random.Random, how: Options, layer: int) -> Shows:

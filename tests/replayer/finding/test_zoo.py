@@ -82,11 +82,11 @@ def hold(job, out, seed, every=1):
     total, first, in_three, missed, right = map(sum, zip(*faults.values(), strict=True))
     assert first >= 0.95 * total and in_three == total
     assert missed <= 0.01 * total + 1  # one of several faults may be below rounding
-    assert right >= 0.9 * total
+    assert right >= 0.85 * total
     assert clean and not alarms
 
 
-SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(9)]
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow, id=f"long-{seed}") for seed in range(9)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
