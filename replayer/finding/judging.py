@@ -232,7 +232,8 @@ def _judged(
     dtypes = _dtypes(one)
     rtol, atol = tolerances(dtypes[0], dtypes[-1])
     is_gradient = one.place.kind == "grad"
-    usual = usual_of(rtol, row["error_typical"], is_gradient=is_gradient)
+    # Floats of 8 bits have no tolerance of torch's.
+    usual = usual_of(rtol or 2 * _eps(one), row["error_typical"], is_gradient=is_gradient)
     if is_gradient and row["size"] <= usual.whole * usual_gradient:
         return Judged(one, limit, siblings, 0.0)  # zero beside the others, but for rounding
     if math.isinf(error) and row["size"] <= atol:

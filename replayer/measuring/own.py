@@ -97,7 +97,7 @@ def own_error(
         unit: likewise.
         is_gradient: likewise.
     """
-    x, y = (t.detach().cpu() for t in (x, y))
+    x, y = (as_numbers(t.detach().cpu()) for t in (x, y))
     if not x.numel() or torch.equal(x, y):
         return OwnError()
     if clean := _clean(x, y, min(unit, _LOOKED_AT * most_rounding(eps))):
@@ -396,6 +396,8 @@ def _moved(x: torch.Tensor, y: torch.Tensor, dim: int) -> Moved | None:
 
 def _samples(t: torch.Tensor, dim: int, others: list[int]) -> torch.Tensor:
     """Return some elements of each index of a dim, of shape [size, samples], float64."""
+    if not others:
+        return as_numbers(t).reshape(-1, 1).to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
     total = math.prod(others)
     if total <= _SAMPLES:
         at = torch.arange(total)

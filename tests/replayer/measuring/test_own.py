@@ -206,3 +206,24 @@ def test_rounding_is_clean_at_a_quick_look(dtype):
     y[2, 3] = x[2, 3] * (1 + 4 * eps)
     y[1, 5, 7] += 1
     assert _clean(x, y, min(unit, 0.75 * most_rounding(eps))) is None
+
+
+NAMES = ["float64", "float16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex32"]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 1), (1, 5), (2, 3, 4), (64, 48)])
+def test_any_dtype_and_any_fault_is_measured(name, shape):
+    dtype, wide = (
+        getattr(torch, name, None),
+        torch.complex128 if "complex" in name else torch.float64,
+    )
+    if dtype is None:
+        pytest.skip("this torch has no such dtype")
+    x = (10 * randn(*shape)).to(wide).to(dtype)
+    few = x.to(wide).reshape(-1)
+    few[:1] = 0
+    for y in (x, torch.zeros_like(x), (2 * x.to(wide)).to(dtype), few.reshape(shape).to(dtype)):
+        found = own_error(x, y, *units(dtype, dtype), is_gradient=False).profile
+        assert (found.whole + found.extreme > 0) is not torch.equal(x.to(wide), y.to(wide))
