@@ -28,7 +28,7 @@ from .chunks import Pair
 from .elements import as_numbers, unravelled
 from .look import Look, Moved, Place, Spread, Zeros
 from .profile import Added, Profile, added_up, profile_of
-from .rows import DD, EXTREME, XD, XX, YY, D, N
+from .rows import DD, EXTREME, XD, XX, YY, D, N, has_gap
 
 _MOST_ROWS = 1 << 17  # 88 bytes each
 _CHUNK, _QUICK = 1 << 16, 1 << 18  # elements at once
@@ -131,6 +131,8 @@ def _clean(x: torch.Tensor, y: torch.Tensor, limit: float) -> OwnError | None:
     if rows > _MOST_ROWS:
         return None
     one, other = (as_numbers(t).reshape(rows, n) for t in (x, y))
+    if has_gap(one, other):
+        return None
     parts = []
     for a, b in zip(*(t.split(max(1, _QUICK // n)) for t in (one, other)), strict=True):
         part = _light(a.to(torch.float32), b.to(torch.float32), EXTREME)

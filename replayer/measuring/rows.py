@@ -24,6 +24,7 @@ EXTREME = 16.0
 
 _CHUNK = 1 << 16  # elements worked on at once; they stay in a processor's cache
 _AT_ONCE = 1 << 20  # elements that one thread takes
+_FEW_SAMPLES = 14  # binades of elements
 _SAMPLED, _STRIDE = 1 << 18, 17  # elements, of which one of so many shows whether there is a gap
 _GAP = 3  # binades without a number, below what is great
 _LEAST_BELOW, _SHARE_BELOW = 16, 64  # numbers below it at least, and one of so many
@@ -123,6 +124,20 @@ def _great(
                 return great, bound, bound
     counts = functools.reduce(torch.add, run(lambda part: _binades(part, dtype), parts))
     return _great_from(counts, dtype)
+
+
+def has_gap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a sample of two matrices has numbers that are great by a gap, as masks leave them.
+
+    Fewer than one in some hundreds may be missed, which are extremes of their rows.
+
+    Args:
+        one: the baseline's, of at most 32 bits, not empty.
+        other: the target's, of the same shape.
+    """
+    stride = max(1, min(_STRIDE, one.numel() >> _FEW_SAMPLES))
+    few, of_other = (t.reshape(-1)[::stride].unsqueeze(0) for t in (one, other))
+    return _great_from(_binades((few, of_other), torch.float32), torch.float32)[0] < math.inf
 
 
 def _greatest(pair: Pair) -> tuple[float, float]:

@@ -227,3 +227,13 @@ def test_any_dtype_and_any_fault_is_measured(name, shape):
     for y in (x, torch.zeros_like(x), (2 * x.to(wide)).to(dtype), few.reshape(shape).to(dtype)):
         found = own_error(x, y, *units(dtype, dtype), is_gradient=False).profile
         assert (found.whole + found.extreme > 0) is not torch.equal(x.to(wide), y.to(wide))
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e8, 3e5])
+def test_what_a_mask_leaves_hides_no_error(fill):
+    """In the first rows most numbers are the fill, beside which all others are small."""
+    x = randn(64, 128)
+    masked = torch.ones(64, 128, dtype=torch.bool).triu(1)
+    y = x + 0.01 * randn(64, 128, seed=2)
+    x, y = (t.masked_fill(masked, fill) for t in (x, y))
+    assert own(x, y).profile.whole == pytest.approx(0.01, rel=0.1)
