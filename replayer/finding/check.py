@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from recorder.commands.outcome import UNTRUSTED, recorded
 from recorder.errors import UsageError
 from recorder.filters import Filter
+from recorder.format import disk
 from recorder.format.rows import parse_tags
+from recorder.format.schema import json_bytes
 from recorder.recording import Recording
 from recorder.session import Recorder
 from recorder.settings import RecordSettings
@@ -26,7 +28,7 @@ from recorder.sizes import count
 from recorder.tags import is_recompute
 
 from ..log import WITHOUT_EFFECT
-from .localize import settings_of, trial_of
+from .localize import CHECK, settings_of, trial_of
 from .segments import Place
 
 if TYPE_CHECKING:
@@ -137,6 +139,8 @@ def check(
             logs.append(done.log)
             problems += [one for one in wrong if one not in problems]
             notes += done.notes if number == 0 else []
+        if out is not None:
+            disk.replace(folder / CHECK, json_bytes({"recording": recording.meta.get("id")}))
         changed = _changed(logs)
         why = ""
         if changed and not status:

@@ -289,8 +289,6 @@ def _shifted(fault: _Fault) -> Class | None:
         )
     if _explains(fault, shares.get("offset", 0.0)):
         return Class("shifted", "one number is added to all of a row, to each its own")
-    if fault.row["offset"] is not None and shares.get("offset", 0.0) > _EXPLAINED_OF_ROUNDED:
-        return Class("shifted", f"{fault.row['offset']:.4g} is added to all")
     return None
 
 

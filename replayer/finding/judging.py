@@ -9,9 +9,10 @@ A segment's error is rounding where it is at most the largest of
   siblings', up to what rounding comes to in the run's dtype;
 - `_FLOOR` times the noise floor, and m times the baseline's error against the truth, where given;
 
-and where no row, element or direction of the error gives it away, as in a diff. If half of all
-kinds of segments are beyond the first, and off by about the same, the whole run computes in fewer
-bits: that is said once, and each is held against three times that.
+and where no row, element or direction of the error gives it away, as in a diff. If a third of all
+kinds of segments are beyond that in most layers, and off by about the same, as products in TF32
+are, the whole run computes in fewer bits: that is said once, and each is held against three times
+that.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ _MOST_TIMES = {True: 10.0, False: 3.0}  # by whether the dtype has 32 bits or mo
 _COHERENT = 0.85  # of the squared error, that one explanation takes
 _FLOOR = 3.0
 _COARSE_SHARE = 0.25  # of the taps, that make a run one of 16 bits
-_FEWER_BITS, _AS_FAR = 0.5, 4.0  # of the kinds of segments; times one another
+_FEWER_BITS, _AS_FAR = 0.3, 4.0  # of the kinds of segments; times one another
 _MOST_FEWER, _FEWEST_KINDS = 0.1, 3  # relative error; kinds of segments
 _TIMES_FEWER = 3.0
 _CLEAR = 3.0  # times its limit: such faults come in the order of execution
+_FEW = 8  # numbers of a row
 _TIES = 0.05  # of the rows, that may be another choice where no scores tell why
 
 
@@ -116,7 +118,7 @@ def judge(cuts: Sequence[Cut], sharpened: Sharpened | None = None) -> Judgement:
     siblings = _siblings(cuts)
     usual_gradient = median([0.0, *(c.row["size"] for c in cuts if _is_gradient(c))])
     limits = {
-        id(one): _limit(one, siblings[id(one)], run, sharpened) for one in cuts if _is_float(one)
+        id(one): _limit(one, siblings[id(one)][0], run, sharpened) for one in cuts if _is_float(one)
     }
     fewer = _fewer_bits(cuts, limits)
     judged = []
@@ -125,7 +127,8 @@ def judge(cuts: Sequence[Cut], sharpened: Sharpened | None = None) -> Judgement:
             judged.append(_of_choice(one))
             continue
         limit = max(limits[id(one)], _TIMES_FEWER * (fewer or 0.0))
-        judged.append(_judged(one, limit, siblings[id(one)], usual_gradient, fewer))
+        errors, sizes = siblings[id(one)]
+        judged.append(_judged(one, limit, errors, sizes, usual_gradient, fewer))
     return Judgement(tuple(judged), fewer, run.name)
 
 
@@ -171,8 +174,8 @@ def _run_of(cuts: Sequence[Cut]) -> _Run:
     return _Run(torch.finfo(coarsest).eps, str(coarsest).removeprefix("torch."))
 
 
-def _siblings(cuts: Sequence[Cut]) -> dict[int, float | None]:
-    """Return the median error of each segment's siblings, of its step and rank if those do."""
+def _siblings(cuts: Sequence[Cut]) -> dict[int, tuple[float | None, float | None]]:
+    """Return the median error and size of each one's siblings, of its step and rank if those do."""
     near: dict[Any, list[Cut]] = defaultdict(list)
     far: dict[Any, list[Cut]] = defaultdict(list)
     for one in cuts:
@@ -181,15 +184,28 @@ def _siblings(cuts: Sequence[Cut]) -> dict[int, float | None]:
         family = _family(one)
         near[family, one.place.step, one.rank].append(one)
         far[family].append(one)
-    found: dict[int, float | None] = {}
+    found: dict[int, tuple[float | None, float | None]] = {}
     for one in cuts:
         family = _family(one)
         for group in (near[family, one.place.step, one.rank], far[family]):
-            errors = [other.error or 0.0 for other in group if other.place != one.place]
-            if len(errors) >= _FEWEST:
+            others = [other for other in group if other.place != one.place]
+            if len(others) >= _FEWEST:
                 break
-        found[id(one)] = median(errors) if len(errors) >= _FEWEST else None
+        found[id(one)] = None, None
+        if len(others) >= _FEWEST:
+            sizes = [other.row["size"] or 0.0 for other in others]
+            found[id(one)] = median(other.error or 0.0 for other in others), median(sizes)
     return found
+
+
+def _share_of_siblings(row: Mapping[str, Any], sizes: float | None) -> float:
+    """Return how large a few numbers are beside their siblings: what larger ones left is small.
+
+    Of many numbers some are left large, so there it is 1.
+    """
+    if not sizes or math.prod(row["shape"]) >= 2 * _FEW:
+        return 1.0
+    return min(1.0, float(row["size"]) / sizes)
 
 
 def _family(one: Cut) -> Any:
@@ -214,16 +230,26 @@ def _fewer_bits(cuts: Sequence[Cut], limits: Mapping[int, float]) -> float | Non
     kinds: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for one in cuts:
         if id(one) in limits and not one.is_weight and one.error:
-            kinds[one.place.name, one.place.kind].append((one.error, most_rounding(_eps(one))))
-    usual = [(median(e for e, _ in found), median(m for _, m in found)) for found in kinds.values()]
-    beyond = [error for error, most in usual if error > most]
-    if len(beyond) < max(_FEWEST_KINDS, _FEWER_BITS * len(usual)) or max(beyond) > _MOST_FEWER:
+            kinds[one.place.name, one.place.kind].append((one.error, limits[id(one)]))
+    usual = [median(e for e, _ in found) for found in kinds.values()]
+    off = [
+        median(e for e, _ in found)
+        for found in kinds.values()
+        if median(e / limit for e, limit in found) > 1
+    ]
+    many = sum(e > limit for found in kinds.values() for e, limit in found)
+    if len(off) < max(_FEWEST_KINDS, _FEWER_BITS * len(usual)) or many < 2 * _FEWEST_KINDS:
         return None
-    return median(beyond) if max(beyond) <= _AS_FAR * min(beyond) else None
+    return median(off) if max(off) <= min(_MOST_FEWER, _AS_FAR * min(off)) else None
 
 
 def _judged(
-    one: Cut, limit: float, siblings: float | None, usual_gradient: float, fewer: float | None
+    one: Cut,
+    limit: float,
+    siblings: float | None,
+    sizes: float | None,
+    usual_gradient: float,
+    fewer: float | None,
 ) -> Judged:
     row, error = one.row, one.error
     assert error is not None
@@ -238,14 +264,22 @@ def _judged(
         return Judged(one, limit, siblings, 0.0)  # zero beside the others, but for rounding
     if math.isinf(error) and row["size"] <= atol:
         return Judged(one, limit, siblings, 0.0)  # what is off has no size of its own
+    error *= _share_of_siblings(row, sizes)
     room = max(1.0, limit / most_rounding(_eps(one)))
     scores = {"error": error / limit}
-    scores["row"] = row["error_row"] / (usual.row * room)
-    scores["element"] = row["error_element"] / (usual.element * room)
-    if is_as_large(row["error_row"], row["error_typical"]):
-        scores["row"] = max(scores["row"], 1 + row["error_row"])
-    is_far = error > most_rounding(torch.finfo(dtypes[0]).eps) and not fewer
-    if row["fits_at"] is not None or (is_far and _is_coherent(row)):
+    shape = row["shape"]
+    if shape and shape[-1] >= _FEW:  # a few numbers cancel, and have a direction, by chance
+        scores["row"] = row["error_row"] / (usual.row * room)
+        scores["element"] = row["error_element"] / (usual.element * room)
+        if is_as_large(row["error_row"], row["error_typical"]):
+            scores["row"] = max(scores["row"], 1 + row["error_row"])
+    is_far = error > most_rounding(torch.finfo(dtypes[0]).eps)
+    is_told = math.prod(shape) >= 2 * _FEW
+    if (
+        is_told
+        and (not fewer or one.is_weight)
+        and (row["fits_at"] is not None or (is_far and _is_coherent(row)))
+    ):
         scores["direction"] = max(_CLEAR, error / limit)
     reasons = tuple(name for name, score in scores.items() if score > 1)
     return Judged(one, limit, siblings, max(scores.values()), reasons)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +26,8 @@ from .segments import Place, cuts_of
 if TYPE_CHECKING:
     import polars as pl
 
+CHECK = "check.json"
+"""What says, in the folder of a check, of which recording it was."""
 FAULT = 1
 """Exit status where a fault is named."""
 
@@ -100,7 +104,11 @@ def localize(
     """
     if repeat < 1:
         raise UsageError(f"repeat is {repeat}; it is how often to replay, 1 or more")
+    if not (math.isfinite(truth_factor) and truth_factor > 0):
+        raise UsageError(f"--truth-factor is {truth_factor:g}; it is how many times, above 0")
     recording = Recording.open(run)
+    if out is not None and Path(out).resolve() == recording.path.resolve():
+        raise UsageError("OUT is RUN itself; choose another folder for what the replay leaves")
     settings = settings_of(options)
     sharpened, was_checked = sharpened_by(recording, floor, truth, truth_factor, settings)
     logs: list[pl.DataFrame] = []
@@ -217,9 +225,10 @@ def sharpened_by(
         if (Path(one) / FOLDER).is_dir():
             log = read_log(one)
             cuts = [cut for cut in cuts_of(log).cuts if cut.error is not None]
-            if not cuts and log.height:
+            if _checked_by(Path(one)) != recording.meta.get("id"):
                 raise RecordingError(
-                    f"{one} holds a replay without own errors; make the floor with graft check"
+                    f"{one} holds a replay, but no check of {recording.path}, so what differs "
+                    "there may be the fault itself; make the floor with graft check"
                 )
             was_checked = True
             errors = [(cut.place[:3], cut.error) for cut in cuts]
@@ -232,6 +241,14 @@ def sharpened_by(
         for at, error in _differences(recording, truth, settings):
             known[at] = max(known.get(at, 0.0), error)
     return Sharpened(floor, known, truth_factor), was_checked
+
+
+def _checked_by(folder: Path) -> object:
+    """Return the id of the recording that was checked in a folder, "" where none was."""
+    try:
+        return json.loads((folder / CHECK).read_text())["recording"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _differences(

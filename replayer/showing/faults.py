@@ -34,6 +34,8 @@ def verdict(done: Localized) -> str:
         return f"fault: {_sentence(done, faults[0])}"
     if not done.found.segments:
         return "no segment was judged"
+    if done.command_status:
+        return f"no fault before COMMAND ended with {done.command_status}"
     return f"no fault: {_rounding(done, 'segment')}"
 
 

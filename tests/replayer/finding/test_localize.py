@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import layered
 import pytest
 import torch
 from layered import LAYERS, WIDTH, job
 
 from recorder import Recorder, tap
 from recorder.errors import RecordingError, UsageError
-from replayer import Replayer, localize
+from replayer import Replayer, check, localize
 from replayer.finding.located import located
 from replayer.log import COLUMNS, OF_OWN_ERROR, read_log
 from replayer.showing import faults as report
@@ -179,8 +181,7 @@ def test_a_floor_and_a_truth_raise_limits_and_never_lower_them(base, tmp_path):
     }
     right, off = base(), job(noise)
     assert named(localize(right, off)) == [("up", 2)]
-    with Replayer(right, own_error=True, out=tmp_path / "floor"):
-        off()
+    check(right, off, out=tmp_path / "floor")
     floored = localize(right, off, floor=[tmp_path / "floor"])
     assert floored.status == 0 and floored.was_checked
     with Recorder(tmp_path / "second"):
@@ -189,8 +190,7 @@ def test_a_floor_and_a_truth_raise_limits_and_never_lower_them(base, tmp_path):
     assert localize(right, off, truth=tmp_path / "second").status == 0
     scaled = job({("up", 2): lambda x: 1.5 * x})
     assert named(localize(right, scaled, floor=[tmp_path / "floor"])) == [("up", 2)]
-    with Replayer(right, own_error=True, out=tmp_path / "clean"):
-        job()()
+    check(right, job(), out=tmp_path / "clean")
     assert localize(right, job(), floor=[tmp_path / "clean"]).status == 0
 
 
@@ -216,8 +216,58 @@ def test_a_log_without_own_errors_says_so(base, tmp_path):
         job()()
     found = located(read_log(tmp_path / "plain"))
     assert not found.segments and len(found.not_judged) == 12
-    with pytest.raises(RecordingError, match="without own errors; make the floor with graft check"):
-        localize(tmp_path / "run", job(), floor=[tmp_path / "plain"])
+
+
+def test_only_a_check_of_this_recording_is_a_floor(base, tmp_path):
+    """The log of the faulty target would hide the very fault."""
+    wrong = job({("up", 2): lambda x: x.abs()})
+    run = base()
+    localize(run, wrong, out=tmp_path / "log")
+    with pytest.raises(RecordingError, match="no check of .*; make the floor with graft check"):
+        localize(run, wrong, floor=[tmp_path / "log"])
+    with Recorder(tmp_path / "another"):
+        job()()
+    check(tmp_path / "another", job(), out=tmp_path / "check")
+    with pytest.raises(RecordingError, match="no check of"):
+        localize(run, wrong, floor=[tmp_path / "check"])
+
+
+def test_infinities_of_a_mask_make_no_value_stale(run):
+    masked = torch.ones(16, 16, dtype=torch.bool).triu(1)
+    scores = torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def target(factor):
+        for i, one in enumerate(scores):
+            tap(
+                "scores", (one * (factor if i == 2 else 1)).masked_fill(masked, -torch.inf), layer=i
+            )
+
+    with Recorder(run):
+        target(1.0)
+    (fault,) = localize(run, lambda: target(1.4)).found.faults
+    assert (fault.class_.word, fault.class_.factor) == ("scaled", pytest.approx(1.4, rel=1e-3))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (8, 1), (6, 3)])
+def test_few_numbers_that_cancel_are_no_fault(run, shape):
+    random = torch.Generator().manual_seed(0)
+    pairs = torch.randn(40, 2, *shape, generator=random)
+
+    def target(rounding):
+        kept = [tap("y", a + 2e-7 * rounding * b, layer=i) for i, (a, b) in enumerate(pairs)]
+        return len(kept)
+
+    with Recorder(run):
+        target(0.0)
+    assert localize(run, lambda: target(1.0)).status == 0
+
+
+@pytest.mark.processes
+def test_a_run_that_ended_early_is_not_called_right(base, shell):
+    ends = f"import sys; sys.path.append({str(Path(layered.__file__).parent)!r}); import layered"
+    found = localize(base(), [*shell.python, "-c", f"{ends}; layered.job()(); sys.exit(7)"])
+    assert found.status == 7
+    assert report.verdict(found) == "no fault before COMMAND ended with 7"
 
 
 def test_a_log_of_the_version_before_is_read(base, tmp_path):
