@@ -10,6 +10,7 @@ To add an option, add a field here and the argument to the session's signature.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -215,6 +216,20 @@ class Settings:
         """
         options = (one for one in cls.options() if one.name in values)
         return cls(**{one.name: one.checked(values[one.name], one.name) for one in options})
+
+    @classmethod
+    def named(cls: type[S], values: Mapping[str, Any]) -> S:
+        """Return settings from options by name.
+
+        Raises:
+            UsageError: one is unknown, with the nearest, or its value cannot be used.
+        """
+        known = sorted(one.name for one in cls.options())
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 2) or known
+                raise UsageError(f"{name!r} is no option; there is {', '.join(close)}")
+        return cls.given(values)
 
     @classmethod
     def from_variables(cls: type[S], environ: Mapping[str, str] = os.environ) -> S:

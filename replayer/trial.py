@@ -1,18 +1,19 @@
-"""One trial: a command run under `graft replay`, and what its replay came to; prints nothing.
+"""One trial: a target run under a replay, and what that came to; prints nothing.
 
-1. `replayed` prepares the folder (`prepare`), runs the command with the settings in its
-   environment, and reads what its ranks reported.
-2. `_concluded` holds the log against the records that could have been used.
+1. `replayed` runs a command (`_of_command`) or a function of this process (`_of_function`).
+2. A command's folder is prepared (`prepare`), its settings go into its environment, and what its
+   ranks reported is read.
+3. `_concluded` holds the log against the records that could have been used.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Union
 
 from recorder.commands import launch
 from recorder.commands.outcome import UNTRUSTED, Outcome, conclude, rank_of_wrapper, reports_of
@@ -27,6 +28,7 @@ from recorder.progress import read_progress
 from recorder.settings import RecordSettings
 
 from .log import COLUMNS, FOLDER, leave_columns, read_log, seal_leftovers
+from .session import Replayer
 from .settings import ReplaySettings
 from .summary import Summary, summarize
 
@@ -39,10 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a command came to that ran under `graft replay`.
+    """What a target came to that ran under a replay.
 
     Attributes:
-        command_status: its own exit status; 128 + N where signal N ended it.
+        command_status: its own exit status; 128 + N where signal N ended it; 0 of a function.
         problems: why the replay is not to be trusted, a line each; empty where it is.
         notes: what else to say of it, a line each.
         log: a row for each tap that was looked at, of all ranks.
@@ -66,34 +68,64 @@ class Replayed:
         return self.command_status or (UNTRUSTED if self.problems else beside)
 
 
+Target = Union[Sequence[str], Callable[[], Any]]
+"""The words of a command; or a function, which is called in this process, of one rank."""
+
+
 def replayed(
     recording: Recording,
     out: str | os.PathLike[str] | None,
     settings: ReplaySettings,
-    command: Sequence[str],
+    target: Target,
     *,
     aside: bool = False,
 ) -> Replayed:
-    """Run a command, its taps overwritten from a recording.
+    """Run a target, its taps overwritten from a recording.
 
     Args:
         recording: the baseline's.
         out: the folder for the log, and for what `settings.record` keeps; None to leave nothing.
         settings: how to replay.
-        command: its words.
-        aside: whether what it prints goes to stderr.
+        target: what to run.
+        aside: whether what a command prints goes to stderr.
 
     Raises:
         RecordingError: the folder is taken, or cannot be written.
         UsageError: the settings do not fit together, or the command cannot be started.
     """
-    launch.check(command)
     if settings.record is not None and out is None:
         raise UsageError("--record needs a folder to record into; give -o OUT too")
+    folder = None if out is None else Path(os.path.abspath(out))
+    if folder is not None and folder.resolve() == recording.path.resolve():
+        raise UsageError("OUT is RUN itself; choose another folder for what the replay leaves")
+    if callable(target):
+        return _of_function(recording, folder, settings, target)
+    launch.check(target)
+    return _of_command(recording, folder, settings, target, aside)
+
+
+def _of_function(
+    recording: Recording, out: Path | None, settings: ReplaySettings, target: Callable[[], Any]
+) -> Replayed:
+    # What is strict about it is said, as a command's is, and not raised.
+    session = Replayer(recording.path, **{**vars(replace(settings, strict=False)), "out": out})
+    with session:
+        target()
+    summary = session.summary()
+    failures = (session.reason,) if session.reason else ()
+    notes = (f"replay: {summary.line()}",)
+    return Replayed(0, tuple(session.problems()), notes, session.log(), summary, None, failures)
+
+
+def _of_command(
+    recording: Recording,
+    out: Path | None,
+    settings: ReplaySettings,
+    command: Sequence[str],
+    aside: bool,
+) -> Replayed:
     with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
-        folder = Path(os.path.abspath(out)) if out else Path(spare)
-        if out and folder.resolve() == recording.path.resolve():
-            raise UsageError("OUT is RUN itself; choose another folder for what the replay leaves")
+        folder = out or Path(spare)
         if out:
             prepare(folder, settings.overwrite, records=settings.record is not None)
         variables = {
@@ -107,9 +139,7 @@ def replayed(
         if settings.record is not None and out is not None:
             found = reports_of(RecordSettings.PREFIX, reports)
             progress = read_progress(reports)
-            problems, notes = conclude(
-                Path(out), env["GRAFT_JOB"], settings.record, found, progress
-            )
+            problems, notes = conclude(out, env["GRAFT_JOB"], settings.record, found, progress)
             beside = Outcome(status, tuple(problems), tuple(notes))
         return _concluded(
             folder, recording, settings, reports_of(settings.PREFIX, reports), status, beside

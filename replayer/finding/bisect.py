@@ -39,7 +39,8 @@ from ..diffing.diff import diff
 from ..match import MatchOn
 from ..only import Tap, write
 from ..settings import ReplaySettings
-from .localize import settings_of, trial_of
+from ..trial import Target, replayed
+from .localize import at_least_once, settings_of
 from .search import Boundary, Verdict, Voted, boundary, contradiction, smallest_set, steps_of
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 def bisect(
     run: str | os.PathLike[str],
-    target: Sequence[str] | Callable[[], Any],
+    target: Target,
     *,
     out: str | os.PathLike[str] | None = None,
     watch: str | Filter | None = None,
@@ -150,7 +151,7 @@ def bisect(
 
     Args:
         run: the baseline's recording.
-        target: a command's words; or a function, which is called in this process, of one rank.
+        target: the words of a command, or a function of this process.
         out: a folder for the trials; a search that it holds is gone on with.
         watch: which taps are to be as the baseline's, as a filter.
         tol: how far they may be off, relative to their size; by default as far as a diff takes for
@@ -172,8 +173,7 @@ def bisect(
         raise UsageError("give either --watch EXPR or --check SCRIPT, which a verdict comes from")
     if tol is not None and (watch is None or not tol >= 0):
         raise UsageError(f"--tol {tol:g} is how far a watched tap may be off, 0 or more")
-    if repeat < 1:
-        raise UsageError(f"--repeat is {repeat}; it is how often to make a trial, 1 or more")
+    at_least_once(repeat)
     watched = Filter.parse(watch) if isinstance(watch, str) else watch
     recording = Recording.open(run)
     settings = settings_of({**options, "only": None, "record": watched, "own_error": False})
@@ -212,7 +212,7 @@ class _Trials:
     """Makes trials, and remembers those of an earlier search of the same."""
 
     recording: Recording
-    target: Sequence[str] | Callable[[], Any]
+    target: Target
     out: Path
     watch: Filter | None
     tol: float | None
@@ -327,7 +327,7 @@ class _Trials:
             path = folder / "taps.json"
             write(path, taps)
             settings = replace(settings, only=str(path.resolve()))
-        done = trial_of(self.recording, self.target, folder, settings, aside=True)
+        done = replayed(self.recording, folder, settings, self.target, aside=True)
         if done.command_status in _INTERRUPTED:
             kept = "; the same command goes on from there" if self.is_kept else ""
             raise Interrupted(f"interrupted in {folder.name}{kept}", done.command_status)

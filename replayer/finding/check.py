@@ -10,17 +10,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recorder.commands.outcome import UNTRUSTED, recorded
-from recorder.errors import UsageError
 from recorder.filters import Filter
-from recorder.format import disk
 from recorder.format.rows import parse_tags
-from recorder.format.schema import json_bytes
 from recorder.recording import Recording
 from recorder.session import Recorder
 from recorder.settings import RecordSettings
@@ -28,7 +25,9 @@ from recorder.sizes import count
 from recorder.tags import is_recompute
 
 from ..log import WITHOUT_EFFECT
-from .localize import CHECK, settings_of, trial_of
+from ..trial import Target, replayed
+from .floors import leave_mark
+from .localize import at_least_once, settings_of
 from .segments import Place
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ class Checked:
 
 def check(
     run: str | os.PathLike[str],
-    target: Sequence[str] | Callable[[], Any],
+    target: Target,
     *,
     out: str | os.PathLike[str] | None = None,
     repeat: int = 1,
@@ -105,7 +104,7 @@ def check(
 
     Args:
         run: the baseline's recording.
-        target: the command that made it; or a function, which is called in this process.
+        target: what made it: the words of a command, or a function of this process.
         out: a folder for the log and for what the job computed by itself, a floor for localize.
         repeat: how often to replay.
         **options: as of `graft replay`, by their names there.
@@ -114,8 +113,7 @@ def check(
         RecordingError: the recording cannot be read, or `out` holds a replay already.
         UsageError: an option cannot be used, or the command cannot be started.
     """
-    if repeat < 1:
-        raise UsageError(f"repeat is {repeat}; it is how often to replay, 1 or more")
+    at_least_once(repeat)
     recording = Recording.open(run)
     with tempfile.TemporaryDirectory(prefix="graft-") as spare:
         folder = Path(spare, "check") if out is None else Path(out)
@@ -126,7 +124,7 @@ def check(
         for number in range(repeat):
             into = folder if number == 0 else Path(spare, f"repeat-{number}")
             settings = settings_of({**options, "metrics": True, "record": Filter.parse("True")})
-            done = trial_of(recording, target, into, settings)
+            done = replayed(recording, into, settings, target)
             wrong, summary = list(done.problems), done.summary
             status = status or done.command_status
             if summary.outcomes.get("missing"):
@@ -140,7 +138,7 @@ def check(
             problems += [one for one in wrong if one not in problems]
             notes += done.notes if number == 0 else []
         if out is not None:
-            disk.replace(folder / CHECK, json_bytes({"recording": recording.meta.get("id")}))
+            leave_mark(folder, recording)
         changed = _changed(logs)
         why = ""
         if changed and not status:
@@ -191,7 +189,7 @@ def _changed(logs: Sequence[pl.DataFrame]) -> list[Changed]:
 
 def _why(
     recording: Recording,
-    target: Sequence[str] | Callable[[], Any],
+    target: Target,
     folder: Path,
     first: Changed,
 ) -> str:

@@ -195,8 +195,8 @@ def test_a_dry_run_says_what_it_costs(base):
         ({"watch": WATCH, "check": "true"}, "give either --watch EXPR or --check SCRIPT"),
         ({"watch": WATCH, "tol": -1.0}, "0 or more"),
         ({"check": "true", "tol": 1.0}, "how far a watched tap may be off"),
-        ({"watch": WATCH, "repeat": 0}, "--repeat is 0"),
-        ({"watch": WATCH, "to": 1}, "'to' is no option of a replay"),
+        ({"watch": WATCH, "repeat": 0}, "repeat is 0"),
+        ({"watch": WATCH, "to": 1}, "'to' is no option"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(base, options, said):

@@ -205,7 +205,7 @@ def test_options_are_those_of_a_replay(base):
     right = base()
     found = localize(right, job({("up", 2): lambda x: 2 * x}), filter="layer != 2")
     assert found.status == 1 and named(found) == [("up", 3)]
-    with pytest.raises(UsageError, match="'match' is no option of a replay; there is match_on"):
+    with pytest.raises(UsageError, match="'match' is no option; there is match_on"):
         localize(right, job(), match="name")
     with pytest.raises(RecordingError):
         localize(right.with_name("nothing"), job())
