@@ -91,7 +91,7 @@ def classify(
     word, words = _alone(fault)
     if word:
         return Class(word, words)
-    error = worst.cut.error or 0.0
+    error = worst.cut.error
     told = (
         f"the target's values are off by {_percent(error)}, more than rounding, in no way that "
         "its numbers tell"
@@ -168,7 +168,7 @@ def _zeros(fault: _Fault) -> Class | None:
 
 def _rest_is_right(fault: _Fault, zeros: Zeros) -> bool:
     """Whether zeros are about all that is wrong, which make an error as large as their share."""
-    error = fault.worst.cut.error or 0.0
+    error = fault.worst.cut.error
     return bool(0.5 < error / math.sqrt(zeros["share"]) < 2.0 and 0.9 < zeros["scale"] < 1.1)
 
 
@@ -227,7 +227,7 @@ def _add_up(own: Sequence[Sequence[Sequence[float]]], base: Sequence[Any], times
 
 def _explains(fault: _Fault, share: float) -> bool:
     """Whether what an explanation leaves of the error is little, or no more than rounding."""
-    left = math.sqrt(max(1 - share, 0.0)) * (fault.worst.cut.error or 0.0)
+    left = math.sqrt(max(1 - share, 0.0)) * fault.worst.cut.error
     return (share > _EXPLAINED and left <= max(_LEFT, 2 * fault.worst.limit)) or (
         share > _EXPLAINED_OF_ROUNDED and left <= fault.worst.limit
     )
@@ -363,7 +363,7 @@ _RULES: tuple[Callable[[_Fault], Class | None], ...] = (
 
 def _alone(fault: _Fault) -> tuple[str, str]:
     """Return the class of what is wrong in one place alone, and how to say so."""
-    off = f"off by {_percent(fault.worst.cut.error or 0.0)}, while the rest is right"
+    off = f"off by {_percent(fault.worst.cut.error)}, while the rest is right"
     for dim, place in sorted(fault.look.get("places", {}).items(), key=lambda one: one[1]["count"]):
         called = _name(fault.row, int(dim))
         words = f"{_dim(fault.row, int(dim))} {_list(place)} of {place['size']} alone: {off}"

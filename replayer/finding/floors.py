@@ -18,6 +18,7 @@ from recorder.recording import Recording
 
 from ..diffing.diff import diff
 from ..log import FOLDER, read_log
+from ..only import Tap
 from ..settings import ReplaySettings
 from .judging import Sharpened
 from .segments import cuts_of
@@ -42,24 +43,23 @@ def sharpened_by(
     Raises:
         RecordingError: one of them is neither a recording nor what a check left.
     """
-    floor: dict[tuple[str, str, str], float] = {}
+    floor: dict[Tap, float] = {}
     was_checked = False
     for one in floors:
         if (Path(one) / FOLDER).is_dir():
-            log = read_log(one)
-            cuts = [cut for cut in cuts_of(log).cuts if cut.error is not None]
             if _checked_by(Path(one)) != recording.meta.get("id"):
                 raise RecordingError(
                     f"{one} holds a replay, but no check of {recording.path}, so what differs "
                     "there may be the fault itself; make the floor with graft check"
                 )
             was_checked = True
-            errors = [(cut.place[:3], cut.error) for cut in cuts]
+            errors = [(cut.place.tap, cut.error) for cut in cuts_of(read_log(one)).cuts]
         else:
-            errors = [(key[:3], error) for key, error in _differences(recording, one, settings)]
-        for key, noise in errors:
-            floor[key] = max(floor.get(key, 0.0), noise or 0.0)
-    known: dict[tuple[str, str, str, int], float] = {}
+            differences = _differences(recording, one, settings)
+            errors = [(tap, error) for (tap, _step), error in differences]
+        for tap, error in errors:
+            floor[tap] = max(floor.get(tap, 0.0), error)
+    known: dict[tuple[Tap, int], float] = {}
     if truth is not None:
         for at, error in _differences(recording, truth, settings):
             known[at] = max(known.get(at, 0.0), error)
@@ -76,11 +76,11 @@ def _checked_by(folder: Path) -> object:
 
 def _differences(
     recording: Recording, other: str | os.PathLike[str], settings: ReplaySettings
-) -> list[tuple[tuple[str, str, str, int], float]]:
-    """Return how far another recording is from the baseline: name, tags, kind, step -> error."""
+) -> list[tuple[tuple[Tap, int], float]]:
+    """Return how far another recording is from the baseline: tap and step, and the error."""
     table = diff(recording.path, other, match_on=settings.match_on).pairs
     kept = table.filter(table["error"].is_not_null())
     return [
-        ((row["name"], row["tags"], row["kind"], row["step"]), float(row["error"]))
+        ((Tap(row["name"], row["tags"], row["kind"]), row["step"]), float(row["error"]))
         for row in kept.iter_rows(named=True)
     ]

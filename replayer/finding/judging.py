@@ -18,20 +18,23 @@ that.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..measuring.measures import tolerances, units
 from ..measuring.own import most_rounding
+from ..only import Tap
 from ..rules import is_as_large, usual_of
-from .segments import Cut, Place
+from .segments import Cut, Place, Row
 
 _SIBLINGS, _FEWEST = 4.0, 3
+_SIXTEEN = torch.finfo(torch.float16).eps
 _MOST_TIMES = {True: 10.0, False: 3.0}  # by whether the dtype has 32 bits or more
 _COHERENT = 0.85  # of the squared error, that one explanation takes
 _FLOOR = 3.0
@@ -80,19 +83,19 @@ class Sharpened:
     """What else is known of how far clean segments are off; it may only raise a limit.
 
     Attributes:
-        floor: by name, tags and kind, the greatest error of replays of the baseline onto itself.
-        truth: by name, tags, kind and step, the baseline's own error against the truth.
+        floor: by tap, the greatest error of replays of the baseline onto itself.
+        truth: by tap and step, the baseline's own error against the truth.
         times: how many times that a segment may be off.
     """
 
-    floor: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
-    truth: Mapping[tuple[str, str, str, int], float] = field(default_factory=dict)
+    floor: Mapping[Tap, float] = field(default_factory=dict)
+    truth: Mapping[tuple[Tap, int], float] = field(default_factory=dict)
     times: float = 2.0
 
     def least(self, place: Place) -> float:
         """Return the limit that it gives a segment, 0 where it knows none."""
-        floor = self.floor.get((place.name, place.tags, place.kind), 0.0)
-        truth = self.truth.get((place.name, place.tags, place.kind, place.step), 0.0)
+        floor = self.floor.get(place.tap, 0.0)
+        truth = self.truth.get((place.tap, place.step), 0.0)
         return max(_FLOOR * floor, self.times * truth)
 
 
@@ -113,22 +116,19 @@ class Judgement:
 
 def judge(cuts: Sequence[Cut], sharpened: Sharpened | None = None) -> Judgement:
     """Judge segments, each by what is usual for its dtype and for its siblings."""
-    sharpened = sharpened or Sharpened()
-    run = _run_of(cuts)
-    siblings = _siblings(cuts)
+    run, siblings = _run_of(cuts), _siblings(cuts)
     usual_gradient = median([0.0, *(c.row["size"] for c in cuts if _is_gradient(c))])
-    limits = {
-        id(one): _limit(one, siblings[id(one)][0], run, sharpened) for one in cuts if _is_float(one)
-    }
+    limits = [
+        _limit(one, usual, run, sharpened or Sharpened()) if _is_float(one) else 0.0
+        for one, usual in zip(cuts, siblings, strict=True)
+    ]
     fewer = _fewer_bits(cuts, limits)
-    judged = []
-    for one in cuts:
-        if not _is_float(one):
-            judged.append(_of_choice(one))
-            continue
-        limit = max(limits[id(one)], _TIMES_FEWER * (fewer or 0.0))
-        errors, sizes = siblings[id(one)]
-        judged.append(_judged(one, limit, errors, sizes, usual_gradient, fewer))
+    judged = [
+        _judged(one, max(limit, _TIMES_FEWER * (fewer or 0.0)), usual, usual_gradient, fewer)
+        if _is_float(one)
+        else _of_choice(one)
+        for one, limit, usual in zip(cuts, limits, siblings, strict=True)
+    ]
     return Judgement(tuple(judged), fewer, run.name)
 
 
@@ -174,38 +174,79 @@ def _run_of(cuts: Sequence[Cut]) -> _Run:
     return _Run(torch.finfo(coarsest).eps, str(coarsest).removeprefix("torch."))
 
 
-def _siblings(cuts: Sequence[Cut]) -> dict[int, tuple[float | None, float | None]]:
-    """Return the median error and size of each one's siblings, of its step and rank if those do."""
+class _Usual(NamedTuple):
+    """The median error and size of a segment's siblings; None where there are too few."""
+
+    error: float | None = None
+    size: float | None = None
+
+
+def _siblings(cuts: Sequence[Cut]) -> list[_Usual]:
+    """Return what is usual for each one's siblings, of its step and rank where those are enough."""
+    families = [_family(one) for one in cuts]
     near: dict[Any, list[Cut]] = defaultdict(list)
     far: dict[Any, list[Cut]] = defaultdict(list)
-    for one in cuts:
-        if one.error is None:
-            continue
-        family = _family(one)
+    for one, family in zip(cuts, families, strict=True):
         near[family, one.place.step, one.rank].append(one)
         far[family].append(one)
-    found: dict[int, tuple[float | None, float | None]] = {}
-    for one in cuts:
-        family = _family(one)
-        for group in (near[family, one.place.step, one.rank], far[family]):
-            others = [other for other in group if other.place != one.place]
-            if len(others) >= _FEWEST:
-                break
-        found[id(one)] = None, None
-        if len(others) >= _FEWEST:
-            sizes = [other.row["size"] or 0.0 for other in others]
-            found[id(one)] = median(other.error or 0.0 for other in others), median(sizes)
+    usual = {key: _Medians(group) for groups in (near, far) for key, group in groups.items()}
+    found = []
+    for one, family in zip(cuts, families, strict=True):
+        close = usual[family, one.place.step, one.rank].without(one)
+        found.append(close if close.error is not None else usual[family].without(one))
     return found
 
 
-def _share_of_siblings(row: Mapping[str, Any], sizes: float | None) -> float:
+class _Medians:
+    """The medians of a group without one of it: sorted once, for groups of thousands."""
+
+    def __init__(self, group: Sequence[Cut]) -> None:
+        self._of_place: dict[Place, list[Cut]] = defaultdict(list)
+        for one in group:
+            self._of_place[one.place].append(one)
+        self._errors = sorted(one.error for one in group)
+        self._sizes = sorted(one.row["size"] or 0.0 for one in group)
+
+    def without(self, one: Cut) -> _Usual:
+        """Return the medians of those of other places, of whichever ranks."""
+        same = self._of_place[one.place]
+        if len(self._errors) - len(same) < _FEWEST:
+            return _Usual()
+        return _Usual(
+            _median_without(self._errors, [c.error for c in same]),
+            _median_without(self._sizes, [c.row["size"] or 0.0 for c in same]),
+        )
+
+
+def _median_without(ordered: Sequence[float], gone: Sequence[float]) -> float:
+    """Return the median of sorted values, some of which are taken out."""
+    places = sorted(bisect_left(ordered, value) + i for value, i in _numbered(gone))
+    left = len(ordered) - len(places)
+
+    def at(k: int) -> float:
+        for place in places:
+            k += place <= k
+        return ordered[k]
+
+    return (at((left - 1) // 2) + at(left // 2)) / 2
+
+
+def _numbered(values: Sequence[float]) -> Iterator[tuple[float, int]]:
+    """Yield each value, and how many equal ones came before it."""
+    seen: Counter[float] = Counter()
+    for value in values:
+        yield value, seen[value]
+        seen[value] += 1
+
+
+def _share_of_siblings(row: Row, size: float | None) -> float:
     """Return how large a few numbers are beside their siblings: what larger ones left is small.
 
     Of many numbers some are left large, so there it is 1.
     """
-    if not sizes or math.prod(row["shape"]) >= 2 * _FEW:
+    if not size or math.prod(row["shape"]) >= 2 * _FEW:
         return 1.0
-    return min(1.0, float(row["size"]) / sizes)
+    return min(1.0, float(row["size"]) / size)
 
 
 def _family(one: Cut) -> Any:
@@ -214,78 +255,71 @@ def _family(one: Cut) -> Any:
     return one.place.name, one.place.kind, repr(sorted(fixed.items())), one.row["dtype"]
 
 
-def _limit(one: Cut, siblings: float | None, run: _Run, sharpened: Sharpened) -> float:
+def _limit(one: Cut, usual: _Usual, run: _Run, sharpened: Sharpened) -> float:
     eps = _eps(one)
     least, most = most_rounding(eps), most_rounding(run.eps)
     if least < most:
-        usual = math.inf if siblings is None else _SIBLINGS * siblings
-        limit = min(most, max(least, usual))
+        of_siblings = math.inf if usual.error is None else _SIBLINGS * usual.error
+        limit = min(most, max(least, of_siblings))
     else:
-        limit = max(least, min(_SIBLINGS * (siblings or 0.0), _MOST_TIMES[eps < 1e-5] * least))
+        times = _MOST_TIMES[eps < _SIXTEEN]
+        limit = max(least, min(_SIBLINGS * (usual.error or 0.0), times * least))
     return max(limit, sharpened.least(one.place))
 
 
-def _fewer_bits(cuts: Sequence[Cut], limits: Mapping[int, float]) -> float | None:
-    """Return the usual error where about all kinds of segments are off, by about the same."""
+def _fewer_bits(cuts: Sequence[Cut], limits: Sequence[float]) -> float | None:
+    """Return the usual error where many kinds are off in most layers, by about the same."""
     kinds: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
-    for one in cuts:
-        if id(one) in limits and not one.is_weight and one.error:
-            kinds[one.place.name, one.place.kind].append((one.error, limits[id(one)]))
-    usual = [median(e for e, _ in found) for found in kinds.values()]
+    for one, limit in zip(cuts, limits, strict=True):
+        if limit and not one.is_weight and one.error:
+            kinds[one.place.name, one.place.kind].append((one.error, one.error / limit))
     off = [
-        median(e for e, _ in found)
+        median(error for error, _ in found)
         for found in kinds.values()
-        if median(e / limit for e, limit in found) > 1
+        if median(times for _, times in found) > 1
     ]
-    many = sum(e > limit for found in kinds.values() for e, limit in found)
-    if len(off) < max(_FEWEST_KINDS, _FEWER_BITS * len(usual)) or many < 2 * _FEWEST_KINDS:
+    many = sum(times > 1 for found in kinds.values() for _, times in found)
+    if len(off) < max(_FEWEST_KINDS, _FEWER_BITS * len(kinds)) or many < 2 * _FEWEST_KINDS:
         return None
     return median(off) if max(off) <= min(_MOST_FEWER, _AS_FAR * min(off)) else None
 
 
 def _judged(
-    one: Cut,
-    limit: float,
-    siblings: float | None,
-    sizes: float | None,
-    usual_gradient: float,
-    fewer: float | None,
+    one: Cut, limit: float, siblings: _Usual, usual_gradient: float, fewer: float | None
 ) -> Judged:
     row, error = one.row, one.error
-    assert error is not None
+
+    def judged(score: float, *reasons: str) -> Judged:
+        return Judged(one, limit, siblings.error, score, reasons)
+
     if row["odd"]:
-        return Judged(one, limit, siblings, math.inf, ("odd",))
+        return judged(math.inf, "odd")
     dtypes = _dtypes(one)
     rtol, atol = tolerances(dtypes[0], dtypes[-1])
     is_gradient = one.place.kind == "grad"
     # Floats of 8 bits have no tolerance of torch's.
     usual = usual_of(rtol or 2 * _eps(one), row["error_typical"], is_gradient=is_gradient)
     if is_gradient and row["size"] <= usual.whole * usual_gradient:
-        return Judged(one, limit, siblings, 0.0)  # zero beside the others, but for rounding
+        return judged(0.0)  # zero beside the others, but for rounding
     if math.isinf(error) and row["size"] <= atol:
-        return Judged(one, limit, siblings, 0.0)  # what is off has no size of its own
-    error *= _share_of_siblings(row, sizes)
-    room = max(1.0, limit / most_rounding(_eps(one)))
+        return judged(0.0)  # what is off has no size of its own
+    error *= _share_of_siblings(row, siblings.size)
     scores = {"error": error / limit}
-    shape = row["shape"]
-    if shape and shape[-1] >= _FEW:  # a few numbers cancel, and have a direction, by chance
+    shape, room = row["shape"], max(1.0, limit / most_rounding(_eps(one)))
+    if shape and shape[-1] >= _FEW:  # fewer numbers cancel by chance
         scores["row"] = row["error_row"] / (usual.row * room)
         scores["element"] = row["error_element"] / (usual.element * room)
         if is_as_large(row["error_row"], row["error_typical"]):
             scores["row"] = max(scores["row"], 1 + row["error_row"])
-    is_far = error > most_rounding(torch.finfo(dtypes[0]).eps)
-    is_told = math.prod(shape) >= 2 * _FEW
-    if (
-        is_told
-        and (not fewer or one.is_weight)
-        and (row["fits_at"] is not None or (is_far and _is_coherent(row)))
-    ):
-        scores["direction"] = max(_CLEAR, error / limit)
-    reasons = tuple(name for name, score in scores.items() if score > 1)
-    return Judged(one, limit, siblings, max(scores.values()), reasons)
+    # Fewer have a direction by chance; and so may all that is computed in fewer bits.
+    if math.prod(shape) >= 2 * _FEW and (not fewer or one.is_weight):
+        is_far = error > most_rounding(torch.finfo(dtypes[0]).eps)
+        if row["fits_at"] is not None or (is_far and _is_coherent(row)):
+            scores["direction"] = max(_CLEAR, error / limit)
+    return judged(max(scores.values()), *(name for name, score in scores.items() if score > 1))
 
 
-def _is_coherent(row: Mapping[str, Any]) -> bool:
+def _is_coherent(row: Row) -> bool:
     """Whether one factor, one of each row or column, or one vector explains the error."""
     shares = row["look"].get("shares", {})
     return bool(max((row["cosine"] or 0.0) ** 2, *shares.values(), 0.0) > _COHERENT)

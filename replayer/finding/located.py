@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from recorder.sizes import count
 
+from ..only import Tap
 from .classes import Class, classify
 from .judging import Judged, Judgement, Sharpened, judge
-from .segments import Cut, Cuts, Place, Unjudged, cuts_of
+from .segments import Cuts, Place, Unjudged, cuts_of
 
 if TYPE_CHECKING:
     import polars as pl
@@ -220,7 +221,7 @@ def _segment(
         of=len(ranks),
         begins=tuple(begins),
         class_=class_,
-        error=max(_error(one.cut) for one in shown),
+        error=max(one.cut.error for one in shown),
         expected=worst.limit,
         siblings=worst.siblings,
         score=worst.score,
@@ -228,11 +229,6 @@ def _segment(
         is_clear=any(one.is_clear for one in faulty),
         order=order,
     )
-
-
-def _error(cut: Cut) -> float:
-    error = cut.error if cut.error is not None else cut.row["error"]
-    return float(error or 0.0)
 
 
 def _worst_first(one: Segment) -> tuple[Any, ...]:
@@ -245,7 +241,7 @@ def _notes(judgement: Judgement) -> list[str]:
     notes = []
     if judgement.fewer_bits:
         notes.append(
-            "the whole run computes in fewer bits than its dtypes tell: about all kinds of "
+            "the whole run computes in fewer bits than its dtypes tell: many kinds of "
             f"segments are off by {judgement.fewer_bits:.1e} of their size; each was held against "
             "three times that"
         )
@@ -290,9 +286,9 @@ def rounding_words(one: Segment) -> str:
     return f"rounding: off by {one.error:.1e}{times}; up to {one.expected:.1e} is taken for it"
 
 
-def steps_of(segments: Sequence[Segment]) -> Mapping[tuple[str, str, str], list[Segment]]:
-    """Return segments of all steps and occurrences by name, tags and kind, in the given order."""
-    found: dict[tuple[str, str, str], list[Segment]] = {}
+def steps_of(segments: Sequence[Segment]) -> Mapping[Tap, list[Segment]]:
+    """Return segments of all steps and occurrences by their taps, in the given order."""
+    found: dict[Tap, list[Segment]] = {}
     for one in segments:
-        found.setdefault((one.place.name, one.place.tags, one.place.kind), []).append(one)
+        found.setdefault(one.place.tap, []).append(one)
     return found

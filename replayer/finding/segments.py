@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recorder.format.rows import parse_tags
 from recorder.sizes import count
-from recorder.tags import TagValue, is_recompute, label
+from recorder.tags import TagValue, is_recompute
 
 from ..log import WEIGHT, WITHOUT_EFFECT
+from ..only import Tap
 
 if TYPE_CHECKING:
     import polars as pl
@@ -37,10 +38,14 @@ class Place(NamedTuple):
     occurrence: int
 
     @property
+    def tap(self) -> Tap:
+        """The tap where it ends, of all steps and occurrences."""
+        return Tap(self.name, self.tags, self.kind)
+
+    @property
     def label(self) -> str:
-        """Name and tags, as messages have them; a gradient's says so."""
-        kind = " (gradient)" if self.kind == "grad" else ""
-        return label(self.name, self.tags) + kind
+        """Name and tags, as messages have them."""
+        return self.tap.label
 
     @property
     def tag_values(self) -> dict[str, TagValue]:
@@ -75,10 +80,9 @@ class Cut:
         return self.row.get("role") == WEIGHT and self.row["kind"] != "grad"
 
     @property
-    def error(self) -> float | None:
-        """Its own relative error, that of extremes counted; None where it was not measured."""
-        error = self.row.get("error")
-        return None if error is None else max(error, self.row.get("error_extreme") or 0.0)
+    def error(self) -> float:
+        """Its own relative error, that of extremes counted."""
+        return float(max(self.row["error"], self.row["error_extreme"] or 0.0))
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,7 @@ def _where(done: Localized, one: Segment) -> list[str]:
         else:
             which = "rank" if len(one.ranks) == 1 else "ranks"
             found.append(f"on {which} {span(list(one.ranks))} of {one.of}")
-    place = one.place
-    key = (place.name, place.tags, place.kind)
-    everywhere = steps_of(done.found.segments)[key]
+    everywhere = steps_of(done.found.segments)[one.place.tap]
     steps = sorted({other.place.step for other in everywhere})
     faulty = sorted({other.place.step for other in everywhere if other.is_fault})
     if len(steps) > 1:
