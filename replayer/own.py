@@ -25,13 +25,14 @@ from .measuring.choice import choice
 from .measuring.look import Look
 from .measuring.measures import units
 from .measuring.own import OwnError, most_rounding, own_error
+from .measuring.profile import as_row
 
 if TYPE_CHECKING:
     import polars as pl
 
 _STALE_FROM = 0.1  # relative error
 _MOST_STALE, _MOST_CANDIDATES = 32, 8  # taps that are compared with other records; by how many
-_MOST_BYTES, _CHUNK, _LITTLE = 32 << 20, 1 << 18, 1e-300
+_MOST_BYTES, _CHUNK = 32 << 20, 1 << 18
 _SCORES, _SCORES_BYTES = 3, 16 << 20  # grafted tensors that indices may have been chosen by
 
 
@@ -88,7 +89,15 @@ class Own:
                 look["stale"] = stale
         if not is_gradient and new.numel() * new.itemsize <= _SCORES_BYTES:
             self._scores = [new, *self._scores[: _SCORES - 1]]
-        return {**row, **_columns_of(found), "look": _json(look)}
+        return {
+            **row,
+            **as_row(found.profile),
+            "size": found.size,
+            "odd": found.odd,
+            "scale": found.scale,
+            "cosine": found.cosine,
+            "look": _json(look),
+        }
 
     def _is_to_compare(self, found: OwnError, target: torch.Tensor) -> bool:
         is_large = target.numel() * target.itemsize > _MOST_BYTES
@@ -158,7 +167,7 @@ def _is_the_same(one: torch.Tensor, other: torch.Tensor, most: float) -> bool:
         # An infinity on both sides, such as a mask's, says nothing of the rest.
         a, b = (t.to(torch.float64).nan_to_num(0.0, 0.0, 0.0) for t in (a, b))
         size, off = size + float(a.square().sum()), off + float((b - a).square().sum())
-        if off > 4 * most**2 * max(size, _LITTLE) and size:
+        if size and off > 4 * most**2 * size:
             return False
     return size > 0 and off <= most**2 * size
 
@@ -182,25 +191,6 @@ def _distance(record: ManifestRow, tags: Mapping[str, TagValue], row: ManifestRo
             return None
         total += abs(value - other)
     return float(total) if total <= 2 else None
-
-
-def _columns_of(found: OwnError) -> OwnRow:
-    profile = found.profile
-    return {
-        "size": found.size,
-        "odd": found.odd,
-        "error": profile.whole,
-        "error_extreme": profile.extreme,
-        "error_row": profile.row,
-        "error_row_at": None if profile.row_at is None else list(profile.row_at),
-        "error_typical": profile.typical,
-        "error_element": profile.element,
-        "factor": profile.factor,
-        "offset": profile.offset,
-        "fits_at": None if profile.along is None else list(profile.along),
-        "scale": found.scale,
-        "cosine": found.cosine,
-    }
 
 
 def _is_parameter(target: torch.Tensor) -> bool:

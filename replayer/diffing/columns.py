@@ -8,6 +8,7 @@ from typing import Any, TypedDict, cast
 import polars as pl
 
 from ..measuring.measures import Measures
+from ..measuring.profile import as_row
 
 OUTCOMES = ("differs", "shape", "error", "unmeasured", "only_a", "only_b", "close", "equal")
 """From the worst on: `equal` is bit for bit, `close` within tolerance, `unmeasured` other bytes
@@ -140,23 +141,9 @@ def row_of(*parts: Mapping[str, Any]) -> DiffRow:
 def figures_of(found: Measures) -> DiffRow:
     """Return what was measured of a pair as a part of its row."""
     figures = {name: value for name, value in vars(found).items() if name != "profile"}
-    where = found.profile
-    if where is None:
+    if found.profile is None:
         return row_of(figures)
-    return row_of(
-        figures,
-        {
-            "error": where.whole,
-            "error_extreme": where.extreme,
-            "error_row": where.row,
-            "error_row_at": None if where.row_at is None else list(where.row_at),
-            "error_typical": where.typical,
-            "error_element": where.element,
-            "factor": where.factor,
-            "offset": where.offset,
-            "fits_at": None if where.along is None else list(where.along),
-        },
-    )
+    return row_of(figures, as_row(found.profile))
 
 
 def rows_of(table: pl.DataFrame) -> Iterator[DiffRow]:

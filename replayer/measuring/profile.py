@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -79,6 +79,35 @@ class Profile:
     factor: float | None = None
     offset: float | None = None
     along: tuple[int, ...] | None = None
+
+
+class ProfileRow(TypedDict):
+    """A profile as a table has it; `error_row_at` and `fits_at` are `row_at` and `along`."""
+
+    error: float
+    error_extreme: float
+    error_row: float
+    error_row_at: list[int] | None
+    error_typical: float
+    error_element: float
+    factor: float | None
+    offset: float | None
+    fits_at: list[int] | None
+
+
+def as_row(found: Profile) -> ProfileRow:
+    """Return a profile as a part of a table's row."""
+    return {
+        "error": found.whole,
+        "error_extreme": found.extreme,
+        "error_row": found.row,
+        "error_row_at": None if found.row_at is None else list(found.row_at),
+        "error_typical": found.typical,
+        "error_element": found.element,
+        "factor": found.factor,
+        "offset": found.offset,
+        "fits_at": None if found.along is None else list(found.along),
+    }
 
 
 def profile(
