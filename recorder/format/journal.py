@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,24 +60,35 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     by_seq: dict[Any, dict[str, Any]] = {}
+    for row in whole_lines(path):
+        if "name" in row:
+            rows.append(row)
+            by_seq[str(row.get("seq"))] = row
+        elif str(row.get("seq")) in by_seq:
+            by_seq[str(row["seq"])].update(row)
+    return rows
+
+
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file's lines, up to the first that is not whole.
+
+    Raises:
+        FileNotFoundError: it is not there (any more).
+        DamagedRecording: it cannot be read.
+    """
     try:
         with os.fdopen(disk.open_regular(path), "rb") as file:
             while line := file.readline(_MAX_LINE):
                 if not line.endswith(b"\n"):
-                    break  # torn, or longer than any writer's
+                    return  # torn, or longer than any writer's
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
-                    break
+                    return
                 if not isinstance(row, dict):
-                    break
-                if "name" in row:
-                    rows.append(row)
-                    by_seq[str(row.get("seq"))] = row
-                elif str(row.get("seq")) in by_seq:
-                    by_seq[str(row["seq"])].update(row)
+                    return
+                yield row
     except FileNotFoundError:
         raise
     except OSError as err:
         raise DamagedRecording(path, err.strerror or str(err)) from err
-    return rows
