@@ -222,11 +222,6 @@ class Matcher:
                 self._firsts[first] = match
         return match
 
-    @property
-    def is_by_key(self) -> bool:
-        """Whether a tap's records do not depend on which others were asked for."""
-        return self.match_on.whole
-
     def has(self, selected: Selected, kind: str) -> bool:
         """Whether a key was recorded; False where not the whole key counts, and none is known."""
         key, step = selected.key, selected.key.step + self.step_offset

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from recorder.errors import UsageError
-from recorder.tags import label
-from recorder.taps.selection import Selected
+from recorder.tags import Key, label
 
 
 class Tap(NamedTuple):
@@ -52,10 +51,6 @@ class Only:
                 f"--only {path} is no list of [name, tags, kind], as graft bisect writes it: {err}"
             ) from None
 
-    def of(self, selected: Selected) -> Selected:
-        """Return a tap with what of it is to be grafted."""
-        name, tags = selected.key.name, selected.key.tags
-        return selected._replace(
-            forward=selected.forward and Tap(name, tags, "tensor") in self._taps,
-            grad=selected.grad and Tap(name, tags, "grad") in self._taps,
-        )
+    def has(self, key: Key, kind: str) -> bool:
+        """Whether a tap of some kind is named."""
+        return Tap(key.name, key.tags, kind) in self._taps

@@ -78,6 +78,7 @@ class Outcomes:
         senders: list[int | None] | None = None,
         made: Replacement | None = None,
         note: str = "",
+        changed: int | None = None,
     ) -> LogRow:
         """Log what came of a tap, say it where it failed, raise where that was asked for.
 
@@ -90,6 +91,7 @@ class Outcomes:
             senders: the `seq` of each sender's record.
             made: what it was overwritten with.
             note: what else to know.
+            changed: of a value, 1 where it is another than recorded, else 0.
 
         Raises:
             ReplayError: it failed, and that was to be raised.
@@ -115,6 +117,8 @@ class Outcomes:
             row["n_senders"] = len(match.rows)
         if senders is not None:
             row["senders"] = senders
+        if changed is not None:
+            row["changed"] = changed
         if made is not None and error is None:
             row["numel"] = made.tensor.numel()
             if figures := made.figures:

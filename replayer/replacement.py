@@ -283,8 +283,8 @@ class Replacements:
         # As `row_at`, but to ask a frame for its columns takes as long as to read one.
         return cast(ManifestRow, dict(zip(_NEEDED, self._needed.row(number), strict=True)))
 
-    def compare(self, value: Any, match: Match) -> str:
-        """Say whether a value equals the recorded one."""
+    def compare(self, value: Any, match: Match) -> tuple[bool, str]:
+        """Return whether a value equals the recorded one, and say so."""
         rank = self.rank.rank
         sender = rank if rank in match.rows else min(match.rows)
         recorded = row_at(self._frame, match.rows[sender])["value"]
@@ -292,7 +292,7 @@ class Replacements:
         verdict = "equal" if recorded == here else f"recorded {recorded}, here {here}"
         if sender != rank:
             verdict += f" (rank {sender}'s; rank {rank} recorded none)"
-        return joined(match.warning, verdict)
+        return recorded == here, joined(match.warning, verdict)
 
     def _load(
         self, rows: dict[int, ManifestRow], device: torch.device

@@ -220,10 +220,6 @@ class Replayer:
         selected = self._selection.select_or_warn(call, rank, self._outcomes.once)
         if selected is None or not self._ensure_log():
             return
-        if self._only is not None:
-            selected = self._chosen(call, selected)
-            if not (selected.forward or selected.grad):
-                return
         start = time.perf_counter()
         if selected.note:
             self._outcomes.once(
@@ -260,16 +256,13 @@ class Replayer:
             fact = f"{kind}; only tensors can be grafted"
             self._outcomes.finish(selected, "tensor", start, ReplayError(fact))
 
-    def _chosen(self, call: Call, selected: Selected) -> Selected:
-        """Return a tap with what of it is to be grafted; what is not is counted all the same."""
-        assert self._only is not None
-        chosen = self._only.of(selected)
-        if selected.forward and not chosen.forward and not self._replacements.matcher.is_by_key:
-            kind = classify(call.value())
-            if kind in ("tensor", "value"):
-                with contextlib.suppress(MissingRecord):
-                    self._replacements.matcher.find(selected, kind)
-        return chosen
+    def _is_passed_over(self, selected: Selected, kind: str) -> bool:
+        """Whether a tap is none of those to graft; its record counts as used all the same."""
+        if self._only is None or self._only.has(selected.key, kind):
+            return False
+        with contextlib.suppress(MissingRecord):
+            self._replacements.matcher.find(selected, kind)
+        return True
 
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be handled for a reason nobody foresaw."""
@@ -375,6 +368,8 @@ class Replayer:
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
     ) -> None:
         """Graft onto a tensor in place."""
+        if self._is_passed_over(selected, kind):
+            return
         match: Match | None = None
         made: Replacement | None = None
         error: GraftError | None = None
@@ -440,6 +435,8 @@ class Replayer:
         if self.state != "running":
             return None
         selected = parts.at(number)
+        if self._is_passed_over(selected, "grad"):
+            return None
         start = time.perf_counter()
         match: Match | None = None
         made: Replacement | None = None
@@ -506,17 +503,20 @@ class Replayer:
 
     def _compare_value(self, selected: Selected, value: Any, start: float) -> None:
         """Compare a value with the recorded one; values have no memory to graft onto."""
+        if self._is_passed_over(selected, "value"):
+            return
         match: Match | None = None
         error: GraftError | None = None
-        verdict = ""
+        is_equal, verdict = False, ""
         try:
             match = self._replacements.find(selected, "value")
-            verdict = self._replacements.compare(value, match)
+            is_equal, verdict = self._replacements.compare(value, match)
         except Exception as err:
             if is_from_the_job(err):
                 raise
             error = _worded(err)
-        self._finish(selected, "value", start, error, match, note=verdict)
+        changed = int(not is_equal) if error is None else None
+        self._finish(selected, "value", start, error, match, note=verdict, changed=changed)
 
     def _finish(
         self,
@@ -527,11 +527,14 @@ class Replayer:
         match: Match | None,
         made: Replacement | None = None,
         note: str = "",
+        changed: int | None = None,
     ) -> LogRow:
         senders = None
         if match is not None and error is None:
             senders = self._replacements.senders(match)
-        return self._outcomes.finish(selected, kind, start, error, match, senders, made, note)
+        return self._outcomes.finish(
+            selected, kind, start, error, match, senders, made, note, changed
+        )
 
 
 def _worded(err: Exception) -> GraftError:

@@ -170,11 +170,9 @@ def _changed(logs: Sequence[pl.DataFrame]) -> list[Changed]:
             if is_recompute(parse_tags(row["tags"])):
                 continue
             place = Place(row["name"], row["tags"], row["kind"], row["step"], row["occurrence"])
-            is_value = row["outcome"] == "compared" and "recorded " in (row["message"] or "")
-            if row["changed"] or is_value:
-                found.setdefault(place, []).append(
-                    (number, row["rank"], row["changed"] or 0, row["error"])
-                )
+            if row["changed"]:
+                elements = row["changed"] if row["numel"] is not None else 0  # a value has none
+                found.setdefault(place, []).append((number, row["rank"], elements, row["error"]))
     return [
         Changed(
             place,

@@ -153,10 +153,8 @@ def cuts_of(log: pl.DataFrame) -> Cuts:
 def _why_not(row: Row) -> str | None:
     """Return why a row is no segment, "" where that is nothing to tell; None if it is one."""
     outcome, message = row["outcome"], row["message"] or ""
-    if row["kind"] == "value":
-        if outcome == "compared" and message.split(";")[-1].strip().startswith("equal"):
-            return ""
-        return f"its value is another: {message}" if outcome == "compared" else message
+    if outcome == "compared":
+        return f"its value is another: {message}" if row["changed"] else ""
     if outcome == "missing":
         return f"{_MISS}: {message}"
     if outcome not in ("grafted", WITHOUT_EFFECT):
