@@ -169,13 +169,10 @@ class Replacements:
                 received = self._load(rows, target.device)
                 g = self._input(selected, target, declared, received, rows, relayout)
                 made = _apply(self.transform, g)
-            elif relayout.decides:
-                made, assumed = relayout.block()
+            else:
+                made, assumed = self._untransformed(relayout, rows, target)
                 if relayout.guesses:
                     self.warn(selected, relayout.guesses, "guess")
-            else:
-                received = self._load(rows, target.device)
-                made = transforms.identity(received, self.rank.rank, self.rank.world_size, target)
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
@@ -189,6 +186,15 @@ class Replacements:
         note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
         return Replacement(new, note, figures, own)
 
+    def _untransformed(
+        self, relayout: Relayout, rows: dict[int, ManifestRow], target: torch.Tensor
+    ) -> tuple[torch.Tensor, str]:
+        """Return what both sides' layouts make of records, or identity, and what was assumed."""
+        if relayout.decides:
+            return relayout.block()
+        received = self._load(rows, target.device)
+        return transforms.identity(received, self.rank.rank, self.rank.world_size, target), ""
+
     def _own_of(
         self,
         target: torch.Tensor,
@@ -199,12 +205,9 @@ class Replacements:
         """Return what is logged of the target's own error, or why it is not known."""
 
         def other(numbers: Sequence[int]) -> torch.Tensor:
-            given = [self._row(number) for number in numbers]
-            relayout = self._relayout(target, declared, given)
-            if relayout.decides:
-                return relayout.block()[0]
-            received = self._load({row["rank"]: row for row in given}, target.device)
-            return transforms.identity(received, self.rank.rank, self.rank.world_size, target)
+            given = {row["rank"]: row for row in map(self._row, numbers)}
+            relayout = self._relayout(target, declared, list(given.values()))
+            return self._untransformed(relayout, given, target)[0]
 
         try:
             made = self._own.columns(

@@ -83,7 +83,7 @@ def bisect(
       graft bisect runs/base -o runs/bisect --watch 'name == "logits"' -- python infer.py
     """
     from ..finding.bisect import bisect as find
-    from ..showing import faults as report
+    from ..showing import trials as report
 
     try:
         done = find(

@@ -11,20 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recorder.errors import LayoutError
-from recorder.logical import layout_of
 from recorder.sizes import count
 
-from ..measuring.look import Look, Place, Zeros
+from ..measuring.look import Look, Zeros
 from .judging import Judged
+from .where import alone, dim_words, index_words, listed, percent, where_alone
 
 _EXPLAINED, _LEFT = 0.85, 0.03  # of the squared error; of the baseline's size
 _EXPLAINED_OF_ROUNDED = 0.3
 _ALL = 0.95
 _SAME = 0.05  # of the size of a few elements
 _APART = 0.1  # of the baseline's size, that ranks' parts differ from it and from each other
-_HEADS, _EXPERTS = ("h", "head", "heads", "kv", "hkv"), ("e", "expert", "experts")
-_TOKENS = ("s", "t", "token", "tokens", "seq", "sequence", "k", "q")
 
 
 @dataclass(frozen=True)
@@ -81,19 +78,22 @@ def classify(
     """
     worst = max(faulty, key=lambda one: (one.score, -one.cut.rank))
     fault = _Fault(worst, faulty, everywhere, noisy)
-    where = _where(fault)
+    where = where_alone(fault.row)
     for rule in _RULES:
         found = rule(fault)
         if found is not None:
             if rule is _permuted:  # which says where
                 return found
             return Class(found.word, _joined(found.evidence, where), found.factor)
-    word, words = _alone(fault)
+    error = worst.cut.error
+    off = f"off by {percent(error)}, while the rest is right"
+    word, words = alone(fault.row, off)
     if word:
         return Class(word, words)
-    error = worst.cut.error
+    if len(faulty) == 1 < len(everywhere):
+        return Class("one rank", f"rank {worst.cut.rank} alone: {off}")
     told = (
-        f"the target's values are off by {_percent(error)}, more than rounding, in no way that "
+        f"the target's values are off by {percent(error)}, more than rounding, in no way that "
         "its numbers tell"
     )
     return Class("unknown", _joined(told, where))
@@ -101,9 +101,6 @@ def classify(
 
 def _joined(evidence: str, where: str) -> str:
     return f"{evidence}, {where}" if where else evidence
-
-
-# What a rule says
 
 
 def _noise(fault: _Fault) -> Class | None:
@@ -125,7 +122,7 @@ def _chosen(fault: _Fault) -> Class | None:
         return None
     told = f"{look['other']} of {look['rows']} rows are another choice"
     if shift := look.get("shift"):
-        called = _dim(fault.row, shift[0])
+        called = dim_words(fault.row, shift[0])
         return Class("permuted", f"{told}: each of {called} is the one {shift[1]:+d} from it")
     if stand := look.get("stand"):
         pairs = ", ".join(f"{b} for {a}" for a, b in stand)
@@ -157,7 +154,7 @@ def _zeros(fault: _Fault) -> Class | None:
     share, scale = zeros["share"], zeros["scale"]
     if share > _ALL:
         return Class("zeros", "the target's values are zero where the baseline's are not")
-    told = f"{_percent(share)} of the target's values are zero where the baseline's are not"
+    told = f"{percent(share)} of the target's values are zero where the baseline's are not"
     kept = 1 / (1 - share)
     if share > 0.01 and abs(scale - kept) < 0.1 * (kept - 1) and zeros["explained"] > 0.5:
         return Class("zeros", f"{told}, the others {scale:.3f} x: dropout makes that")
@@ -245,7 +242,7 @@ def _scaled(fault: _Fault) -> Class | None:
     if not all(_explains(fault, shares.get(str(dim), 0.0)) for dim in named):
         return None
     told = f"the target's values are {_factor(row['factor'])} x the baseline's"
-    return Class("scaled", f"{told} at {_index(row, row['fits_at'])}", row["factor"])
+    return Class("scaled", f"{told} at {index_words(row, row['fits_at'])}", row["factor"])
 
 
 def _factor(factor: float) -> str:
@@ -266,13 +263,13 @@ def _scaled_by_part(fault: _Fault) -> Class | None:
         if not _explains(fault, shares.get(name, 0.0)):
             continue
         least, most = factors.get(name, (1.0, 1.0))
-        part = named.get(name) or f"index of {_dim(fault.row, int(name))}"
+        part = named.get(name) or f"index of {dim_words(fault.row, int(name))}"
         if abs(most - least) < 0.01 * abs(most):
             factor = (least + most) / 2
             told = f"the target's values are {factor:.3f} x the baseline's in some: by {part}"
             place = fault.look.get("places", {}).get(name)
-            if place:
-                at = f"{_dim(fault.row, int(name))} {_list(place)}" if name.isdigit() else part
+            if place:  # which only dims have
+                at = f"{dim_words(fault.row, int(name))} {listed(place)}"
                 told = f"the target's values are {factor:.3f} x the baseline's at {at}"
             return Class("scaled", told, factor)
         return Class("scaled", f"each {part} has a factor of its own, {least:.3f} to {most:.3f}")
@@ -294,7 +291,7 @@ def _shifted(fault: _Fault) -> Class | None:
 
 def _permuted(fault: _Fault) -> Class | None:
     for dim, moved in sorted(fault.look.get("moved", {}).items()):
-        called = _dim(fault.row, int(dim))
+        called = dim_words(fault.row, int(dim))
         told = f"{moved['found']} of {moved['wrong']} wrong indices of {called} are other ones"
         pairs = ", ".join(
             f"{a} is {b}" for a, b in zip(moved["at"][:3], moved["of"][:3], strict=True)
@@ -328,7 +325,7 @@ def _permuted_over_ranks(fault: _Fault) -> Class | None:
                     break
         if len(found) == len(lines):
             more = ", ..." if len(found) > 3 else ""
-            called = _dim(fault.row, int(dim))
+            called = dim_words(fault.row, int(dim))
             return Class(
                 "permuted",
                 f"{len(found)} of {len(lines)} wrong indices of {called} are other ones: "
@@ -356,72 +353,3 @@ _RULES: tuple[Callable[[_Fault], Class | None], ...] = (
     _shifted,
     _scaled_by_part,
 )
-
-
-# Where it is
-
-
-def _alone(fault: _Fault) -> tuple[str, str]:
-    """Return the class of what is wrong in one place alone, and how to say so."""
-    off = f"off by {_percent(fault.worst.cut.error)}, while the rest is right"
-    for dim, place in sorted(fault.look.get("places", {}).items(), key=lambda one: one[1]["count"]):
-        called = _name(fault.row, int(dim))
-        words = f"{_dim(fault.row, int(dim))} {_list(place)} of {place['size']} alone: {off}"
-        if called in _HEADS and place["count"] == 1:
-            return "one head", words
-        if called in _EXPERTS and place["count"] == 1:
-            return "one expert", words
-        if called in _TOKENS and place["count"] == 1 and place["last"] < place["size"] - 1:
-            return "one token", words
-        is_tail = place["last"] == place["size"] - 1
-        is_run = place["last"] - place["at"][0] + 1 == place["count"]
-        if called in _TOKENS and is_tail and is_run:
-            return "last tokens", words
-    if 0 < len(fault.faulty) == 1 < len(fault.everywhere):
-        return "one rank", f"rank {fault.faulty[0].cut.rank} alone: {off}"
-    return "", ""
-
-
-def _where(fault: _Fault) -> str:
-    """Say in which few places it is, "" where it is everywhere."""
-    words = []
-    for dim, place in sorted(fault.look.get("places", {}).items()):
-        words.append(f"{_dim(fault.row, int(dim))} {_list(place)} of {place['size']}")
-    return f"in {' and '.join(words[:2])} alone" if words else ""
-
-
-def _list(place: Place) -> str:
-    at, total = place["at"], place["count"]
-    if total == 1:
-        return str(at[0])
-    if place["last"] - at[0] + 1 == total:
-        return f"{at[0]} to {place['last']}"
-    return ", ".join(map(str, at[:4])) + (", ..." if total > 4 else "")
-
-
-def _labels(row: Mapping[str, Any]) -> list[str]:
-    try:
-        return (
-            [dim.label for dim in layout_of(row["dims"], row["kind"]).dims] if row["dims"] else []
-        )
-    except LayoutError:
-        return []
-
-
-def _name(row: Mapping[str, Any], dim: int) -> str:
-    labels = _labels(row)
-    return labels[dim] if len(labels) == len(row["shape"]) else ""
-
-
-def _dim(row: Mapping[str, Any], dim: int) -> str:
-    return f"dim {_name(row, dim) or dim}"
-
-
-def _index(row: Mapping[str, Any], at: Sequence[int]) -> str:
-    return " and ".join(f"{_dim(row, dim)} {i}" for dim, i in enumerate(at) if i >= 0)
-
-
-def _percent(share: float) -> str:
-    if not math.isfinite(share):
-        return "more than all"
-    return f"{100 * share:.3g} %" if share >= 1e-3 else f"{share:.1e} of their size"

@@ -13,7 +13,7 @@ from recorder import Recorder, tap
 from recorder.errors import RecordingExists, UsageError
 from replayer import bisect
 from replayer.finding.search import Verdict
-from replayer.showing.faults import bisect_lines
+from replayer.showing.trials import bisect_lines
 
 WATCH = 'name == "out"'
 

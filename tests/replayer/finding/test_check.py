@@ -7,7 +7,7 @@ from layered import job
 
 from recorder import Recorder, Recording, tap
 from replayer import check, localize
-from replayer.showing.faults import check_lines
+from replayer.showing.trials import check_lines
 
 
 def test_every_bit_as_recorded(base, tmp_path):
