@@ -137,6 +137,13 @@ class CheckedType(click.ParamType):  # type: ignore[type-arg, unused-ignore]
         return self._option.checked(value, self._option.flag)
 
 
+def count_option(flag: str, default: int, help: str) -> Callable[[F], F]:
+    """Return an option that takes a whole number from 1 on."""
+    return click.option(
+        flag, type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=help
+    )
+
+
 def options_of(settings: type[Settings], without: Collection[str] = ()) -> Callable[[F], F]:
     """Return a decorator that gives a command the options of a session, by the fields' names."""
 

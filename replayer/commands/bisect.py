@@ -11,6 +11,7 @@ from recorder.commands.clicking import (
     COMMAND,
     FilterType,
     WrappingCommand,
+    count_option,
     expected_errors,
     note,
     options_of,
@@ -49,14 +50,7 @@ from ..settings import ReplaySettings
 @click.option(
     "--minimal-set", is_flag=True, help="Also find a smallest set of taps that repairs the run."
 )
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Make each trial up to N times; most votes decide.",
-)
+@count_option("--repeat", 1, "Make each trial up to N times; most votes decide.")
 @click.option("--dry-run", is_flag=True, help="Make one trial, and say what the search would cost.")
 @options_of(ReplaySettings, without=("own_error", "metrics", "record", "only", "strict", "check"))
 @COMMAND

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from recorder.commands.clicking import COMMAND, WrappingCommand, expected_errors, note, options_of
+from recorder.commands.clicking import (
+    COMMAND,
+    WrappingCommand,
+    count_option,
+    expected_errors,
+    note,
+    options_of,
+)
 
 from ..settings import ReplaySettings
 
@@ -22,14 +29,7 @@ from ..settings import ReplaySettings
     metavar="OUT",
     help="Folder for the log and for what the job computed by itself: a floor for graft localize.",
 )
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Replay N times.",
-)
+@count_option("--repeat", 1, "Replay N times.")
 @options_of(ReplaySettings, without=("own_error", "metrics", "record", "only", "strict"))
 @COMMAND
 @expected_errors

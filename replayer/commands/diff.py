@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from recorder.commands.clicking import FilterType, SizeType, expected_errors, note
+from recorder.commands.clicking import FilterType, SizeType, count_option, expected_errors, note
 from recorder.commands.tables import bar, terminal_width
 from recorder.errors import UsageError
 from recorder.filters import Filter
@@ -83,14 +83,7 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
     is_flag=True,
     help="Report keys that are on one side only, but do not count them as a difference.",
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=20,
-    show_default=True,
-    metavar="N",
-    help="Rows of the table on the terminal.",
-)
+@count_option("--limit", 20, "Rows of the table on the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone: one object per line.")
 @click.option("--parquet", metavar="FILE", help="Also write the whole table to FILE.")
 @click.option("--html", metavar="FILE", help="Also write a page to FILE that opens in a browser.")

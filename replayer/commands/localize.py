@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from recorder.commands.clicking import COMMAND, WrappingCommand, expected_errors, note, options_of
+from recorder.commands.clicking import (
+    COMMAND,
+    WrappingCommand,
+    count_option,
+    expected_errors,
+    note,
+    options_of,
+)
 from recorder.commands.tables import terminal_width
 from recorder.errors import UsageError
 
@@ -34,22 +41,8 @@ _MOST = 12
     "times what the baseline is off from it.",
 )
 @click.option("--truth-factor", type=float, default=2.0, show_default=True, metavar="M")
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    metavar="N",
-    help="Replay N times: what differs between repeats is noise.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=_MOST,
-    show_default=True,
-    metavar="N",
-    help="Rows of the table.",
-)
+@count_option("--repeat", 1, "Replay N times: what differs between repeats is noise.")
+@count_option("--limit", _MOST, "Rows of the table.")
 @click.option("--all", "everything", is_flag=True, help="Also list what was not judged, and why.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON alone.")
 @click.option("--markdown", "is_markdown", is_flag=True, help="Print what an issue needs.")
