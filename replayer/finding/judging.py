@@ -10,9 +10,9 @@ A segment's error is rounding where it is at most the largest of
 - `_FLOOR` times the noise floor, and m times the baseline's error against the truth, where given;
 
 and where no row, element or direction of the error gives it away, as in a diff. If a third of all
-kinds of segments are beyond that in most layers, and off by about the same, as products in TF32
-are, the whole run computes in fewer bits: that is said once, and each is held against three times
-that.
+kinds of segments are beyond that in most layers, and off by about the same or by no more than
+products in TF32 are, the whole run computes in fewer bits: that is said once, and each is held
+against three times that.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _FLOOR = 3.0
 _COARSE_SHARE = 0.25  # of the taps, that make a run one of 16 bits
 _FEWER_BITS, _AS_FAR = 0.3, 4.0  # of the kinds of segments; times one another
 _MOST_FEWER, _FEWEST_KINDS = 0.1, 3  # relative error; kinds of segments
+_TF32 = 4 * 2.0**-11  # relative error: units of TF32, as many as products were seen off by
 _TIMES_FEWER = 3.0
 _CLEAR = 3.0  # times its limit: such faults come in the order of execution
 _FEW = 8  # numbers of a row
@@ -281,7 +282,8 @@ def _fewer_bits(cuts: Sequence[Cut], limits: Sequence[float]) -> float | None:
     many = sum(times > 1 for found in kinds.values() for _, times in found)
     if len(off) < max(_FEWEST_KINDS, _FEWER_BITS * len(kinds)) or many < 2 * _FEWEST_KINDS:
         return None
-    return median(off) if max(off) <= min(_MOST_FEWER, _AS_FAR * min(off)) else None
+    alike = min(_MOST_FEWER, max(_TF32, _AS_FAR * min(off)))
+    return median(off) if max(off) <= alike else None
 
 
 def _judged(
