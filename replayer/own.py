@@ -194,7 +194,8 @@ def _distance(record: ManifestRow, tags: Mapping[str, TagValue], row: ManifestRo
 
 
 def _is_parameter(target: torch.Tensor) -> bool:
-    return target.requires_grad and target.is_leaf
+    is_one = isinstance(target, torch.nn.Parameter)  # frozen ones and those of integers too
+    return is_one or (target.requires_grad and target.is_leaf)
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -73,8 +73,11 @@ def number(value: float | None) -> str:
 
 
 def short(text: str, most: int = 24) -> str:
-    """Return a text that fits a column."""
-    return text if len(text) <= most else text[: most - 3] + "..."
+    """Return a text that fits a column: of a long one both ends, since long names share one."""
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 2
+    return f"{text[: most - 3 - end]}...{text[len(text) - end :]}"
 
 
 def natural_width(columns: Sequence[str], cells: Sequence[dict[str, str]]) -> int:

@@ -142,7 +142,10 @@ def check(
         changed = _changed(logs)
         why = ""
         if changed and not status:
-            why = _why(recording, target, Path(spare, "plain"), changed[0])
+            first, is_always = changed[0], changed[0].repeats == repeat
+            why = _why(
+                recording, target, Path(spare, "plain"), folder if is_always else None, first
+            )
     unkept = Counter(logs[0]["outcome"].to_list())[WITHOUT_EFFECT]
     if unkept:
         notes.append(
@@ -189,18 +192,29 @@ def _why(
     recording: Recording,
     target: Target,
     folder: Path,
+    own: Path | None,
     first: Changed,
 ) -> str:
-    """Say whether a run without grafts is the recorded one."""
+    """Say whether a run without grafts is the recorded one, or else the one of the replay.
+
+    Args:
+        recording: the baseline's.
+        target: what made it.
+        folder: for the run without grafts.
+        own: where the replay left what it computed by itself; None where replays differ.
+        first: what changed first.
+    """
     if callable(target):
         with Recorder(folder, level="digests"):
             target()
     else:
         recorded(folder, RecordSettings(level="digests"), target)
     keys = ("rank", "name", "tags", "kind", "step", "occurrence")
-    one, other = (
-        run.latest().select(*keys, "seq", "digest") for run in (recording, Recording.open(folder))
-    )
+
+    def digests(run: Recording) -> pl.DataFrame:
+        return run.latest().select(*keys, "seq", "digest")
+
+    one, other = digests(recording), digests(Recording.open(folder))
     both = one.join(other, on=list(keys), how="inner", suffix="_again")
     apart = both.filter(both["digest"].ne_missing(both["digest_again"])).sort("step", "seq", "rank")
     if not apart.height:
@@ -210,6 +224,15 @@ def _why(
         )
     row = apart.row(0, named=True)
     place = Place(*(row[key] for key in keys[1:]))
+    # What comes before it is as recorded, so that a job that repeats itself repeats it there too.
+    again = apart.head(1).drop("digest").rename({"digest_again": "digest"})
+    by = [*keys, "digest"]
+    if own is not None and again.join(digests(Recording.open(own)), on=by, how="semi").height:
+        return (
+            f"the job repeats itself, but is not the one that was recorded: it differs first at "
+            f"{place.label} step={place.step} on rank {row['rank']}, alike with and without "
+            "grafts; give the command, the seed, the data and the machine that made the recording"
+        )
     also = " as well" if place == first.place else ""
     return (
         f"the job is not deterministic: without any graft it differs from its recording{also}, "

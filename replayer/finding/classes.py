@@ -21,6 +21,7 @@ _EXPLAINED, _LEFT = 0.85, 0.03  # of the squared error; of the baseline's size
 _EXPLAINED_OF_ROUNDED = 0.3
 _ALL = 0.95
 _SAME = 0.05  # of the size of a few elements
+_FEWEST = 16  # elements
 _APART = 0.1  # of the baseline's size, that ranks' parts differ from it and from each other
 
 
@@ -120,6 +121,9 @@ def _chosen(fault: _Fault) -> Class | None:
     look = fault.look.get("choice")
     if look is None:
         return None
+    if fault.worst.cut.is_weight:
+        told = f"{look['other']} of {look['rows']} rows have other integers"
+        return Class("unknown", f"{told}; the first is row {look['first'][0]}")
     told = f"{look['other']} of {look['rows']} rows are another choice"
     if shift := look.get("shift"):
         called = dim_words(fault.row, shift[0])
@@ -167,6 +171,16 @@ def _rest_is_right(fault: _Fault, zeros: Zeros) -> bool:
     """Whether zeros are about all that is wrong, which make an error as large as their share."""
     error = fault.worst.cut.error
     return bool(0.5 < error / math.sqrt(zeros["share"]) < 2.0 and 0.9 < zeros["scale"] < 1.1)
+
+
+def _constant(fault: _Fault) -> Class | None:
+    samples = fault.look.get("samples")
+    if samples is None or math.prod(fault.row["shape"]) < _FEWEST:
+        return None
+    own, base = ({*_flat(samples[side])} for side in ("own", "base"))
+    if len(own) > 1 or own == {0.0} or len(base) == 1:
+        return None
+    return Class("unknown", f"the target's values are all {own.pop():g} wherever they were sampled")
 
 
 def _partial(fault: _Fault) -> Class | None:
@@ -264,13 +278,15 @@ def _scaled_by_part(fault: _Fault) -> Class | None:
             continue
         least, most = factors.get(name, (1.0, 1.0))
         part = named.get(name) or f"index of {dim_words(fault.row, int(name))}"
-        if abs(most - least) < 0.01 * abs(most):
+        if abs(most - least) <= 0.01 * abs(most):
             factor = (least + most) / 2
-            told = f"the target's values are {factor:.3f} x the baseline's in some: by {part}"
             place = fault.look.get("places", {}).get(name)
+            where = f"in some: by {part}"
             if place:  # which only dims have
-                at = f"{dim_words(fault.row, int(name))} {listed(place)}"
-                told = f"the target's values are {factor:.3f} x the baseline's at {at}"
+                where = f"at {dim_words(fault.row, int(name))} {listed(place)}"
+            if factor == 0:
+                return Class("zeros", f"the target's values are zero {where}")
+            told = f"the target's values are {_factor(factor)} x the baseline's {where}"
             return Class("scaled", told, factor)
         return Class("scaled", f"each {part} has a factor of its own, {least:.3f} to {most:.3f}")
     return None
@@ -346,6 +362,7 @@ _RULES: tuple[Callable[[_Fault], Class | None], ...] = (
     _chosen,
     _stale,
     _narrow,
+    _constant,
     _permuted,
     _zeros,
     _partial,

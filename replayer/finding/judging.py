@@ -270,10 +270,11 @@ def _limit(one: Cut, usual: _Usual, run: _Run, sharpened: Sharpened) -> float:
 
 def _fewer_bits(cuts: Sequence[Cut], limits: Sequence[float]) -> float | None:
     """Return the usual error where many kinds are off in most layers, by about the same."""
-    kinds: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    kinds: Mapping[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for one, limit in zip(cuts, limits, strict=True):
-        if limit and not one.is_weight and one.error:
+        if limit and not one.is_weight:
             kinds[one.place.name, one.place.kind].append((one.error, one.error / limit))
+    kinds = {kind: found for kind, found in kinds.items() if any(error for error, _ in found)}
     off = [
         median(error for error, _ in found)
         for found in kinds.values()
@@ -333,6 +334,8 @@ def _of_choice(one: Cut) -> Judged:
     other = look.get("other", 0)
     if not other:
         return Judged(one, 0.0, None, 0.0)
+    if one.is_weight:  # which nobody chose
+        return Judged(one, 0.0, None, 1.0 + other, ("choice",))
     if "ties" in look:
         beyond = other - look["ties"]
         return Judged(one, 0.0, None, 1.0 + beyond, ("choice",) if beyond else ())

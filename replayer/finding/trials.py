@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recorder.errors import Interrupted, RecordingError, RecordingExists
+from recorder.errors import Interrupted, RecordingError, RecordingExists, UsageError
 from recorder.filters import Filter
 from recorder.format import disk
 from recorder.format.journal import whole_lines
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 TRIALS = "trials.jsonl"
 SKIPPED = 125
 """The status of a script that cannot tell, as for `git bisect run`."""
+_NOT_RUN = (126, 127)
 Say = Callable[[str], None]
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -126,6 +127,7 @@ class Trials:
         Raises:
             RecordingExists: the folder holds another search.
             RecordingError: no tap was grafted.
+        UsageError: the script cannot be run.
         """
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / TRIALS
@@ -153,7 +155,9 @@ class Trials:
         head, *lines = list(whole_lines(path)) or [{}]
         if "asked" not in head:
             raise RecordingError(f"{path} does not hold what it should; name another -o OUT")
-        if head["asked"] != self._asked():
+        if head["asked"] != self._asked() and not any("trial" in line for line in lines):
+            head, lines = {"asked": self._asked()}, []  # it came to nothing
+        elif head["asked"] != self._asked():
             raise RecordingExists(
                 self.out, "holds another search", "give its command again, or another -o OUT"
             )
@@ -252,6 +256,12 @@ class Trials:
             script, shell=True, check=False, stdout=sys.stderr,
             env={**os.environ, "GRAFT_TRIAL": str(folder.resolve())},
         )  # fmt: skip
+        # The first has everything grafted, which a script that works finds good.
+        if done.returncode in _NOT_RUN and not self.made:
+            raise UsageError(
+                f"--check {script!r} cannot be run: the shell ended with {done.returncode}; give a "
+                "command that can, such as a script that is executable, by its path"
+            )
         verdict = {0: Verdict.GOOD, SKIPPED: Verdict.SKIP}.get(done.returncode, Verdict.BAD)
         return verdict, f"the script ended with {done.returncode}", done.returncode
 

@@ -1,7 +1,8 @@
 """How far apart two tensors of indices are: what a router chose, or which tokens.
 
-A row is an index of all dims but the last, and a choice of its numbers, in whatever order. It is a
-near tie where the scores that it was chosen by are as good for either choice.
+A row is an index of all dims but the last, and a choice of its numbers, in whatever order, where
+they are few and no two the same; else, as with tokens, order counts. A row is a near tie where the
+scores that it was chosen by are as good for either choice.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .look import Chosen, Look
 
 _TIE = 0.02  # of the greatest score of a row, by which choices of 16 bits may differ
 _NAMED = 8  # rows
+_MOST_CHOSEN = 64  # of a row: experts, say
 _PADDED, _SHIFTED = 0.6, 0.8  # of all numbers, that are equal at most in place; if shifted
 
 
@@ -46,8 +48,7 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
     shift = _shift(x, y)
     x, y = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (x, y))
     differ = (x != y).any(1)
-    is_set = x.dtype != torch.bool and x.shape[1] > 1
-    other = (x.sort(1).values != y.sort(1).values).any(1) if is_set else differ
+    other = (x.sort(1).values != y.sort(1).values).any(1) if _are_sets(x) else differ
     rows, count = len(x), int(other.sum())
     look: Chosen = {
         "rows": rows,
@@ -67,6 +68,14 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
         size = chosen.abs().amax(1)
         look["ties"] = int((worst <= _TIE * size).sum())
     return Choice(count / rows, {"choice": look})
+
+
+def _are_sets(x: torch.Tensor) -> bool:
+    """Whether each row holds a few numbers, no two the same but for what marks a gap."""
+    if x.dtype == torch.bool or not 1 < x.shape[1] <= _MOST_CHOSEN:
+        return False
+    ordered = x.sort(1).values
+    return not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
 
 
 def _shift(x: torch.Tensor, y: torch.Tensor) -> list[int] | None:

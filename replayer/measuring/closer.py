@@ -271,8 +271,11 @@ def _crossings(t: torch.Tensor) -> list[list[float]]:
 def _narrower(x: torch.Tensor, y: torch.Tensor) -> str:
     """Return the coarsest format that has bits enough for each element of y, but not of x.
 
-    Exponents are not asked about: a scale may have been taken out.
+    Exponents are not asked about: a scale may have been taken out. A few numbers that are repeated
+    tell nothing: zeros have no bits at all.
     """
+    if len(y.reshape(-1)[:_CHUNK].unique()) < _FEWEST:
+        return ""
     for bits, called in _FORMATS:
         if bits < _FRACTION.get(y.dtype, 0) and _has_bits(y, bits):
             return "" if _has_bits(x, bits) else called

@@ -145,6 +145,18 @@ def test_a_script_judges(base, tmp_path):
     assert {one.verdict for one in skipped.trials} == {Verdict.SKIP}
 
 
+@pytest.mark.parametrize("script", ["./judge.sh", "/"])
+def test_a_script_that_cannot_be_run_is_no_verdict(base, tmp_path, script):
+    run, out = base(), tmp_path / "search"
+    wrong = job({("down", 2): lambda x: x + 1})
+    with pytest.raises(UsageError, match=f"--check '{script}' cannot be run: .* ended with 12[67]"):
+        bisect(run, wrong, check=script, out=out)
+    found = bisect(run, wrong, check="true", out=out)  # nothing came of the first
+    assert found.trials[0].number == 1 and found.status == 3
+    with pytest.raises(RecordingExists):
+        bisect(run, wrong, check="false", out=out)
+
+
 def test_noisy_verdicts_are_put_to_the_vote(base):
     calls = []
 

@@ -41,6 +41,13 @@ def test_a_job_that_differs_from_itself_is_told_where_and_how_often(base):
     assert "first at up layer=3" in why
 
 
+def test_a_job_that_repeats_itself_but_is_another_is_told_so(base):
+    found = check(base(), job({("up", 3): lambda x: 1.5 * x}))
+    assert found.status == 1 and found.changed[0].place.label == "up layer=3"
+    assert "repeats itself, but is not the one that was recorded" in found.why
+    assert "first at up layer=3 step=0 on rank 0" in found.why
+
+
 def test_a_job_that_grafts_change_is_told_so(run):
     """What is tapped first shares its memory with what is tapped later."""
 

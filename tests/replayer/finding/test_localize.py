@@ -337,6 +337,78 @@ def test_the_table_fits_a_terminal_and_the_json_is_whole(base, capsys):
     assert not any(one["fault"] for one in told["segments"][1:])
 
 
+def test_a_run_in_fewer_bits_is_said_once(run):
+    """TF32 by truncation, whose errors all have one direction, beside taps that have none."""
+
+    def narrow(x):
+        return (x.view(torch.int32) & -8192).view(torch.float32)
+
+    def target(of, wrong=1.0):
+        random = torch.Generator().manual_seed(0)
+        kept = []
+        x = torch.randn(24, 32, generator=random)
+        for layer in range(4):
+            w = torch.randn(4, 32, 32, generator=random) / 32**0.5
+            up = tap("up", of(x) @ of(w[0]), layer=layer)
+            gate = tap("gate", of(x) @ of(w[1]), layer=layer)
+            mixed = tap("mixed", torch.tanh(up) * gate, layer=layer)
+            down = tap("down", x + of(mixed) @ of(w[2]), layer=layer)
+            x = tap(
+                "x",
+                down / down.norm(dim=-1, keepdim=True) * (wrong if layer == 2 else 1),
+                layer=layer,
+            )
+            kept.append(x)
+        return kept
+
+    with Recorder(run):
+        target(lambda t: t)
+    found = localize(run, lambda: target(narrow))
+    assert found.status == 0 and not found.found.faults
+    assert "computes in fewer bits" in " ".join(found.found.notes)
+    wrong = localize(run, lambda: target(narrow, 1.01))
+    assert named(wrong) == [("x", 2)]
+
+
+def test_integers_of_a_parameter_are_no_choice(run):
+    codes = torch.randint(-128, 128, (64, 16), generator=torch.Generator().manual_seed(0)).to(
+        torch.int8
+    )
+
+    def target(weight):
+        tap("codes", torch.nn.Parameter(weight, requires_grad=False))
+        tap("y", weight.float())
+
+    with Recorder(run):
+        target(codes)
+    wrong = codes.clone()
+    wrong[7, 3] += 1
+    first = localize(run, lambda: target(wrong)).found.faults[0]
+    assert first.place.name == "codes" and first.is_weight
+    assert first.class_.evidence == "1 of 64 rows have other integers; the first is row 7"
+
+
+@pytest.mark.parametrize(
+    ("change", "word", "said"),
+    [
+        (lambda x: torch.zeros_like(x), "zeros", "are zero where the baseline's are not"),
+        (lambda x: torch.full_like(x, 0.5), "unknown", "are all 0.5 wherever"),
+        (lambda x: x * (torch.arange(24)[:, None] >= 9), "zeros", "zero"),
+        (lambda x: x * torch.ones(32).index_fill(0, torch.tensor(5), 0.0), "zeros", "zero"),
+    ],
+)
+def test_zeros_and_constants_are_called_what_they_are(run, change, word, said):
+    pairs = torch.randn(4, 24, 32, generator=torch.Generator().manual_seed(0))
+
+    def target(change):
+        return [tap("y", change(x) if i == 1 else 1 * x, layer=i) for i, x in enumerate(pairs)]
+
+    with Recorder(run):
+        target(lambda x: 1 * x)
+    (fault,) = localize(run, lambda: target(change)).found.faults
+    assert fault.class_.word == word and said in fault.class_.evidence
+
+
 def test_markdown_has_the_verdict_the_versions_and_both_commands(base):
     found = localize(base(), job({("up", 2): lambda x: 2 * x}))
     text = report.markdown(found)

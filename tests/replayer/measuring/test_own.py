@@ -163,6 +163,15 @@ def test_choices_are_sets_and_near_ties_are_told_by_scores():
     assert "ties" not in choice(x, y, [randn(31, 8)]).look["choice"]
 
 
+def test_only_few_numbers_of_which_no_two_are_the_same_are_a_set():
+    tokens = torch.randint(50, (4, 40), generator=torch.Generator().manual_seed(0))
+    assert choice(tokens, tokens.flip(1)).look["choice"]["other"] == 4
+    places = torch.arange(100).expand(3, 100)
+    assert choice(places, places.flip(1)).look["choice"]["other"] == 3
+    dropped = torch.tensor([[3, -1, -1], [2, 5, -1]])
+    assert choice(dropped, dropped.flip(1)).look["choice"]["other"] == 0
+
+
 def test_indices_that_always_stand_for_others():
     x = torch.randint(8, (64, 2), generator=torch.Generator().manual_seed(0))
     y = torch.where(x == 2, 5, torch.where(x == 5, 2, x))
