@@ -105,6 +105,7 @@ class Recorded:
         check: whether to hold what is read whole against its digest.
         in_part: whether to leave out of that a large tensor of which little is needed.
         plans: plans made before, and to be added to.
+        dims: the layout of records that declare none.
 
     Raises:
         LayoutError: a layout that was declared cannot be read, or none was.
@@ -122,7 +123,9 @@ class Recorded:
         check: bool = True,
         in_part: bool = True,
         plans: dict[Any, Plan] | None = None,
+        dims: Dims | None = None,
     ) -> None:
+        self._dims = dims
         self._is_in_part = in_part
         self._recording = recording
         self._rows = {row["rank"]: row for row in rows}
@@ -135,7 +138,7 @@ class Recorded:
             self._keep(at)
 
     def _block(self, row: ManifestRow) -> Block:
-        if not row["dims"]:
+        if not row["dims"] and self._dims is None:
             raise LayoutError(
                 f"{label(row['name'], row['tags'])} was recorded on rank {row['rank']} without "
                 "dims",
@@ -148,7 +151,8 @@ class Recorded:
                 f"{label(row['name'], row['tags'])} of {nbytes} bytes is said to have "
                 f"{row['nbytes']}",
             )
-        dims = layout_of(row["dims"], row["kind"])
+        dims = layout_of(row["dims"], row["kind"]) if row["dims"] else self._dims
+        assert dims is not None
         mesh = self._recording.mesh_of(row)
         return block_of(row["rank"], dims, row["shape"] or (), mesh, row["extras"])
 

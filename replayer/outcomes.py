@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,9 +133,8 @@ class Outcomes:
         policy = self._settings.on_missing if outcome == "missing" else self._settings.on_error
         if policy == "raise":
             raise ReplayError(f"tap {tap} was not grafted: {message}") from error
-        self.once(
-            (key.name, outcome, type(error).__name__), f"tap {tap} was not grafted: {message}"
-        )
+        about = (outcome, type(error).__name__, _cause(message) if outcome == "error" else key.name)
+        self.once(about, f"tap {tap} was not grafted: {message}")
         return row
 
     def _write(self, row: LogRow) -> None:
@@ -162,6 +162,11 @@ class Outcomes:
     def amend(self, row: LogRow, outcome: str, reason: str) -> None:
         """Write a row again, with what came to light since."""
         self._write({**row, "outcome": outcome, "message": joined(reason, row["message"])})
+
+
+def _cause(message: str) -> str:
+    """Return a message without what is one tap's alone: its sizes, and what it quotes."""
+    return re.sub(r"'[^']*'|[\d\[\], ]+", " ", message)
 
 
 def named(selected: Selected) -> str:

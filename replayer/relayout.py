@@ -1,14 +1,16 @@
 """The transform that both sides' layouts are enough for: sharded, to logical, to sharded.
 
-1. `Relayout.decides` says whether both sides declare a layout, and not just the same.
-2. `Relayout.block` is what is grafted where no transform is named; `logical` and `to_local` are the
+1. `Relayout.decides` says whether both sides declare a layout, and not just the same. A job of one
+   rank holds whole tensors, and need declare none.
+2. `Relayout.same_for_all` is the sender whose tensor stands for those of all, where none is cut.
+3. `Relayout.block` is what is grafted where no transform is named; `logical` and `to_local` are the
    two halves of it, for transforms of one's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from recorder.errors import LayoutError, TransformError
 from recorder.format.schema import ManifestRow
 from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.blocks import Block
-from recorder.layouts.dims import TOKENS
+from recorder.layouts.dims import TOKENS, Dims
 from recorder.layouts.lengths import counts_tokens, lengths_in, padding_side
 from recorder.layouts.parse import gradient_dims
 from recorder.layouts.plan import Plan, plan, whole
@@ -80,14 +82,16 @@ class Relayout:
 
     @property
     def decides(self) -> bool:
-        """Whether both sides declare a layout, and it is not one that identity by rank follows.
+        """Whether both sides' layouts are known, and not ones that identity by rank follows.
 
         Two jobs of as many ranks whose ranks declare the same, and neither of them where they
         stand, have the same blocks on the same ranks, if all are alike and have no padding; or if
         nothing is cut, so that a rank with another shape had data of its own.
         """
         receiver = self._declared
-        if not (receiver.dims and all(row["dims"] for row in self._rows)):
+        if self._has_whole_sender or self._is_whole_receiver:
+            return True
+        if not (receiver.dims and self._are_declared):
             return False
         if self._is_padded() or self._is_contradicted():
             return True
@@ -100,6 +104,70 @@ class Relayout:
             and self._is_alike(senders[0])
             and all(self._recording.mesh_of(row) is None for row in self._rows)
         )
+
+    @property
+    def _are_declared(self) -> bool:
+        return all(row["dims"] for row in self._rows)
+
+    @property
+    def _has_whole_sender(self) -> bool:
+        """Whether the only sender declares nothing and several receivers do: it has the whole."""
+        one = self._recording.world_size == 1 < self._rank.world_size
+        return one and not self._are_declared and bool(self._declared.dims)
+
+    @property
+    def _is_whole_receiver(self) -> bool:
+        """Whether the only receiver declares nothing and several senders do: it has the whole."""
+        one = self._rank.world_size == 1 < self._recording.world_size
+        return one and self._are_declared and not self._declared.dims
+
+    def same_for_all(self) -> ManifestRow | None:
+        """Return the record that all receivers take, None where there is none.
+
+        Without layouts, where one side has one rank, and all senders hold one and the same tensor
+        of the target's shape. Of gradients each may be a summand.
+        """
+        declared, rows = self._declared, self._rows
+        worlds = self._recording.world_size, self._rank.world_size
+        if declared.kind == "grad" or worlds[0] == worlds[1] or 1 not in worlds:
+            return None
+        held = {(row["digest"], row["dtype"], tuple(row["shape"] or ())) for row in rows}
+        if len(held) > 1 or len(rows) < self._recording.world_size:
+            return None
+        if tuple(rows[0]["shape"] or ()) != tuple(self._target.shape):
+            return None
+        known = [dims for dims in (declared.dims, *(row["dims"] for row in rows)) if dims]
+        if any(layout_of(dims, declared.kind).axes for dims in known):
+            return None
+        if worlds[1] > 1:
+            self.guesses = (
+                "no dims say how it is cut, and the one sender's tensor was taken to be that of "
+                f"all {worlds[1]} ranks; where ranks have data of their own, declare dims, and the "
+                "axis that tells them apart in recorder.declare_mesh"
+            )
+        return rows[0]
+
+    def lacking(self) -> str:
+        """Return what to declare so that the blocks are known, "" where nothing is lacking."""
+        senders, receivers = self._recording.world_size, self._rank.world_size
+        if self._declared.dims and self._are_declared:
+            return ""
+        shapes = [list(self._rows[0]["shape"] or ()), list(self._target.shape)]
+        sender_dims = next((row["dims"] for row in self._rows if row["dims"]), "")
+        known = self._declared.dims or sender_dims or _guessed(*shapes)
+        if self._declared.dims:
+            fact, where = "the baseline's tap declares no dims", "there, and record it again"
+        elif self._are_declared:
+            fact, where = "the target's tap declares no dims", "there"
+        else:
+            fact = "neither tap declares dims"
+            if senders == 1:
+                where = "at the target's tap, as a single sender has the whole"
+            elif receivers == 1:
+                where = "at the baseline's tap, and record it again"
+            else:
+                where = "at the taps of both sides, and record it again"
+        return f"{fact}: say how it is cut {where}, as in dims={known!r}"
 
     def _is_alike(self, sender: ManifestRow) -> bool:
         """Whether the shapes let the block of the sender at this rank be the target's."""
@@ -205,16 +273,45 @@ class Relayout:
         return keep_padding(plan, self._target.shape, made, self._target), note
 
     def _senders(self) -> Recorded:
+        dims = None
+        if self._has_whole_sender:
+            declared = self._declared
+            shape = tuple(self._rows[0]["shape"] or ())
+            dims = layout_of(declared.dims, declared.kind)
+            self._check_number(dims, shape, "the record")
+            dims = dims.whole(shape)
         return Recorded(
             self._recording,
             self._rows,
+            dims=dims,
             replicas=self._replicas,
             check=self._check,
             plans=self._plans,
         )
 
+    @staticmethod
+    def _check_number(dims: Dims, shape: tuple[int, ...], whose: str) -> None:
+        if len(dims.dims) != len(shape):
+            raise LayoutError(
+                f"the dims {dims.text!r:.200} name {len(dims.dims)}, and {whose} of the one rank, "
+                f"which declares none, has the shape {list(shape)}",
+                "declare its dims too",
+            )
+
     def _receiver(self) -> Block:
         receiver = self._declared
+        if self._is_whole_receiver:
+            shape = tuple(self._target.shape)
+            blocks = self._senders().blocks
+            self._check_number(blocks[0].dims, shape, "the target")
+            found = whole(blocks, self._recording.world_size)
+            if found.shape != shape:
+                raise LayoutError(
+                    f"the senders' blocks are parts of {list(found.shape)}, and the target, which "
+                    f"declares no dims, has {list(shape)}",
+                    "declare its dims, or mend those at the baseline's tap",
+                )
+            return replace(found, rank=self._rank.rank)
         if not receiver.dims:
             raise LayoutError(
                 "the target's tap declares no dims",
@@ -223,3 +320,14 @@ class Relayout:
         extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
         dims = layout_of(receiver.dims, receiver.kind)
         return block_of(self._rank.rank, dims, self._target.shape, receiver.mesh, extras)
+
+
+def _guessed(sender: Sequence[int], receiver: Sequence[int]) -> str:
+    """Return dims as they may be, those cut whose sizes differ."""
+    if len(sender) != len(receiver):
+        return "b s h[tp]"
+    names = {3: "bsd", 4: "bshd"}.get(len(sender), "abcdefghijklmnopqrstuvwxyz")
+    return " ".join(
+        name + "[tp]" * (one != other)
+        for name, one, other in zip(names, sender, receiver, strict=False)
+    )

@@ -192,8 +192,13 @@ class Replacements:
         """Return what both sides' layouts make of records, or identity, and what was assumed."""
         if relayout.decides:
             return relayout.block()
+        if (one := relayout.same_for_all()) is not None:
+            tensor = self.recording.read(one, check=self.settings.check)
+            return tensor.to(target.device), relayout.guesses
         received = self._load(rows, target.device)
-        return transforms.identity(received, self.rank.rank, self.rank.world_size, target), ""
+        here = self.rank
+        lacking = relayout.lacking()
+        return transforms.identity(received, here.rank, here.world_size, target, lacking), ""
 
     def _own_of(
         self,

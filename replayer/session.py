@@ -362,7 +362,8 @@ class Replayer:
 
     def _warn_of(self, selected: Selected, warning: str, about: str) -> None:
         tap = label(selected.key.name, selected.tags)
-        self._outcomes.once((about, selected.key.name), f"tap {tap}: {warning}")
+        of = warning if about == "guess" else selected.key.name
+        self._outcomes.once((about, of), f"tap {tap}: {warning}")
 
     def _attempt(
         self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float

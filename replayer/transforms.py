@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recorder.errors import TransformError
+from recorder.sizes import count
 from recorder.tags import Key
 
 if TYPE_CHECKING:
@@ -196,7 +197,11 @@ def load(path: str) -> Transform:
 
 
 def identity(
-    received: Sequence[torch.Tensor | None], rank: int, world_size: int, target: torch.Tensor
+    received: Sequence[torch.Tensor | None],
+    rank: int,
+    world_size: int,
+    target: torch.Tensor,
+    lacking: str = "",
 ) -> torch.Tensor:
     """Return the tensor of the sender with the receiver's rank.
 
@@ -205,15 +210,18 @@ def identity(
         rank: the receiver's rank.
         world_size: the number of receivers.
         target: the receiver's tensor.
+        lacking: what to declare so that layouts decide, "" where nothing is lacking.
 
     Raises:
         TransformError: there are not as many senders as receivers, that sender has none, or the
             shapes differ; says which.
     """
+    how = f"{lacking}, or {HOW}" if lacking else HOW
     if len(received) != world_size:
         raise TransformError(
-            f"identity by rank needs as many senders as receivers, and there are {len(received)} "
-            f"senders and {world_size} receivers; {HOW}"
+            "identity by rank needs as many senders as receivers, and there "
+            f"{'is' if len(received) == 1 else 'are'} {count(len(received), 'sender')} and "
+            f"{count(world_size, 'receiver')}; {how}"
         )
     own = received[rank]
     if own is None:

@@ -135,7 +135,7 @@ def naming(folder: Path) -> tuple[str, Command]:
         "And the fault named without knowing where it is: one replay with every tap overwritten.",
         [
             [*program("graft", "replayer.cli"), "localize", str(folder / "baseline")],
-            ["--limit", "4", *target_command()],
+            ["--limit", "3", *target_command()],
         ],
     )
 

@@ -386,6 +386,83 @@ def test_a_transform_gets_both_halves(run):
     assert torch.equal(torch.cat(targets, 1), whole.flip(0).t())
 
 
+@pytest.mark.parametrize("senders", [2, 4])
+def test_a_receiver_alone_has_the_whole_and_need_not_say_so(run, senders):
+    whole = torch.randn(4, 8)
+    record(run, whole.chunk(senders, 1), "t h[tp]")
+    target = torch.zeros(4, 8)
+    replay(run, [target], "")
+    assert torch.equal(target, whole)
+    (message,) = replay(run, [torch.zeros(4, 6)], "", outcome="error")
+    assert "are parts of [4, 8], and the target, which declares no dims, has [4, 6]" in message
+    (message,) = replay(run, [torch.zeros(32)], "", outcome="error")
+    assert "the dims 't h[tp]' name 2, and the target of the one rank" in message
+
+
+@pytest.mark.parametrize("dims", ["t h[tp]", "h[tp] t"])
+def test_a_sender_alone_has_the_whole_and_need_not_say_so(run, dims):
+    whole = torch.randn(4, 8)
+    record(run, [whole], "")
+    along = dims.split().index("h[tp]")
+    targets = [torch.zeros_like(part) for part in whole.chunk(2, along)]
+    replay(run, targets, dims)
+    assert torch.equal(torch.cat(targets, along), whole)
+    wrong = [torch.zeros(4, 3), torch.zeros(4, 3)]
+    assert all("[4, 3]" in m or "8" in m for m in replay(run, wrong, "t h[tp]", outcome="error"))
+    (message, _) = replay(run, [torch.zeros(8)] * 2, "h[tp]", outcome="error")
+    assert "the dims 'h[tp]' name 1, and the record of the one rank" in message
+
+
+def test_what_one_rank_holds_is_that_of_ranks_that_hold_as_much(run, capsys):
+    whole = torch.randn(4, 8)
+    record(run, [whole], "")
+    targets = [torch.zeros(4, 8) for _ in range(2)]
+    messages = replay(run, targets, "")
+    assert all(torch.equal(target, whole) for target in targets)
+    assert all("was taken to be that of all 2 ranks" in message for message in messages)
+    assert capsys.readouterr().err.count("was taken to be that of all 2 ranks") == 2  # one a rank
+    record(run, [whole, whole], "", overwrite=True)
+    target = torch.zeros(4, 8)
+    assert replay(run, [target], "") == [""] and torch.equal(target, whole)
+
+
+@pytest.mark.parametrize(
+    ("senders", "sender_dims", "receivers", "receiver_dims", "said"),
+    [
+        (1, "", 2, "", "neither tap declares dims: say how it is cut at the target's tap, as a "
+         "single sender has the whole, as in dims='b s h[tp] d'"),
+        (2, "", 1, "", "neither tap declares dims: say how it is cut at the baseline's tap"),
+        (4, "", 2, "", "neither tap declares dims: say how it is cut at the taps of both sides"),
+        (4, "b s h[tp] e", 2, "", "the target's tap declares no dims: say how it is cut there, as "
+         "in dims='b s h[tp] e'"),
+        (4, "", 2, "b s h[tp] e", "the baseline's tap declares no dims: say how it is cut there, "
+         "and record it again, as in dims='b s h[tp] e'"),
+        (2, "", 1, "b s h e", "the baseline's tap declares no dims"),
+    ],
+)  # fmt: skip
+def test_where_blocks_are_not_known_it_says_what_to_declare_where(
+    run, senders, sender_dims, receivers, receiver_dims, said
+):
+    whole = torch.randn(2, 3, 4, 5)
+    record(run, whole.chunk(senders, 2), sender_dims)
+    targets = [torch.zeros_like(part) for part in whole.chunk(receivers, 2)]
+    for message in replay(run, targets, receiver_dims, outcome="error"):
+        assert "identity by rank needs as many senders as receivers" in message
+        assert said in message and "or name a transform with --transform" in message
+    assert not any(target.any() for target in targets)
+
+
+def test_one_cause_is_said_once_a_rank(run, capsys):
+    for rank in range(2):
+        with Recorder(run, rank=rank, world_size=2):
+            for i in range(20):
+                tap(f"x{i}", torch.ones(3, 2 + i))
+    with Replayer(run):
+        for i in range(20):
+            tap(f"x{i}", torch.ones(3, 4 + 2 * i))
+    assert capsys.readouterr().err.count("was not grafted") == 1
+
+
 def test_gradients_follow_the_layout_too(run):
     for rank in range(2):
         declare_mesh(tp=(rank, 2))

@@ -142,7 +142,9 @@ def test_unequal_worlds_without_a_transform(record, replay, capsys):
     row = sessions[0].log().row(0, named=True)
     assert row["outcome"] == "error"
     assert (
-        "there are 4 senders and 2 receivers; name a transform with --transform" in row["message"]
+        "there are 4 senders and 2 receivers; neither tap declares dims: say how it is cut at the "
+        "taps of both sides, and record it again, as in dims='a', or name a transform with "
+        "--transform" in row["message"]
     )
     err = capsys.readouterr().err
     assert "[graft rank=0 step=0] tap x step=0 occurrence=0 was not grafted: " in err

@@ -104,7 +104,7 @@ def test_a_module_that_fails_on_import_says_how(tmp_path, monkeypatch):
 def test_identity_says_exactly_what_failed_and_how_to_name_a_transform():
     one = torch.ones(2)
     assert identity([one, None], 0, 2, one) is one
-    with pytest.raises(TransformError, match="there are 4 senders and 2 receivers; name a trans"):
+    with pytest.raises(TransformError, match="there are 4 senders and 2 receivers; name a"):
         identity([one] * 4, 0, 2, one)
     with pytest.raises(TransformError, match=r"the record has \[2\], the target \[3\]; name a tr"):
         identity([one], 0, 1, torch.ones(3))
