@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -155,6 +156,8 @@ class Watcher:
             self._thread.join()
 
     def _run(self) -> None:
+        # Signals are the main thread's, which may wait for them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         teller = Teller(self._say)
         while not self._end.wait(SECONDS):
             teller.tell(sum(read_progress(self._folder).values(), Progress()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..diagnostics import say
 from ..errors import UsageError
 from ..job import new_job_id
 from ..mailbox import VARIABLE as REPORTS
 
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGWINCH")
+_SECONDS = 1.0  # between looks at whether the command has ended, should no signal tell
 _FROM_THE_KEYBOARD = ("SIGINT", "SIGQUIT", "SIGWINCH")
 
 
@@ -73,21 +76,42 @@ def run(command: Sequence[str], env: Mapping[str, str], aside: bool = False) -> 
     Raises:
         UsageError: it cannot be started.
     """
+    words, env = list(command), dict(env)
+    if (beside := _beside(words[0], env)) is not None:
+        say(f"{words[0]} is not on PATH; taking the one of graft's environment, {beside}")
+        words[0] = str(beside)
+        env["PATH"] = os.pathsep.join(filter(None, (str(beside.parent), env.get("PATH"))))
     with _Signals() as signals:
         try:
-            process = subprocess.Popen(
-                list(command), env=dict(env), stdout=sys.stderr if aside else None
-            )
+            process = subprocess.Popen(words, env=env, stdout=sys.stderr if aside else None)
         except FileNotFoundError:
-            raise UsageError(
-                f"command not found: {command[0]}; write the command after --, as in: "
-                "-- python train.py"
-            ) from None
+            raise UsageError(_not_found(command[0])) from None
         except OSError as err:
             raise UsageError(f"{command[0]} cannot be run: {err.strerror or err}") from None
-        signals.pass_to(process)
-        status = process.wait()
+        status = signals.passed_on_to(process)
     return status if status >= 0 else 128 - status
+
+
+def _beside(word: str, env: Mapping[str, str]) -> Path | None:
+    """Return the program of graft's own environment that PATH does not lead to.
+
+    An environment need not be activated to call its `graft` by its path.
+    """
+    if os.sep in word or shutil.which(word, path=env.get("PATH")):
+        return None
+    found = shutil.which(word, path=str(Path(sys.executable).parent))
+    return None if found is None else Path(found)
+
+
+def _not_found(word: str) -> str:
+    if os.sep in word:
+        return f"command not found: there is no {word} here; check its path"
+    if word.endswith(".py") and Path(word).exists():
+        return f"command not found: {word} is a script; run it as in: -- python {word}"
+    return (
+        f"command not found: {word} is neither on PATH nor in {Path(sys.executable).parent}, "
+        "graft's own environment; activate the environment that has it, or give its path"
+    )
 
 
 class _Signals:
@@ -112,15 +136,33 @@ class _Signals:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def pass_to(self, process: subprocess.Popen[bytes]) -> None:
-        """Name the process, and pass on what came before it was there."""
+    def passed_on_to(self, process: subprocess.Popen[bytes]) -> int:
+        """Pass on what came before the process was there, and what comes until it ends.
+
+        Returns its status.
+        """
         self._process = process
         for number in self._early:
             self._received(number, None)
+        if not self._old or not hasattr(signal, "sigtimedwait"):
+            return process.wait()
+        awaited = {signal.SIGCHLD, *self._old}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+        try:
+            while (status := process.poll()) is None:
+                came = signal.sigtimedwait(awaited, _SECONDS)
+                if came is not None and came.si_signo in self._old:
+                    self._pass_on(came.si_signo, from_terminal=came.si_code > 0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return status
 
     def _received(self, number: int, frame: Any) -> None:
+        self._pass_on(number, from_terminal=_in_foreground())
+
+    def _pass_on(self, number: int, *, from_terminal: bool) -> None:
         # The terminal sends its own to every process in the foreground: once is enough.
-        if signal.Signals(number).name in _FROM_THE_KEYBOARD and _in_foreground():
+        if from_terminal and signal.Signals(number).name in _FROM_THE_KEYBOARD:
             return
         if self._process is None:
             self._early.append(number)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import termios
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -114,6 +119,61 @@ def test_signals_reach_the_command_and_its_end_is_told(shell, run):
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 9
     assert Recording.open(run).claims()[0]["state"] == "complete"
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="nothing tells who sent a signal")
+def test_a_signal_to_the_wrapper_alone_ends_the_command_of_a_terminal(shell, run):
+    """What the keyboard sends comes to all of the foreground; what a process sends does not."""
+    shell.write(
+        "wait.py",
+        """
+        import time, torch
+        from recorder import tap
+        tap("x", torch.ones(3))
+        print("ready", flush=True)
+        for _ in range(600):
+            time.sleep(0.1)
+        """,
+    )
+    words = [*shell.graft, "record", "-o", str(run), "--", sys.executable, "wait.py"]
+    ours, theirs = os.openpty()
+
+    def begin():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(
+        words, cwd=shell.folder, env=shell.env, stdin=theirs, stdout=subprocess.PIPE,
+        stderr=theirs, start_new_session=True, preexec_fn=begin,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) in (1, 128 + signal.SIGINT)  # polars makes it 1
+    os.close(ours), os.close(theirs)
+    assert Recording.open(run).manifest().height == 1
+
+
+def test_commands_are_found_beside_graft_though_nobody_activated_it(shell, run):
+    program = Path(sys.executable).parent / "graft"
+    env = {"PATH": os.defpath}
+    if shutil.which("graft", path=os.defpath):
+        pytest.skip("graft is installed for all")
+    done = shell(shell.graft, "record", "-o", run, "--", "graft", "doctor", env=env)
+    assert done.returncode == 0
+    assert f"graft is not on PATH; taking the one of graft's environment, {program}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("torchrum", "torchrum is neither on PATH nor in"),
+        ("./train.sh", "there is no ./train.sh here; check its path"),
+        ("job.py", "job.py is a script; run it as in: -- python job.py"),
+    ],
+)
+def test_a_command_that_is_not_there_is_told_where_it_was_sought(shell, run, word, said):
+    shell.write("job.py", JOB)
+    done = shell(shell.graft, "record", "-o", run, "--", word)
+    assert done.returncode == 2 and f"command not found: {said}" in done.stderr
 
 
 def test_a_killed_job_leaves_what_it_tapped(shell, run):
