@@ -16,6 +16,8 @@ from typing import TypedDict
 from .filters import Filter
 
 VARIABLE = "GRAFT_REPORTS"
+DOCTOR = "doctor"
+"""What `graft doctor` reports as its state: it makes no tap, and nobody expects one."""
 
 
 class Report(TypedDict, total=False):

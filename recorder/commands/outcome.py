@@ -22,7 +22,7 @@ from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_li
 from ..format.disk import ACCESS
 from ..format.schema import RECORDING, rank_folder
 from ..job import Job
-from ..mailbox import Report, failures_of, read_reports, why_nothing
+from ..mailbox import DOCTOR, Report, failures_of, read_reports, why_nothing
 from ..progress import Progress, Watcher, read_progress
 from ..ranks import Rank
 from ..settings import RecordSettings
@@ -86,14 +86,18 @@ def recorded(
             status = launch.run(command, env)
         problems, notes = conclude(
             Path(run), env["GRAFT_JOB"], settings.filter, reports_of(settings.PREFIX, reports),
-            read_progress(reports),
+            read_progress(reports), status,
         )  # fmt: skip
     return Outcome(status, tuple(problems), tuple(notes))
 
 
 def reports_of(session: str, folder: Path) -> list[Report]:
-    """Return what the ranks' sessions of one kind reported."""
-    return [report for report in read_reports(folder) if report.get("session") == session]
+    """Return what the ranks' sessions of one kind reported, and that `graft doctor` looked."""
+    return [
+        report
+        for report in read_reports(folder)
+        if report.get("session") == session or report.get("state") == DOCTOR
+    ]
 
 
 def rank_of_wrapper() -> Rank | None:
@@ -137,6 +141,7 @@ def conclude(
     filter: Filter | None,
     reports: Sequence[Report],
     progress: Mapping[tuple[int, int], Progress],
+    status: int = 0,
 ) -> tuple[list[str], list[str]]:
     """Return why a recording is not to be trusted, and what else to say of it.
 
@@ -146,6 +151,7 @@ def conclude(
         filter: what was to be recorded.
         reports: what its ranks reported.
         progress: how far they were, by rank and process id.
+        status: COMMAND's own.
     """
     claims, notes = _claims_by(run, job)
     wrong = failures_of(reports)
@@ -175,8 +181,21 @@ def conclude(
             "staged; record less with --filter, or give more room with --staging"
         )
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
-        notes.append(why_nothing(filter, reports) or _NO_TAP)
+        notes += _why_nothing(filter, reports, status)
     return sorted(wrong), notes
+
+
+def _why_nothing(filter: Filter | None, reports: Sequence[Report], status: int) -> list[str]:
+    """Say why nothing was recorded, where that is to be said."""
+    if filtered := why_nothing(filter, reports):
+        return [filtered]
+    if refused := sum(one.get("refused", 0) for one in reports):
+        return [f"nothing was recorded: {count(refused, 'tap')} could not be, see above"]
+    if status:
+        return [f"nothing was recorded: COMMAND ended with {status} before it made a tap"]
+    if any(one.get("state") == DOCTOR for one in reports):
+        return []
+    return [_NO_TAP]
 
 
 def _replaced(run: Path, claims: Sequence[ClaimData], reports: Sequence[Report]) -> set[str]:

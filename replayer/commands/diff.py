@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,12 +18,16 @@ from recorder.errors import UsageError
 from recorder.filters import Filter
 from recorder.ranks import Rank
 
+if TYPE_CHECKING:
+    from ..diffing.diff import Diff
+
 _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is told
 
 
 @click.command(short_help="Compare two recordings: what differs, and where first.")
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
+@click.argument("c", metavar="[C]", required=False)
 @click.option("--filter", type=FilterType(), help="Only these records, in A's names and steps.")
 @click.option(
     "--match-on",
@@ -84,6 +89,13 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
     help="Report keys that are on one side only, but do not count them as a difference.",
 )
 @count_option("--limit", 20, "Rows of the table on the terminal.")
+@click.option(
+    "--sort",
+    type=click.Choice(["order", "size"]),
+    default="order",
+    show_default=True,
+    help="The table's order: of execution, from the first divergence on, or from the worst on.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone: one object per line.")
 @click.option("--parquet", metavar="FILE", help="Also write the whole table to FILE.")
 @click.option("--html", metavar="FILE", help="Also write a page to FILE that opens in a browser.")
@@ -104,6 +116,7 @@ _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is
 def diff(
     a: str,
     b: str,
+    c: str | None,
     filter: Filter | None,
     match_on: str | None,
     step_offset: int,
@@ -117,6 +130,7 @@ def diff(
     by: str | None,
     ignore_missing: bool,
     limit: int,
+    sort: str,
     as_json: bool,
     parquet: str | None,
     html: str | None,
@@ -125,6 +139,9 @@ def diff(
     memory: int | None,
 ) -> None:
     """Compare the recordings A (trusted) and B: which tensors differ, where first, how much.
+
+    With C, the target after a graft, B and C are compared with A side by side; it then ends with 0
+    where nothing is beyond tolerance in C but at what was grafted.
 
     Tensors are put together where layouts are declared, and compared rank by rank elsewhere. Ends
     with 0 where all is equal or within tolerance; with 1 where not, where a key is on one side
@@ -141,6 +158,11 @@ def diff(
     from ..showing.output import check_outputs
 
     check_outputs(outputs)
+    if c is not None and (outputs or as_json or by is not None or manifest_only):
+        raise UsageError(
+            "--json, --parquet, --html, --by and --manifest-only compare two recordings; leave "
+            "the third out"
+        )
     from recorder.commands.listing import incomplete_lines
 
     from ..diffing.diff import diff as compare
@@ -148,21 +170,32 @@ def diff(
     from ..showing import lines as report
 
     rank = launched(os.environ)
-    with _told_of_waiting(rank):
-        found = compare(
-            a, b, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
+
+    def against_a(run: str) -> Diff:
+        return compare(
+            a, run, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
             manifest_only=manifest_only, rtol=rtol, atol=atol, threshold=threshold, floor=floor,
             floor_factor=floor_factor, by=by,
             ignore_missing=ignore_missing, check=check, workers=workers, memory=memory,
             spread=True, bar=bar,
         )  # fmt: skip
+
+    with _told_of_waiting(rank):
+        found = against_a(b)
+        after = against_a(c) if c is not None else None
     if rank.rank != 0:
         return  # rank 0 has all of it, and says so
-    for name, run in ((a, found.a), (b, found.b)):
+    runs = [found.a, found.b] if after is None else [found.a, found.b, after.b]
+    for run in runs:
         for line in incomplete_lines(run):
-            note(f"{name}: {line}")
-    for line in found.notes:
+            note(f"{run.path}: {line}")
+    for line in dict.fromkeys([*found.notes, *(after.notes if after else ())]):
         note(line)
+    if after is not None:
+        from ..showing.beside import print_beside, status_of
+
+        print_beside(found, after, terminal_width(), limit)
+        sys.exit(status_of(found, after))
     try:
         if parquet is not None:
             report.write_parquet(found, Path(parquet))
@@ -174,7 +207,7 @@ def diff(
             for line in report.objects(found):
                 click.echo(line)
         else:
-            report.print_diff(found, terminal_width(), limit)
+            report.print_diff(found, terminal_width(), limit, sort == "size")
         sys.stdout.flush()
     except BrokenPipeError:
         raise  # click ends quietly where nobody reads on

@@ -14,6 +14,7 @@ from recorder import ranks
 from recorder.commands.clicking import expected_errors
 from recorder.errors import GraftError, TransformError, UsageError
 from recorder.job import Job
+from recorder.mailbox import DOCTOR, write_report
 from recorder.provenance import provenance
 from recorder.sizes import format_size
 from recorder.writing.claim import check_free
@@ -177,6 +178,7 @@ def doctor(as_json: bool) -> None:
       graft record -o runs/base -- graft doctor
     """
     facts = examine()
+    write_report({"state": DOCTOR})
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:

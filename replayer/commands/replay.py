@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -54,4 +55,15 @@ def replay(run: str, out: str | None, command: tuple[str, ...], **options: Any) 
             note(f"not to be trusted: {problem}")
         for line in done.recording.notes:
             note(line)
+    if done.status == 0:
+        note(f"next: {_next(run, out, done.recording is not None)}")
     sys.exit(done.status)
+
+
+def _next(run: str, out: str | None, is_recorded: bool) -> str:
+    if out is not None and is_recorded:
+        return f"graft diff {shlex.quote(run)} {shlex.quote(out)}"
+    return (
+        f"the same with {'' if out is not None else '-o OUT '}--record True, to keep what the "
+        "target computes after the graft; graft diff then says whether that is right"
+    )

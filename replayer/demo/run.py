@@ -1,9 +1,8 @@
 """Run the demo: record the baseline and the faulty target, graft one tap, show what that changed.
 
-1. `commands` lists three `graft` commands; `run_demo` prints each and runs it.
-2. `compare_runs` puts each side's blocks together and measures every tap before and after.
-3. `effects_table` and `verdict` word the result.
-4. `naming` is the command that names the fault from one replay.
+1. `commands` lists four `graft` commands; `run_demo` prints each and runs it.
+2. `verdict` words what became of the output.
+3. `naming` is the command that names the fault from one replay.
 """
 
 from __future__ import annotations
@@ -16,14 +15,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from recorder import Recording
 from recorder.diagnostics import NO_NUMPY
@@ -35,7 +30,6 @@ from .target import FAULTY_LAYER
 
 GRAFTED_TAP = "attn_q"  # the first tap after the fault
 TOLERANCE = 1e-5  # 4 and 2 ranks sum in another order, so outputs are equal up to rounding
-VISIBLE = 1e-6  # no rounding makes a relative difference as great as this
 
 _BASELINE = [
     *("--", "torchrun", "--standalone", "--nproc-per-node", "4", "-m", "replayer.demo.baseline"),
@@ -43,21 +37,6 @@ _BASELINE = [
 BIN = Path(sys.executable).parent
 
 Command = list[list[str]]  # the words of one command, in the lines it is printed in
-
-
-@dataclass(frozen=True)
-class TapEffect:
-    """One tap's relative difference from the baseline without and with the graft."""
-
-    name: str
-    layer: int | None
-    before: float
-    after: float
-
-    @property
-    def grafted(self) -> bool:
-        """Whether this is the tap that the replay overwrites."""
-        return self.name == GRAFTED_TAP and self.layer == FAULTY_LAYER
 
 
 def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
@@ -89,7 +68,6 @@ def run_demo(folder: Path, echo: Callable[[str], None]) -> int:
     baseline, target, grafted = (
         Recording.open(folder / name) for name in ("baseline", "target", "grafted")
     )
-    echo("\n" + effects_table(compare_runs(baseline, target, grafted)))
     logits = whole(baseline, "logits")
     before = or_nan(difference(logits, whole(target, "logits")).max_abs)
     after = or_nan(difference(logits, whole(grafted, "logits")).max_abs)
@@ -126,6 +104,11 @@ def commands(folder: Path) -> list[tuple[str, Command]]:
                 target,
             ],
         ),
+        (
+            "All three side by side. The grafted tap shows what the target computed there before "
+            "it was overwritten, so it stays wrong; what comes after it is right again.",
+            [[*graft, "diff", *runs.values()]],
+        ),
     ]
 
 
@@ -156,22 +139,6 @@ def spelled(command: Command) -> str:
     return " \\\n    ".join(shlex.join(line) for line in command)
 
 
-def compare_runs(baseline: Recording, target: Recording, grafted: Recording) -> list[TapEffect]:
-    """Every tap of the baseline in execution order, with its difference over all steps."""
-    taps = (
-        baseline.manifest()
-        .filter(pl.col("rank") == 0, pl.col("step") == 0)
-        .sort("seq")
-        .select("name", "layer")
-    )
-    effects = []
-    for name, layer in taps.iter_rows():
-        right, before, after = (whole(run, name, layer) for run in (baseline, target, grafted))
-        figures = (or_nan(difference(right, other).rel_diff) for other in (before, after))
-        effects.append(TapEffect(name, layer, *figures))
-    return effects
-
-
 def whole(run: Recording, name: str, layer: int | None = None) -> torch.Tensor:
     """One tap of all steps as the uncut model has it, `[steps, ...]`, in float64."""
     tags: dict[str, Any] = {} if layer is None else {"layer": layer}
@@ -182,43 +149,6 @@ def whole(run: Recording, name: str, layer: int | None = None) -> torch.Tensor:
 def or_nan(figure: float | None) -> float:
     """A figure of a comparison, NaN where a NaN or an infinity leaves it undefined."""
     return math.nan if figure is None else figure
-
-
-def effects_table(effects: list[TapEffect]) -> str:
-    """The taps as a table of at most 80 columns."""
-    table = Table(title="The target against the baseline at each tap", title_justify="left")
-    table.add_column("tap")
-    table.add_column("layer", justify="right")
-    table.add_column("rel diff before", justify="right")
-    table.add_column("rel diff after", justify="right")
-    table.add_column("")
-    for effect in effects:
-        table.add_row(
-            effect.name,
-            "" if effect.layer is None else str(effect.layer),
-            coloured(effect.before),
-            coloured(effect.after),
-            "<- fault; grafted" if effect.grafted else "",
-            end_section=effect.name in ("embed", "hidden"),
-        )
-    console = Console(width=80)
-    with console.capture() as printed:
-        console.print(table)
-        console.print(
-            "rel diff = 1 - 2<x,y> / (|x|^2 + |y|^2) in float64 over the whole tensors of all "
-            f"steps; 0 is equal. Before: the target alone. After: with {GRAFTED_TAP} of "
-            f"layer {FAULTY_LAYER} grafted; that row shows what the target computed there before "
-            "it was overwritten, so it stays wrong, and what comes after it is right again.",
-            highlight=False,
-            markup=False,
-        )
-    return "\n".join(line.rstrip() for line in printed.get().splitlines())
-
-
-def coloured(rel_diff: float) -> str:
-    """A relative difference in rich markup: red where it is more than rounding."""
-    colour = "green" if rel_diff <= VISIBLE else "red"
-    return f"[{colour}]{rel_diff:.1e}[/]" if rel_diff else "[green]0[/]"
 
 
 def restored(before: float, after: float) -> bool:

@@ -17,7 +17,8 @@ whose elements were not read."""
 COLUMNS: dict[str, Any] = {
     "pair": pl.Int64, "name": pl.String, "tags": pl.String, "kind": pl.String, "step": pl.Int64,
     "occurrence": pl.Int32, "rank": pl.Int32, "outcome": pl.String, "first": pl.String,
-    "by": pl.String, "index": pl.Int64, "reordered": pl.Boolean, "how": pl.String,
+    "by": pl.String, "index": pl.Int64, "reordered": pl.Boolean, "grafted": pl.Boolean,
+    "how": pl.String,
     "name_b": pl.String, "tags_b": pl.String, "step_b": pl.Int64, "occurrence_b": pl.Int32,
     "dtype_a": pl.String, "dtype_b": pl.String, "shape_a": pl.List(pl.Int64),
     "shape_b": pl.List(pl.Int64), "dim_names": pl.List(pl.String), "ranks_a": pl.List(pl.Int32),
@@ -62,6 +63,7 @@ class DiffRow(TypedDict, total=False):
     by: str | None
     index: int | None
     reordered: bool
+    grafted: bool
     how: str
     name_b: str | None
     tags_b: str | None

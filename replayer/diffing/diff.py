@@ -93,6 +93,19 @@ class Diff:
         """Return the pairs that are not equal: the first divergences, then from the worst on."""
         return worst_first(self.pairs.filter(pl.col("outcome") != "equal"))
 
+    def from_first(self) -> pl.DataFrame:
+        """Return the pairs that are not equal in the order of execution, from the first beyond on.
+
+        Of those before it that are within tolerance, only the first that is not equal. Where none
+        is beyond tolerance, all of them.
+        """
+        pairs = self.pairs.filter(pl.col("outcome") != "equal").with_row_index("at")
+        begins = pairs.filter(pl.col("first").is_in(["both", "tolerance", "grafted"]))["at"].min()
+        if begins is not None:
+            is_before = (pl.col("at") < begins) & pl.col("outcome").is_in(GOOD)
+            pairs = pairs.filter(~is_before | pl.col("first").is_not_null())
+        return pairs.drop("at")
+
     def with_tags(self) -> pl.DataFrame:
         """Return the table with one more column per tag, beside the name.
 
@@ -113,15 +126,18 @@ class Diff:
 
         Args:
             how: `bitwise` for the first that is not equal bit for bit, `tolerance` for the first
-                beyond tolerance.
+                beyond tolerance, both of what was not grafted; `grafted` for the first beyond
+                tolerance among what was.
 
         Raises:
-            UsageError: it is neither.
+            UsageError: it is none of these.
         """
-        if how not in ("bitwise", "tolerance"):
-            raise UsageError(f"there is no first divergence {how!r}; ask for bitwise or tolerance")
-        rows = self.pairs.filter(pl.col("first").is_in([how, "both"]))
-        return next(rows_of(rows), None)
+        if how not in ("bitwise", "tolerance", "grafted"):
+            raise UsageError(
+                f"there is no first divergence {how!r}; ask for bitwise, tolerance or grafted"
+            )
+        both = [how] if how == "grafted" else [how, "both"]
+        return next(rows_of(self.pairs.filter(pl.col("first").is_in(both))), None)
 
     @property
     def status(self) -> int:

@@ -24,6 +24,7 @@ from ..pairing.pairs import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VA
 from ..rules import History, Rules, odd_place
 from . import bounds
 from .columns import COLUMNS, DiffRow, figures_of, row_of
+from .grafts import grafted
 from .indices import dims_called
 from .within import rows_of_keys, said_within, tasks_within
 from .work import Task
@@ -68,6 +69,7 @@ def base_of(pairs: Pairs) -> pl.DataFrame:
         ranks_a=pl.when(by_rank & has_a).then(pl.concat_list("rank_a")),
         ranks_b=pl.when(by_rank & has_b).then(pl.concat_list("rank_b")),
     )
+    table = table.with_columns(grafted(pairs.b, table, pairs.step_offset))
     return table.with_columns(
         pl.when(has_b & value.ne_missing(pl.col(c))).then(value).alias(f"{c}_b")
         for c, value in own_b.items()
@@ -265,7 +267,16 @@ def assembled(
         .then(pl.concat_str("message", "said", separator="; ", ignore_nulls=True))
         .otherwise("message"),
     )
-    return _with_firsts(made.drop("what", "said").sort("pair", maintain_order=True))
+    cut = _pairs_of_blocks(pairs, table)
+    return _with_firsts(made.drop("what", "said").sort("pair", maintain_order=True), cut)
+
+
+def _pairs_of_blocks(pairs: Pairs, table: pl.DataFrame) -> pl.Series:
+    """Return the pairs of which a side declares that its ranks hold blocks."""
+    is_cut = pl.col("dims").str.contains("[", literal=True).fill_null(False)
+    frames = (side.frame.filter(is_cut).select("key") for side in (pairs.a, pairs.b))
+    keys = pl.concat(frames).unique()
+    return table.filter(pl.col("how") == LAYOUT).join(keys, on="key", how="semi")["pair"]
 
 
 def _ranked(part: pl.DataFrame) -> pl.DataFrame:
@@ -368,15 +379,27 @@ def _ranks_that_differ(row: DiffRow, tags: Mapping[str, Any], rules: Rules) -> l
     return sorted(beyond if row["outcome"] == "differs" and beyond else changed)
 
 
-def _with_firsts(table: pl.DataFrame) -> pl.DataFrame:
-    """Mark in `first` the first pair that is not equal, and the first beyond tolerance."""
-    whole = pl.col("by").is_null()
-    beyond = whole & pl.col("outcome").is_in(["differs", "shape"])
-    changed = whole & pl.col("outcome").is_in(["differs", "shape", "unmeasured", "close"])
-    places = [table.select(which.arg_max()).item() for which in (changed, beyond)]
-    there = [bool(table.select(which.any()).item()) for which in (changed, beyond)]
+def _with_firsts(table: pl.DataFrame, blocks: pl.Series) -> pl.DataFrame:
+    """Mark in `first` the first pair that is not equal, and the first beyond tolerance.
+
+    What was grafted is marked apart: its record is what came before the graft. And blocks whose
+    wholes have unequal shapes are declared wrongly, on one side at least, and diverge nowhere.
+
+    Args:
+        table: all pairs.
+        blocks: those of which a side declares that its ranks hold blocks.
+    """
+    whole = pl.col("by").is_null() & ~pl.col("grafted")
+    differs = pl.col("outcome") == "differs"
+    is_block = pl.col("pair").is_in(blocks.implode())
+    beyond = whole & (differs | ((pl.col("outcome") == "shape") & ~is_block))
+    changed = beyond | (whole & pl.col("outcome").is_in(["unmeasured", "close"]))
+    before = pl.col("by").is_null() & pl.col("grafted") & differs
+    kinds = (changed, beyond, before)
+    places = [table.select(which.arg_max()).item() for which in kinds]
+    there = [bool(table.select(which.any()).item()) for which in kinds]
     row = pl.int_range(pl.len())
-    bitwise, tolerance = (
+    bitwise, tolerance, graft = (
         (row == at) if exists else pl.lit(False) for at, exists in zip(places, there, strict=True)
     )
     return table.with_columns(
@@ -386,4 +409,6 @@ def _with_firsts(table: pl.DataFrame) -> pl.DataFrame:
         .then(pl.lit("bitwise"))
         .when(tolerance)
         .then(pl.lit("tolerance"))
+        .when(graft)
+        .then(pl.lit("grafted"))
     )

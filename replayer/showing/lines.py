@@ -64,8 +64,13 @@ def figures(row: DiffRow) -> str:
     if row["max_abs_a"] is not None:
         at = f"at {row['max_abs_at']} " if row["max_abs_at"] is not None else ""
         facts[1] += f" {at}({row['max_abs_a']:.7g} in A, {row['max_abs_b']:.7g} in B)"
-    facts.append(f"{row['mismatched']} of {count(row['numel'], 'element')} beyond tolerance")
-    if row["max_beyond_at"] not in (None, row["max_abs_at"]):
+    elements = f"{row['mismatched']} of {count(row['numel'], 'element')}"
+    if row["outcome"] == "close":
+        if row["mismatched"]:
+            facts.append(f"taken for rounding, though {elements} are beyond rtol and atol")
+    else:
+        facts.append(f"{elements} beyond tolerance")
+    if row["outcome"] != "close" and row["max_beyond_at"] not in (None, row["max_abs_at"]):
         facts[-1] += f", the farthest by {_text(row['max_beyond'])} at {row['max_beyond_at']}"
     facts += filter(None, [shape_of_error(row)])
     odd = [
@@ -155,11 +160,12 @@ def lines(diff: Diff) -> list[str]:
             known = (
                 f" in what could be compared; {count(unread, 'pair')} could not" if unread else ""
             )
-            found.append(f"no divergence {words}{known}")
+            found.append(f"no divergence {words}{_but_at_grafts(diff)}{known}")
         else:
             same = how == "tolerance" and row["first"] == "both"
             facts = "the same" if same else figures(row)
             found.append(f"first divergence {words}: {title(row)}: {facts}")
+    found += lines_of_grafts(diff)
     found += _accumulated(diff)
     for what, words in (("replicas", "replicas apart"), ("recompute", "recomputed otherwise")):
         rows = diff.pairs.filter(pl.col("apart") == what)
@@ -181,6 +187,50 @@ def lines(diff: Diff) -> list[str]:
             first = next(rows_of(rows))
             found.append(f"{words}: {rows.height}, the first {title(first)}{_why(words, first)}")
     return found
+
+
+def _but_at_grafts(diff: Diff) -> str:
+    return " but at what was grafted" if diff.first("grafted") is not None else ""
+
+
+def lines_of_grafts(diff: Diff) -> list[str]:
+    """Say what came of the taps that B's replay overwrote: before the graft, and after it."""
+    rows = diff.pairs.filter(pl.col("grafted"))
+    if not rows.height:
+        return []
+    first = diff.first("grafted")
+    if first is None:
+        return [f"{count(rows.height, 'grafted pair')}: within tolerance before the graft too"]
+    off = rows.filter(pl.col("outcome") == "differs")
+    more = f", and {off.height - 1} more" if off.height > 1 else ""
+    taps = off.select("name", "tags").n_unique()
+    found = [
+        f"at a grafted tap, as it was before it was overwritten: {title(first)}{more}: "
+        f"{figures(first)}"
+    ]
+    after = diff.first("tolerance")
+    if after is not None and after["pair"] > first["pair"]:
+        found.append(
+            f"after the graft, still beyond tolerance, first {title(after)}: there is a second "
+            "fault, or the first reaches it along another path"
+        )
+    elif after is None:
+        before = diff.pairs.filter(
+            (pl.col("pair") < first["pair"])
+            & ~pl.col("grafted")
+            & pl.col("outcome").is_in(["equal", "close"])
+        ).tail(1)
+        last = next(rows_of(before), None)
+        place = f"between {_tap(last)} and {_tap(first)}" if last else f"before {_tap(first)}"
+        others = f", or before another of the {taps} that were grafted" if taps > 1 else ""
+        found.append(
+            f"nothing beyond tolerance after the graft: what is wrong lies {place}{others}"
+        )
+    return found
+
+
+def _tap(row: DiffRow) -> str:
+    return label(row["name"], row["tags"])
 
 
 def _accumulated(diff: Diff) -> list[str]:
@@ -213,21 +263,31 @@ def _why(words: str, row: DiffRow) -> str:
     return f": {figures(row)}" if row["outcome"] in ("shape", "error") else ""
 
 
-def print_diff(diff: Diff, width: int, limit: int) -> None:
-    """Print the lines, and the worst pairs as a table."""
+def print_diff(diff: Diff, width: int, limit: int, by_size: bool = False) -> None:
+    """Print the lines, and a table of pairs that are not equal.
+
+    Args:
+        diff: what to print.
+        width: of the terminal.
+        limit: rows of the table.
+        by_size: from the worst on; else in the order of execution, from the first divergence on.
+    """
     console = console_of(width)
     for line in lines(diff):
         console.print(printable(line), soft_wrap=True)
-    rows = diff.worst()
-    if not rows.height:
+    worst = diff.worst()
+    if not worst.height:
         return
+    rows = worst if by_size else diff.from_first()
     console.print()
     cells = [_cells(row) for row in rows_of(rows.head(limit))]
     _print_cells(console, cells, width)
-    if rows.height > limit:
-        console.print(f"... and {count(rows.height - limit, 'more pair')}, not equal; see --limit")
+    if worst.height > len(cells):
+        more = count(worst.height - len(cells), "more pair")
+        how = "--limit" if by_size else "--limit, and --sort size for the worst"
+        console.print(f"... and {more}, not equal; see {how}")
     _print_shapes(console, rows.head(limit))
-    _print_by(console, diff, rows.head(_BY_ROWS))
+    _print_by(console, diff, worst.head(_BY_ROWS))
 
 
 def _print_cells(console: Console, cells: list[dict[str, str]], width: int) -> None:
@@ -243,22 +303,25 @@ def _print_cells(console: Console, cells: list[dict[str, str]], width: int) -> N
 
 def _cells(row: DiffRow) -> dict[str, str]:
     marks = {"bitwise": "first", "tolerance": "first beyond", "both": "first"}
+    mark = "grafted" if row["grafted"] else marks.get(row["first"] or "", "")
     kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
     mismatched, numel = row["mismatched"], row["numel"]
+    is_beyond = row["outcome"] != "close"  # else what is off is taken for rounding
     odd = sum(n or 0 for n in (row["nan_a"], row["nan_b"], row["inf_a"], row["inf_b"]))
     return {
-        "": marks.get(row["first"] or "", ""),
+        "": mark,
         "tap": label(row["name"], row["tags"]) + kind + ("*" if row["reordered"] else ""),
         "step": str(row["step"]),
+        "occ": str(row["occurrence"]) if row["occurrence"] else "",
         "rank": "" if row["rank"] is None else str(row["rank"]),
         "outcome": row["outcome"],
-        "rel_diff": _cell(row["rel_diff"]),
-        "max_abs": _cell(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
-        "mismatched": "" if not mismatched or not numel else _share(mismatched / numel),
+        "rel_diff": cell_of(row["rel_diff"]),
+        "max_abs": cell_of(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
+        "mismatched": _share(mismatched / numel) if is_beyond and mismatched and numel else "",
         "cosine": "" if row["cosine"] is None else f"{row['cosine']:.6f}",
-        "p99": _cell(row["p99"]),
+        "p99": cell_of(row["p99"]),
         "NaN Inf": str(odd) if odd else "",
-        "times_floor": _cell(row["times_floor"]),
+        "times_floor": cell_of(row["times_floor"]),
     }
 
 
@@ -278,7 +341,8 @@ def _share(part: float) -> str:
     return f"{part:.2%}" if part >= 1e-4 else "<0.01%"
 
 
-def _cell(value: float | None) -> str:
+def cell_of(value: float | None) -> str:
+    """Return a figure as a table has it."""
     return (
         "" if value is None else f"{value:.2e}" if value and math.isfinite(value) else f"{value:g}"
     )

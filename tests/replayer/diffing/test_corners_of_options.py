@@ -213,7 +213,7 @@ def test_numbers_out_of_range_are_refused(apart, options, said):
 
 
 def test_there_is_no_first_divergence_of_another_kind(apart):
-    with pytest.raises(UsageError, match="no first divergence 'x'; ask for bitwise or tolerance"):
+    with pytest.raises(UsageError, match="no first divergence 'x'; ask for bitwise, tolerance or"):
         diff(*apart).first("x")
 
 
