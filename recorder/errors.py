@@ -80,12 +80,13 @@ class RecordingError(GraftError):
 class NotARecording(RecordingError):
     """The folder holds no recording."""
 
-    def __init__(self, path: object) -> None:
-        self.path = path
-        super().__init__(
-            f"{path} is not a recording: it has no recording.json; "
-            "make one with: graft record -o RUN -- COMMAND"
-        )
+    def __init__(self, path: object, holds: Sequence[str] = (), beside: Sequence[str] = ()) -> None:
+        self.path, self.near = path, (*holds, *beside)
+        advice = "make one with: graft record -o RUN -- COMMAND"
+        if self.near:
+            some = ", ".join(self.near[:8]) + (", ..." if len(self.near) > 8 else "")
+            advice = f"{'it holds' if holds else 'beside it there are'} these: {some}"
+        super().__init__(f"{path} is not a recording: it has no recording.json; {advice}")
 
 
 class RecordingExists(RecordingError):

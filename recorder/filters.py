@@ -12,10 +12,11 @@ A tag that a tap does not carry is `None`. An ordering against `None` is false, 
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -78,6 +79,10 @@ class Filter:
         except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
             column = (getattr(err, "offset", None) or 1) - 1
             reason = getattr(err, "msg", None) or str(err) or "it is too deeply nested"
+            if (meant := _with_comparisons(line)) is not None:
+                at = re.search(_ASSIGNMENT, line)
+                column = at.start() if at else column
+                raise FilterError(line, f"= assigns; compare with ==: {meant}", column) from None
             raise FilterError(line, f"not a Python expression ({reason})", column) from None
         compiler = _Compiler(line)
         try:
@@ -99,14 +104,29 @@ class Filter:
         """
         return bool(self._run(tags))
 
-    def why_nothing(self, tag_names: Iterable[str], tap_names: Iterable[str]) -> str:
-        """Say why this filter may have selected nothing, given what was seen."""
+    def why_nothing(
+        self,
+        tag_names: Iterable[str],
+        tap_names: Iterable[str],
+        values: Mapping[str, Collection[Any]] | None = None,
+    ) -> str:
+        """Say why this filter may have selected nothing, given what was seen.
+
+        Args:
+            tag_names: the tags that taps carried.
+            tap_names: what they were called.
+            values: the values that tags had, where those are known.
+        """
         seen_tags, seen_names = sorted(set(tag_names)), sorted(set(tap_names))
         hints = []
-        unknown = sorted(self.names - set(seen_tags) - {"name", "step", "rank", "kind"})
-        for name in unknown:
+        for name in self.unknown(seen_tags):
             known = ["name", *seen_tags, "step", "rank"]
-            hints.append(f"no tap carried the tag {name!r}" + _closest(name, known))
+            meant = self.meant(name, known, seen_names)
+            hints.append(
+                f"no tap carried the tag {name!r}{meant}"
+                + (f"; tags seen: {', '.join(known[:8])}" if not meant else "")
+            )
+        hints += self._unmet(values or {})
         if "name" in self.names:
             for word in sorted(self.words - set(seen_names)):
                 close = difflib.get_close_matches(word, seen_names, 3)
@@ -117,12 +137,61 @@ class Filter:
             hints.append(f"taps seen: {some}" if some else "no tap was seen at all")
         return f"the filter {self.text!r} selected nothing: " + "; ".join(hints)
 
+    def unknown(self, tag_names: Iterable[str]) -> list[str]:
+        """Return the tags that it reads and that are none of these, nor always there."""
+        return sorted(self.names - {*tag_names} - {"name", "step", "rank", "kind"})
 
-def _closest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, 3)
-    if close:
-        return f", closest: {', '.join(close)}"
-    return f"; tags seen: {', '.join(known[:8])}" if known else ""
+    def meant(self, name: str, tag_names: Iterable[str], tap_names: Iterable[str]) -> str:
+        """Return what a tag that nothing carries may have been meant for, "" where that is open."""
+        if name in tap_names:
+            return f", which is a tap; its name is text: {self._quoted(name)}"
+        close = difflib.get_close_matches(name, [*tag_names], 3)
+        return f", closest: {', '.join(close)}" if close else ""
+
+    def _quoted(self, name: str) -> str:
+        """Return the expression that was meant where a name was not put in quotes."""
+        if self.text == name:
+            return f'name == "{name}"'
+        return re.sub(rf"(?<![\w\"'.]){re.escape(name)}(?![\w\"'.])", f'"{name}"', self.text)
+
+    def _unmet(self, values: Mapping[str, Collection[Any]]) -> list[str]:
+        """Say of each comparison of a tag with literals that no value meets, which there are."""
+        found = []
+        for node in ast.walk(ast.parse(self.text, mode="eval")):
+            if not isinstance(node, ast.Compare):
+                continue
+            names = [one.id for one in ast.walk(node) if isinstance(one, ast.Name)]
+            if len(names) != 1 or names[0] == "name" or not values.get(names[0]):
+                continue
+            part = Filter.parse(ast.unparse(node))
+            with contextlib.suppress(FilterError):
+                if not any(part({names[0]: value}) for value in values[names[0]]):
+                    found.append(f"none has {part.text}: {names[0]} is {_listed(values[names[0]])}")
+        return found
+
+
+_ASSIGNMENT = r"(?<![=!<>])=(?!=)"
+
+
+def _with_comparisons(text: str) -> str | None:
+    """Return a text with == for each =, None where that makes no expression of it."""
+    meant = re.sub(_ASSIGNMENT, "==", text)
+    if meant == text:
+        return None
+    try:
+        ast.parse(meant, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return meant
+
+
+def _listed(values: Collection[Any]) -> str:
+    """Return values as `0 to 3`, or one by one, at most eight."""
+    numbers = sorted(value for value in values if type(value) is int)
+    if len(numbers) == len(values) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    some = numbers if len(numbers) == len(values) else sorted(map(repr, values))
+    return ", ".join(map(str, some[:8])) + (", ..." if len(some) > 8 else "")
 
 
 class _Compiler:

@@ -1,7 +1,8 @@
-"""One trial: a target run under a replay, and what that came to; prints nothing.
+"""One trial: a target run under a replay, and what that came to.
 
 1. `replayed` runs a command (`_of_command`) or a function of this process (`_of_function`).
-2. A command's folder is prepared (`prepare`), its settings go into its environment, and what its
+2. What is `foreseen` to go wrong with a command is said, once, before it runs; nothing else is
+   printed. Its folder is prepared (`prepare`), its settings go into its environment, and what its
    ranks reported is read.
 3. `_concluded` holds the log against the records that could have been used.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Union
 from recorder.commands import launch
 from recorder.commands.outcome import UNTRUSTED, Outcome, conclude, rank_of_wrapper, reports_of
 from recorder.commands.outcome import prepare as prepare_recording
+from recorder.diagnostics import Warnings
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.format import disk
 from recorder.format.schema import rank_folder
@@ -27,6 +29,7 @@ from recorder.mailbox import failures_of, why_nothing
 from recorder.progress import read_progress
 from recorder.settings import RecordSettings
 
+from .foreseen import foreseen
 from .log import COLUMNS, FOLDER, leave_columns, read_log, seal_leftovers
 from .session import Replayer
 from .settings import ReplaySettings
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 
     from recorder.mailbox import Report
     from recorder.recording import Recording
+
+
+_told = Warnings()
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ def _of_command(
     command: Sequence[str],
     aside: bool,
 ) -> Replayed:
+    for line in foreseen(recording, settings):
+        _told.once((str(recording.path), line), f"before COMMAND runs: {line}", "")
     with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
         folder = out or Path(spare)
         if out:

@@ -66,8 +66,9 @@ class WrappingCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, and name `--` where an option of COMMAND was taken for one of ours."""
         marked = "--" in args
+        behind = len(args) - args.index("--") - 1 if marked else 0
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.NoSuchOption as err:
             if marked:
                 raise
@@ -75,6 +76,30 @@ class WrappingCommand(click.Command):
                 f"no such option {err.option_name}; write -- before COMMAND, and its options after",
                 ctx,
             ) from None
+        except click.MissingParameter as err:
+            if marked and behind and err.param is not None and err.param.name == "command":
+                self._check_places(ctx, -1)  # the one word there was taken for RUN
+            raise
+        if marked and "command" in ctx.params:
+            self._check_places(ctx, len(ctx.params["command"]) - behind)
+        return rest
+
+    def _check_places(self, ctx: click.Context, surplus: int) -> None:
+        """Refuse where not just as many words as belong there stand before `--`."""
+        own = (
+            " ".join(
+                str(p.metavar)
+                for p in self.params
+                if isinstance(p, click.Argument) and p.name != "command"
+            )
+            or "-o RUN"
+        )
+        usage = f"graft {ctx.info_name} {own} [options] -- COMMAND"
+        if surplus < 0:  # then RUN was taken from behind it
+            raise click.UsageError(f"RUN is missing before --, as in: {usage}", ctx)
+        if surplus > 0:
+            word = ctx.params["command"][0]
+            raise click.UsageError(f"{word!r} before -- is one word too many: {usage}", ctx)
 
 
 class Failure(click.ClickException):

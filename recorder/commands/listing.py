@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..diagnostics import printable
 from ..errors import LayoutError
 from ..filters import Filter
-from ..format.rows import decoded, matching, parse_tags, rows_of
+from ..format.rows import decoded, matching, parse_tags, rows_of, seen_in
 from ..format.schema import ManifestRow
 from ..logical import layout_of
 from ..mesh import FrozenMesh
@@ -49,8 +49,8 @@ def selected(
         return kept, f"rank {rank} recorded nothing; the recording has rank {have}"
     if filter is None:
         return kept, f"rank {rank} recorded nothing"
-    tags = {tag for text in rows["tags"].unique().to_list() for tag in parse_tags(text)}
-    return kept, filter.why_nothing(tags, rows["name"].unique().to_list())
+    names, values = seen_in(rows)
+    return kept, filter.why_nothing(values, names, values)
 
 
 class Tap(TypedDict):

@@ -43,6 +43,15 @@ def row_at(frame: pl.DataFrame, number: int) -> ManifestRow:
     return cast(ManifestRow, dict(zip(frame.columns, frame.row(number), strict=True)))
 
 
+def seen_in(rows: pl.DataFrame) -> tuple[set[str], dict[str, set[Any]]]:
+    """Return the names of rows, and the values of each tag and of `step`, lists left out."""
+    values: dict[str, set[Any]] = {"step": set(rows["step"].unique())}
+    for text in rows["tags"].unique():
+        for tag, value in parse_tags(text).items():
+            values.setdefault(tag, set()).update(() if isinstance(value, list) else (value,))
+    return set(rows["name"].unique()), values
+
+
 def tag_columns(rows: pl.DataFrame) -> pl.DataFrame:
     """Return a column per tag, a row per row of `rows`, in alphabetical order."""
     import polars as pl

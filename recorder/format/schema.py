@@ -15,6 +15,8 @@ header's room is reserved when the file is made.
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import json
 import os
 import re
@@ -36,6 +38,7 @@ RANK_FOLDER = re.compile(r"rank-(\d{5,7})")
 PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)")
 ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
 _MAX_JSON = 4 << 20
+_MOST_ENTRIES = 1_000  # of a folder, that are looked at for recordings
 
 COLUMNS = {
     "rank": "Int32",
@@ -180,6 +183,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def recordings_in(folder: Path) -> list[str]:
+    """Return the recordings that a folder holds, by their paths, sorted; of many only some."""
+    try:
+        paths = itertools.islice(folder.iterdir(), _MOST_ENTRIES)
+        return sorted(str(path) for path in paths if (path / RECORDING).is_file())
+    except OSError:
+        return []
+
+
 def read_description(folder: Path) -> Description:
     """Return `recording.json`, its version checked.
 
@@ -190,7 +202,11 @@ def read_description(folder: Path) -> Description:
     """
     path = folder / RECORDING
     if not path.is_file():
-        raise NotARecording(folder)
+        if folder.is_dir():
+            raise NotARecording(folder, holds=recordings_in(folder))
+        beside = recordings_in(folder.parent)
+        close = difflib.get_close_matches(str(folder), beside, 3)
+        raise NotARecording(folder, beside=close or beside)
     data = read_json(path)
     if data.get("format_version") != FORMAT_VERSION:
         raise UnsupportedVersion(path, data.get("format_version"), FORMAT_VERSION)

@@ -16,6 +16,7 @@ from recorder.commands.clicking import FilterType, SizeType, count_option, expec
 from recorder.commands.tables import bar, terminal_width
 from recorder.errors import UsageError
 from recorder.filters import Filter
+from recorder.format.schema import recordings_in
 from recorder.ranks import Rank
 
 if TYPE_CHECKING:
@@ -24,7 +25,26 @@ if TYPE_CHECKING:
 _PATIENCE = 5.0  # seconds; then whoever has a launcher's variables by chance is told
 
 
-@click.command(short_help="Compare two recordings: what differs, and where first.")
+class _OfRecordings(click.Command):
+    """A command for recordings; of a folder of them it lists those there are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, and where one recording alone was given, name others."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as err:
+            folders = [Path(word) for word in given if Path(word).is_dir()]
+            holds = [path for folder in folders for path in recordings_in(folder)]
+            if err.param is None or err.param.name != "b" or not holds:
+                raise
+            some = ", ".join(holds[:8]) + (", ..." if len(holds) > 8 else "")
+            raise click.UsageError(f"give two recordings; {folders[0]} holds {some}", ctx) from None
+
+
+@click.command(
+    cls=_OfRecordings, short_help="Compare two recordings: what differs, and where first."
+)
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
 @click.argument("c", metavar="[C]", required=False)

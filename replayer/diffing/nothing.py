@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from recorder.filters import Filter
-from recorder.format.rows import parse_tags
+from recorder.format.rows import seen_in
 from recorder.tags import label
 
 from ..pairing.pairs import Pairs
@@ -23,11 +23,14 @@ def why_nothing(pairs: Pairs, filter: Filter | None) -> str:
             return f"nothing matched: {side.recording.path} is empty, no tap was recorded in it"
     frames = pairs.a.frame, pairs.b.frame
     if filter is not None and not all(frame.height for frame in frames):
-        rows = [side.recording.latest() for side in (pairs.a, pairs.b)]
-        tags = {t for frame in rows for text in frame["tags"].unique() for t in parse_tags(text)}
-        names = {name for frame in rows for name in frame["name"].unique()}
+        sides = [seen_in(side.recording.latest()) for side in (pairs.a, pairs.b)]
+        names = sides[0][0] | sides[1][0]
+        values = {
+            tag: sides[0][1].get(tag, set()) | sides[1][1].get(tag, set())
+            for tag in (*sides[0][1], *sides[1][1])
+        }
         which = " and ".join(s for s, frame in zip("AB", frames, strict=True) if not frame.height)
-        return f"nothing matched: in {which}, {filter.why_nothing(tags, names)}"
+        return f"nothing matched: in {which}, {filter.why_nothing(values, names, values)}"
     a_names, b_names = (sorted(frame["name"].unique()) for frame in frames)
     facts = [f"A has taps {_some(a_names)}", f"B has {_some(b_names)}"]
     if set(a_names) & set(b_names):

@@ -19,6 +19,7 @@ from recorder.filters import Filter
 from recorder.format.tables import to_frame
 from recorder.recording import Recording
 
+from ..foreseen import check_watched
 from ..only import Tap
 from ..trial import Target
 from .localize import at_least_once, settings_of
@@ -130,6 +131,8 @@ def bisect(
     at_least_once(repeat)
     watched = Filter.parse(watch) if isinstance(watch, str) else watch
     recording = Recording.open(run)
+    if watched is not None:
+        check_watched(recording, watched)
     settings = settings_of({**options, "only": None, "record": watched, "own_error": False})
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:
         trials = Trials(

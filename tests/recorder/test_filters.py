@@ -151,3 +151,37 @@ def test_says_why_it_selected_nothing():
     why = filter.why_nothing({"layer", "phase"}, {"attn_out", "mlp_out"})
     assert "no tap carried the tag 'layr', closest: layer" in why
     assert "no tap is named 'attn_ot', closest: attn_out" in why
+
+
+@pytest.mark.parametrize(
+    ("text", "meant", "column"),
+    [
+        ("name = 'q'", "name == 'q'", 5),
+        ("layer=3 and name=='x'", "layer==3 and name=='x'", 5),
+        ("layer >= 3 and name = 'x'", "layer >= 3 and name == 'x'", 20),
+    ],
+)
+def test_one_equals_sign_gets_the_comparison_that_was_meant(text, meant, column):
+    with pytest.raises(FilterError) as caught:
+        Filter.parse(text)
+    assert caught.value.reason == f"= assigns; compare with ==: {meant}"
+    assert caught.value.column == column
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name == q", 'which is a tap; its name is text: name == "q"'),
+        ("q", 'which is a tap; its name is text: name == "q"'),
+        ("name in (q, 'k') and layer == 1", """name is text: name in ("q", 'k') and layer == 1"""),
+        ("layer == 9 and name == 'q'", "none has layer == 9: layer is 0 to 3"),
+        ("layer in (7, 8)", "none has layer in (7, 8): layer is 0 to 3"),
+        ("layer > 3", "none has layer > 3: layer is 0 to 3"),
+        ("phase == 'x'", "none has phase == 'x': phase is 'decode', 'prefill'"),
+        ("layr == 1", "no tap carried the tag 'layr', closest: layer"),
+        ("zzz == 1", "no tap carried the tag 'zzz'; tags seen: name, layer, phase"),
+    ],
+)
+def test_what_selects_nothing_is_told_what_there_is(text, said):
+    values = {"layer": {0, 1, 2, 3}, "phase": {"prefill", "decode"}}
+    assert said in Filter.parse(text).why_nothing(values, ["q", "k"], values)

@@ -8,10 +8,12 @@ import sys
 import polars as pl
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from recorder import Recorder, Recording, step, tap
 from replayer import log
+from replayer.cli import main as cli
 from replayer.log import read_log
 
 # A job of any number of ranks: logical tensors cut along their last dimension, a few steps, the
@@ -300,3 +302,30 @@ def test_a_replay_that_looked_at_nothing_leaves_a_log_with_its_columns(shell, tm
     table = pl.scan_parquet(out / "grafts" / "*.parquet").collect()
     assert table.height == 0 and table.columns == list(log.COLUMNS)
     assert read_log(out).height == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["replay", "-o", "x", "--", "python", "a.py"],
+            "missing before --, as in: graft re",
+        ),
+        (["replay", "--", "python"], "RUN is missing before --"),
+        (["localize", "--", "python", "a.py"], "as in: graft localize RUN [options] -- COMMAND"),
+        (["check", "base", "b", "--", "python"], "'b' before -- is one word too many"),
+        (["record", "-o", "x", "y", "--", "python"], "graft record -o RUN [options] -- COMMAND"),
+        (["replay", "base", "--"], "Missing argument 'COMMAND...'"),
+        (["diff", "runs"], "give two recordings; runs holds runs/one, runs/two"),
+        (["diff", "runs", "runs/one"], "no recording.json; it holds these: runs/one, runs/two"),
+        (["ls", "runs/onee"], "beside it there are these: runs/one"),
+        (["ls", "elsewhere"], "make one with: graft record -o RUN -- COMMAND"),
+    ],
+)
+def test_words_that_are_missing_or_in_the_wrong_place(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        with Recorder(tmp_path / "runs" / name):
+            tap("x", torch.ones(2))
+    done = CliRunner().invoke(cli, words, prog_name="graft")
+    assert done.exit_code == 2 and said in done.output

@@ -216,8 +216,15 @@ def test_what_cannot_be_asked_is_refused(base, options, said):
         bisect(base(), job(), **options)
 
 
+def test_what_was_not_recorded_is_not_watched(base):
+    calls = []
+    with pytest.raises(UsageError, match="--watch: of what was recorded, .* layer is 0 to 4"):
+        bisect(base(), lambda: calls.append(0), watch="layer == 7")
+    assert not calls
+
+
 def test_nothing_watched_is_no_verdict(base):
-    found = bisect(base(), job(), watch='name == "nothing"')
+    found = bisect(base(), lambda: [tap("x", torch.zeros(2, 12, 32))], watch='name == "out"')
     assert found.status == 3 and "no watched tap was met" in found.trials[0].why
 
 

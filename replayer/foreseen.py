@@ -1,0 +1,115 @@
+"""What is wrong with a replay's options, as far as recording and code can tell beforehand."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recorder.errors import UsageError
+from recorder.filters import Filter
+from recorder.format.rows import matching, seen_in
+from recorder.recording import Recording
+
+from .match import MatchOn, selected_rows
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from .settings import ReplaySettings
+
+
+def foreseen(recording: Recording, settings: ReplaySettings) -> list[str]:
+    """Return what will go wrong, a line each, as far as that can be known.
+
+    Raises:
+        UsageError: `match_on` names a tag that no record carries.
+        DamagedRecording: the manifest does not hold what it should.
+    """
+    rows = recording.latest()
+    match_on = MatchOn.parse(settings.match_on)
+    match_on.check(rows["tags"].unique().to_list())
+    found: list[str] = []
+    if settings.filter is not None and rows.height:
+        found += _of_filter(rows, settings.filter, match_on, settings.step_offset)
+    if isinstance(settings.transform, str):
+        found += _of_transform(settings.transform)
+    return found
+
+
+def check_watched(recording: Recording, filter: Filter) -> None:
+    """Refuse to watch what was not recorded.
+
+    Raises:
+        UsageError: the filter selects no record.
+    """
+    rows = recording.latest()
+    if rows.height and not matching(rows, filter).any():
+        names, values = seen_in(rows)
+        raise UsageError(
+            f"--watch: of what was recorded, {filter.why_nothing(values, names, values)}"
+        )
+
+
+def _of_filter(
+    rows: pl.DataFrame, filter: Filter, match_on: MatchOn, step_offset: int
+) -> Iterator[str]:
+    """Say that a filter selects nothing, or reads a tag that looks misspelt.
+
+    Where only some tags count, the target's taps may carry others than the records.
+    """
+    names, values = seen_in(rows)
+    is_known = match_on.whole and "rank" not in filter.names
+    if is_known and not selected_rows(rows, filter, 0, step_offset).height:
+        yield f"of what was recorded, {filter.why_nothing(values, names, values)}"
+        return
+    tags = {"name", *values}
+    for name in filter.unknown(tags):
+        meant = filter.meant(name, tags, names)
+        if meant:
+            yield f"the filter {filter.text!r} reads {name!r}, which no record carries{meant}"
+
+
+def _of_transform(path: str) -> Iterator[str]:
+    """Say that a module or a function is not to be found; neither is run for that."""
+    module, _, name = path.rpartition(".")
+    said = "where COMMAND runs it may be another matter: check the path, and PYTHONPATH there"
+    if not module:
+        return
+    here = str(Path.cwd())
+    is_new = here not in sys.path
+    if is_new:
+        sys.path.append(here)
+    spec = None
+    try:
+        with contextlib.suppress(ImportError, ValueError, AttributeError):
+            spec = importlib.util.find_spec(module)
+    finally:
+        if is_new:
+            sys.path.remove(here)
+    if spec is None:
+        yield f"transform {path!r} cannot be imported here: there is no module {module}; {said}"
+        return
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return
+    with contextlib.suppress(OSError, SyntaxError, ValueError):
+        names = _names_in(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+        if "*" not in names and "__getattr__" not in names and name not in names:
+            yield f"transform {path!r}: {spec.origin} defines no {name!r}; {said}"
+
+
+def _names_in(tree: ast.Module) -> set[str]:
+    """Return the names that a module may bind, wherever; `*` where it takes another's."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(one.asname or one.name).partition(".")[0] for one in node.names}
+    return found
