@@ -31,6 +31,7 @@ class Report(TypedDict, total=False):
     reason: str
     selected: int
     refused: int
+    repeats: int
     names_seen: list[str]
     tags_seen: list[str]
 

@@ -292,6 +292,7 @@ class Recorder:
                 "reason": facts["reason"],
                 "selected": self._selection.selected,
                 "refused": self._selection.refused + self._skipped,
+                "repeats": self._selection.repeats(),
                 "names_seen": sorted(self._selection.names_seen),
                 "tags_seen": sorted(self._selection.tags_seen),
             }

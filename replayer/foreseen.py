@@ -6,9 +6,9 @@ import ast
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recorder.errors import UsageError
 from recorder.filters import Filter
@@ -16,11 +16,10 @@ from recorder.format.rows import matching, seen_in
 from recorder.recording import Recording
 
 from .match import MatchOn, selected_rows
+from .settings import ReplaySettings
 
 if TYPE_CHECKING:
     import polars as pl
-
-    from .settings import ReplaySettings
 
 
 def foreseen(recording: Recording, settings: ReplaySettings) -> list[str]:
@@ -39,6 +38,17 @@ def foreseen(recording: Recording, settings: ReplaySettings) -> list[str]:
     if isinstance(settings.transform, str):
         found += _of_transform(settings.transform)
     return found
+
+
+def tell(run: str, options: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Say what is foreseen of a replay from a recording, given a command's options.
+
+    Raises:
+        RecordingError: the recording cannot be read.
+        UsageError: an option cannot be used.
+    """
+    for line in foreseen(Recording.open(run), ReplaySettings.named(options)):
+        say(f"before COMMAND runs: {line}")
 
 
 def check_watched(recording: Recording, filter: Filter) -> None:

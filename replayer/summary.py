@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recorder.filters import Filter
-from recorder.format.rows import parse_tags
+from recorder.format.rows import parse_tags, seen_in
 from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
 from .log import WITHOUT_EFFECT
 from .match import selected_rows
+from .steps import forgotten_step
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,6 +28,7 @@ class Summary:
         first_error: the message of the first tap that failed, or "".
         first_missing: the message of the first tap without a record, or "".
         first_unkept: the message of the first graft without effect, or "".
+        steps: that one side counted no steps where records or taps are left over, or "".
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -39,6 +41,7 @@ class Summary:
     unused: int
     unused_names: tuple[str, ...]
     first_unkept: str = ""
+    steps: str = ""
 
     def problems(self, strict: bool, refused: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -124,7 +127,15 @@ def summarize(
         unused.height,
         tuple(label(name, tags) for name, tags in names.head(5).select("name", "tags").iter_rows()),
         _first(log, WITHOUT_EFFECT),
+        _steps(log, selected, step_offset) if unused.height or outcomes.get("missing") else "",
     )
+
+
+def _steps(log: pl.DataFrame, records: pl.DataFrame, step_offset: int) -> str:
+    (_, here), (_, there) = seen_in(log), seen_in(records)
+    common = ({*here} & {*there}) - {"step"}
+    steps = {step + step_offset for step in here["step"]}
+    return forgotten_step((there["step"], steps), ("the recording", "the target"), common)
 
 
 def _used(log: pl.DataFrame) -> pl.DataFrame:

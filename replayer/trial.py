@@ -1,8 +1,7 @@
-"""One trial: a target run under a replay, and what that came to.
+"""One trial: a target run under a replay, and what that came to; prints nothing.
 
 1. `replayed` runs a command (`_of_command`) or a function of this process (`_of_function`).
-2. What is `foreseen` to go wrong with a command is said, once, before it runs; nothing else is
-   printed. Its folder is prepared (`prepare`), its settings go into its environment, and what its
+2. A command's folder is prepared (`prepare`), its settings go into its environment, and what its
    ranks reported is read.
 3. `_concluded` holds the log against the records that could have been used.
 """
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Union
 from recorder.commands import launch
 from recorder.commands.outcome import UNTRUSTED, Outcome, conclude, rank_of_wrapper, reports_of
 from recorder.commands.outcome import prepare as prepare_recording
-from recorder.diagnostics import Warnings
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.format import disk
 from recorder.format.schema import rank_folder
@@ -29,7 +27,6 @@ from recorder.mailbox import failures_of, why_nothing
 from recorder.progress import read_progress
 from recorder.settings import RecordSettings
 
-from .foreseen import foreseen
 from .log import COLUMNS, FOLDER, leave_columns, read_log, seal_leftovers
 from .session import Replayer
 from .settings import ReplaySettings
@@ -40,9 +37,6 @@ if TYPE_CHECKING:
 
     from recorder.mailbox import Report
     from recorder.recording import Recording
-
-
-_told = Warnings()
 
 
 @dataclass(frozen=True)
@@ -119,7 +113,7 @@ def _of_function(
         target()
     summary = session.summary()
     failures = (session.reason,) if session.reason else ()
-    notes = (f"replay: {summary.line()}",)
+    notes = (f"replay: {summary.line()}", *filter(None, [summary.steps]))
     return Replayed(0, tuple(session.problems()), notes, session.log(), summary, None, failures)
 
 
@@ -130,8 +124,6 @@ def _of_command(
     command: Sequence[str],
     aside: bool,
 ) -> Replayed:
-    for line in foreseen(recording, settings):
-        _told.once((str(recording.path), line), f"before COMMAND runs: {line}", "")
     with launch.reports_folder() as reports, tempfile.TemporaryDirectory(prefix="graft-") as spare:
         folder = out or Path(spare)
         if out:
@@ -204,7 +196,7 @@ def _concluded(
         receivers = max(receivers, last + 1)
     records = recording.latest()
     summary = summarize(log, records, settings.filter, receivers, settings.step_offset)
-    notes = [f"replay: {summary.line()}"]
+    notes = [f"replay: {summary.line()}", *filter(None, [summary.steps])]
     if not log.height and (why := why_nothing(settings.filter, reports)):
         notes.append(why)
     refused = sum(r.get("refused", 0) for r in reports)

@@ -180,6 +180,11 @@ def conclude(
             f"{count(dropped, 'tap')} dropped, as --when-full drop asks for: nothing more could be "
             "staged; record less with --filter, or give more room with --staging"
         )
+    if (repeats := max((one.get("repeats", 0) for one in reports), default=0)) > 1:
+        notes.append(
+            f"every tap came {repeats} times in step 0, and nothing called step(): if these are "
+            "iterations, call it at the end of each, on every rank"
+        )
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
         notes += _why_nothing(filter, reports, status)
     return sorted(wrong), notes

@@ -124,6 +124,16 @@ class Selection:
             self._counts.clear()
             self._threads.clear()
 
+    def repeats(self) -> int:
+        """Return how often each of several taps came in the first step, the only one; 0 if not so.
+
+        More than once, they are iterations whose end nobody told, or so it seems.
+        """
+        with self._lock:
+            counts = {*self._counts.values()}
+            is_so = self.step == 0 and len(self._counts) > 1 and len(counts) == 1
+            return counts.pop() if is_so else 0
+
     def next_seq(self) -> int:
         """Return the next position in execution order."""
         with self._lock:

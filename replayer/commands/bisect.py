@@ -77,8 +77,10 @@ def bisect(
       graft bisect runs/base -o runs/bisect --watch 'name == "logits"' -- python infer.py
     """
     from ..finding.bisect import bisect as find
+    from ..foreseen import tell
     from ..showing import trials as report
 
+    tell(run, options, note)
     try:
         done = find(
             run, command, out=out, watch=watch, tol=tol, check=script, minimal_set=minimal_set,

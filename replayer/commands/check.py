@@ -44,8 +44,10 @@ def check(run: str, out: str | None, repeat: int, command: tuple[str, ...], **op
       graft check runs/base -o runs/check -- torchrun --nproc-per-node 4 train.py
     """
     from ..finding.check import check as find
+    from ..foreseen import tell
     from ..showing import trials as report
 
+    tell(run, options, note)
     done = find(run, command, out=out, repeat=repeat, **options)
     for line in done.notes:
         note(line)

@@ -81,8 +81,10 @@ def localize(
 
     check_outputs([Path(html)] if html is not None else [])
     from ..finding.localize import localize as find
+    from ..foreseen import tell
     from ..showing import faults as report
 
+    tell(run, options, note)
     done = find(
         run,
         command,

@@ -40,9 +40,11 @@ def replay(run: str, out: str | None, command: tuple[str, ...], **options: Any) 
     from recorder.commands.listing import incomplete_lines
     from recorder.recording import Recording
 
+    from ..foreseen import tell
     from ..trial import replayed
 
     recording = Recording.open(run)
+    tell(run, options, note)
     for line in incomplete_lines(recording):
         note(f"{run}: {line}")
     done = replayed(recording, out, ReplaySettings(**options), command)

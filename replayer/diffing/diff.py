@@ -19,7 +19,7 @@ import polars as pl
 
 from recorder.errors import GraftError, UsageError
 from recorder.filters import Filter
-from recorder.format.rows import parse_tags, tag_columns
+from recorder.format.rows import parse_tags, seen_in, tag_columns
 from recorder.ranks import Rank
 from recorder.recording import Recording
 from recorder.sizes import count
@@ -29,6 +29,7 @@ from ..pairing.pairs import Pairs, pair
 from ..pairing.rename import Rename
 from ..pairing.tensors import Two
 from ..rules import Rules, floors_of
+from ..steps import forgotten_step
 from ..thresholds import Threshold
 from .columns import COLUMNS, OUTCOMES, DiffRow, rows_of
 from .indices import MOST_INDICES
@@ -258,6 +259,8 @@ def diff(
         notes = [*pairs.notes, *pairs.skipped, *_about_thresholds(thresholds, pairs)]
         found = comparison.of(pairs, rules)
     notes += found.notes
+    if rank.rank == 0 and on.use_step:
+        notes += _about_steps(pairs, found.table)
     if rank.rank == 0:
         notes += [*_about_by(found.table, by), *_about_floor(found, rules)]
     made = Diff(
@@ -384,6 +387,17 @@ def _about_thresholds(thresholds: Sequence[Threshold], pairs: Pairs) -> list[str
     names = {name for frame in frames for name in frame["name"].unique()}
     tags = {tag for frame in frames for text in frame["tags"].unique() for tag in parse_tags(text)}
     return [said for one in thresholds if names and (said := one.check(names, tags))]
+
+
+def _about_steps(pairs: Pairs, table: pl.DataFrame) -> list[str]:
+    """Say that one side counted no steps, where keys are on one side alone."""
+    if not table["outcome"].is_in(_MISSING).any():
+        return []
+    seen = [seen_in(side.frame) for side in (pairs.a, pairs.b)]
+    a, b = (values for _, values in seen)
+    common = ({*a} & {*b}) - {"step"}
+    told = forgotten_step((a["step"], b["step"]), ("A", "B"), common)
+    return [told] if told else []
 
 
 def _about_by(table: pl.DataFrame, by: str | None) -> list[str]:

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from recorder import Recording, tap
+from recorder import Recorder, Recording, step, tap
 from recorder.commands.outcome import recorded
 from recorder.errors import DamagedRecording, RecordingExists, UsageError
 from recorder.settings import RecordSettings
@@ -106,3 +106,34 @@ def test_trials_run_beside_the_main_thread(command, run):
     thread.start()
     thread.join()
     assert found and found[0].status == 0
+
+
+@pytest.mark.parametrize("are_counted", [True, False])
+def test_a_step_that_one_side_forgot_is_said(run, tmp_path, are_counted):
+    def iterate(is_counted):
+        for _ in range(3):
+            kept = [tap("x", torch.ones(2), layer=layer) for layer in range(2)]
+            if is_counted:
+                step()
+        return kept
+
+    with Recorder(run):
+        iterate(are_counted)
+    trial = replayed(Recording.open(run), None, ReplaySettings(), lambda: iterate(not are_counted))
+    one, other = ("the target", "the recording")[:: 1 if are_counted else -1]
+    assert trial.notes[-1] == (
+        f"{one} has step 0 alone, {other} steps 0 to 2: call step() at the end of an iteration, "
+        "or give --match-on name,layer"
+    )
+
+
+def test_iterations_whose_end_nobody_told_are_said(run, tmp_path):
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import sys, torch\nfrom recorder import tap, step\nfor _ in range(3):\n"
+        "    for i in range(2): tap('x', torch.ones(2), layer=i)\n    if sys.argv[1:]: step()\n"
+    )
+    forgotten = recorded(run, RecordSettings(), [sys.executable, str(job)])
+    assert "every tap came 3 times in step 0, and nothing called step()" in forgotten.notes[-1]
+    told = recorded(tmp_path / "told", RecordSettings(), [sys.executable, str(job), "counted"])
+    assert not any("step()" in note for note in told.notes)

@@ -238,6 +238,28 @@ def test_logical_shapes_that_differ_are_said(held):
     assert found.first("tolerance")["name"] == "x"
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_step_that_one_side_forgot_is_said(held, swapped):
+    def job(is_counted):
+        def run(rank):
+            for _ in range(3):
+                for layer in range(2):
+                    tap("x", torch.ones(2), layer=layer)
+                if is_counted:
+                    step()
+
+        return run
+
+    found = held(job(swapped), job(not swapped))
+    one, other = "BA" if swapped else "AB"
+    assert (
+        f"{one} has step 0 alone, {other} steps 0 to 2: call step() at the end of an iteration, or "
+        "give --match-on name,layer"
+    ) in found.notes
+    assert held(job(swapped), job(not swapped), match_on="name,layer").status == 0
+    assert not held(job(False), job(False)).notes
+
+
 def test_ranks_without_a_layout_and_in_other_numbers_ask_for_one(held):
     found = held(
         lambda rank: tap("x", torch.ones(4) * rank),
