@@ -167,11 +167,23 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
             f"{declared(senders.dim, senders.cuts, (), copies)} where they are recorded, else "
             f"{MEND}",
         )
+    padded = f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}"
+    if not cuts and size > receiver.shape[j] > 0 and size % receiver.shape[j] == 0:
+        parts = size // receiver.shape[j]
+        return LayoutError(
+            fact,
+            f"if {parts} ranks hold a part each, write {dim.label}[tp] at $receiver's tap; "
+            f"{padded}",
+        )
+    wanted = receiver.even(j)
+    if not senders.cuts and wanted > have > 0 and wanted % have == 0:
+        return LayoutError(
+            fact,
+            f"if {wanted // have} ranks hold a part each, write {dim.label}[tp] where they are "
+            f"recorded; {padded}",
+        )
     uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
-    return LayoutError(
-        f"{fact}{': its blocks are of unequal sizes' if uneven else ''}",
-        f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}",
-    )
+    return LayoutError(f"{fact}{': its blocks are of unequal sizes' if uneven else ''}", padded)
 
 
 def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Receiver) -> None:

@@ -344,9 +344,22 @@ def _fitting(a: _Blocks, b: _Blocks, whole_a: Block, whole_b: Block) -> Block:
     if whole_a.dims.names == whole_b.dims.names and whole_a.shape != whole_b.shape:
         raise ShapesDiffer(
             f"logical shapes {list(whole_a.shape)} in A and {list(whole_b.shape)} in B "
-            "are not equal"
+            f"are not equal{_perhaps_cut(a, whole_a, b, whole_b)}"
         ) from None
     raise problem
+
+
+def _perhaps_cut(a: _Blocks, whole_a: Block, b: _Blocks, whole_b: Block) -> str:
+    """Return what to declare where one side's size times its ranks is the other's."""
+    for dim, x, y in zip(whole_a.dims.dims, whole_a.shape, whole_b.shape, strict=True):
+        for side, small, large in ((a, x, y), (b, y, x)):
+            ranks = side.recording.world_size
+            if ranks > 1 and small < large == small * ranks:
+                return (
+                    f"; if {side.name}'s {ranks} ranks hold a part each, write {dim.label}[tp] at "
+                    "its tap"
+                )
+    return ""
 
 
 def _longest(block: Block, sequences: int) -> int:

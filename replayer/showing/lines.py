@@ -156,7 +156,8 @@ def lines(diff: Diff) -> list[str]:
     for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
         row = diff.first(how)
         if row is None:
-            unread = counts["error"] + (counts["unmeasured"] if how == "tolerance" else 0)
+            unread = counts["error"] + counts["shape"]
+            unread += counts["unmeasured"] if how == "tolerance" else 0
             known = (
                 f" in what could be compared; {count(unread, 'pair')} could not" if unread else ""
             )

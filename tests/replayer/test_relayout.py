@@ -463,6 +463,19 @@ def test_one_cause_is_said_once_a_rank(run, capsys):
     assert capsys.readouterr().err.count("was not grafted") == 1
 
 
+def test_dims_that_forgot_a_cut_are_told_so_before_padding_is_thought_of(run):
+    whole = torch.randn(4, 8)
+    record(run, [whole], "t h")
+    for message in replay(run, [torch.zeros(4, 4)] * 2, "t h", outcome="error"):
+        assert "if 2 ranks hold a part each, write h[tp] at the target's tap" in message
+        assert message.index("h[tp]") < message.index("if one is padded")
+    record(run, whole.chunk(2, 1), "t h", overwrite=True)
+    (message,) = replay(run, [torch.zeros(4, 8)], "t h", outcome="error")
+    assert "if 2 ranks hold a part each, write h[tp] where they are recorded" in message
+    (message,) = replay(run, [torch.zeros(4, 7)], "t h", outcome="error")
+    assert "[tp]" not in message and "if one is padded" in message
+
+
 def test_gradients_follow_the_layout_too(run):
     for rank in range(2):
         declare_mesh(tp=(rank, 2))

@@ -238,6 +238,43 @@ def test_logical_shapes_that_differ_are_said(held):
     assert found.first("tolerance")["name"] == "x"
 
 
+def test_wrong_dims_are_no_divergence_and_hide_none(held):
+    whole, y = torch.randn(4, 8), torch.randn(4)
+
+    def base(rank):
+        tap("h", whole, dims="t h[tp]")
+        tap("y", y, dims="t")
+
+    def target(wrong):
+        def run(rank):
+            tap("h", whole.chunk(2, 1)[rank], dims="t h")  # which forgot [tp]
+            tap("y", y + wrong * (y == y[2]), dims="t")
+
+        return run
+
+    found = held(base, target(1), (1, 2))
+    first, other = found.pairs.rows(named=True)
+    assert first["outcome"] in ("error", "shape") and first["first"] is None
+    assert "if 2 ranks hold a part each, write h[tp]" in first["message"]
+    assert other["first"] == "both" and found.status == 1
+    told = lines(held(base, target(0), (1, 2)))
+    assert "no divergence beyond tolerance in what could be compared; 1 pair could not" in told
+
+
+def test_blocks_whose_wholes_are_of_unequal_shape_are_no_divergence_either(held):
+    def job(size, dims):
+        def run(rank):
+            tap("h", torch.ones(4, size, 3), dims=dims)
+            tap("y", torch.full((3,), float(size)), dims="t")
+
+        return run
+
+    found = held(job(8, "s h[tp] e"), job(4, "s h e"), (1, 2))
+    first, other = found.pairs.rows(named=True)
+    assert (first["outcome"], first["first"], other["first"]) == ("shape", None, "both")
+    assert first["message"].endswith("if B's 2 ranks hold a part each, write h[tp] at its tap")
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_step_that_one_side_forgot_is_said(held, swapped):
     def job(is_counted):
