@@ -41,6 +41,7 @@ class Option:
         metavar: what stands for its value in a command's usage.
         choices: its values, where there are few.
         is_size: whether it is a number of bytes.
+        is_multiple: whether a command may give it several times; its variable has `;` between.
         check: see `Check`.
     """
 
@@ -51,6 +52,7 @@ class Option:
     metavar: str
     choices: tuple[str, ...]
     is_size: bool
+    is_multiple: bool
     check: Check
 
     @property
@@ -67,7 +69,7 @@ class Option:
     @property
     def default_text(self) -> str:
         """The default as a user writes it, "" where that is nothing."""
-        if self.default is None or self.is_flag or self.default == 0:
+        if self.default is None or self.is_flag or self.default in (0, ()):
             return ""
         return format_binary_size(self.default) if self.is_size else str(self.default)
 
@@ -95,6 +97,8 @@ class Option:
             return value.text
         if callable(value):
             raise UsageError(f"{self.name} is a function; give its path, pkg.mod.fn, to a command")
+        if self.is_multiple:
+            return ";".join(one.text for one in value)
         return str(int(value) if self.is_flag else value)
 
     def read(self, text: str | None) -> Any:
@@ -136,6 +140,7 @@ def option(
     metavar: str = "",
     choices: tuple[str, ...] = (),
     check: Check | None = None,
+    is_multiple: bool = False,
 ) -> Any:
     """Return a dataclass field that is an option; see `Option`."""
     about = {
@@ -143,6 +148,7 @@ def option(
         "metavar": metavar,
         "choices": choices,
         "is_size": check in (size, _staging),
+        "is_multiple": is_multiple,
         "check": check or _as_it_is,
     }
     return field(default=default, metadata=about)
@@ -248,7 +254,11 @@ class Settings:
         """Return the options as JSON has them, for whoever reads later how it was done."""
         found = {one.name: getattr(self, one.name) for one in self.options()}
         return {
-            name: value.text if isinstance(value, Filter) else value
+            name: value.text
+            if isinstance(value, Filter)
+            else [one.text for one in value]
+            if isinstance(value, tuple)
+            else value
             for name, value in found.items()
         }
 

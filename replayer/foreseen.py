@@ -16,6 +16,7 @@ from recorder.format.rows import matching, seen_in
 from recorder.recording import Recording
 
 from .match import MatchOn, selected_rows
+from .rename import oriented_to
 from .settings import ReplaySettings
 
 if TYPE_CHECKING:
@@ -34,7 +35,12 @@ def foreseen(recording: Recording, settings: ReplaySettings) -> list[str]:
     match_on.check(rows["tags"].unique().to_list())
     found: list[str] = []
     if settings.filter is not None and rows.height:
-        found += _of_filter(rows, settings.filter, match_on, settings.step_offset)
+        found += _of_filter(rows, settings.filter, match_on, settings)
+    names = rows["name"].unique()
+    for one in oriented_to(settings.rename, names):
+        if rows.height and not one.a.fits(names):
+            some = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
+            found.append(f"--rename {one.text!r}: {one.a.text!r} fits no record; there are {some}")
     if isinstance(settings.transform, str):
         found += _of_transform(settings.transform)
     return found
@@ -66,7 +72,7 @@ def check_watched(recording: Recording, filter: Filter) -> None:
 
 
 def _of_filter(
-    rows: pl.DataFrame, filter: Filter, match_on: MatchOn, step_offset: int
+    rows: pl.DataFrame, filter: Filter, match_on: MatchOn, settings: ReplaySettings
 ) -> Iterator[str]:
     """Say that a filter selects nothing, or reads a tag that looks misspelt.
 
@@ -74,11 +80,12 @@ def _of_filter(
     """
     names, values = seen_in(rows)
     is_known = match_on.whole and "rank" not in filter.names
-    if is_known and not selected_rows(rows, filter, 0, step_offset).height:
+    offset, renames = settings.step_offset, settings.rename
+    if is_known and not selected_rows(rows, filter, 0, offset, renames).height:
         yield f"of what was recorded, {filter.why_nothing(values, names, values)}"
         return
     tags = {"name", *values}
-    for name in filter.unknown(tags):
+    for name in filter.unknown(tags) if not renames else ():
         meant = filter.meant(name, tags, names)
         if meant:
             yield f"the filter {filter.text!r} reads {name!r}, which no record carries{meant}"

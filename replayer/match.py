@@ -14,20 +14,23 @@ import difflib
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recorder.errors import MissingRecord, UsageError
+from recorder.errors import MissingRecord, ReplayError, UsageError
 from recorder.filters import Filter
 from recorder.format.index import Group, Index, Near, as_tags, nearest, whole_key
 from recorder.format.rows import matching, parse_tags
 from recorder.sizes import count
-from recorder.tags import PART, RECOMPUTE, TagValue, canonical, label
+from recorder.tags import PART, RECOMPUTE, TagValue, canonical, key_tags, label
+
+from .rename import Rename, oriented_to, renamed
 
 if TYPE_CHECKING:
     import polars as pl
 
+    from recorder.format.schema import ManifestRow
     from recorder.taps.selection import Selected
 
 ORDER = "order"
@@ -163,6 +166,10 @@ class Matcher:
         filter: the replay's filter.
         rank: the receiver's rank, for filters that read it.
         step_offset: added to the target's step to get the baseline's.
+        renames: what the target calls otherwise.
+
+    Raises:
+        UsageError: a tag that is to count is none that was recorded.
     """
 
     frame: pl.DataFrame
@@ -170,20 +177,24 @@ class Matcher:
     filter: Filter | None = None
     rank: int = 0
     step_offset: int = 0
+    renames: Sequence[Rename] = ()
     _counts: Counter[Any] = field(default_factory=Counter)
     _firsts: dict[Any, Match | None] = field(default_factory=dict)  # None: it had no record
     _before: dict[Any, Match | None] = field(default_factory=dict)  # those of the step before
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _explaining: float = 0.0
     _advised: set[str] = field(default_factory=set)
+    _renamed: dict[tuple[str, str], Selected] = field(default_factory=dict)
+    _owners: dict[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.renames = oriented_to(self.renames, self.frame["name"].unique())
         if self.match_on.whole:
             self.index = Index.build(self.frame)
             self._offsets: list[int] | None = None
             return
         self.match_on.check(self.frame["tags"].unique().to_list())
-        kept = selected_rows(self.frame, self.filter, self.rank, self.step_offset)
+        kept = selected_rows(self.frame, self.filter, self.rank, self.step_offset, self.renames)
         self._offsets = kept["row"].to_list()
         self.index = Index.build(
             kept, group=self.match_on.group, use_step=self.match_on.use_step, recount=True
@@ -194,7 +205,9 @@ class Matcher:
 
         Raises:
             MissingRecord: there is none; names the nearest and what differs.
+            ReplayError: with the renamings two taps have one key, or two renamings fit alike.
         """
+        selected = self._as_recorded(selected)
         key = selected.key
         step = key.step + self.step_offset
         first = (kind, key.name, key.tags, key.step, key.occurrence)
@@ -224,9 +237,38 @@ class Matcher:
 
     def has(self, selected: Selected, kind: str) -> bool:
         """Whether a key was recorded; False where not the whole key counts, and none is known."""
+        selected = self._as_recorded(selected)
         key, step = selected.key, selected.key.step + self.step_offset
         group = key.name, key.tags
         return self.match_on.whole and bool(self.index.find(kind, group, step, key.occurrence))
+
+    def _as_recorded(self, selected: Selected) -> Selected:
+        """Return a tap under the name and the tags that the baseline has for it."""
+        if not self.renames:
+            return selected
+        key = selected.key
+        own = key.name, key.tags
+        with self._lock:
+            known = self._renamed.get((key.name, selected.text))
+            if known is None:
+                known = self._renamed[key.name, selected.text] = self._as_renamed(selected, own)
+        new = key._replace(name=known.key.name, tags=known.key.tags)
+        return selected._replace(key=new, tags=known.tags, text=known.text)
+
+    def _as_renamed(self, selected: Selected, own: tuple[str, str]) -> Selected:
+        try:
+            name, tags = renamed(self.renames, selected.key.name, selected.tags)
+        except UsageError as err:
+            raise ReplayError(str(err)) from None
+        new = name, key_tags(tags)
+        owner = self._owners.setdefault(new, own)
+        if owner != own and self.match_on.whole:
+            raise ReplayError(
+                f"with --rename, {label(*owner)} and {label(*own)} would have one key; rename so "
+                "that they stay apart, or leave one of them out with --filter"
+            )
+        key = selected.key._replace(name=name, tags=new[1])
+        return selected._replace(key=key, tags=tags, text=canonical(tags))
 
     def next_step(self) -> None:
         """Forget the firsts of the step before; a backward may come after the step has ended."""
@@ -322,16 +364,29 @@ class Matcher:
 
 
 def selected_rows(
-    frame: pl.DataFrame, filter: Filter | None, rank: int, step_offset: int
+    frame: pl.DataFrame,
+    filter: Filter | None,
+    rank: int,
+    step_offset: int,
+    renames: Sequence[Rename] = (),
 ) -> pl.DataFrame:
     """Return the records that the replay's filter selects for one receiver, with `row` numbers.
 
-    A filter speaks of the target's taps: `rank` in it is the receiver's, `step` the target's.
+    A filter speaks of the target's taps, under their own names: `rank` in it is the receiver's,
+    `step` the target's.
     """
+    back = [one.reversed() for one in oriented_to(renames, frame["name"].unique())]
     rows = frame.with_row_index("row")
     if filter is None:
         return rows
-    keep = matching(
-        frame, filter, lambda row: {"rank": rank, "step": row["step"] - step_offset}, lenient=True
-    )
+
+    def seen(row: ManifestRow) -> dict[str, object]:
+        here: dict[str, object] = {"rank": rank, "step": row["step"] - step_offset}
+        if back:
+            tags = parse_tags(row["tags"])
+            name, own = renamed(back, row["name"], tags)
+            here |= {**dict.fromkeys(tags), **own, "name": name}
+        return here
+
+    keep = matching(frame, filter, seen, lenient=True)
     return rows.filter(keep)

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -56,6 +56,7 @@ from .match import Match, Matcher, MatchOn
 from .only import Only
 from .outcomes import Outcomes, named
 from .parts import FEWER, MORE, ZEROS, Parts
+from .rename import Rename
 from .replacement import Replacement, Replacements
 from .settings import ReplaySettings
 from .sharing import Sharing
@@ -102,6 +103,7 @@ class Replayer:
         out: str | os.PathLike[str] | None = None,
         record: Filter | str | None = None,
         match_on: str | None = None,
+        rename: str | Sequence[str | Rename] = (),
         step_offset: int = 0,
         on_error: str = "skip",
         on_missing: str = "skip",
@@ -192,7 +194,7 @@ class Replayer:
     def summary(self) -> Summary:
         """Return what the replay came to on this rank."""
         world, settings = self._ranks.current.world_size, self.settings
-        return summarize(self.log(), self._frame, settings.filter, world, settings.step_offset)
+        return summarize(self.log(), self._frame, settings, world)
 
     def on_step(self) -> None:
         """End an iteration."""
@@ -341,6 +343,7 @@ class Replayer:
                     settings.filter,
                     rank.rank,
                     settings.step_offset,
+                    settings.rename,
                 )
                 self._made = Replacements(
                     self.recording,

@@ -11,11 +11,16 @@ from recorder.layouts.dims import REPLICAS
 from recorder.settings import Settings, expression, option, whole_number
 
 from .match import MatchOn
+from .rename import Rename, parsed
 
 
 def _match_on(value: Any, called: str) -> str:
     MatchOn.parse(value)
     return str(value)
+
+
+def _renames(value: Any, called: str) -> tuple[Rename, ...]:
+    return parsed(value)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,15 @@ class ReplaySettings(Settings):
         "it so; or order, to pair by position; by default the whole key.",
         metavar="TAGS",
         check=_match_on,
+    )
+    rename: tuple[Rename, ...] = option(
+        (),
+        "The recording's name for a tap = the target's, with places in braces: "
+        "'h.{layer}.attn=layers.{layer}.self_attn'. A place on one side only is a tag on the "
+        "other. May be repeated.",
+        metavar="A=B",
+        check=_renames,
+        is_multiple=True,
     )
     step_offset: int = option(
         0, "Target step s takes from recorded step s + N.", metavar="N", check=whole_number

@@ -6,17 +6,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from recorder.filters import Filter
 from recorder.format.rows import parse_tags, seen_in
 from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
 from .log import WITHOUT_EFFECT
-from .match import selected_rows
+from .match import MatchOn, selected_rows
 from .steps import forgotten_step
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from .settings import ReplaySettings
 
 
 @dataclass(frozen=True)
@@ -96,29 +97,28 @@ class Summary:
 def summarize(
     log: pl.DataFrame,
     records: pl.DataFrame,
-    filter: Filter | None,
+    settings: ReplaySettings,
     world_size: int,
-    step_offset: int = 0,
 ) -> Summary:
     """Compare a replay's log with the baseline's records.
 
     Args:
         log: the log's rows, of all receivers.
         records: the baseline's manifest rows that could be used.
-        filter: the replay's filter.
+        settings: the replay's.
         world_size: the number of receivers.
-        step_offset: as the replay had it.
     """
 
     outcomes = dict(log.group_by("outcome").len().iter_rows())
     used = _used(log)
-    selected = _selected(records, filter, world_size, step_offset)
+    selected = _selected(records, settings, world_size)
     unused = selected.join(used, on=["rank", "seq"], how="anti")
     names = (
         unused.group_by("name", "tags")
         .len()
         .sort("len", "name", "tags", descending=[True, False, False])
     )
+    has_rest = unused.height or outcomes.get("missing")
     return Summary(
         outcomes,
         _first(log, "error"),
@@ -127,14 +127,16 @@ def summarize(
         unused.height,
         tuple(label(name, tags) for name, tags in names.head(5).select("name", "tags").iter_rows()),
         _first(log, WITHOUT_EFFECT),
-        _steps(log, selected, step_offset) if unused.height or outcomes.get("missing") else "",
+        _steps(log, selected, settings) if has_rest else "",
     )
 
 
-def _steps(log: pl.DataFrame, records: pl.DataFrame, step_offset: int) -> str:
+def _steps(log: pl.DataFrame, records: pl.DataFrame, settings: ReplaySettings) -> str:
+    if not MatchOn.parse(settings.match_on).use_step:
+        return ""
     (_, here), (_, there) = seen_in(log), seen_in(records)
     common = ({*here} & {*there}) - {"step"}
-    steps = {step + step_offset for step in here["step"]}
+    steps = {step + settings.step_offset for step in here["step"]}
     return forgotten_step((there["step"], steps), ("the recording", "the target"), common)
 
 
@@ -146,17 +148,17 @@ def _used(log: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(sorted(pairs), schema={"rank": pl.Int32, "seq": pl.Int64}, orient="row")
 
 
-def _selected(
-    records: pl.DataFrame, filter: Filter | None, world_size: int, step_offset: int
-) -> pl.DataFrame:
+def _selected(records: pl.DataFrame, settings: ReplaySettings, world_size: int) -> pl.DataFrame:
     """Return the records that some receiver selects; a second forward's are never asked for."""
     import polars as pl
 
     seconds = [text for text in records["tags"].unique() if is_recompute(parse_tags(text))]
     first = records.filter(~pl.col("tags").is_in(seconds))
-    reads_rank = filter is not None and "rank" in filter.names
+    chosen = settings.filter
+    reads_rank = chosen is not None and "rank" in chosen.names
     receivers: Iterable[int] = range(world_size) if reads_rank else (0,)
-    parts = [selected_rows(first, filter, rank, step_offset) for rank in receivers]
+    offset, renames = settings.step_offset, settings.rename
+    parts = [selected_rows(first, chosen, rank, offset, renames) for rank in receivers]
     return pl.concat(parts).unique(["rank", "seq"])
 
 

@@ -195,7 +195,7 @@ def _concluded(
     if isinstance(last, int):
         receivers = max(receivers, last + 1)
     records = recording.latest()
-    summary = summarize(log, records, settings.filter, receivers, settings.step_offset)
+    summary = summarize(log, records, settings, receivers)
     notes = [f"replay: {summary.line()}", *filter(None, [summary.steps])]
     if not log.height and (why := why_nothing(settings.filter, reports)):
         notes.append(why)

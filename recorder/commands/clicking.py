@@ -179,6 +179,8 @@ def options_of(settings: type[Settings], without: Collection[str] = ()) -> Calla
                 shown = {"is_flag": True}
             elif one.choices:
                 shown = {"type": click.Choice(one.choices), "show_default": True}
+            elif one.is_multiple:  # checked all together
+                shown = {"multiple": True, "metavar": one.metavar}
             else:
                 shown = {"type": CheckedType(one)}
             text = f"{one.sentence} [{one.assignment}]"

@@ -47,7 +47,7 @@ def replay(run: str, out: str | None, command: tuple[str, ...], **options: Any) 
     tell(run, options, note)
     for line in incomplete_lines(recording):
         note(f"{run}: {line}")
-    done = replayed(recording, out, ReplaySettings(**options), command)
+    done = replayed(recording, out, ReplaySettings.named(options), command)
     for line in done.notes:
         note(line)
     for problem in done.problems:

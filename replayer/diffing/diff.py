@@ -26,8 +26,8 @@ from recorder.sizes import count
 
 from ..match import MatchOn
 from ..pairing.pairs import Pairs, pair
-from ..pairing.rename import Rename
 from ..pairing.tensors import Two
+from ..rename import Rename
 from ..rules import Rules, floors_of
 from ..steps import forgotten_step
 from ..thresholds import Threshold

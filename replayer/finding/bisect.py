@@ -133,7 +133,9 @@ def bisect(
     recording = Recording.open(run)
     if watched is not None:
         check_watched(recording, watched)
-    settings = settings_of({**options, "only": None, "record": watched, "own_error": False})
+    # It speaks of the baseline's names: with others, all is recorded, and chosen afterwards.
+    record = Filter.parse("True") if watched is not None and options.get("rename") else watched
+    settings = settings_of({**options, "only": None, "record": record, "own_error": False})
     with nullcontext(str(out)) if out is not None else tempfile.TemporaryDirectory() as folder:
         trials = Trials(
             recording, target, Path(folder), watched, tol, check, settings, say or _nothing,

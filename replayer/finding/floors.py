@@ -78,7 +78,8 @@ def _differences(
     recording: Recording, other: str | os.PathLike[str], settings: ReplaySettings
 ) -> list[tuple[tuple[Tap, int], float]]:
     """Return how far another recording is from the baseline: tap and step, and the error."""
-    table = diff(recording.path, other, match_on=settings.match_on).pairs
+    renames = [one.text for one in settings.rename]
+    table = diff(recording.path, other, match_on=settings.match_on, rename=renames).pairs
     kept = table.filter(table["error"].is_not_null())
     return [
         ((Tap(row["name"], row["tags"], row["kind"]), row["step"]), float(row["error"]))

@@ -267,12 +267,14 @@ class Trials:
 
     def _watched(self, folder: Path) -> list[DiffRow]:
         """Return how each watched tap compares with the baseline."""
-        # By order, only the watched ones of both sides can be counted.
+        # By order, only the watched ones of both sides can be counted; renamed, all was recorded.
         is_by_order = MatchOn.parse(self.settings.match_on).order
+        is_chosen = is_by_order or bool(self.settings.rename)
         found = diff(
             self.recording, folder, match_on=self.settings.match_on,
-            filter=self.watch if is_by_order else None,
-            step_offset=self.settings.step_offset, ignore_missing=True,
+            filter=self.watch if is_chosen else None,
+            step_offset=self.settings.step_offset, rename=[r.text for r in self.settings.rename],
+            ignore_missing=True,
         )  # fmt: skip
         compared = ("equal", "close", "differs", "shape", "error")
         return list(rows_of(found.pairs.filter(found.pairs["outcome"].is_in(compared))))
@@ -282,7 +284,8 @@ _WORDS = {Verdict.GOOD: "good", Verdict.BAD: "bad", Verdict.SKIP: "without a ver
 
 
 def _tap_of(row: DiffRow) -> Tap:
-    return Tap(row["name"], row["tags"], row["kind"])
+    """Return the target's tap of a pair, as its own log names it."""
+    return Tap(row["name_b"] or row["name"], row["tags_b"] or row["tags"], row["kind"])
 
 
 def _of_pairs(pairs: Sequence[DiffRow], tol: float | None) -> tuple[Verdict, str]:

@@ -24,8 +24,8 @@ from recorder.sizes import count
 from recorder.tags import canonical, is_recompute, key_tags, label
 
 from ..match import MatchOn
+from ..rename import Rename, oriented, renamed
 from .order import in_order
-from .rename import Rename, oriented
 
 if TYPE_CHECKING:
     from recorder.mesh import FrozenMesh
@@ -156,12 +156,7 @@ def _numbered(
     rows: list[tuple[Any, ...]] = []
     for name, text in names.iter_rows():
         tags = parse_tags(text)
-        new = name, tags
-        for rename in renames:  # the first that fits; a renamed tap is not renamed again
-            applied = rename.apply(name, tags)
-            if applied is not None:
-                new = applied
-                break
+        new = renamed(renames, name, tags)
         group = groups.setdefault(group_of(*new), len(groups))
         second = int(is_recompute(tags))
         rows.append(

@@ -11,7 +11,7 @@ from recorder.errors import UsageError
 from recorder.filters import Filter
 from replayer.match import MatchOn
 from replayer.pairing.pairs import pair
-from replayer.pairing.rename import Rename
+from replayer.rename import Rename
 
 
 @pytest.fixture

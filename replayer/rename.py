@@ -15,7 +15,7 @@ _FORM = "'h.{layer}.attn=layers.{layer}.self_attn'"
 
 @dataclass(frozen=True)
 class Template:
-    """A name with places in braces.
+    """A name with places in braces, at each of which stands one part between dots, or of one.
 
     Attributes:
         text: as typed.
@@ -46,7 +46,7 @@ class Template:
             )
         parts = _PLACE.split(text)
         pattern = "".join(
-            f"(?P<{part}>.+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts)
+            f"(?P<{part}>[^.]+?)" if i % 2 else re.escape(part) for i, part in enumerate(parts)
         )
         return cls(text, places, re.compile(pattern, re.DOTALL))
 
@@ -89,6 +89,11 @@ class Rename:
             )
         return cls(text, *(Template.parse(side.strip(), text) for side in sides))
 
+    @property
+    def literal(self) -> int:
+        """How much of the target's name it says: of two that fit, the one that says more holds."""
+        return len(_PLACE.sub("", self.b.text))
+
     def reversed(self) -> Rename:
         """Return it for sides the other way round."""
         return Rename(self.text, self.b, self.a)
@@ -114,6 +119,51 @@ class Rename:
 
 def _value(text: str) -> TagValue:
     return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+
+
+def parsed(given: str | Sequence[str | Rename]) -> tuple[Rename, ...]:
+    """Read several renamings, or a text that has `;` between them.
+
+    Raises:
+        UsageError: one cannot be read.
+    """
+    several = given.split(";") if isinstance(given, str) else given
+    return tuple(
+        one if isinstance(one, Rename) else Rename.parse(one.strip()) for one in several if one
+    )
+
+
+def renamed(
+    renames: Sequence[Rename], name: str, tags: dict[str, TagValue]
+) -> tuple[str, dict[str, TagValue]]:
+    """Return a target's name and tags as the baseline has them, by the most specific renaming.
+
+    That is the one of which most of the name is no place. A renamed tap is not renamed again.
+
+    Raises:
+        UsageError: two say as much, and not the same.
+    """
+    fitting = [(one, to) for one in renames if (to := one.apply(name, tags)) is not None]
+    if not fitting:
+        return name, tags
+    most = max(one.literal for one, _ in fitting)
+    best = [(one, to) for one, to in fitting if one.literal == most]
+    first, to = best[0]
+    for other, another in best[1:]:
+        if another != to:
+            raise UsageError(
+                f"--rename {first.text!r} and {other.text!r} both fit {name!r}, to {to[0]!r} and "
+                f"{another[0]!r}; say more of the name in one of them"
+            )
+    return to
+
+
+def oriented_to(renames: Sequence[Rename], names: Iterable[str]) -> tuple[Rename, ...]:
+    """Return renamings the right way round, as far as the baseline's names alone tell."""
+    known = sorted(set(names))
+    return tuple(
+        one.reversed() if not one.a.fits(known) and one.b.fits(known) else one for one in renames
+    )
 
 
 def oriented(
