@@ -238,12 +238,15 @@ class Rules:
     def words(self) -> list[str]:
         """Say how pairs are judged, a line each."""
         tolerances = [
-            f"{name} {value:g}" if value is not None else f"{name} of the pair of dtypes"
+            f"{name} {value:g}" if value is not None else f"the {name} of the two dtypes"
             for name, value in (("rtol", self.rtol), ("atol", self.atol))
         ]
-        usual = f"within tolerance: no element beyond {' and '.join(tolerances)}"
+        usual = f"within tolerance: no element is further off than {' and '.join(tolerances)} allow"
         if self.rtol is None and self.atol is None:
-            usual = "within tolerance: rounding, of the pair of dtypes or as it accumulates"
+            usual = (
+                "within tolerance: off by no more than rounding explains, in the two dtypes, and as "
+                "rounding adds up from tap to tap"
+            )
         if self.floors is not None:
             usual += f", or at most {self.factor:g} times the noise floor"
         return [usual, *(f"within tolerance: {one.text}" for one in self.thresholds)]

@@ -146,12 +146,21 @@ def lines(diff: Diff) -> list[str]:
         f"{count(run.latest().height, 'record')}"
         for name, run in (("A", diff.a), ("B", diff.b))
     ]
+    if not diff.compared and not diff.pairs.height:
+        return found
     counts = diff.counts()
     outcomes = [f"{counts[o]} {words}" for o, words in _WORDS.items() if counts[o]]
     sides = [f"{counts[o]} {words}" for o, words in _SIDES.items() if counts[o]]
     found.append(f"{count(diff.compared, 'pair')}: {', '.join([*outcomes, *sides])}")
+    return [*found, *findings(diff)]
+
+
+def findings(diff: Diff) -> list[str]:
+    """Return of these lines those behind the sides and the counts."""
     if not diff.compared:
-        return found[:2] if not sides else found
+        return []
+    found: list[str] = []
+    counts = diff.counts()
     found += _over_nothing(diff.over_nothing)
     for how, words in (("bitwise", "bitwise"), ("tolerance", "beyond tolerance")):
         row = diff.first(how)

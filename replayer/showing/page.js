@@ -11,6 +11,7 @@ const column = (key) => D.rows[key] || absent;
 const LABEL = column("label"), NAME = column("name"), KIND = column("kind");
 const OUTCOME = column("outcome"), STEP = column("step"), RANK = column("rank");
 const OCCURRENCE = column("occurrence"), LAYER = column("layer"), REORDERED = column("reordered");
+const GRAFTED = column("grafted");
 const RANKS_DIFFER = column("ranks_differ"), MESSAGE = column("message"), WHERE = column("where");
 
 // Both from the worst on, as the terminal has them: the outcomes, and each pair's place in the table.
@@ -142,6 +143,17 @@ function draw(tag, attributes, ...children) {
 }
 
 const say = (section, text) => byId(section).append(make("p", { class: "soft" }, text));
+
+function leaveOut(section) { // which has nothing to show, and its link with it
+  byId(section).hidden = true;
+  document.querySelector(`nav a[href="#${section}"]`).closest("li").hidden = true;
+}
+
+function middle(text, most) { // long names begin alike: both ends of one are kept
+  if (text.length <= most) return text;
+  const end = Math.floor((most - 1) / 2);
+  return `${text.slice(0, most - 1 - end)}…${text.slice(text.length - end)}`;
+}
 
 // ---- Colours --------------------------------------------------------------------------------
 
@@ -546,25 +558,29 @@ function buildHead() {
   document.title = `graft diff: ${title}`;
   byId("title").textContent = title;
   byId("verdict").textContent = verdict();
-  for (const line of D.lines) {
-    const first = line.trimStart().toLowerCase().startsWith("first divergence");
-    byId("lines").append(make("p", { class: first ? "line first" : "line" }, line));
-  }
   const { bitwise, tolerance } = FIRST;
-  const jump = (i, what) => byId("firsts").append(make("button",
-    { type: "button", onclick: () => openDetails(i) },
-    `Details of the ${what}: ${LABEL[i]}, ${place(i)}`));
-  if (bitwise !== null && bitwise === tolerance) jump(bitwise, "first divergence");
-  else {
-    if (bitwise !== null) jump(bitwise, "first that is not bit for bit equal");
-    if (tolerance !== null) jump(tolerance, "first beyond tolerance");
+  const jumps = [
+    ["first divergence bitwise", bitwise, "first that is not bit for bit equal"],
+    ["first divergence beyond", tolerance, "first beyond tolerance"],
+  ].filter(([, i], k) => i !== null && !(k && i === bitwise));
+  if (bitwise !== null && bitwise === tolerance) jumps[0][2] = "first divergence";
+  const button = ([, i, what]) => make("button", { type: "button", title: `All figures of ${LABEL[i]}, ${place(i)}`,
+    onclick: () => openDetails(i) }, `Details of the ${what}`);
+  const left = new Set(jumps);
+  for (const line of D.lines) {
+    const words = line.trimStart().toLowerCase(), first = words.startsWith("first divergence");
+    const jump = jumps.find(([start]) => words.startsWith(start));
+    byId("lines").append(make("p", { class: first ? "line first" : "line" }, line, jump ? " " : null,
+      jump ? button(jump) : null));
+    left.delete(jump);
   }
+  for (const jump of left) byId("lines").append(make("p", { class: "line" }, button(jump)));
   for (const key of [
     "equal", "close", "differs", "unmeasured", "shape", "only_a", "only_b", "error", "reordered",
   ]) {
     const n = D.counts[key] || 0;
-    byId("counts").append(make("li", { class: n ? "" : "zero", title: MEANINGS[key] },
-      make("b", {}, thousands(n)), ` ${WORDS[key]}`));
+    if (!n) continue;
+    byId("counts").append(make("li", { title: MEANINGS[key] }, make("b", {}, thousands(n)), ` ${WORDS[key]}`));
   }
   for (const [letter, role, side] of [["A", "baseline", D.a], ["B", "target", D.b]]) {
     byId("sides").append(make("div", { class: "side" },
@@ -596,7 +612,7 @@ let chosen = "rel_diff";
 const followers = [];
 
 function measureSelect() {
-  const select = make("select", { onchange: () => {
+  const select = make("select", { title: "What the chart's heights and the map's colours show", onchange: () => {
     chosen = select.value;
     for (const follow of followers) follow();
   } }, ...offered.map((key) => make("option", { value: key }, MEASURES[key])));
@@ -649,14 +665,15 @@ function buildOrder() {
 
   function buildLegend() {
     legend.replaceChildren(...series.map((one) => make("button", { type: "button", "aria-pressed": String(one.on),
+      title: `Show or hide ${one.name} in the chart`,
       onclick: (event) => {
         one.on = !one.on;
         event.currentTarget.setAttribute("aria-pressed", String(one.on));
         paint();
-      } }, icon(one.marker), make("span", { title: one.name.length > 30 ? one.name : null }, one.name))));
+      } }, icon(one.marker), make("span", {}, middle(one.name, 36)))));
     if (series.length > 1) {
       for (const [text, on] of [["Show all", true], ["Hide all", false]]) {
-        legend.append(make("button", { type: "button", onclick: () => {
+        legend.append(make("button", { type: "button", title: `${text} names in the chart`, onclick: () => {
           for (const one of series) one.on = on;
           buildLegend();
           paint();
@@ -886,7 +903,7 @@ function buildLayers() {
   const section = byId("layers");
   if (!COUNT) return say("layers", "There are no pairs to draw.");
   const layers = [...new Set(LAYER.filter((layer) => layer !== null))].sort((x, y) => x - y);
-  if (!layers.length) return say("layers", "There is no map of layers: no tap has a `layer` tag.");
+  if (!layers.length) return leaveOut("layers");
   const columnOf = new Map(layers.map((layer, c) => [layer, c]));
   const names = [...new Set(SERIES.filter((_, i) => LAYER[i] !== null))];
   const rowOf = new Map(names.map((name, r) => [name, r]));
@@ -974,6 +991,7 @@ function buildRanks() {
       ? "The pairs do not tell which rank they are from." : "No rank differs.");
   }
   const total = Math.max(highest + 1, D.b.ranks || 0, 1);
+  if (total === 1) return leaveOut("ranks");
   const beyond = OUTCOME.some((outcome) => APART.has(outcome));
   const close = !beyond && OUTCOME.includes("close");
   const take = (i) => (beyond ? APART.has(OUTCOME[i]) : OUTCOME[i] === "close");
@@ -996,8 +1014,7 @@ function buildRanks() {
   if (!apart.length) {
     text = OUTCOME.every((outcome) => outcome === "equal") ? "No rank differs: all pairs are equal."
       : "No rank differs in a pair that could be compared.";
-  } else if (total === 1) text = `There is one rank, and it differs${within}.`;
-  else if (apart.length === total) text = `All ${thousands(total)} ranks differ${within}.`;
+  } else if (apart.length === total) text = `All ${thousands(total)} ranks differ${within}.`;
   else if (apart.length === 1) text = `Only rank ${apart[0]} of ${thousands(total)} differs${within}.`;
   else text = `${thousands(apart.length)} of ${thousands(total)} ranks differ${within}: ${fewRanges(apart, 200)}.`;
   section.append(make("p", {}, make("b", { id: "ranks-said" }, text)));
@@ -1048,7 +1065,7 @@ const table = (() => {
     { key: "label", title: "tap", value: (i) => String(LABEL[i]), up: true },
     { key: "outcome", title: "outcome", value: (i) => -RANKING[i],
       text: (i) => `${SIGNS[OUTCOME[i]] || ""} ${WORDS[OUTCOME[i]] || OUTCOME[i]}`
-        + (REORDERED[i] ? ", reordered" : "") },
+        + (REORDERED[i] ? ", reordered" : "") + (GRAFTED[i] ? ", then grafted" : "") },
     { key: "rel_diff", title: "rel diff", n: true },
     { key: "max_abs", title: "max abs", n: true },
     { key: "times_floor", title: "× floor", n: true, when: () => has("times_floor", figureKnown) },
@@ -1059,7 +1076,6 @@ const table = (() => {
     { key: "occurrence", title: "occ.", n: true, when: () => has("occurrence", positive), up: true },
     { key: "kind", title: "kind", when: () => has("kind", (kind) => kind && kind !== "tensor"),
       value: (i) => String(KIND[i]), up: true },
-    { key: "max_ulp", title: "max ULP", n: true, when: () => has("max_ulp", figureKnown) },
     { key: "changed", title: "changed", n: true, when: () => has("changed", figureKnown) },
     { key: "nan", title: "NaN", n: true, when: () => has("nan", positive) },
     { key: "inf", title: "Inf", n: true, when: () => has("inf", positive) },
@@ -1120,7 +1136,7 @@ const table = (() => {
         const text = one.text(i);
         if (one.key === "label") {
           return make("td", {}, make("button",
-            { type: "button", tabindex: k ? -1 : 0, title: text.length > 40 ? text : null }, text));
+            { type: "button", tabindex: k ? -1 : 0, title: `All figures of ${text}` }, middle(text, 48)));
         }
         const bad = one.key === "outcome" && BAD.has(OUTCOME[i]);
         const long = one.key === "note" || one.key === "shape" || one.key === "rank";
@@ -1156,7 +1172,7 @@ const table = (() => {
     search = make("input",
       { type: "search", id: "search", placeholder: "attn layer=3", oninput: () => refresh(true) });
     boxes = OUTCOMES.filter((key) => OUTCOME.includes(key)).map((key) => make("input", {
-      type: "checkbox", value: key, checked: true, onchange: (event) => {
+      type: "checkbox", value: key, checked: true, title: `Show or hide pairs: ${MEANINGS[key]}`, onchange: (event) => {
         if (event.target.checked) wanted.add(key); else wanted.delete(key);
         refresh(true);
       } }));
@@ -1164,7 +1180,8 @@ const table = (() => {
     previous = make("button", { type: "button", onclick: () => turn(-1) }, "Previous page");
     next = make("button", { type: "button", onclick: () => turn(1) }, "Next page");
     heads = new Map(columns.map((one) => [one.key, make("th", { scope: "col", class: one.n ? "n" : "" },
-      make("button", { type: "button", onclick: () => sortBy(one) }, one.title,
+      make("button", { type: "button", title: `Sort by ${one.title}; once more turns it round`,
+        onclick: () => sortBy(one) }, one.title,
         make("span", { "aria-hidden": "true" })))]));
     body = make("tbody", { onkeydown: (event) => {
       if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return;
@@ -1182,7 +1199,7 @@ const table = (() => {
         make("div", { class: "boxes", role: "group", "aria-label": "Outcomes" },
           ...boxes.map((box) => make("label", {}, box,
             ` ${WORDS[box.value]} (${thousands(OUTCOME.filter((outcome) => outcome === box.value).length)})`))),
-        make("button", { type: "button", onclick: () => {
+        make("button", { type: "button", title: "Sort the table from the worst pair on", onclick: () => {
           sort = { key: "outcome", up: false };
           refresh(true);
         } }, "Worst first"),

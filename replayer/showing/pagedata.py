@@ -22,7 +22,7 @@ from ..diffing.diff import Diff, worst_first
 from ..measuring.by import measure_rows
 from ..measuring.elements import as_numbers
 from ..pairing.tensors import Two
-from .lines import lines, rows_by, shape_of_error
+from .lines import findings, rows_by, shape_of_error
 from .output import written
 from .page import render
 
@@ -34,7 +34,7 @@ _SAMPLE = 1 << 22
 _PLAIN = (
     "name", "step", "rank", "occurrence", "kind", "outcome", "numel", "changed", "mismatched",
     "max_abs", "mean_abs", "rel_diff", "cosine", "p50", "p99", "p999", "max_ulp", "bias",
-    "times_floor", "ranks_differ", "message", "reordered",
+    "times_floor", "ranks_differ", "message", "reordered", "grafted",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def page_data(diff: Diff) -> PageData:
         "b": _about(diff.b),
         "floor": list(diff.floors),
         "rules": diff.rules.words(),
-        "lines": [*lines(diff), *diff.notes, *filter(None, [diff.why_nothing])],
+        "lines": [*findings(diff), *diff.notes, *filter(None, [diff.why_nothing])],
         "counts": {**diff.counts(), "reordered": int(diff.pairs["reordered"].sum() or 0)},
         "first": {how: firsts.get(how, firsts.get("both")) for how in ("bitwise", "tolerance")},
         "outcomes": list(OUTCOMES),

@@ -38,6 +38,7 @@ COLUMNS = [
     "where",
     "message",
     "reordered",
+    "grafted",
 ]
 
 
@@ -65,6 +66,7 @@ def row(name="hidden", layer=None, outcome="equal", rel_diff=None, **more):
         "where": "",
         "message": "",
         "reordered": False,
+        "grafted": False,
     }
     if outcome == "equal":
         full |= {"rel_diff": 0.0, "max_abs": 0.0, "mean_abs": 0.0, "changed": 0, "cosine": 1.0}

@@ -68,6 +68,8 @@ def colour(page, selector, what):
 def test_every_section_shows_something_and_the_page_never_scrolls_sideways(show, case):
     page = show(EXTREMES[case]())
     for section in SECTIONS:
+        if section in ("layers", "ranks") and not page.locator(f"#{section}").is_visible():
+            continue  # it would be empty
         assert page.locator(f"#{section} h2").is_visible()
         assert page.locator(f"#{section} > :not(h2)").first.is_visible()
     for width in (1280, 400):
@@ -345,9 +347,30 @@ def test_a_cell_without_a_tap_says_so(show):
     assert page.locator("#layers .readout").text_content() == "q, layer 1: not tapped"
 
 
-def test_says_why_there_is_no_map_of_layers(show):
-    page = show(comparison([row("logits", None, "differs", 0.1)]))
-    assert "no tap has a `layer` tag" in page.locator("#layers").text_content()
+def test_sections_that_would_be_empty_are_left_out_and_their_links_too(show):
+    target = {"path": "runs/target", "ranks": 1, "records": 9, "command": ""}
+    page = show(comparison([row("logits", None, "differs", 0.1, rank=0)], b=target))
+    for section, is_there in (("layers", False), ("ranks", False), ("order", True)):
+        assert page.locator(f"#{section}").is_visible() is is_there
+        assert page.locator(f'nav a[href="#{section}"]').is_visible() is is_there
+
+
+def test_the_chart_is_within_the_first_screen_and_every_control_says_what_it_does(show):
+    page = show(faulty(), 1400)
+    page.set_viewport_size({"width": 1400, "height": 1000})
+    box = page.locator("#order-chart").bounding_box()
+    assert box["y"] + box["height"] <= 1000
+    for one in page.locator("button, select, input").all():
+        words = one.get_attribute("title") or one.text_content() or one.get_attribute("id")
+        assert words and len(words) > 3, one.evaluate("e => e.outerHTML")
+
+
+def test_of_long_names_both_ends_are_shown_and_all_on_hover(show):
+    long = "model.decoder.layers.self_attention.linear_qkv.lora_adapter.output.hidden"
+    page = show(comparison([row(f"{long}_{end}", 3, "differs", 0.1) for end in ("a", "b")]))
+    names = texts(page, "#table tbody td button")
+    assert len(set(names)) == 2 and all(len(name) == 48 and "…" in name for name in names)
+    assert page.locator("#table tbody td button").first.get_attribute("title").startswith("All fig")
 
 
 @pytest.mark.parametrize(
