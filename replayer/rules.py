@@ -244,8 +244,8 @@ class Rules:
         usual = f"within tolerance: no element is further off than {' and '.join(tolerances)} allow"
         if self.rtol is None and self.atol is None:
             usual = (
-                "within tolerance: off by no more than rounding explains, in the two dtypes, and as "
-                "rounding adds up from tap to tap"
+                "within tolerance: off by no more than rounding explains, in the two dtypes and as "
+                "it adds up from tap to tap"
             )
         if self.floors is not None:
             usual += f", or at most {self.factor:g} times the noise floor"
