@@ -63,10 +63,13 @@ class Warnings:
 
     def __init__(self) -> None:
         self._said: set[tuple[str, ...]] = set()
+        self._also: set[object] = set()
 
-    def once(self, about: tuple[str, ...], message: str, where: str) -> None:
-        """Say `message` unless something about the same was said before."""
-        if about in self._said or len(self._said) > 100:
+    def once(self, about: tuple[str, ...], message: str, where: str, also: object = None) -> None:
+        """Say `message` unless something about the same was said before, or about `also`."""
+        told = about in self._said or (also is not None and also in self._also)
+        self._also.add(also)
+        if told or len(self._said) > 100:
             return
         self._said.add(about)
         if len(self._said) > 100:

@@ -133,8 +133,9 @@ class Outcomes:
         policy = self._settings.on_missing if outcome == "missing" else self._settings.on_error
         if policy == "raise":
             raise ReplayError(f"tap {tap} was not grafted: {message}") from error
-        about = (outcome, type(error).__name__, _cause(message) if outcome == "error" else key.name)
-        self.once(about, f"tap {tap} was not grafted: {message}")
+        about = (key.name, outcome, type(error).__name__)
+        cause = _cause(message) if outcome == "error" else None
+        self.once(about, f"tap {tap} was not grafted: {message}", cause)
         return row
 
     def _write(self, row: LogRow) -> None:
@@ -148,9 +149,9 @@ class Outcomes:
             self.say(reason)
             write_report({"session": ReplaySettings.PREFIX, "state": "failed", "reason": reason})
 
-    def once(self, about: tuple[str, ...], message: str) -> None:
-        """Say something of this rank, once."""
-        self._warnings.once(about, message, self._where())
+    def once(self, about: tuple[str, ...], message: str, also: str | None = None) -> None:
+        """Say something of this rank, once; see `Warnings.once`."""
+        self._warnings.once(about, message, self._where(), also)
 
     def _where(self) -> str:
         return f"rank={self._ranks.current.rank} step={self._selection.step}"

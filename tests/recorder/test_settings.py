@@ -18,6 +18,7 @@ from recorder.format import disk
 from recorder.settings import RecordSettings, Settings
 from replayer import Replayer
 from replayer.cli import main
+from replayer.rename import Rename
 from replayer.settings import ReplaySettings
 
 SIDES = [
@@ -54,6 +55,7 @@ VALUES = {
         "only": ("taps.json", "taps.json"),
         "check": ("0", False),
         "replicas": ("first", "first"),
+        "rename": ("a=b.{i}; c=d", (Rename.parse("a=b.{i}"), Rename.parse("c=d"))),
         "overwrite": ("1", True),
     },
 }
