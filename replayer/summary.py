@@ -44,12 +44,13 @@ class Summary:
     first_unkept: str = ""
     steps: str = ""
 
-    def problems(self, strict: bool, refused: int = 0) -> list[str]:
+    def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
 
         Args:
             strict: whether anything missed or unused counts.
             refused: taps whose tags or filter could not be made sense of.
+            status: of the command.
         """
         found = []
         if self.outcomes.get("error"):
@@ -58,7 +59,7 @@ class Summary:
             )
         unkept = self.outcomes.get(WITHOUT_EFFECT, 0)
         if not self.outcomes.get("grafted"):
-            found.append("nothing was grafted" + self._why_nothing())
+            found.append("nothing was grafted" + self._why_nothing(status))
         elif strict and self.outcomes.get("missing"):
             found.append(
                 f"--strict: {count(self.outcomes['missing'], 'selected tap')} had no record, "
@@ -77,11 +78,13 @@ class Summary:
             )
         return found
 
-    def _why_nothing(self) -> str:
+    def _why_nothing(self, status: int) -> str:
         if self.outcomes.get(WITHOUT_EFFECT):
             return f" that anything could see, the first: {self.first_unkept}"
         if self.outcomes.get("missing"):
             return f": no selected tap has a record, the first: {self.first_missing}"
+        if not self.outcomes and status:
+            return f": COMMAND ended with {status} before it made a tap that was selected"
         if not self.outcomes:
             return ": no tap was selected; see --filter, and graft doctor in the command's place"
         return ""

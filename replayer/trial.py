@@ -200,6 +200,6 @@ def _concluded(
     if not log.height and (why := why_nothing(settings.filter, reports)):
         notes.append(why)
     refused = sum(r.get("refused", 0) for r in reports)
-    problems = (*sorted(wrong), *summary.problems(settings.strict, refused))
+    problems = (*sorted(wrong), *summary.problems(settings.strict, refused, status))
     failures = tuple(sorted(wrong))
     return Replayed(status, problems, tuple(notes), log, summary, beside, failures)

@@ -99,6 +99,26 @@ def test_a_command_without_taps_is_told_so(shell, run):
     assert "COMMAND made no tap" in done.stderr and "graft doctor" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("1 / 0", "nothing was recorded: COMMAND ended with 1 before it made a tap"),
+        ("tap('x', object())", "nothing was recorded: 1 tap could not be, see above"),
+        ("tap('x', 1, layer=object())", "nothing was recorded: 1 tap could not be, see above"),
+    ],
+)
+def test_no_tap_is_said_only_where_there_was_none(shell, run, code, said):
+    job = f"from recorder import tap\n{code}"
+    done = shell(shell.graft, "record", "-o", run, "--", shell.python, "-c", job)
+    assert said in done.stderr and "made no tap" not in done.stderr
+
+
+def test_a_doctor_in_the_job_s_place_is_no_job_without_taps(shell, run):
+    done = shell(shell.graft, "record", "-o", run, "--", shell.graft, "doctor")
+    assert done.returncode == 0 and "would record into" in done.stdout
+    assert "made no tap" not in done.stderr
+
+
 def test_signals_reach_the_command_and_its_end_is_told(shell, run):
     shell.write(
         "wait.py",

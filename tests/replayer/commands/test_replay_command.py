@@ -329,3 +329,13 @@ def test_words_that_are_missing_or_in_the_wrong_place(words, said, tmp_path, mon
             tap("x", torch.ones(2))
     done = CliRunner().invoke(cli, words, prog_name="graft")
     assert done.exit_code == 2 and said in done.output
+
+
+def test_a_replay_ends_with_the_command_to_type_next(single, run, tmp_path):
+    done = replayed(single, run, "-o", "out dir", "--record", "True")
+    assert done.stderr.splitlines()[-1] == f"[graft] next: graft diff {run} 'out dir'"
+    plain = replayed(single, run).stderr.splitlines()[-1]
+    assert plain.startswith("[graft] next: the same with -o OUT --record True")
+    assert "next:" not in replayed(single, run, "--filter", "layer == 7").stderr
+    crashed = single(single.graft, "replay", run, "--", single.python, "-c", "1 / 0")
+    assert "COMMAND ended with 1 before it made a tap" in crashed.stderr
