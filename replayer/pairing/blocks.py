@@ -240,7 +240,7 @@ def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
     for one, other in combined[:_MOST_VARIANTS]:
         x, how = a.tensor(one, receiver)
         y, plan = b.tensor(other, receiver)
-        taken = [f"{side}: {p.note}" for side, p in (("A", how), ("B", plan)) if p.note]
+        taken = [f"{side}: {_of_side(p.note)}" for side, p in (("A", how), ("B", plan)) if p.note]
         said = [where, note, *taken, *_replica_notes(choices, one, other)]
         for side, all_of_it in zip((a, b), choices, strict=True):
             if len(all_of_it) > 1 and side.recorded.is_open_gradient:
@@ -254,6 +254,11 @@ def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
             other.alike,
         )  # fmt: skip
     _check_all(combined)
+
+
+def _of_side(note: str) -> str:
+    """Return a plan's note as a diff has it, where nothing is sent."""
+    return note.replace("the senders' ranks", "its ranks")
 
 
 def _check_all(combined: Sequence[Any]) -> None:
