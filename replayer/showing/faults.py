@@ -18,7 +18,7 @@ from ..finding.segments import Place
 from .output import written
 from .page import render
 
-_LEFT = ("segment", "from", "steps", "ranks", "what")
+_LEFT = ("segment", "from", "steps", "occ", "ranks", "what")
 _MOST_ON_PAGE = 20_000
 _NAMED = 3  # segments, where there is room for no more
 _LONG = 60  # characters of a name in a table
@@ -91,6 +91,10 @@ def _where(done: Localized, one: Segment) -> list[str]:
         else:
             which = "step" if len(faulty) == 1 else "steps"
             found.append(f"in {which} {span(faulty)} of {span(steps)}")
+    times = sorted({other.place.occurrence for other in everywhere})
+    off = sorted({other.place.occurrence for other in everywhere if other.is_fault})
+    if len(times) > 1 and off != times:
+        found.append(f"at occurrence {span(off)} of {span(times)}")
     return found
 
 
@@ -169,6 +173,7 @@ def rows(done: Localized, limit: int) -> list[dict[str, str]]:
                 "segment": short(one.place.label, _LONG),
                 "from": short(" ".join(place.name for place in one.begins[:_NAMED]), 24),
                 "steps": span(sorted({other.place.step for other in same})),
+                "occ": span(sorted({other.place.occurrence for other in same})),
                 "ranks": span(sorted({rank for other in same for rank in other.ranks})),
                 "error": f"{one.error:.1e}" if one.error else "0",
                 "rounding": f"{one.expected:.1e}" if one.expected else "",
@@ -186,7 +191,7 @@ def print_found(done: Localized, width: int, limit: int, everything: bool) -> No
     cells = rows(done, limit)
     if cells:
         columns = list(cells[0])
-        for least in ("steps", "ranks", "from"):
+        for least in ("steps", "occ", "ranks", "from"):
             is_dull = least != "from" and len({cell[least] for cell in cells}) == 1
             if is_dull or natural_width(columns, cells) > width:
                 columns.remove(least)

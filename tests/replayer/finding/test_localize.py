@@ -69,6 +69,26 @@ def test_a_fault_of_one_step_says_in_which(base):
     assert len(report.rows(every, 12)) == 12 and report.rows(every, 12)[0]["steps"] == "0-3"
 
 
+def test_a_fault_of_one_occurrence_says_at_which(run, capsys):
+    """As without a step(): iterations that nothing but their number tells apart."""
+    draws = torch.randn(4, 3, 8, 16, generator=torch.Generator().manual_seed(0))
+
+    def target(wrong=None):
+        kept = []
+        for time, layers in enumerate(draws):
+            for layer, x in enumerate(layers):
+                kept.append(tap("x", x * (2 if (time, layer) == wrong else 1), layer=layer))
+        return kept
+
+    with Recorder(run):
+        target()
+    found = localize(run, lambda: target((2, 1)))
+    assert report.verdict(found).startswith("fault: x layer=1 (from x layer=0), at occurrence 2 of")
+    report.print_found(found, 80, 4, everything=False)
+    header, first, *_ = capsys.readouterr().out.split("\n\n")[1].splitlines()
+    assert header.split()[:3] == ["segment", "from", "occ"] and first.split()[3] == "2"
+
+
 def test_a_wrong_parameter_comes_before_all_that_it_spoils(run):
     def train(factor=1.0, also=1.0):
         w = torch.nn.Parameter(factor * torch.arange(1.0, 65).view(8, 8))
