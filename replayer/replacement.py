@@ -197,8 +197,8 @@ class Replacements:
             return tensor.to(target.device), relayout.guesses
         received = self._load(rows, target.device)
         here = self.rank
-        lacking = relayout.lacking()
-        return transforms.identity(received, here.rank, here.world_size, target, lacking), ""
+        made = transforms.identity(received, here.rank, here.world_size, target, relayout.lacking)
+        return made, ""
 
     def _own_of(
         self,

@@ -201,7 +201,7 @@ def identity(
     rank: int,
     world_size: int,
     target: torch.Tensor,
-    lacking: str = "",
+    lacking: Callable[[], str] = str,
 ) -> torch.Tensor:
     """Return the tensor of the sender with the receiver's rank.
 
@@ -210,14 +210,15 @@ def identity(
         rank: the receiver's rank.
         world_size: the number of receivers.
         target: the receiver's tensor.
-        lacking: what to declare so that layouts decide, "" where nothing is lacking.
+        lacking: returns what to declare so that layouts decide, "" where nothing is lacking.
 
     Raises:
         TransformError: there are not as many senders as receivers, that sender has none, or the
             shapes differ; says which.
     """
-    how = f"{lacking}, or {HOW}" if lacking else HOW
     if len(received) != world_size:
+        advice = lacking()
+        how = f"{advice}, or {HOW}" if advice else HOW
         raise TransformError(
             "identity by rank needs as many senders as receivers, and there "
             f"{'is' if len(received) == 1 else 'are'} {count(len(received), 'sender')} and "
