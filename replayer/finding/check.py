@@ -24,7 +24,10 @@ from recorder.settings import RecordSettings
 from recorder.sizes import count
 from recorder.tags import is_recompute
 
+from ..diffing.columns import DiffRow
+from ..diffing.diff import diff
 from ..log import WITHOUT_EFFECT
+from ..settings import ReplaySettings
 from ..trial import Target, replayed
 from .floors import leave_mark
 from .localize import at_least_once, settings_of
@@ -127,7 +130,13 @@ def check(
             done = replayed(recording, into, settings, target)
             wrong, summary = list(done.problems), done.summary
             status = status or done.command_status
-            if summary.outcomes.get("missing"):
+            ran = done.log["rank"].n_unique()
+            if ran and ran != recording.world_size:
+                wrong.append(
+                    f"{run} was made by {count(recording.world_size, 'rank')}, and COMMAND ran "
+                    f"{ran}; give the command that made it"
+                )
+            elif summary.outcomes.get("missing"):
                 wrong.append(f"a tap has no record: {summary.first_missing}")
             elif summary.unused:
                 wrong.append(
@@ -141,11 +150,12 @@ def check(
             leave_mark(folder, recording)
         changed = _changed(logs)
         why = ""
-        if changed and not status:
+        if changed and not status and not problems:
             first, is_always = changed[0], changed[0].repeats == repeat
             why = _why(
-                recording, target, Path(spare, "plain"), folder if is_always else None, first
-            )
+                recording, target, Path(spare, "plain"), folder if is_always else None, first,
+                settings,
+            )  # fmt: skip
     unkept = Counter(logs[0]["outcome"].to_list())[WITHOUT_EFFECT]
     if unkept:
         notes.append(
@@ -194,6 +204,7 @@ def _why(
     folder: Path,
     own: Path | None,
     first: Changed,
+    settings: ReplaySettings,
 ) -> str:
     """Say whether a run without grafts is the recorded one, or else the one of the replay.
 
@@ -203,39 +214,58 @@ def _why(
         folder: for the run without grafts.
         own: where the replay left what it computed by itself; None where replays differ.
         first: what changed first.
+        settings: how the replay matched.
     """
     if callable(target):
         with Recorder(folder, level="digests"):
             target()
     else:
         recorded(folder, RecordSettings(level="digests"), target)
-    keys = ("rank", "name", "tags", "kind", "step", "occurrence")
-
-    def digests(run: Recording) -> pl.DataFrame:
-        return run.latest().select(*keys, "seq", "digest")
-
-    one, other = digests(recording), digests(Recording.open(folder))
-    both = one.join(other, on=list(keys), how="inner", suffix="_again")
-    apart = both.filter(both["digest"].ne_missing(both["digest_again"])).sort("step", "seq", "rank")
-    if not apart.height:
+    plain = Recording.open(folder)
+    row = diff(
+        recording, plain, manifest_only=True, match_on=settings.match_on,
+        step_offset=settings.step_offset, rename=[one.text for one in settings.rename],
+    ).first("bitwise")  # fmt: skip
+    if row is None:
         return (
             "without grafts the job computes what was recorded, so grafting changes it: a tensor "
             "that it overwrites is used elsewhere too"
         )
-    row = apart.row(0, named=True)
-    place = Place(*(row[key] for key in keys[1:]))
+    place, rank = _own_place(row), row["rank"]
+    where = f"first at {place.label} step={place.step} on rank {rank}"
     # What comes before it is as recorded, so that a job that repeats itself repeats it there too.
-    again = apart.head(1).drop("digest").rename({"digest_again": "digest"})
-    by = [*keys, "digest"]
-    if own is not None and again.join(digests(Recording.open(own)), on=by, how="semi").height:
+    if own is not None and _content(plain, place, rank) == _content(
+        Recording.open(own), place, rank
+    ):
         return (
-            f"the job repeats itself, but is not the one that was recorded: it differs first at "
-            f"{place.label} step={place.step} on rank {row['rank']}, alike with and without "
-            "grafts; give the command, the seed, the data and the machine that made the recording"
+            f"the job repeats itself, but is not the one that was recorded: it differs {where}, "
+            "alike with and without grafts; give the command, the seed, the data and the machine "
+            "that made the recording"
         )
     also = " as well" if place == first.place else ""
     return (
         f"the job is not deterministic: without any graft it differs from its recording{also}, "
-        f"first at {place.label} step={place.step} on rank {row['rank']}; seed it and make its "
-        "kernels deterministic, or give what differs to localize as --floor"
+        f"{where}; seed it and make its kernels deterministic, or give what differs to localize as "
+        "--floor"
     )
+
+
+def _own_place(row: DiffRow) -> Place:
+    """Return where a pair is in the job itself, as it names it."""
+    step, occurrence = row["step_b"], row["occurrence_b"]
+    return Place(
+        row["name_b"] or row["name"],
+        row["tags_b"] or row["tags"],
+        row["kind"],
+        row["step"] if step is None else step,
+        row["occurrence"] if occurrence is None else occurrence,
+    )
+
+
+def _content(run: Recording, place: Place, rank: int | None) -> tuple[str | None, str | None]:
+    """Return the digest of a tensor, or a value."""
+    import polars as pl
+
+    wanted = {**place._asdict(), "rank": rank}
+    found = run.latest().filter(*(pl.col(name) == value for name, value in wanted.items()))
+    return (found["digest"][0], found["value"][0]) if found.height else (None, None)

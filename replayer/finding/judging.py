@@ -18,6 +18,7 @@ against three times that.
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ _TF32 = 4 * 2.0**-11  # relative error: units of TF32, as many as products were 
 _TIMES_FEWER = 3.0
 _CLEAR = 3.0  # times its limit: such faults come in the order of execution
 _FEW = 8  # numbers of a row
+_NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
 _TIES = 0.05  # of the rows, that may be another choice where no scores tell why
 
 
@@ -253,7 +255,17 @@ def _share_of_siblings(row: Row, size: float | None) -> float:
 def _family(one: Cut) -> Any:
     """Return what siblings share: all but tags that are whole numbers, such as the layer."""
     fixed = {t: v for t, v in one.place.tag_values.items() if type(v) is not int}
-    return one.place.name, one.place.kind, repr(sorted(fixed.items())), one.row["dtype"]
+    return (
+        _numberless(one.place.name),
+        one.place.kind,
+        repr(sorted(fixed.items())),
+        one.row["dtype"],
+    )
+
+
+def _numberless(name: str) -> str:
+    """Return a name without the numbers in it that are parts of their own, as a layer's is."""
+    return _NUMBER.sub("#", name)
 
 
 def _limit(one: Cut, usual: _Usual, run: _Run, sharpened: Sharpened) -> float:
@@ -269,11 +281,16 @@ def _limit(one: Cut, usual: _Usual, run: _Run, sharpened: Sharpened) -> float:
 
 
 def _fewer_bits(cuts: Sequence[Cut], limits: Sequence[float]) -> float | None:
-    """Return the usual error where many kinds are off in most layers, by about the same."""
+    """Return the usual error where many kinds are off in most layers, by about the same.
+
+    Values that have fewer bits themselves were cast, which is a fault of their own segment: what is
+    computed in fewer bits is added up in more.
+    """
     kinds: Mapping[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for one, limit in zip(cuts, limits, strict=True):
         if limit and not one.is_weight:
-            kinds[one.place.name, one.place.kind].append((one.error, one.error / limit))
+            times = 0.0 if "fits" in one.row["look"] else one.error / limit
+            kinds[_numberless(one.place.name), one.place.kind].append((one.error, times))
     kinds = {kind: found for kind, found in kinds.items() if any(error for error, _ in found)}
     off = [
         median(error for error, _ in found)

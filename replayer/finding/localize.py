@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from recorder.commands.outcome import UNTRUSTED
 from recorder.errors import UsageError
 from recorder.recording import Recording
+from recorder.sizes import count
 
 from ..settings import ReplaySettings
+from ..summary import Summary
 from ..trial import Target, replayed
 from .floors import sharpened_by
 from .located import Located, located
@@ -106,6 +108,7 @@ def localize(
     problems: list[str] = []
     notes: list[str] = []
     status = 0
+    summary: Summary | None = None
     for number in range(repeat):
         folder = (
             None if out is None else Path(out) if number == 0 else Path(out, f"repeat-{number}")
@@ -114,7 +117,9 @@ def localize(
         status = status or done.command_status
         notes += done.notes if number == 0 else []
         logs.append(done.log)
-        problems += [one for one in done.failures if one not in problems]
+        wrong = [*done.failures, *(done.problems if settings.strict else ())]
+        problems += [one for one in wrong if one not in problems]
+        summary = done.summary if number == 0 else summary
     if status:
         notes.append(f"COMMAND ended with {status}; what it tapped until then is judged")
     found = located(logs[0], sharpened, _noisy(logs))
@@ -127,6 +132,18 @@ def localize(
         problems.append(
             f"{unjudged[0].place.label} was not judged: {unjudged[0].why}"
             + (f" (and {len(unjudged) - 1} more)" if len(unjudged) > 1 else "")
+        )
+    missing = summary.outcomes.get("missing", 0) if summary is not None else 0
+    if summary is not None and missing and summary.unused and not (found.faults or unjudged):
+        problems.append(
+            f"{count(missing, 'tap')} had no record, the first: {summary.first_missing}; and "
+            f"{count(summary.unused, 'record')} were never used, such as "
+            f"{', '.join(summary.unused_names[:3])}: what lies behind them is not judged"
+        )
+    if settings.filter is not None:
+        notes.append(
+            "--filter left taps out, which cut nothing: behind them a segment also has what it "
+            "inherits along paths that are not grafted"
         )
     return Localized(
         found,
