@@ -18,6 +18,7 @@ from recorder.recording import Recording
 from .match import MatchOn, selected_rows
 from .rename import oriented_to
 from .settings import ReplaySettings
+from .transforms import check_path
 
 if TYPE_CHECKING:
     import polars as pl
@@ -27,7 +28,7 @@ def foreseen(recording: Recording, settings: ReplaySettings) -> list[str]:
     """Return what will go wrong, a line each, as far as that can be known.
 
     Raises:
-        UsageError: `match_on` names a tag that no record carries.
+        UsageError: `match_on` names a tag that no record carries, or `transform` is no path.
         DamagedRecording: the manifest does not hold what it should.
     """
     rows = recording.latest()
@@ -93,10 +94,9 @@ def _of_filter(
 
 def _of_transform(path: str) -> Iterator[str]:
     """Say that a module or a function is not to be found; neither is run for that."""
+    check_path(path)
     module, _, name = path.rpartition(".")
     said = "where COMMAND runs it may be another matter: check the path, and PYTHONPATH there"
-    if not module:
-        return
     here = str(Path.cwd())
     is_new = here not in sys.path
     if is_new:

@@ -186,9 +186,14 @@ class Replayer:
         """Return the log: one row per tap that was looked at."""
         return self._outcomes.frame()
 
-    def problems(self) -> list[str]:
-        """Return why the replay on this rank is not to be trusted; empty where it is."""
-        found = self.summary().problems(self.settings.strict, self._selection.refused)
+    def problems(self, strict: bool | None = None) -> list[str]:
+        """Return why the replay on this rank is not to be trusted; empty where it is.
+
+        Args:
+            strict: whether anything missed or unused counts; by default as the settings have it.
+        """
+        is_strict = self.settings.strict if strict is None else strict
+        found = self.summary().problems(is_strict, self._selection.refused)
         return [self.reason, *found] if self.reason else found
 
     def summary(self) -> Summary:

@@ -30,6 +30,7 @@ class Summary:
         first_missing: the message of the first tap without a record, or "".
         first_unkept: the message of the first graft without effect, or "".
         steps: that one side counted no steps where records or taps are left over, or "".
+        values: that values differ from the recorded ones, with the first, or "".
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -43,6 +44,7 @@ class Summary:
     unused_names: tuple[str, ...]
     first_unkept: str = ""
     steps: str = ""
+    values: str = ""
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -89,6 +91,11 @@ class Summary:
             return ": no tap was selected; see --filter, and graft doctor in the command's place"
         return ""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What else to say of it, a line each."""
+        return tuple(filter(None, (self.values, self.steps)))
+
     def line(self) -> str:
         """Return the counts as one line."""
         order = ("grafted", WITHOUT_EFFECT, "compared", "missing", "error")
@@ -131,6 +138,20 @@ def summarize(
         tuple(label(name, tags) for name, tags in names.head(5).select("name", "tags").iter_rows()),
         _first(log, WITHOUT_EFFECT),
         _steps(log, selected, settings) if has_rest else "",
+        _values(log),
+    )
+
+
+def _values(log: pl.DataFrame) -> str:
+    other = log.filter((log["outcome"] == "compared") & (log["changed"] > 0))
+    if not other.height:
+        return ""
+    row = other.sort("step", "seq", "rank").row(0, named=True)
+    verb = "differs" if other.height == 1 else "differ"
+    return (
+        f"{count(other.height, 'value')} {verb} from what was recorded, the first: "
+        f"{label(row['name'], row['tags'])} step={row['step']} on rank {row['rank']}: "
+        f"{row['message']}"
     )
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.errors import TransformError
+from recorder.errors import TransformError, UsageError
 from recorder.sizes import count
 from recorder.tags import Key
 
@@ -163,6 +163,17 @@ class Transform:
         )
 
 
+def check_path(path: str) -> None:
+    """Refuse what is no dotted path.
+
+    Raises:
+        UsageError: it is none.
+    """
+    parts = path.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise UsageError(f"transform {path!r} is not a path such as pkg.mod.fn")
+
+
 def load(path: str) -> Transform:
     """Return the transform that a dotted path names.
 
@@ -171,10 +182,11 @@ def load(path: str) -> Transform:
     Raises:
         TransformError: it cannot be imported, or is no such function.
     """
+    try:
+        check_path(path)
+    except UsageError as err:
+        raise TransformError(str(err)) from None
     module_name, _, attribute = path.rpartition(".")
-    parts = path.split(".")
-    if not module_name or not all(part.isidentifier() for part in parts):
-        raise TransformError(f"transform {path!r} is not a path such as pkg.mod.fn")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)  # for good: the module may import from there later

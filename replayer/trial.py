@@ -100,6 +100,8 @@ def replayed(
         raise UsageError("OUT is RUN itself; choose another folder for what the replay leaves")
     if callable(target):
         return _of_function(recording, folder, settings, target)
+    if isinstance(target, str):
+        raise UsageError(f"the command {target!r} is one text; give its words: {target.split()}")
     launch.check(target)
     return _of_command(recording, folder, settings, target, aside)
 
@@ -113,8 +115,10 @@ def _of_function(
         target()
     summary = session.summary()
     failures = (session.reason,) if session.reason else ()
-    notes = (f"replay: {summary.line()}", *filter(None, [summary.steps]))
-    return Replayed(0, tuple(session.problems()), notes, session.log(), summary, None, failures)
+    notes = (f"replay: {summary.line()}", *summary.notes)
+    return Replayed(
+        0, tuple(session.problems(settings.strict)), notes, session.log(), summary, None, failures
+    )
 
 
 def _of_command(
@@ -196,7 +200,7 @@ def _concluded(
         receivers = max(receivers, last + 1)
     records = recording.latest()
     summary = summarize(log, records, settings, receivers)
-    notes = [f"replay: {summary.line()}", *filter(None, [summary.steps])]
+    notes = [f"replay: {summary.line()}", *summary.notes]
     if not log.height and (why := why_nothing(settings.filter, reports)):
         notes.append(why)
     refused = sum(r.get("refused", 0) for r in reports)

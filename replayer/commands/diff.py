@@ -114,7 +114,8 @@ class _OfRecordings(click.Command):
     type=click.Choice(["order", "size"]),
     default="order",
     show_default=True,
-    help="The table's order: of execution, from the first divergence on, or from the worst on.",
+    help="The table's order: of execution, from the first divergence on; or the first "
+    "divergences, then from the worst on.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone: one object per line.")
 @click.option("--parquet", metavar="FILE", help="Also write the whole table to FILE.")

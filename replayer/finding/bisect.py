@@ -67,9 +67,14 @@ class Bisected:
 
     @property
     def status(self) -> int:
-        """0 where the boundary was found, 3 where there is none or verdicts contradict."""
+        """0 where the boundary was found, 3 where there is none or verdicts contradict.
+
+        COMMAND's own where it failed in every trial.
+        """
         if self.boundary is None:
             return 0
+        if self.trials and all(one.is_failed for one in self.trials):
+            return self.trials[0].status
         return UNTRUSTED if self.boundary.trouble or self.contradicts else 0
 
     @property
@@ -128,6 +133,8 @@ def bisect(
         raise UsageError("give either --watch EXPR or --check SCRIPT, which a verdict comes from")
     if tol is not None and (watch is None or not tol >= 0):
         raise UsageError(f"--tol {tol:g} is how far a watched tap may be off, 0 or more")
+    if check is not None and not isinstance(check, str):
+        raise UsageError(f"check is a {type(check).__name__}; give a shell command, as text")
     at_least_once(repeat)
     watched = Filter.parse(watch) if isinstance(watch, str) else watch
     recording = Recording.open(run)

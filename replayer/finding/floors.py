@@ -77,9 +77,19 @@ def _checked_by(folder: Path) -> object:
 def _differences(
     recording: Recording, other: str | os.PathLike[str], settings: ReplaySettings
 ) -> list[tuple[tuple[Tap, int], float]]:
-    """Return how far another recording is from the baseline: tap and step, and the error."""
+    """Return how far another recording is from the baseline: tap and step, and the error.
+
+    Raises:
+        RecordingError: they have no tap in common.
+    """
     renames = [one.text for one in settings.rename]
-    table = diff(recording.path, other, match_on=settings.match_on, rename=renames).pairs
+    found = diff(recording.path, other, match_on=settings.match_on, rename=renames)
+    if not found.compared:
+        raise RecordingError(
+            f"{other} has none of the taps of {recording.path}, so it tells nothing of them; give "
+            "one that was made of the same model"
+        )
+    table = found.pairs
     kept = table.filter(table["error"].is_not_null())
     return [
         ((Tap(row["name"], row["tags"], row["kind"]), row["step"]), float(row["error"]))

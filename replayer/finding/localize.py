@@ -101,6 +101,10 @@ def localize(
     at_least_once(repeat)
     if not (math.isfinite(truth_factor) and truth_factor > 0):
         raise UsageError(f"--truth-factor is {truth_factor:g}; it is how many times, above 0")
+    if callable(run):
+        raise UsageError("the recording is a function; it comes first, and then what is to be run")
+    if isinstance(floor, (str, os.PathLike)):
+        floor = [floor]
     recording = Recording.open(run)
     settings = settings_of(options)
     sharpened, was_checked = sharpened_by(recording, floor, truth, truth_factor, settings)
@@ -137,8 +141,8 @@ def localize(
     if summary is not None and missing and summary.unused and not (found.faults or unjudged):
         problems.append(
             f"{count(missing, 'tap')} had no record, the first: {summary.first_missing}; and "
-            f"{count(summary.unused, 'record')} were never used, such as "
-            f"{', '.join(summary.unused_names[:3])}: what lies behind them is not judged"
+            f"{count(summary.unused, 'record')} {'was' if summary.unused == 1 else 'were'} never "
+            f"used, such as {', '.join(summary.unused_names[:3])}: what they end is not judged"
         )
     if settings.filter is not None:
         notes.append(

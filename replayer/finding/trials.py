@@ -65,6 +65,11 @@ class Trial:
     status: int
     is_old: bool = False
 
+    @property
+    def is_failed(self) -> bool:
+        """Whether it has no verdict since the command failed."""
+        return self.verdict is Verdict.SKIP and self.why == _failed(self.status)
+
     def as_line(self) -> dict[str, object]:
         """Return it as a line of the file of trials."""
         return {
@@ -234,7 +239,7 @@ class Trials:
     ) -> tuple[Verdict, str, int]:
         """Return what came of a trial, what that goes by, and the status that decided."""
         if status:
-            return Verdict.SKIP, f"COMMAND ended with {status}", status
+            return Verdict.SKIP, _failed(status), status
         if why:
             return Verdict.SKIP, why, status
         if self.check is not None:
@@ -278,6 +283,10 @@ class Trials:
         )  # fmt: skip
         compared = ("equal", "close", "differs", "shape", "error")
         return list(rows_of(found.pairs.filter(found.pairs["outcome"].is_in(compared))))
+
+
+def _failed(status: int) -> str:
+    return f"COMMAND ended with {status}"
 
 
 _WORDS = {Verdict.GOOD: "good", Verdict.BAD: "bad", Verdict.SKIP: "without a verdict"}

@@ -22,11 +22,8 @@ _NAMED = 16  # characters of a folder's name
 
 
 def status_of(before: Diff, after: Diff) -> int:
-    """Return 0 where only what was grafted differs after it, else 1; 2 where one cannot be read."""
-    if 2 in (before.status, after.status):
-        return 2
-    left = after.pairs.filter(~pl.col("grafted") & ~pl.col("outcome").is_in(GOOD))
-    return 0 if after.compared and not left.height else 1
+    """Return the status of what came after the graft; 2 where one cannot be read."""
+    return 2 if before.status == 2 else after.status
 
 
 def print_beside(before: Diff, after: Diff, width: int, limit: int) -> None:

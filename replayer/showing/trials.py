@@ -77,6 +77,8 @@ def bisect_lines(done: Bisected) -> list[str]:
         found.append(f"{count(len(done.noisy), 'trial')} did not say the same each time")
     old = sum(one.is_old for one in done.trials)
     made = count(len(done.trials), "trial") + (f", {old} of them made before" if old else "")
+    if old == len(done.trials) > 0:
+        made += "; nothing was run now: name a new -o OUT to search a target that has changed"
     where = f"; see {done.out}" if done.out is not None else ""
     found.append(f"{made}{where}")
     return [printable(line) for line in found]

@@ -137,3 +137,18 @@ def test_iterations_whose_end_nobody_told_are_said(run, tmp_path):
     assert "every tap came 3 times in step 0, and nothing called step()" in forgotten.notes[-1]
     told = recorded(tmp_path / "told", RecordSettings(), [sys.executable, str(job), "counted"])
     assert not any("step()" in note for note in told.notes)
+
+
+def test_a_value_that_differs_is_named(run):
+    def job(value):
+        tap("lr", value)
+        return tap("x", torch.ones(2))
+
+    with Recorder(run):
+        job(1.0)
+    trial = replayed(Recording.open(run), None, ReplaySettings(), lambda: job(2.0))
+    assert trial.notes[-1] == (
+        "1 value differs from what was recorded, the first: lr step=0 on rank 0: recorded 1.0, "
+        "here 2.0"
+    )
+    assert len(replayed(Recording.open(run), None, ReplaySettings(), lambda: job(1.0)).notes) == 1

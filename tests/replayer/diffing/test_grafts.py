@@ -42,7 +42,7 @@ def test_the_grafted_tap_is_no_divergence_and_the_segment_is_named(runs):
     found = diff(base, out)
     assert found.pairs.filter("grafted")["tags"].to_list() == ['{"layer":2}']
     assert found.first("tolerance") is None and found.first("bitwise") is None
-    assert found.first("grafted")["name"] == "up" and found.status == 1
+    assert found.first("grafted")["name"] == "up" and found.status == 0
     assert said(found, "no divergence beyond").endswith("beyond tolerance but at what was grafted")
     assert "B is 2.0000 x A" in said(found, "at a grafted tap, as it was before")
     assert said(found, "nothing beyond tolerance after the graft") == (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
+import layered
 import pytest
 import torch
 from layered import LAYERS, job
@@ -233,3 +235,21 @@ def test_taps_that_are_not_grafted_are_counted_all_the_same(base, match_on):
     wrong = job({("up", 3): lambda x: x + 1}, steps=2)
     found = bisect(base(steps=2), wrong, watch=WATCH, match_on=match_on)
     assert found.found.label == "up layer=3"
+
+
+def test_a_command_that_fails_in_every_trial_ends_with_its_status(base, tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        f"import sys\nsys.path.append({str(Path(layered.__file__).parent)!r})\nimport layered\n"
+        "layered.job()()\nsys.exit(7)\n"
+    )
+    assert bisect(base(), [sys.executable, str(script)], watch=WATCH).status == 7
+
+
+def test_a_search_that_was_finished_says_that_nothing_was_run(base, tmp_path):
+    run = base()
+    for _ in range(2):
+        found = bisect(run, job({("up", 2): lambda x: -x}), watch=WATCH, out=tmp_path / "search")
+    assert "nothing was run now: name a new -o OUT" in bisect_lines(found)[-1]
+    with pytest.raises(UsageError, match="check is a function; give a shell command"):
+        bisect(run, job(), check=lambda: True)

@@ -93,3 +93,27 @@ def test_a_value_that_differs_is_a_change(run):
         target(1)
     found = check(run, lambda: target(2))
     assert found.status == 1 and "v step=0 on rank 0: another value" in check_lines(found)[0]
+
+
+def test_another_number_of_ranks_is_another_job(run):
+    for rank in range(2):
+        with Recorder(run, rank=rank, world_size=2):
+            tap("x", torch.ones(4), dims="h")
+    found = check(run, lambda: [tap("x", 2 * torch.ones(4), dims="h")][0].sum())
+    assert found.status == 3
+    assert (
+        "was made by 2 ranks, and COMMAND ran 1; give the command that made it"
+        in (found.problems[0])
+    )
+
+
+def test_a_job_that_names_its_taps_otherwise_is_matched_as_the_replay_was(run):
+    with Recorder(run):
+        kept = [tap("x", torch.ones(4), layer=i) for i in range(3)]
+
+    def other():
+        return [tap(f"m.{i}.x", torch.full((4,), 1.0 + (i == 2))) for i in range(3)]
+
+    found = check(run, other, rename="x=m.{layer}.x")
+    assert found.status == 1 and len(kept) == 3
+    assert "repeats itself" in found.why and "first at m.2.x step=0" in found.why

@@ -390,6 +390,60 @@ def test_a_run_in_fewer_bits_is_said_once(run):
     assert named(wrong) == [("x", 2)]
 
 
+@pytest.mark.parametrize("is_dotted", [False, True])
+@pytest.mark.parametrize("cast", [("q",), ("q", "k", "v")])
+def test_kinds_that_are_cast_in_all_layers_are_faults_of_their_own(run, is_dotted, cast):
+    """Others are equal bit for bit; the layer is a tag, or part of the name."""
+
+    def target(cast=()):
+        random = torch.Generator().manual_seed(0)
+        x, kept = torch.randn(24, 32, generator=random), []
+        for layer in range(4):
+            for name in ("q", "k", "v", "up", "down", "out"):
+                y = x @ torch.randn(32, 32, generator=random) / 32**0.5
+                y = y.bfloat16().float() if name in cast else y
+                where = {} if is_dotted else {"layer": layer}
+                kept.append(tap(f"layers.{layer}.{name}" if is_dotted else name, y, **where))
+        return kept
+
+    with Recorder(run):
+        target()
+    found = localize(run, lambda: target(cast))
+    assert len(found.found.faults) == 4 * len(cast) and found.status == 1
+    assert {one.class_.word for one in found.found.faults} == {"low precision"}
+
+
+def test_taps_and_records_that_do_not_meet_are_no_clean_result(run):
+    def target(last, extra=False):
+        kept = [tap("x", torch.ones(4, 8), layer=i) for i in range(3)]
+        kept.append(tap(last, torch.ones(4, 8)))
+        if extra:
+            kept.append(tap("more", torch.ones(2)))
+        return kept
+
+    with Recorder(run):
+        target("logits")
+    found = localize(run, lambda: target("logitz"))
+    assert found.status == 3 and "1 record was never used, such as logits" in found.problems[0]
+    assert localize(run, lambda: target("logits", extra=True)).status == 0
+    assert localize(run, lambda: target("logits", extra=True), strict=True).status == 3
+    left_out = localize(run, lambda: target("logits"), filter="layer != 1")
+    assert left_out.status == 0 and any("--filter left taps out" in one for one in left_out.notes)
+
+
+def test_what_is_given_in_the_wrong_form_is_said(base, tmp_path):
+    run = base()
+    with pytest.raises(UsageError, match=r"give its words: \['python', 'job.py'\]"):
+        localize(run, "python job.py")
+    with pytest.raises(UsageError, match="the recording is a function; it comes first"):
+        localize(job(), run)
+    with Recorder(tmp_path / "other"):
+        tap("nothing of it", torch.ones(2))
+    for wrong in ({"floor": tmp_path / "other"}, {"truth": tmp_path / "other"}):
+        with pytest.raises(RecordingError, match="has none of the taps of"):
+            localize(run, job(), **wrong)
+
+
 def test_integers_of_a_parameter_are_no_choice(run):
     codes = torch.randint(-128, 128, (64, 16), generator=torch.Generator().manual_seed(0)).to(
         torch.int8
