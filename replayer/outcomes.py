@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import polars as pl
 
 
+_MISSING = 3  # names of taps without a record, for each kind of reason
+
+
 class Outcomes:
     """The log of one rank, and what is said of it.
 
@@ -46,6 +49,7 @@ class Outcomes:
         self._fail = fail
         self._warnings = Warnings()
         self._log: ReplayLog | None = None
+        self._missing: dict[str, set[tuple[str, ...]]] = {}
 
     def open(self, out: Path | None, stem: str) -> None:
         """Begin the log.
@@ -134,9 +138,21 @@ class Outcomes:
         if policy == "raise":
             raise ReplayError(f"tap {tap} was not grafted: {message}") from error
         about = (key.name, outcome, type(error).__name__)
-        cause = _cause(message) if outcome == "error" else None
-        self.once(about, f"tap {tap} was not grafted: {message}", cause)
+        if outcome == "error":
+            self.once(about, f"tap {tap} was not grafted: {message}", _cause(message))
+        else:
+            self._tell_missing(about, tap, message)
         return row
+
+    def _tell_missing(self, about: tuple[str, ...], tap: str, message: str) -> None:
+        """Name the nearest of a few taps without a record; the log has those of the others."""
+        kind = " ".join(message.split()[:2])
+        told = self._missing.setdefault(kind, set())
+        told.add(about)
+        if len(told) <= _MISSING:
+            self.once(about, f"tap {tap} was not grafted: {message}")
+        elif len(told) == _MISSING + 1:
+            self.once((kind,), "more taps have no record, and are counted at the end")
 
     def _write(self, row: LogRow) -> None:
         assert self._log is not None  # `_ensure_log` made it

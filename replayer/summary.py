@@ -12,6 +12,7 @@ from recorder.tags import is_recompute, label
 
 from .log import WITHOUT_EFFECT
 from .match import MatchOn, selected_rows
+from .rename import oriented_to
 from .steps import forgotten_step
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Summary:
         first_unkept: the message of the first graft without effect, or "".
         steps: that one side counted no steps where records or taps are left over, or "".
         values: that values differ from the recorded ones, with the first, or "".
+        renames: which renamings fit no tap of the target, a line each.
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -45,6 +47,7 @@ class Summary:
     first_unkept: str = ""
     steps: str = ""
     values: str = ""
+    renames: tuple[str, ...] = ()
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -94,7 +97,7 @@ class Summary:
     @property
     def notes(self) -> tuple[str, ...]:
         """What else to say of it, a line each."""
-        return tuple(filter(None, (self.values, self.steps)))
+        return tuple(filter(None, (self.values, self.steps, *self.renames)))
 
     def line(self) -> str:
         """Return the counts as one line."""
@@ -139,6 +142,16 @@ def summarize(
         _first(log, WITHOUT_EFFECT),
         _steps(log, selected, settings) if has_rest else "",
         _values(log),
+        _renames(log, records, settings),
+    )
+
+
+def _renames(log: pl.DataFrame, records: pl.DataFrame, settings: ReplaySettings) -> tuple[str, ...]:
+    names = log["name"].unique()
+    return tuple(
+        f"--rename {one.text!r}: {one.b.text!r} fits no tap of the target"
+        for one in oriented_to(settings.rename, records["name"].unique())
+        if len(names) and not one.b.fits(names)
     )
 
 

@@ -476,6 +476,18 @@ def test_dims_that_forgot_a_cut_are_told_so_before_padding_is_thought_of(run):
     assert "[tp]" not in message and "if one is padded" in message
 
 
+def test_of_many_taps_without_a_record_a_few_name_the_nearest(run, capsys):
+    with Recorder(run):
+        tap("x", torch.ones(2))
+    with Replayer(run) as session:
+        for i in range(20):
+            tap(f"x{i}", torch.ones(2))
+    told = capsys.readouterr().err
+    assert told.count("nothing recorded under") == 3
+    assert told.count("more taps have no record, and are counted at the end") == 1
+    assert session.summary().outcomes == {"missing": 20}
+
+
 def test_gradients_follow_the_layout_too(run):
     for rank in range(2):
         declare_mesh(tp=(rank, 2))

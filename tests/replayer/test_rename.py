@@ -117,6 +117,14 @@ def test_taps_that_would_have_one_key_are_not_grafted_twice(base):
     assert "layers.0.self_attn and other.0 would have one key" in second["message"]
 
 
+def test_a_rule_that_fits_no_tap_is_said(base):
+    with Replayer(base, rename=(*RULES, "attn=block_{layer}")) as replay:
+        target()
+    assert replay.summary().notes == (
+        "--rename 'attn=block_{layer}': 'block_{layer}' fits no tap of the target",
+    )
+
+
 def test_sides_the_other_way_round_are_turned(base):
     rules = parsed(";".join("=".join(reversed(rule.split("="))) for rule in RULES))
     assert [one.a.text for one in oriented_to(rules, ["attn", "mlp"])] == ["attn", "mlp"]
