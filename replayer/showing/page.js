@@ -149,7 +149,7 @@ function leaveOut(section) { // which has nothing to show, and its link with it
   document.querySelector(`nav a[href="#${section}"]`).closest("li").hidden = true;
 }
 
-function middle(text, most) { // long names begin alike: both ends of one are kept
+function bothEnds(text, most) { // long names begin alike: both ends of one are kept
   if (text.length <= most) return text;
   const end = Math.floor((most - 1) / 2);
   return `${text.slice(0, most - 1 - end)}…${text.slice(text.length - end)}`;
@@ -670,7 +670,7 @@ function buildOrder() {
         one.on = !one.on;
         event.currentTarget.setAttribute("aria-pressed", String(one.on));
         paint();
-      } }, icon(one.marker), make("span", {}, middle(one.name, 36)))));
+      } }, icon(one.marker), make("span", {}, bothEnds(one.name, 36)))));
     if (series.length > 1) {
       for (const [text, on] of [["Show all", true], ["Hide all", false]]) {
         legend.append(make("button", { type: "button", title: `${text} names in the chart`, onclick: () => {
@@ -1136,7 +1136,7 @@ const table = (() => {
         const text = one.text(i);
         if (one.key === "label") {
           return make("td", {}, make("button",
-            { type: "button", tabindex: k ? -1 : 0, title: `All figures of ${text}` }, middle(text, 48)));
+            { type: "button", tabindex: k ? -1 : 0, title: `All figures of ${text}` }, bothEnds(text, 48)));
         }
         const bad = one.key === "outcome" && BAD.has(OUTCOME[i]);
         const long = one.key === "note" || one.key === "shape" || one.key === "rank";
