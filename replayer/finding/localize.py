@@ -138,7 +138,8 @@ def localize(
             + (f" (and {len(unjudged) - 1} more)" if len(unjudged) > 1 else "")
         )
     missing = summary.outcomes.get("missing", 0) if summary is not None else 0
-    if summary is not None and missing and summary.unused and not (found.faults or unjudged):
+    is_known = bool(problems or found.faults or unjudged)
+    if summary is not None and missing and summary.unused and not is_known:
         problems.append(
             f"{count(missing, 'tap')} had no record, the first: {summary.first_missing}; and "
             f"{count(summary.unused, 'record')} {'was' if summary.unused == 1 else 'were'} never "
