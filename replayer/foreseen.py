@@ -101,22 +101,32 @@ def _of_transform(path: str) -> Iterator[str]:
     is_new = here not in sys.path
     if is_new:
         sys.path.append(here)
+    top, *rest = module.split(".")
     spec = None
     try:
         with contextlib.suppress(ImportError, ValueError, AttributeError):
-            spec = importlib.util.find_spec(module)
+            spec = importlib.util.find_spec(top)  # of a part of it, this would import what is above
     finally:
         if is_new:
             sys.path.remove(here)
     if spec is None:
         yield f"transform {path!r} cannot be imported here: there is no module {module}; {said}"
         return
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return
+    origin = spec.origin
+    for i, part in enumerate(rest):
+        places = [Path(one, *rest[:i]) for one in spec.submodule_search_locations or ()]
+        files = [file for one in places for file in one.glob(f"{part}*") if file.stem == part]
+        if places and not files:
+            yield f"transform {path!r} cannot be imported here: there is no module {module}; {said}"
+            return
+        modules = [one / "__init__.py" if one.is_dir() else one for one in files]
+        origin = next((str(one) for one in modules if one.suffix == ".py" and one.is_file()), None)
+    if origin is None or not origin.endswith(".py"):
+        return  # built in, compiled, or bound by the package itself
     with contextlib.suppress(OSError, SyntaxError, ValueError):
-        names = _names_in(ast.parse(Path(spec.origin).read_text(encoding="utf-8")))
+        names = _names_in(ast.parse(Path(origin).read_text(encoding="utf-8")))
         if "*" not in names and "__getattr__" not in names and name not in names:
-            yield f"transform {path!r}: {spec.origin} defines no {name!r}; {said}"
+            yield f"transform {path!r}: {origin} defines no {name!r}; {said}"
 
 
 def _names_in(tree: ast.Module) -> set[str]:

@@ -207,10 +207,10 @@ class Matcher:
             MissingRecord: there is none; names the nearest and what differs.
             ReplayError: with the renamings two taps have one key, or two renamings fit alike.
         """
-        selected = self._as_recorded(selected)
         key = selected.key
-        step = key.step + self.step_offset
         first = (kind, key.name, key.tags, key.step, key.occurrence)
+        selected = self._as_recorded(selected)
+        step = key.step + self.step_offset
         if not self.match_on.whole:
             with self._lock:
                 known = self._firsts if first in self._firsts else self._before

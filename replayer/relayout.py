@@ -311,7 +311,9 @@ class Relayout:
                     f"declares no dims, has {list(shape)}",
                     "declare its dims, or mend those at the baseline's tap",
                 )
-            return replace(found, rank=self._rank.rank)
+            extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
+            known = block_of(self._rank.rank, found.dims, shape, receiver.mesh, extras)
+            return known if known.extras else replace(found, rank=self._rank.rank)
         if not receiver.dims:
             raise LayoutError(
                 "the target's tap declares no dims",

@@ -51,6 +51,7 @@ class Replayed:
         summary: the log, counted.
         recording: what was recorded beside it came to; None where nothing was to be.
         failures: those of the problems that are no single graft's: of a rank, or of its log.
+        world_size: how many ranks it had, as far as they said.
     """
 
     command_status: int
@@ -60,6 +61,7 @@ class Replayed:
     summary: Summary
     recording: Outcome | None = None
     failures: tuple[str, ...] = ()
+    world_size: int = 1
 
     @property
     def status(self) -> int:
@@ -206,4 +208,4 @@ def _concluded(
     refused = sum(r.get("refused", 0) for r in reports)
     problems = (*sorted(wrong), *summary.problems(settings.strict, refused, status))
     failures = tuple(sorted(wrong))
-    return Replayed(status, problems, tuple(notes), log, summary, beside, failures)
+    return Replayed(status, problems, tuple(notes), log, summary, beside, failures, receivers)

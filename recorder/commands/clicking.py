@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import shutil
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
@@ -97,7 +98,8 @@ class WrappingCommand(click.Command):
         usage = f"graft {ctx.info_name} {own} [options] -- COMMAND"
         if surplus < 0:  # then RUN was taken from behind it
             raise click.UsageError(f"RUN is missing before --, as in: {usage}", ctx)
-        if surplus > 0:
+        # A program that takes a -- of its own may stand there too.
+        if surplus > 0 and shutil.which(ctx.params["command"][0]) is None:
             word = ctx.params["command"][0]
             raise click.UsageError(f"{word!r} before -- is one word too many: {usage}", ctx)
 

@@ -187,7 +187,7 @@ def diff(
     from recorder.commands.listing import incomplete_lines
 
     from ..diffing.diff import diff as compare
-    from ..diffing.spread import launched
+    from ..diffing.spread import group, launched
     from ..showing import lines as report
 
     rank = launched(os.environ)
@@ -201,7 +201,7 @@ def diff(
             spread=True, bar=bar,
         )  # fmt: skip
 
-    with _told_of_waiting(rank):
+    with _told_of_waiting(rank), group(rank):
         found = against_a(b)
         after = against_a(c) if c is not None else None
     if rank.rank != 0:

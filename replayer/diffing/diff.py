@@ -144,7 +144,8 @@ class Diff:
     def status(self) -> int:
         """0 where all pairs are within tolerance, 1 where not or where nothing was compared.
 
-        What B's replay grafted is no difference: its record is what B computed there before.
+        What B's replay grafted is no difference, where taps behind it are compared: its record is
+        what B computed there before.
 
         Nothing was where no pair matched, or where none of them has a number. Replicas that differ
         beyond tolerance within one side, or a recomputed forward and its first, are a difference,
@@ -155,7 +156,11 @@ class Diff:
         bad = [name for name in OUTCOMES if name not in GOOD]
         if self.is_missing_fine:
             bad = [name for name in bad if name not in _MISSING]
+        # Only what comes behind a graft shows that nothing else is wrong.
+        compared = ~pl.col("grafted") & pl.col("outcome").is_in(GOOD)
+        last = self.pairs.filter(compared)["pair"].max()
         is_grafted = pl.col("grafted") & (pl.col("outcome") == "differs")
+        is_grafted &= pl.lit(False) if last is None else pl.col("pair") < last
         wrong = self.pairs.filter(pl.col("outcome").is_in(bad) & ~is_grafted).height
         wrong += self.is_incomplete and not self.is_missing_fine
         wrong += self.pairs["apart"].is_not_null().any()

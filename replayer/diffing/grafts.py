@@ -11,7 +11,7 @@ _KEY = ("rank", "kind", "name_0", "tags_0", "step", "occurrence")
 
 
 def grafted(side: Side, table: pl.DataFrame, step_offset: int) -> pl.Series:
-    """Return for each pair whether a graft overwrote it, on any rank of its own.
+    """Return for each pair whether a graft overwrote it, on all ranks that recorded it.
 
     Args:
         side: B; a replay left its log beside the recording where it was one.
@@ -34,7 +34,7 @@ def grafted(side: Side, table: pl.DataFrame, step_offset: int) -> pl.Series:
     )
     of_row = side.frame.select(*_KEY, "key").join(done, on=_KEY, how="left", maintain_order="left")
     of_row = of_row.with_columns(pl.col("grafted").fill_null(False))
-    of_key = of_row.group_by("key").agg(pl.col("grafted").any().alias("of_key"))
+    of_key = of_row.group_by("key").agg(pl.col("grafted").all().alias("of_key"))
     by_row = of_row.select("grafted").with_row_index("b")
     found = (
         table.select("b", "key", "how")

@@ -130,8 +130,8 @@ def check(
             done = replayed(recording, into, settings, target)
             wrong, summary = list(done.problems), done.summary
             status = status or done.command_status
-            ran = done.log["rank"].n_unique()
-            if ran and ran != recording.world_size:
+            ran = done.world_size
+            if done.log.height and ran != recording.world_size:
                 wrong.append(
                     f"{run} was made by {count(recording.world_size, 'rank')}, and COMMAND ran "
                     f"{ran}; give the command that made it"

@@ -84,3 +84,16 @@ def test_it_is_said_before_the_job_runs_and_nothing_is_imported(lines, run, shel
     assert done.stderr.index("before COMMAND runs: of what was recorded") < done.stderr.index("job")
     wrong = shell(shell.graft, "replay", run, "--match-on", "lyer", "--", shell.python, job)
     assert wrong.returncode == 2 and "job" not in wrong.stderr
+
+
+def test_a_package_that_is_sought_is_not_imported(lines, tmp_path, monkeypatch):
+    package = tmp_path / "badpkg"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('ran')")
+    (package / "tr.py").write_text("def f(g): return g.target")
+    monkeypatch.chdir(tmp_path)
+    assert lines(transform="badpkg.tr.f") == []
+    (line,) = lines(transform="badpkg.tr.other")
+    assert "tr.py defines no 'other'" in line
+    (line,) = lines(transform="badpkg.nothing.f")
+    assert "there is no module badpkg.nothing" in line

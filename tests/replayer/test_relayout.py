@@ -399,6 +399,16 @@ def test_a_receiver_alone_has_the_whole_and_need_not_say_so(run, senders):
     assert "the dims 't h[tp]' name 2, and the target of the one rank" in message
 
 
+def test_a_receiver_that_declares_no_dims_is_held_to_its_extras_all_the_same(run):
+    whole = torch.randn(6, 4)
+    record(run, whole.chunk(2, 1), "t h[tp]", extras={"seq_lens": [2, 4]})
+    target = torch.zeros(6, 4)
+    (message,) = replay(run, [target], "", extras={"seq_lens": [4, 2]}, outcome="error")
+    assert "sequences have the lengths [2, 4]" in message and not target.any()
+    replay(run, [target], "", extras={"seq_lens": [2, 4]})
+    assert torch.equal(target, whole)
+
+
 @pytest.mark.parametrize("dims", ["t h[tp]", "h[tp] t"])
 def test_a_sender_alone_has_the_whole_and_need_not_say_so(run, dims):
     whole = torch.randn(4, 8)

@@ -196,6 +196,12 @@ def test_a_command_that_is_not_there_is_told_where_it_was_sought(shell, run, wor
     assert done.returncode == 2 and f"command not found: {said}" in done.stderr
 
 
+def test_a_command_may_have_a_double_dash_of_its_own(shell, run):
+    job = shell.write("job.py", "import sys; print(sys.argv[1:])")
+    done = shell(shell.graft, "record", "-o", run, sys.executable, job, "--", "--foo")
+    assert done.returncode == 0 and "--foo" in done.stdout
+
+
 def test_a_killed_job_leaves_what_it_tapped(shell, run):
     shell.write(
         "killed.py",

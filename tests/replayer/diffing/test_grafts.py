@@ -6,7 +6,7 @@ import pytest
 import torch
 from layered import job
 
-from recorder import Recorder
+from recorder import Recorder, tap
 from recorder.tags import label
 from replayer import Replayer, diff
 from replayer.showing.beside import beside, lines_beside, print_beside, status_of
@@ -83,25 +83,33 @@ def test_steps_and_other_tags_are_followed(runs):
     assert by_name.pairs.filter("grafted").select("step", "name").rows() == [(1, "up")]
 
 
-def test_blocks_of_any_rank_that_was_grafted_count(tmp_path):
-    whole = torch.randn(4, 8)
+@pytest.mark.parametrize(("filter", "is_grafted"), [("rank == 1", False), ("True", True)])
+def test_blocks_are_grafted_where_all_ranks_are(tmp_path, filter, is_grafted):
+    """What another rank computed, and nothing overwrote, is wrong all the same."""
+    whole, kept = torch.randn(4, 8), []
 
-    def run(factor):
-        from recorder import tap
+    def job(rank, factor):
+        kept.append(tap("x", factor * whole.chunk(2, 1)[rank], dims="t h[tp]"))
+        kept.append(tap("y", torch.ones(3), dims="t"))
 
-        for rank in range(2):
-            yield rank, lambda rank=rank: tap("x", factor * whole.chunk(2, 1)[rank], dims="t h[tp]")
-
-    for rank, target in run(1):
+    for rank in range(2):
         with Recorder(tmp_path / "base", rank=rank, world_size=2):
-            target()
-    kept = []
-    for rank, target in run(3):
-        options = {"filter": "rank == 1", "record": "True", "out": tmp_path / "out"}
+            job(rank, 1)
+    for rank in range(2):
+        options = {"filter": f'name == "x" and ({filter})', "record": "True"}
+        options["out"] = tmp_path / "out"
         with Replayer(tmp_path / "base", rank=rank, world_size=2, **options):
-            kept.append(target())
-    row = diff(tmp_path / "base", tmp_path / "out").pairs.row(0, named=True)
-    assert (row["how"], row["grafted"], row["first"]) == ("layout", True, "grafted")
+            job(rank, 3)
+    found = diff(tmp_path / "base", tmp_path / "out")
+    row = found.pairs.row(0, named=True)
+    assert (row["how"], row["grafted"]) == ("layout", is_grafted)
+    assert row["first"] == ("grafted" if is_grafted else "both")
+    assert found.status == (0 if is_grafted else 1)
+
+
+def test_where_nothing_behind_a_graft_is_compared_it_proves_nothing(runs):
+    found = diff(*runs({("down", 4): lambda x: x + 5}, "True"))
+    assert found.first("tolerance") is None and found.status == 1
 
 
 def test_a_recording_without_a_log_has_no_grafts(runs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from layered import job
 
@@ -117,3 +118,22 @@ def test_a_job_that_names_its_taps_otherwise_is_matched_as_the_replay_was(run):
     found = check(run, other, rename="x=m.{layer}.x")
     assert found.status == 1 and len(kept) == 3
     assert "repeats itself" in found.why and "first at m.2.x step=0" in found.why
+
+
+@pytest.mark.processes
+def test_ranks_that_tap_nothing_are_ranks_all_the_same(shell, run):
+    shell.write(
+        "job.py",
+        """
+        import torch, torch.distributed as dist
+        from recorder import tap
+
+        dist.init_process_group("gloo")
+        if dist.get_rank() == 0:
+            x = tap("x", torch.ones(3))
+        """,
+    )
+    job = shell.torchrun(2, "job.py")
+    assert shell(shell.graft, "record", "-o", run, "--", job).returncode == 0
+    done = shell(shell.graft, "check", run, "--", job)
+    assert done.returncode == 0, done.stderr
