@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from recorder.errors import RecordingError
 from recorder.format import disk
+from recorder.format.rows import parse_tags
 from recorder.format.schema import json_bytes
 from recorder.recording import Recording
 
 from ..diffing.diff import diff
 from ..log import FOLDER, read_log
+from ..match import MatchOn
 from ..only import Tap
+from ..rename import Rename, oriented_to, renamed
 from ..settings import ReplaySettings
 from .judging import Sharpened
 from .segments import cuts_of
@@ -43,7 +46,7 @@ def sharpened_by(
     Raises:
         RecordingError: one of them is neither a recording nor what a check left.
     """
-    floor: dict[Tap, float] = {}
+    floor: dict[Hashable, float] = {}
     was_checked = False
     for one in floors:
         if (Path(one) / FOLDER).is_dir():
@@ -58,12 +61,31 @@ def sharpened_by(
             differences = _differences(recording, one, settings)
             errors = [(tap, error) for (tap, _step), error in differences]
         for tap, error in errors:
-            floor[tap] = max(floor.get(tap, 0.0), error)
-    known: dict[tuple[Tap, int], float] = {}
+            counted = _counts(tap, settings)
+            floor[counted] = max(floor.get(counted, 0.0), error)
+    known: dict[tuple[Hashable, int], float] = {}
     if truth is not None:
-        for at, error in _differences(recording, truth, settings):
+        for (tap, step), error in _differences(recording, truth, settings):
+            at = _counts(tap, settings), step
             known[at] = max(known.get(at, 0.0), error)
-    return Sharpened(floor, known, truth_factor), was_checked
+    renames = oriented_to(settings.rename, recording.latest()["name"].unique())
+
+    def counts(tap: Tap) -> Hashable:
+        return _counts(tap, settings, renames)
+
+    return Sharpened(floor, known, truth_factor, counts, settings.step_offset), was_checked
+
+
+def _counts(
+    tap: Tap, settings: ReplaySettings, renames: Sequence[Rename] | None = None
+) -> Hashable:
+    """Return what counts of a tap for a match: of the baseline's, or with renames of a target's."""
+    match_on, tags = MatchOn.parse(settings.match_on), parse_tags(tap.tags)
+    if match_on.order:
+        return tap  # only its position would tell
+    if renames is None:
+        return tap.kind, match_on.group(tap.name, tags)
+    return tap.kind, match_on.group_of_target(*renamed(renames, tap.name, tags))
 
 
 def _checked_by(folder: Path) -> object:
@@ -82,8 +104,10 @@ def _differences(
     Raises:
         RecordingError: they have no tap in common.
     """
-    renames = [one.text for one in settings.rename]
-    found = diff(recording.path, other, match_on=settings.match_on, rename=renames)
+    # The other is of the baseline too, and calls its taps and tags as that does.
+    match_on = MatchOn.parse(settings.match_on)
+    text = ",".join(match_on.tags or ()) if match_on.renamed else settings.match_on
+    found = diff(recording.path, other, match_on=text)
     if not found.compared:
         raise RecordingError(
             f"{other} has none of the taps of {recording.path}, so it tells nothing of them; give "

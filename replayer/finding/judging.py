@@ -21,7 +21,7 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -86,19 +86,26 @@ class Sharpened:
     """What else is known of how far clean segments are off; it may only raise a limit.
 
     Attributes:
-        floor: by tap, the greatest error of replays of the baseline onto itself.
-        truth: by tap and step, the baseline's own error against the truth.
+        floor: by what counts of a tap, the greatest error of replays of the baseline onto itself.
+        truth: by that and the baseline's step, the baseline's own error against the truth.
         times: how many times that a segment may be off.
+        counts: returns what counts of a target's tap.
+        step_offset: added to the target's step to get the baseline's.
     """
 
-    floor: Mapping[Tap, float] = field(default_factory=dict)
-    truth: Mapping[tuple[Tap, int], float] = field(default_factory=dict)
+    floor: Mapping[Hashable, float] = field(default_factory=dict)
+    truth: Mapping[tuple[Hashable, int], float] = field(default_factory=dict)
     times: float = 2.0
+    counts: Callable[[Tap], Hashable] = lambda tap: tap
+    step_offset: int = 0
 
     def least(self, place: Place) -> float:
         """Return the limit that it gives a segment, 0 where it knows none."""
-        floor = self.floor.get(place.tap, 0.0)
-        truth = self.truth.get((place.tap, place.step), 0.0)
+        if not self.floor and not self.truth:
+            return 0.0
+        counted = self.counts(place.tap)
+        floor = self.floor.get(counted, 0.0)
+        truth = self.truth.get((counted, place.step + self.step_offset), 0.0)
         return max(_FLOOR * floor, self.times * truth)
 
 

@@ -16,22 +16,26 @@ from replayer.settings import ReplaySettings
 RULES = ("attn=layers.{layer}.self_attn", "mlp=layers.{layer}.mlp.out")
 
 
-def baseline(wrong=None, factor=1.0):
+def off_by(x, noise):
+    return x if noise is None else x * (1 + 1e-3 * torch.randn(x.shape, generator=noise))
+
+
+def baseline(noise=None):
     random = torch.Generator().manual_seed(0)
     x = torch.randn(4, 8, generator=random)
     for layer in range(4):
         w = torch.randn(2, 8, 8, generator=random) / 8**0.5
-        x = tap("attn", x @ w[0], layer=layer)
+        x = tap("attn", off_by(x @ w[0], noise), layer=layer)
         x = tap("mlp", torch.tanh(x @ w[1]), layer=layer)
     return x
 
 
-def target(wrong=None):
+def target(wrong=None, noise=None):
     random = torch.Generator().manual_seed(0)
     x = torch.randn(4, 8, generator=random)
     for layer in range(4):
         w = torch.randn(2, 8, 8, generator=random) / 8**0.5
-        x = tap(f"layers.{layer}.self_attn", x @ w[0] * (2 if layer == wrong else 1))
+        x = tap(f"layers.{layer}.self_attn", off_by(x @ w[0] * (2 if layer == wrong else 1), noise))
         x = tap(f"layers.{layer}.mlp.out", torch.tanh(x @ w[1]))
     return x
 
@@ -142,6 +146,26 @@ def test_localize_check_and_bisect_take_it_too(base, tmp_path):
         base, lambda: target(wrong=2), rename=RULES, watch='name == "mlp" and layer == 3'
     )
     assert searched.found.name == "layers.2.self_attn"
+
+
+@pytest.mark.parametrize("how", ["check", "recording", "truth"])
+def test_floors_and_truths_are_of_the_baseline_s_names(base, tmp_path, how):
+    """What the baseline is off from itself is no fault of a target with other names either."""
+
+    other = tmp_path / "other"
+    if how == "check":
+        check(base, lambda: baseline(noise=torch.Generator().manual_seed(1)), out=other)
+    else:
+        with Recorder(other):
+            baseline(noise=torch.Generator().manual_seed(1))
+    options = {"truth": other} if how == "truth" else {"floor": [other]}
+    options["rename"] = RULES
+
+    def off():
+        return target(noise=torch.Generator().manual_seed(2))
+
+    assert localize(base, off, rename=RULES).status == 1
+    assert localize(base, off, **options).status == 0
 
 
 def test_the_variable_has_them_one_behind_the_other():
