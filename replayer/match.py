@@ -10,6 +10,7 @@ A second forward (`recompute`) gets what the first firing with its key got.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import threading
 import time
@@ -384,7 +385,9 @@ def selected_rows(
         here: dict[str, object] = {"rank": rank, "step": row["step"] - step_offset}
         if back:
             tags = parse_tags(row["tags"])
-            name, own = renamed(back, row["name"], tags)
+            name, own = row["name"], tags
+            with contextlib.suppress(UsageError):  # the target may call it by several names
+                name, own = renamed(back, name, tags)
             here |= {**dict.fromkeys(tags), **own, "name": name}
         return here
 

@@ -147,6 +147,8 @@ def summarize(
 
 
 def _renames(log: pl.DataFrame, records: pl.DataFrame, settings: ReplaySettings) -> tuple[str, ...]:
+    if settings.filter is not None:  # what it leaves out is not in the log
+        return ()
     names = log["name"].unique()
     return tuple(
         f"--rename {one.text!r}: {one.b.text!r} fits no tap of the target"
@@ -173,8 +175,9 @@ def _steps(log: pl.DataFrame, records: pl.DataFrame, settings: ReplaySettings) -
         return ""
     (_, here), (_, there) = seen_in(log), seen_in(records)
     common = ({*here} & {*there}) - {"step"}
-    steps = {step + settings.step_offset for step in here["step"]}
-    return forgotten_step((there["step"], steps), ("the recording", "the target"), common)
+    repeats = bool((records["occurrence"] > 0).any()), bool((log["occurrence"] > 0).any())
+    sides = "the recording", "the target"
+    return forgotten_step((there["step"], here["step"]), repeats, sides, common)
 
 
 def _used(log: pl.DataFrame) -> pl.DataFrame:

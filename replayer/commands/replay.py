@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -58,13 +59,19 @@ def replay(run: str, out: str | None, command: tuple[str, ...], **options: Any) 
         for line in done.recording.notes:
             note(line)
     if done.status == 0:
-        note(f"next: {_next(run, out, done.recording is not None)}")
+        note(f"next: {_next(run, out, done.recording is not None, options)}")
     sys.exit(done.status)
 
 
-def _next(run: str, out: str | None, is_recorded: bool) -> str:
+def _next(run: str, out: str | None, is_recorded: bool, options: Mapping[str, Any]) -> str:
     if out is not None and is_recorded:
-        return f"graft diff {shlex.quote(run)} {shlex.quote(out)}"
+        words = ["graft", "diff", run, out]
+        words += [word for rule in options["rename"] for word in ("--rename", rule)]
+        if options["match_on"] is not None:
+            words += ["--match-on", options["match_on"]]
+        if options["step_offset"]:
+            words += ["--step-offset", str(options["step_offset"])]
+        return shlex.join(words)
     return (
         f"the same with {'' if out is not None else '-o OUT '}--record True, to keep what the "
         "target computes after the graft; graft diff then says whether that is right"

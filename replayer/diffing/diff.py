@@ -404,7 +404,9 @@ def _about_steps(pairs: Pairs, table: pl.DataFrame) -> list[str]:
     seen = [seen_in(side.frame) for side in (pairs.a, pairs.b)]
     a, b = (values for _, values in seen)
     common = ({*a} & {*b}) - {"step"}
-    told = forgotten_step((a["step"], b["step"]), ("A", "B"), common)
+    steps = a["step"], {step - pairs.step_offset for step in b["step"]}
+    repeats = [bool((side.frame["occurrence"] > 0).any()) for side in (pairs.a, pairs.b)]
+    told = forgotten_step(steps, (repeats[0], repeats[1]), ("A", "B"), common)
     return [told] if told else []
 
 

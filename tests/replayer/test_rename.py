@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_a_rule_that_fits_no_tap_is_said(base):
     )
 
 
+def test_two_names_for_one_record_are_no_reason_to_fail(base):
+    rules = ("attn=layers.{layer}.self_attn", "attn=other.{layer}")
+    chosen = 'name.startswith("layers.") or name.startswith("other.")'
+    with Replayer(base, rename=rules, match_on="name,layer", filter=chosen) as replay:
+        kept = [tap(f"layers.{i}.self_attn", torch.zeros(4, 8)) for i in range(4)]
+    assert len(kept) == 4 and replay.summary().outcomes
+
+
 def test_sides_the_other_way_round_are_turned(base):
     rules = parsed(";".join("=".join(reversed(rule.split("="))) for rule in RULES))
     assert [one.a.text for one in oriented_to(rules, ["attn", "mlp"])] == ["attn", "mlp"]
@@ -194,6 +203,11 @@ def test_the_commands_take_it_several_times(base, shell):
     words = [word for rule in RULES for word in ("--rename", rule)]
     done = shell(shell.graft, "replay", base, *words, "--", shell.python, "job.py")
     assert done.returncode == 0 and "replay: 4 grafted; 4 of 8 selected" in done.stderr
+    options = ["-o", "out", "--record", "True"]
+    done = shell(shell.graft, "replay", base, *words, *options, "--", shell.python, "job.py")
+    following = done.stderr.splitlines()[-1].removeprefix("[graft] next: graft ")
+    again = shell(shell.graft, shlex.split(following))
+    assert "4 pairs: " in again.stdout and "nothing matched" not in again.stderr
     wrong = shell(shell.graft, "replay", base, "--rename", "x=y.{i}", "--", shell.python, "job.py")
     assert "before COMMAND runs: --rename 'x=y.{i}': 'x' fits no record; there are" in wrong.stderr
     assert Rename.parse("x=y.{i}").literal == 2
