@@ -16,7 +16,7 @@ import contextlib
 import difflib
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -120,7 +120,7 @@ class Filter:
         seen_tags, seen_names = sorted(set(tag_names)), sorted(set(tap_names))
         hints = []
         for name in self.unknown(seen_tags):
-            known = ["name", *seen_tags, "step", "rank"]
+            known = list(dict.fromkeys(["name", *seen_tags, "step", "rank"]))
             meant = self.meant(name, known, seen_names)
             hints.append(
                 f"no tap carried the tag {name!r}{meant}"
@@ -155,10 +155,13 @@ class Filter:
         return re.sub(rf"(?<![\w\"'.]){re.escape(name)}(?![\w\"'.])", f'"{name}"', self.text)
 
     def _unmet(self, values: Mapping[str, Collection[Any]]) -> list[str]:
-        """Say of each comparison of a tag with literals that no value meets, which there are."""
+        """Say of each comparison that must hold, and that no value of its tag meets, which it has.
+
+        What a tap does not carry is None, and no value.
+        """
         found = []
-        for node in ast.walk(ast.parse(self.text, mode="eval")):
-            if not isinstance(node, ast.Compare):
+        for node in _required(ast.parse(self.text, mode="eval").body):
+            if any(isinstance(one, ast.Constant) and one.value is None for one in ast.walk(node)):
                 continue
             names = [one.id for one in ast.walk(node) if isinstance(one, ast.Name)]
             if len(names) != 1 or names[0] == "name" or not values.get(names[0]):
@@ -170,12 +173,23 @@ class Filter:
         return found
 
 
+def _required(node: ast.expr) -> Iterator[ast.Compare]:
+    """Yield the comparisons that all must hold for the whole to."""
+    if isinstance(node, ast.Compare):
+        yield node
+    elif isinstance(node, ast.BoolOp) and isinstance(node.op, ast.And):
+        for one in node.values:
+            yield from _required(one)
+
+
 _ASSIGNMENT = r"(?<![=!<>])=(?!=)"
 
 
 def _with_comparisons(text: str) -> str | None:
     """Return a text with == for each =, None where that makes no expression of it."""
-    meant = re.sub(_ASSIGNMENT, "==", text)
+    parts = re.split(r"('[^']*'|\"[^\"]*\")", text)  # every other one is in quotes
+    parts[::2] = [re.sub(_ASSIGNMENT, "==", part) for part in parts[::2]]
+    meant = "".join(parts)
     if meant == text:
         return None
     try:

@@ -216,6 +216,9 @@ def diff(
         from ..showing.beside import print_beside, status_of
 
         print_beside(found, after, terminal_width(), limit)
+        for why in {found.why_nothing: None, after.why_nothing: None}:
+            if why:
+                note(why)
         sys.exit(status_of(found, after))
     try:
         if parquet is not None:

@@ -62,7 +62,12 @@ def lines_beside(before: Diff, after: Diff) -> list[str]:
     for name, one in zip(_names(before, after), (before, after), strict=True):
         first = one.first("tolerance")
         counts = one.counts()
+        unread = sum(counts[o] for o in ("error", "shape", "unmeasured"))
         told = "nothing beyond tolerance"
+        if unread:
+            told += f" in what could be compared, {count(unread, 'pair')} could not"
+        if not one.compared:
+            told = "nothing was compared"
         if first is not None:
             told = f"first divergence beyond tolerance {title(first)}"
         elif one.first("grafted") is not None:

@@ -185,3 +185,17 @@ def test_one_equals_sign_gets_the_comparison_that_was_meant(text, meant, column)
 def test_what_selects_nothing_is_told_what_there_is(text, said):
     values = {"layer": {0, 1, 2, 3}, "phase": {"prefill", "decode"}}
     assert said in Filter.parse(text).why_nothing(values, ["q", "k"], values)
+
+
+@pytest.mark.parametrize(
+    "text", ["layer == None", "layer is None", "name == 'z' and not layer == 7", "layer == 7 or 0"]
+)
+def test_what_need_not_hold_is_not_blamed(text):
+    told = Filter.parse(text).why_nothing({"layer": {0}}, ["q"], {"layer": {0}})
+    assert "none has" not in told
+
+
+def test_what_stands_in_quotes_is_left_as_it_is():
+    with pytest.raises(FilterError) as caught:
+        Filter.parse('name == "a=b" and layer = 3')
+    assert caught.value.reason.endswith('name == "a=b" and layer == 3')
