@@ -5,24 +5,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .taps.tap import context, step, tap
-
 if TYPE_CHECKING:
     from .errors import GraftError
     from .filters import Filter
     from .mesh import declare_mesh, global_layer
+    from .modules.watch import attach
     from .recording import Recording
     from .session import Recorder
+    from .taps.tap import context, step, tap
 
 # Loaded when first asked for: a job that only taps, and the command line, need neither torch's
-# nor polars' import time.
+# nor polars' import time; and torch itself loads this package, in programs that want none of it.
 _LAZY = {
     "Filter": "recorder.filters",
     "GraftError": "recorder.errors",
     "Recorder": "recorder.session",
     "Recording": "recorder.recording",
+    "attach": "recorder.modules.watch",
+    "context": "recorder.taps.tap",
     "declare_mesh": "recorder.mesh",
     "global_layer": "recorder.mesh",
+    "step": "recorder.taps.tap",
+    "tap": "recorder.taps.tap",
 }
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "GraftError",
     "Recorder",
     "Recording",
+    "attach",
     "context",
     "declare_mesh",
     "global_layer",
@@ -41,7 +46,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    found = globals()[name] = getattr(importlib.import_module(_LAZY[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -104,6 +104,14 @@ class Filter:
         """
         return bool(self._run(tags))
 
+    def value(self, names: Env) -> Any:
+        """Return what the expression comes to, which need not be a truth.
+
+        Raises:
+            FilterError: as in calling it.
+        """
+        return self._run(names)
+
     def why_nothing(
         self,
         tag_names: Iterable[str],

@@ -20,6 +20,64 @@ DOCTOR = "doctor"
 """What `graft doctor` reports as its state: it makes no tap, and nobody expects one."""
 
 
+SURVEY = "GRAFT_SURVEY"
+"""The variable with which `graft taps` asks what could be tapped."""
+LOADED = "entry"
+"""What a process reports as its session in which torch let tensorgraft in."""
+
+
+class RowReport(TypedDict):
+    """What became of one row of a tap table in one process."""
+
+    path: str
+    where: str
+    optional: bool
+    found: int
+    """How many modules it fits."""
+    identities: int
+    """How many of these only hand on their input, and are left alone."""
+    ran: int
+    fired: int
+    misfit: str
+    closest: list[str]
+
+
+class SurveyedTensor(TypedDict):
+    """A tensor that goes into a module or comes out of it."""
+
+    place: str
+    dtype: str
+    shape: list[int]
+
+
+SurveyedModule = TypedDict(
+    "SurveyedModule",
+    {
+        "model": str,
+        "root": int,
+        "name": str,
+        "class": str,
+        "calls": int,
+        "input": list[SurveyedTensor],
+        "output": list[SurveyedTensor],
+        "taps": list[str],
+        "is_identity": bool,
+    },
+)
+"""What `graft taps` knows of a module: its model's class and number, and its first call."""
+
+
+class ModelReport(TypedDict):
+    """What the tables found in one process."""
+
+    rows: list[RowReport]
+    models: list[str]
+    """The classes of the models that are tapped."""
+    sections: list[str]
+    others: list[str]
+    """The classes of roots in which nothing was found."""
+
+
 class Report(TypedDict, total=False):
     """What a rank's session says of itself; of what was not known, nothing is there."""
 
@@ -32,6 +90,11 @@ class Report(TypedDict, total=False):
     selected: int
     refused: int
     repeats: int
+    pid: int
+    taps: ModelReport
+    modules: list[SurveyedModule]
+    never: int
+    """How many modules were never called."""
     names_seen: list[str]
     tags_seen: list[str]
 

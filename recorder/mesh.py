@@ -31,6 +31,8 @@ PIPELINE = "pp"
 
 _declared: Mesh | None = None
 _layer_offset: int | None = None
+_learned: Mesh = {}
+_same: dict[str, str] = {}
 
 
 def declare_mesh(
@@ -101,8 +103,33 @@ def global_layer(layer: int, of: int | None = None) -> int:
     return layer + stage * (of // stages)
 
 
+def learn_mesh(mesh: Any) -> None:
+    """Take note of a DeviceMesh that the job's own tensors lie on; it holds where nobody says more.
+
+    One without names says nothing.
+    """
+    try:
+        _learned.update(_of_device_mesh(mesh))
+    except UsageError:  # no names, or this rank is not in it
+        pass
+
+
+def learn_axis(axis: str, same_as: str) -> None:
+    """Take note that an axis is another by its other name, as `sp` is `tp`."""
+    _same[axis] = same_as
+
+
 def current_mesh() -> Mesh | None:
     """Return where this rank stands; None where nobody says."""
+    mesh = _said_mesh()
+    if not _same or mesh is None:
+        return mesh
+    return mesh | {
+        axis: mesh[other] for axis, other in _same.items() if other in mesh and axis not in mesh
+    }
+
+
+def _said_mesh() -> Mesh | None:
     if _declared is not None:
         return _declared
     for module, find in _FRAMEWORKS:
@@ -115,7 +142,7 @@ def current_mesh() -> Mesh | None:
             continue
         if mesh is not None:
             return mesh
-    return None
+    return dict(_learned) or None
 
 
 class MeshWatch:
@@ -127,7 +154,7 @@ class MeshWatch:
 
     def current(self, step: int) -> Mesh | None:
         """Return where this rank stands; see `current_mesh`."""
-        if _declared is not None:
+        if _declared is not None and not _same:
             return _declared
         if self._found is None or self._step != step:
             self._found, self._step = current_mesh(), step

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,9 @@ from .job import Job
 from .logical import layout_of
 from .mailbox import write_report
 from .mesh import Mesh
+from .modules.watch import Request, begin
+from .modules.watch import end as end_taps
+from .paths import Path as ModulePath
 from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
@@ -61,7 +64,7 @@ class Recorder:
 
     Args:
         path: the recording's folder; made if need be.
-        filter: as all that follow, an option of `graft record`: `RecordSettings` says what each
+        modules: as all that follow, an option of `graft record`: `RecordSettings` says what each
             does. Sizes are numbers of bytes or text such as `20GB`.
         rank: this rank; by default as `ranks.current_rank` finds it. With `world_size`.
         world_size: the number of ranks.
@@ -78,6 +81,9 @@ class Recorder:
         self,
         path: str | os.PathLike[str],
         *,
+        modules: str | Sequence[str | ModulePath] = (),
+        taps: str | None = None,
+        step_on: str = "step",
         filter: Filter | str | None = None,
         level: str = "tensors",
         max_bytes: int | str | None = None,
@@ -111,6 +117,7 @@ class Recorder:
         self._lazy = False
         self._pid = os.getpid()
         self._skipped = 0
+        self._tapped: Request | None = None
 
     @property
     def rank(self) -> int:
@@ -119,6 +126,7 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         self.start()
+        self._tapped = begin(self.settings)
         activate(self)
         return self
 
@@ -129,6 +137,7 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        end_taps(self._tapped)
         if error is None and self.state == "failed":
             self._say(f"the recording in {self.path} is not to be trusted: {self.reason}")
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import UsageError
 from .filters import Filter
+from .paths import Path, parse_path
 from .sizes import format_binary_size, parse_size
 
 S = TypeVar("S", bound="Settings")
@@ -263,8 +264,68 @@ class Settings:
         }
 
 
+def _paths(value: Any, called: str) -> tuple[Path, ...]:
+    """Return paths from some, their texts, or one text with `;` between."""
+    if isinstance(value, str):
+        value = [piece for piece in value.split(";") if piece.strip()]
+    elif isinstance(value, Path):
+        value = [value]
+    try:
+        return tuple(one if isinstance(one, Path) else parse_path(one.strip()) for one in value)
+    except (TypeError, AttributeError):
+        raise UsageError(f"{called} is {value!r}; give paths of modules, as texts") from None
+
+
 @dataclass(frozen=True)
-class RecordSettings(Settings):
+class TapSettings(Settings):
+    """Which modules to tap in a program without taps: options of recording and of replaying."""
+
+    PREFIX = "GRAFT"
+    PREFIXES: ClassVar[tuple[str, ...]] = ("GRAFT_RECORD", "GRAFT_REPLAY")
+
+    modules: tuple[Path, ...] = option(
+        (),
+        "Tap the modules of this path, such as 'model.layers.{layer}.mlp' or '*.mlp:input'. May be "
+        "repeated.",
+        metavar="PATH",
+        check=_paths,
+        is_multiple=True,
+    )
+    taps: str | None = option(
+        None,
+        "Tap what a table names: its file, FILE:SECTION, one that comes with tensorgraft, or auto "
+        "to choose by the model's class.",
+        metavar="TABLE",
+    )
+    step_on: str = option(
+        "step",
+        "Where an iteration ends: where the program calls step(), as the first model is called "
+        "again, or where an optimizer has stepped.",
+        choices=("step", "root", "optimizer"),
+    )
+
+    @property
+    def wants_modules(self) -> bool:
+        """Whether anything is to be done at a program's modules."""
+        return bool(self.modules or self.taps or self.step_on != "step")
+
+    @classmethod
+    def of_environment(cls, prefix: str, environ: Mapping[str, str] = os.environ) -> TapSettings:
+        """Return what the variables of one session's settings say.
+
+        Raises:
+            UsageError: a variable cannot be used.
+        """
+        return TapSettings(
+            **{
+                one.name: one.read(environ.get(f"{prefix}_{one.name.upper()}"))
+                for one in TapSettings.options()
+            }
+        )
+
+
+@dataclass(frozen=True)
+class RecordSettings(TapSettings):
     """How to record: the options of `graft record` and of `Recorder`."""
 
     PREFIX = "GRAFT_RECORD"

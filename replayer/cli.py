@@ -8,6 +8,7 @@ import click
 
 from recorder.commands.cli import ls, record, show, verify
 from recorder.commands.clicking import Group
+from recorder.commands.taps import taps
 from recorder.diagnostics import NO_NUMPY
 
 from .commands.bisect import bisect
@@ -40,7 +41,7 @@ GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Start here": (demo, doctor, skill),
     "Record and replay": (record, replay),
     "Find the fault": (localize, check, bisect, diff),
-    "Look": (ls, show),
+    "Look": (taps, ls, show),
     "Keep": (verify,),
 }
 for title, commands in GROUPS.items():

@@ -38,6 +38,8 @@ from recorder.format.schema import rank_folder
 from recorder.job import Job
 from recorder.mailbox import write_report
 from recorder.mesh import FrozenMesh
+from recorder.modules.watch import Request, begin, end
+from recorder.paths import Path as ModulePath
 from recorder.ranks import RankWatch
 from recorder.recording import Recording
 from recorder.session import Recorder
@@ -97,6 +99,9 @@ class Replayer:
         self,
         path: str | os.PathLike[str],
         *,
+        modules: str | Sequence[str | ModulePath] = (),
+        taps: str | None = None,
+        step_on: str = "step",
         filter: Filter | str | None = None,
         transform: Callable[..., Any] | str | TransformError | None = None,
         only: str | None = None,
@@ -138,6 +143,7 @@ class Replayer:
         self.ignored = self._selection.ignored
         self._only = None if self.settings.only is None else Only(self.settings.only)
         self._gradients = GradientTaps()
+        self._tapped: Request | None = None
         self._made: Replacements | None = None
         self._outcomes = Outcomes(self.settings, self._ranks, self._selection, self._distrust)
         self._recorder: Recorder | None = None
@@ -156,7 +162,9 @@ class Replayer:
         self.reason = ""
 
     def __enter__(self) -> Replayer:
-        for session in self.start():
+        sessions = self.start()
+        self._tapped = begin(self.settings)
+        for session in sessions:
             activate(session)
         return self
 
@@ -177,6 +185,7 @@ class Replayer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        end(self._tapped)
         if error is None and self.settings.strict:
             problems = self.problems()
             if problems:

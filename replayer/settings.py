@@ -8,7 +8,7 @@ from typing import Any
 
 from recorder.filters import Filter
 from recorder.layouts.dims import REPLICAS
-from recorder.settings import Settings, expression, option, whole_number
+from recorder.settings import TapSettings, expression, option, whole_number
 
 from .match import MatchOn
 from .rename import Rename, parsed
@@ -24,7 +24,7 @@ def _renames(value: Any, called: str) -> tuple[Rename, ...]:
 
 
 @dataclass(frozen=True)
-class ReplaySettings(Settings):
+class ReplaySettings(TapSettings):
     """How to replay: the options of `graft replay` and of `Replayer`."""
 
     PREFIX = "GRAFT_REPLAY"

@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from recorder.commands import launch
-from recorder.commands.outcome import UNTRUSTED, Outcome, conclude, rank_of_wrapper, reports_of
+from recorder.commands.outcome import (
+    UNTRUSTED,
+    Outcome,
+    conclude,
+    of_tables,
+    rank_of_wrapper,
+    reports_of,
+    with_table,
+)
 from recorder.commands.outcome import prepare as prepare_recording
+from recorder.commands.processes import Processes
 from recorder.errors import DamagedRecording, RecordingError, RecordingExists, UsageError
 from recorder.format import disk
 from recorder.format.schema import rank_folder
@@ -105,6 +114,7 @@ def replayed(
     if isinstance(target, str):
         raise UsageError(f"the command {target!r} is one text; give its words: {target.split()}")
     launch.check(target)
+    settings = with_table(settings)
     return _of_command(recording, folder, settings, target, aside)
 
 
@@ -140,16 +150,20 @@ def _of_command(
             **settings.variables(),
         }
         env = launch.environment(variables, command, reports)
-        status = launch.run(command, env, aside)
+        processes = Processes()
+        look = processes.look if settings.wants_modules else None
+        status = launch.run(command, env, aside, look)
         beside = None
         if settings.record is not None and out is not None:
             found = reports_of(RecordSettings.PREFIX, reports)
             progress = read_progress(reports)
             problems, notes = conclude(out, env["GRAFT_JOB"], settings.record, found, progress)
             beside = Outcome(status, tuple(problems), tuple(notes))
-        return _concluded(
+        done = _concluded(
             folder, recording, settings, reports_of(settings.PREFIX, reports), status, beside
         )
+        said = of_tables(settings, reports, processes)
+        return replace(done, notes=(*done.notes, *said))
 
 
 def prepare(folder: Path, overwrite: bool, records: bool) -> None:

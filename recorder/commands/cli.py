@@ -32,7 +32,7 @@ def record(run: str, command: tuple[str, ...], **options: Any) -> None:
     Example:
       graft record -o runs/base -- torchrun --nproc-per-node 4 train.py
     """
-    outcome = recorded(run, RecordSettings(**options), command, note)
+    outcome = recorded(run, RecordSettings.named(options), command, note)
     for problem in outcome.problems:
         note(f"not to be trusted: {problem}")
     for line in outcome.notes:

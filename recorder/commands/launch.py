@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from typing import Any
 from ..diagnostics import say
 from ..errors import UsageError
 from ..job import new_job_id
+from ..mailbox import SURVEY
 from ..mailbox import VARIABLE as REPORTS
 
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGWINCH")
+_MODULES = ("_MODULES", "_TAPS", "_STEP_ON", SURVEY)
+_SITE = Path(__file__).parent.parent / "entering"
 _SECONDS = 1.0  # between looks at whether the command has ended, should no signal tell
 _FROM_THE_KEYBOARD = ("SIGINT", "SIGQUIT", "SIGWINCH")
 
@@ -50,9 +53,17 @@ def environment(
         else:
             new[name] = value
     new.setdefault("GRAFT_JOB", new_job_id())
+    if is_closed(new) and any(name.endswith(_MODULES) and value for name, value in options.items()):
+        # Torch is told to load no entry points, which are the way in to a program without taps.
+        new["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SITE), new.get("PYTHONPATH"))))
     new["GRAFT_COMMAND"] = json.dumps(list(command))
     new[REPORTS] = str(reports)
     return new
+
+
+def is_closed(environ: Mapping[str, str]) -> bool:
+    """Whether the environment tells torch to load no entry points."""
+    return environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
 
 
 def check(command: Sequence[str]) -> None:
@@ -65,13 +76,19 @@ def check(command: Sequence[str]) -> None:
         raise UsageError("there is no command to run; write it after --, as in: -- python train.py")
 
 
-def run(command: Sequence[str], env: Mapping[str, str], aside: bool = False) -> int:
+def run(
+    command: Sequence[str],
+    env: Mapping[str, str],
+    aside: bool = False,
+    look: Callable[[int], None] | None = None,
+) -> int:
     """Run a command to its end and return its exit status; 128 + N where signal N ended it.
 
     Args:
         command: its words.
         env: its environment.
         aside: whether what it prints goes to stderr, since stdout is for a result.
+        look: called with its pid now and then while it runs.
 
     Raises:
         UsageError: it cannot be started.
@@ -88,8 +105,34 @@ def run(command: Sequence[str], env: Mapping[str, str], aside: bool = False) -> 
             raise UsageError(_not_found(command[0])) from None
         except OSError as err:
             raise UsageError(f"{command[0]} cannot be run: {err.strerror or err}") from None
-        status = signals.passed_on_to(process)
+        with _looking(process, look):
+            status = signals.passed_on_to(process)
     return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def _looking(
+    process: subprocess.Popen[bytes], look: Callable[[int], None] | None
+) -> Iterator[None]:
+    """Call `look` about once a second, from a thread: the main one waits for signals."""
+    if look is None:
+        yield
+        return
+    ended = threading.Event()
+
+    def repeat() -> None:
+        pause = _SECONDS / 4
+        while not ended.wait(pause):
+            look(process.pid)
+            pause = _SECONDS
+
+    thread = threading.Thread(target=repeat, name="graft-look", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _beside(word: str, env: Mapping[str, str]) -> Path | None:

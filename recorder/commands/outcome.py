@@ -11,8 +11,9 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from .. import ranks
 from ..errors import RecordingError
@@ -22,16 +23,22 @@ from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_li
 from ..format.disk import ACCESS
 from ..format.schema import RECORDING, rank_folder
 from ..job import Job
-from ..mailbox import DOCTOR, Report, failures_of, read_reports, why_nothing
+from ..mailbox import DOCTOR, LOADED, Report, failures_of, read_reports, why_nothing
+from ..modules import table
+from ..modules.told import lines
 from ..progress import Progress, Watcher, read_progress
 from ..ranks import Rank
-from ..settings import RecordSettings
+from ..settings import RecordSettings, TapSettings
 from ..sizes import count, format_size
 from ..writing import claim
 from . import launch
+from .processes import Processes, never_loaded
+
+T = TypeVar("T", bound=TapSettings)
 
 UNTRUSTED = 3
 """Exit status of a command that ended well while its result is not to be trusted."""
+_NO_MODULE = "nothing was recorded: no module was tapped, and COMMAND made no tap of its own"
 _NO_TAP = (
     "nothing was recorded: COMMAND made no tap; check that it calls recorder.tap, and run "
     "graft doctor in its place to see what reaches it"
@@ -77,18 +84,61 @@ def recorded(
         UsageError: the command cannot be started.
     """
     launch.check(command)
+    settings = with_table(settings)
     folder = Path(os.path.abspath(run))
     prepare(folder, settings.overwrite, settings.access)
     with launch.reports_folder() as reports:
         variables = {settings.PREFIX: str(folder), **settings.variables()}
         env = launch.environment(variables, command, reports)
         with Watcher(reports, progress) if progress else nullcontext():
-            status = launch.run(command, env)
+            processes = Processes()
+            look = processes.look if settings.wants_modules else None
+            status = launch.run(command, env, look=look)
         problems, notes = conclude(
             Path(run), env["GRAFT_JOB"], settings.filter, reports_of(settings.PREFIX, reports),
-            read_progress(reports), status,
+            read_progress(reports), status, _NO_MODULE if settings.wants_modules else _NO_TAP,
         )  # fmt: skip
+        notes += of_tables(settings, reports, processes)
     return Outcome(status, tuple(problems), tuple(notes))
+
+
+def with_table(settings: T) -> T:
+    """Return settings whose tap table is named as any process can read it.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if not settings.taps:
+        return settings
+    table.load(settings.taps)
+    return replace(settings, taps=table.absolute(settings.taps))
+
+
+def of_tables(
+    settings: TapSettings, folder: Path, processes: Processes, always: bool = False
+) -> list[str]:
+    """Return what is to be said of modules as taps: what fits nothing, and who was not reached.
+
+    Args:
+        settings: what was to be tapped.
+        folder: that of the reports.
+        processes: those of the command.
+        always: whether modules count also where none is to be tapped.
+    """
+    if not settings.wants_modules and not always:
+        return []
+    reports = read_reports(folder)
+    notes = lines([one["taps"] for one in reports if "taps" in one], settings)
+    loaded = {one["pid"] for one in reports if one.get("session") == LOADED}
+    strangers = processes.without(loaded)
+    if strangers:
+        notes.append(never_loaded(strangers))
+    elif not loaded:
+        notes.append(
+            f"{processes.seen} of the command never loaded tensorgraft: none imported torch where "
+            "it is installed"
+        )
+    return notes
 
 
 def reports_of(session: str, folder: Path) -> list[Report]:
@@ -142,6 +192,7 @@ def conclude(
     reports: Sequence[Report],
     progress: Mapping[tuple[int, int], Progress],
     status: int = 0,
+    hint: str = _NO_TAP,
 ) -> tuple[list[str], list[str]]:
     """Return why a recording is not to be trusted, and what else to say of it.
 
@@ -152,6 +203,7 @@ def conclude(
         reports: what its ranks reported.
         progress: how far they were, by rank and process id.
         status: COMMAND's own.
+        hint: what to say where no tap was made.
     """
     claims, notes = _claims_by(run, job)
     wrong = failures_of(reports)
@@ -186,11 +238,13 @@ def conclude(
             "iterations, call it at the end of each, on every rank"
         )
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
-        notes += _why_nothing(filter, reports, status)
+        notes += _why_nothing(filter, reports, status, hint)
     return sorted(wrong), notes
 
 
-def _why_nothing(filter: Filter | None, reports: Sequence[Report], status: int) -> list[str]:
+def _why_nothing(
+    filter: Filter | None, reports: Sequence[Report], status: int, hint: str
+) -> list[str]:
     """Say why nothing was recorded, where that is to be said."""
     if filtered := why_nothing(filter, reports):
         return [filtered]
@@ -200,7 +254,7 @@ def _why_nothing(filter: Filter | None, reports: Sequence[Report], status: int) 
         return [f"nothing was recorded: COMMAND ended with {status} before it made a tap"]
     if any(one.get("state") == DOCTOR for one in reports):
         return []
-    return [_NO_TAP]
+    return [hint]
 
 
 def _replaced(run: Path, claims: Sequence[ClaimData], reports: Sequence[Report]) -> set[str]:

@@ -24,6 +24,7 @@ class Call:
         dims: the declared layout, or "".
         extras: what the call attached, or None.
         grad: whether the gradient is wanted too.
+        forward: whether the value itself is wanted, and not its gradient alone.
         about: equal for taps of equal name and tags: these, and the types of the tags, since 1,
             1.0 and True are equal but differ as JSON.
     """
@@ -35,6 +36,7 @@ class Call:
         "about",
         "dims",
         "extras",
+        "forward",
         "given",
         "grad",
         "name",
@@ -50,6 +52,8 @@ class Call:
         grad: bool = False,
         tags: Mapping[str, Any] | None = None,
         about: tuple[Any, ...] = (),
+        site: str = "",
+        forward: bool = True,
     ) -> None:
         self.name = name
         self.about = about
@@ -60,7 +64,8 @@ class Call:
         self.given = given
         self._value: Any = _UNKNOWN
         self._place: Any = _UNKNOWN
-        self._site = ""
+        self._site = site
+        self.forward = forward
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""

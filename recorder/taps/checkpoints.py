@@ -91,6 +91,11 @@ def look() -> Place | None:
     return Place(task, tuple(again), within)
 
 
+def is_in_backward() -> bool:
+    """Whether the caller is called by the autograd engine, as what a checkpoint repeats is."""
+    return _task() != -1
+
+
 def _caller_of_engine(frame: FrameType | None) -> FrameType | None:
     """Return the frame that called for a backward, which is none of torch's own."""
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_AUTOGRAD):

@@ -166,10 +166,10 @@ class Selection:
                 first, note, trouble, is_second = self._repeated(call, plain, place)
             site = site if is_second else plain
             step, occurrence = first
-        forward = grad = True
+        forward, grad = call.forward, True
         if site.wanted is None and self.filter is not None:
             env = {**site.tags, "name": call.name, "step": step, "rank": rank}
-            forward = self.filter(_Env(env, call))
+            forward = call.forward and self.filter(_Env(env, call))
             if call.grad:
                 grad = self.filter({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):

@@ -60,6 +60,7 @@ active: tuple[Session, ...] = ()
 """Those that listen now, in the order in which they see a tap; replaced as a whole."""
 _ending: tuple[Session, ...] = ()
 _opening = False
+_is_asked = False
 
 
 def activate(session: Session) -> None:
@@ -103,8 +104,13 @@ def _close_all() -> None:
 
 
 def watch_environment() -> None:
-    """Open what `GRAFT_*` asks for at the next tap or step; called once, on import."""
-    if any(os.environ.get(variable) for variable, _ in _ENVIRONMENT):
+    """Open what `GRAFT_*` asks for at the next tap or step, once; called on import.
+
+    And again where the environment may have been given to a process that ran already.
+    """
+    global _is_asked
+    if not _is_asked and any(os.environ.get(variable) for variable, _ in _ENVIRONMENT):
+        _is_asked = True
         activate(_Waiting())
 
 

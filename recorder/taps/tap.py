@@ -1,7 +1,7 @@
 """The line in the user's code: `tap`, `step`, `context`.
 
 1. `tap` returns at once while no session is active.
-2. Otherwise `_fire` merges the context's tags, and returns where no session wants to see the tap.
+2. Otherwise `fire` merges the context's tags, and returns where no session wants to see the tap.
 3. `_dispatch` opens the sessions that `GRAFT_*` asks for, if that has not happened yet, and offers
    the tap to each, recorders first, so that a recording holds what the job computed before anything
    is grafted over it.
@@ -64,7 +64,7 @@ def tap(
     """
     if not sessions.active:
         return value
-    _fire(name, value, dims, extras, grad, tags)
+    fire(name, value, dims, extras, grad, tags)
     return value
 
 
@@ -186,14 +186,28 @@ def _is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _fire(
+def fire(
     name: str,
     value: Any,
     dims: str | None,
     extras: Mapping[str, Any] | None,
     grad: bool,
     tags: Mapping[str, Any],
+    site: str = "",
+    forward: bool = True,
 ) -> None:
+    """Fire a tap while a session is active; a hand-written one, or a module's.
+
+    Args:
+        name: as all up to `tags`, what `tap` is given.
+        value: see `tap`.
+        dims: see `tap`.
+        extras: see `tap`.
+        grad: see `tap`.
+        tags: see `tap`.
+        site: what to call the place in messages; "" for the caller's.
+        forward: whether the value itself is meant, and not its gradient alone.
+    """
     around = _around.get()
     if around is not None:
         tags = {**around.tags, **tags}
@@ -214,7 +228,7 @@ def _fire(
         # The mark below makes a compiled caller break its graph here; this keeps the compiler
         # from tracing what we do with the tensor.
         run = _outside_dynamo()
-    run(name, value, dims, extras, grad, tags, about)
+    run(name, value, dims, extras, grad, tags, about, site, forward)
 
 
 def _fire_step() -> None:
@@ -235,7 +249,7 @@ def _is_a_comparison(err: Exception) -> bool:
     return trace is not None and trace.tb_frame.f_code.co_name in ("__eq__", "__hash__")
 
 
-_fire._torchdynamo_disable = True  # type: ignore[attr-defined]
+fire._torchdynamo_disable = True  # type: ignore[attr-defined]
 _fire_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
@@ -259,10 +273,12 @@ def _dispatch(
     grad: bool,
     tags: Mapping[str, Any],
     about: tuple[Any, ...],
+    site: str,
+    forward: bool,
 ) -> None:
     if sessions.active and sessions.active[0].order < 0:
         sessions.open_waiting()
-    call = Call(name, value, dims, extras, grad, tags, about)
+    call = Call(name, value, dims, extras, grad, tags, about, site, forward)
     try:
         for session in sessions.active:
             try:

@@ -15,6 +15,7 @@ from recorder import Recorder
 from recorder.errors import UsageError
 from recorder.filters import Filter
 from recorder.format import disk
+from recorder.paths import parse_path
 from recorder.settings import RecordSettings, Settings
 from replayer import Replayer
 from replayer.cli import main
@@ -28,8 +29,14 @@ SIDES = [
 NO_OPTION = {"self", "path", "out", "rank", "world_size"}
 
 # For each option a text that its variable and its flag take, and what is meant by it.
+TAPS = {
+    "modules": ("*.mlp; lm_head:input", (parse_path("*.mlp"), parse_path("lm_head:input"))),
+    "taps": ("auto", "auto"),
+    "step_on": ("root", "root"),
+}
 VALUES = {
     RecordSettings: {
+        **TAPS,
         "filter": ('name == "x"', Filter.parse('name == "x"')),
         "level": ("stats", "stats"),
         "max_bytes": ("20GB", 20 * 10**9),
@@ -42,6 +49,7 @@ VALUES = {
         "overwrite": ("1", True),
     },
     ReplaySettings: {
+        **TAPS,
         "filter": ("layer < 3", Filter.parse("layer < 3")),
         "transform": ("pkg.mod.fn", "pkg.mod.fn"),
         "record": ("True", Filter.parse("True")),
@@ -87,8 +95,10 @@ def test_an_option_is_named_in_two_places(settings):
                 found.setdefault(match[1], []).append(f"{folder.name}/{name}")
     own = "recorder" if settings is RecordSettings else "replayer"
     for name in VALUES[settings]:
-        places = sorted(place for place in found[name] if place.startswith(own))
-        assert places == [f"{own}/session.py", f"{own}/settings.py"], name
+        both = (own, "recorder/settings") if name in TAPS else (own,)
+        places = sorted(place for place in found[name] if place.startswith(both))
+        where = "recorder" if name in TAPS else own  # both sessions have the options of taps
+        assert places == sorted([f"{own}/session.py", f"{where}/settings.py"]), name
 
 
 @pytest.mark.parametrize("settings", VALUES)

@@ -1,0 +1,226 @@
+"""One model with its taps: the rows of a table that fit it, bound to its modules, and the way back.
+
+1. `tapped` chooses the section that fits best, and below which module (`tree.bases`).
+2. Each row makes a `Binding` for each module it fits; a row of a value and one of its gradient that
+   are called alike become one.
+3. `Attached.detach` takes every hook away again.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..layouts import parts
+from ..tags import TagValue
+from . import functions as inner_functions
+from .hooks import Binding, Hook, Model
+from .settled import Settled
+from .table import Row, Section, Table
+from .tree import Base, bases, below, is_identity, named
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    Number = Callable[[Module], int]
+
+
+class Attached:
+    """The taps of one root.
+
+    Attributes:
+        label: what it is, for messages: its class.
+        names: the qualified names of its modules.
+        bindings: its taps.
+        sections: what the tables are called that fit it, with how many rows do.
+        found: row -> how many modules it fits, and how many of these are identities.
+        notes: what is to be said of it.
+    """
+
+    def __init__(self, label: str, names: Mapping[str, Module]) -> None:
+        self.label = label
+        self._root = weakref.ref(names[""])
+        self.names = list(names)
+        self.bindings: list[Binding] = []
+        self.sections: list[tuple[Section, int]] = []
+        self.found: dict[Row, list[int]] = {}
+        self.notes: list[str] = []
+        self.base: Any = names.get("")
+        self._handles: list[Any] = []
+        self._functions: list[tuple[str, Any]] = []
+        self._before: dict[int, Hook] = {}
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its root is still there."""
+        return self._root() is not None
+
+    def detach(self) -> None:
+        """Take every hook away."""
+        for handle in self._handles:
+            handle.remove()
+        for path, module in self._functions:
+            inner_functions.unbind(path, module)
+        self._handles, self._functions, self._before = [], [], {}
+
+    def before(self, module: Any) -> Hook | None:
+        """Return the hook before a module's forward, for a call that had begun before it was."""
+        return self._before.get(id(module))
+
+    def on_call(self, module: Any, do: Callable[[], None]) -> None:
+        """Do something as a module is called, before its taps."""
+        hook = self._before.get(id(module))
+        if hook is None:
+            hook = self._hook_before(module, (), ())
+        hook.also = do
+
+    def bind(
+        self, section: Section, base: Base, names: Mapping[str, Module], number: Number
+    ) -> None:
+        """Bind the rows of a section to the modules below a base, which is a model of its own."""
+        inner = below(names, base.name)
+        settled = Settled(section, inner[""])
+        settled.learn_axes(inner[""])
+        model = Model(functools.partial(number, inner[""]))
+        at: dict[int, tuple[Any, list[Binding]]] = {}
+        for row in section.rows:
+            counts = self.found.setdefault(row, [0, 0])
+            path = row.path.without(base.without)
+            for name, module in inner.items():
+                tags = path.fits(name)
+                if tags is None:
+                    continue
+                counts[0] += 1
+                if is_identity(module) and not row.takes_identity:
+                    counts[1] += 1
+                    continue
+                row_here = replace(row, path=path)
+                binding = self._binding(row_here, settled, model, tags, name, inner)
+                at.setdefault(id(module), (module, []))[1].append(binding)
+        for why in settled.unknown.values():
+            self.notes.append(f"{section.name}: the size {why}")
+        for module, bindings in at.values():
+            self._hook(module, _merged(bindings))
+
+    def _binding(
+        self,
+        row: Row,
+        settled: Settled,
+        model: Model,
+        found: Mapping[str, TagValue],
+        name: str,
+        names: Mapping[str, Module],
+    ) -> Binding:
+        tags = settled.tags(row, found, name, names)
+        dims = tuple(settled.dims(text) for text in row.dims)
+        called = row.taps or (row.path.called(name),)
+        binding = Binding(row, model, name, called, dims, tags)
+        model.bindings.append(binding)
+        return binding
+
+    def _hook(self, module: Any, bindings: list[Binding]) -> None:
+        self.bindings += bindings
+        own = [one for one in bindings if not one.row.path.function]
+        others = [one for one in bindings if one.row.path.function]
+        before = [one for one in own if one.row.path.place.side != "output"]
+        after = [one for one in own if one.row.path.place.side == "output"]
+        if before or others:
+            self._hook_before(module, before, others)
+        if after:
+            hook = Hook(module, after, ())
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        by_function = sorted(others, key=lambda one: one.row.path.function)
+        for path, group in itertools.groupby(by_function, key=lambda one: one.row.path.function):
+            line = list(group)
+            why = inner_functions.bind(path, module, line)
+            if why:
+                for one in line:
+                    one.misfit = why
+            else:
+                self._functions.append((path, module))
+
+    def _hook_before(
+        self, module: Any, bindings: Sequence[Binding], turns: Sequence[Binding]
+    ) -> Hook:
+        hook = self._before[id(module)] = Hook(module, bindings, turns)
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return hook
+
+
+def tapped(
+    module: Module, patterns: Sequence[Row], tables: Sequence[Table], number: Number
+) -> Attached:
+    """Tap a model.
+
+    Args:
+        module: its root.
+        patterns: rows whose paths are taken below the root itself.
+        tables: tables of which the section that fits best is taken; where several are given, one
+            whose `roots` name the class of a module.
+        number: gives a model its number as its first tap fires.
+    """
+    names = named(module)
+    found = Attached(type(names[""]).__name__, names)
+    if patterns:
+        section = Section("--modules", tuple(patterns))
+        found.bind(section, Base("", "", frozenset()), names, number)
+        fitting = sum(1 for row in patterns if found.found[row][0])
+        if fitting:
+            found.sections.append((section, fitting))
+    chosen = _chosen(tables, names)
+    for section, base in chosen:
+        found.bind(section, base, names, number)
+        found.sections.append((section, len(base.found)))
+    if chosen:
+        found.base = names[chosen[0][1].name]
+    return found
+
+
+def _chosen(tables: Sequence[Table], names: Mapping[str, Module]) -> list[tuple[Section, Base]]:
+    """Return the section that fits a model best, with each of its bases."""
+    sections = [section for table in tables for section in table.sections]
+    if len(tables) > 1:
+        sections = _meant(sections, names.values())
+    best: list[tuple[Section, Base]] = []
+    most = 0
+    for section in sections:
+        found = bases([row.path for row in section.rows], names)
+        fitting = len(found[0].found) if found else 0
+        if fitting > most:
+            best, most = [(section, one) for one in found], fitting
+    return best
+
+
+def _meant(sections: Iterable[Section], modules: Iterable[Any]) -> list[Section]:
+    """Return the sections for the outermost module that any of them is meant for."""
+    known = list(sections)
+    for module in modules:  # from the root on
+        meant = [section for section in known if section.is_meant_for(module)]
+        if meant:
+            return meant
+    return []
+
+
+def _merged(bindings: Sequence[Binding]) -> list[Binding]:
+    """Join the row of a value and that of its gradient where both are called alike."""
+    kept: dict[Any, Binding] = {}
+    for one in bindings:
+        place = one.row.path.place
+        about = (
+            one.row.path.function, place.side, place.members, one.names,
+            tuple(one.tags.items()), any(map(parts.has_parts, one.dims)),
+        )  # fmt: skip
+        other = kept.get(about)
+        if other is None:
+            kept[about] = one
+        elif other.row.path.place.is_gradient != place.is_gradient:
+            plain = other if place.is_gradient else one
+            plain.row = replace(plain.row, grad=True)
+            kept[about] = plain
+        else:
+            kept[about, one.row.where] = one
+    return list(kept.values())

@@ -1,0 +1,188 @@
+"""The hooks that make modules taps: a row of a table at a module is a `Binding`, and fires there.
+
+1. A module with bindings gets one hook before its forward and one after, as its rows need.
+2. A hook takes each row's value out of the call, and fires the tap as a hand-written one would.
+3. What does not fit is said once, and left alone: the job goes on.
+
+A hook acts on its own module alone: a deep copy of a model has hooks that do nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..diagnostics import say
+from ..errors import ReplayError, is_from_the_job
+from ..tags import TagValue
+from ..taps import sessions
+from ..taps.tap import fire
+from .members import Absent, Call
+from .table import Row
+
+log = logging.getLogger(__name__)
+ROOT = "root"
+"""The tag that tells a second model in a process, and those after it, from the first."""
+
+
+class Model:
+    """A model that a table is taken for: the first that is called is 0, and has no tag of it.
+
+    Args:
+        begin: called as its first tap is to fire; gives it its number.
+    """
+
+    def __init__(self, begin: Callable[[], int]) -> None:
+        self.bindings: list[Binding] = []
+        self._begin: Callable[[], int] | None = begin
+
+    def begin(self) -> None:
+        """Give it its number, once."""
+        if self._begin is None:
+            return
+        number, self._begin = self._begin(), None
+        for one in self.bindings if number else ():
+            one.tags = {**one.tags, ROOT: number}
+
+
+class Binding:
+    """A row at one module.
+
+    Attributes:
+        row: the row.
+        model: the model that the module is in.
+        module: its qualified name, for messages.
+        names: what its taps are called, in turn.
+        dims: the layout of each, "" for none.
+        tags: their tags.
+        ran: how often the module, or the function in it, was called.
+        fired: how often it gave a tap.
+        misfit: why it did not fit at first, "" where it did.
+    """
+
+    __slots__ = (
+        "dims",
+        "fired",
+        "misfit",
+        "model",
+        "module",
+        "names",
+        "ran",
+        "row",
+        "tags",
+        "turn",
+    )
+
+    def __init__(
+        self,
+        row: Row,
+        model: Model,
+        module: str,
+        names: tuple[str, ...],
+        dims: tuple[str, ...],
+        tags: Mapping[str, TagValue],
+    ) -> None:
+        self.row, self.model, self.module = row, model, module
+        self.names, self.dims, self.tags = names, dims, tags
+        self.ran = self.fired = self.turn = 0
+        self.misfit = ""
+
+    @property
+    def site(self) -> str:
+        """Where it stands, for messages."""
+        return f"{self.module or 'the root'} ({self.row.where})"
+
+    def fire(self, call: Call) -> None:
+        """Fire the tap of one call; what does not fit is kept as `misfit`."""
+        if not self.ran:
+            self.model.begin()
+        self.ran += 1
+        number = self.turn if len(self.names) > 1 else 0
+        self.turn += 1
+        if number >= len(self.names):
+            return  # a function that is called more often than the row has names
+        place = self.row.path.place
+        try:
+            value = call.value(place)
+        except Absent as err:
+            if not self.row.taps and not self.row.dims and not place.members:
+                self._fire_all(call)  # the path names the tap, and so it can the members
+            elif not err.is_quiet:
+                self._tell(str(err))
+            elif not self.misfit:
+                self.misfit = str(err)
+            return
+        dims = self.dims[number] if len(self.dims) > 1 else "".join(self.dims[:1])
+        self._fire(self.names[number], value, dims)
+
+    def _fire(self, name: str, value: Any, dims: str) -> None:
+        self.fired += 1
+        place = self.row.path.place
+        fire(
+            name, value, dims or None, self.row.extras, self.row.grad or place.is_gradient,
+            self.tags, self.site, forward=not place.is_gradient,
+        )  # fmt: skip
+
+    def _fire_all(self, call: Call) -> None:
+        side = self.row.path.place.side
+        found = call.all(side)
+        if not found and not self.misfit:
+            self.misfit = f"its {side} has no tensor"
+        for members, tensor in found.items():
+            ending = f":{side}.{'.'.join(members)}"
+            self._fire(self.names[0].removesuffix(f":{side}") + ending, tensor, "")
+
+    def _tell(self, reason: str) -> None:
+        if not self.misfit:
+            self.misfit = reason
+            if sessions.active:
+                say(f"{self.row.where}: {self.module or 'the root'} is not tapped: {reason}")
+
+
+class Hook:
+    """What torch calls around a module's forward."""
+
+    def __init__(self, module: Any, bindings: Sequence[Binding], turns: Sequence[Binding]) -> None:
+        self._module = weakref.ref(module)
+        self._bindings = bindings
+        self._turns = turns
+        self.also: Callable[[], None] | None = None
+
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None
+    ) -> None:
+        """Fire the taps of a call."""
+        if not sessions.active or self._module() is not module:
+            return
+        if self.also is not None:
+            self.also()
+        for binding in self._turns:
+            binding.turn = 0
+        call = Call(module, args, kwargs, output)
+        for binding in self._bindings:
+            guarded(binding, call)
+
+    def __reduce__(self) -> Any:
+        # A model that is copied or saved takes none of this along, and a hook cannot be left out:
+        # it becomes a call that does nothing wherever it is loaded.
+        return getattr, (logging.getLogger("tensorgraft.copied"), "debug")
+
+
+Hook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def guarded(binding: Binding, call: Call) -> None:
+    """Fire a binding; an error of its own never reaches the job."""
+    try:
+        binding.fire(call)
+    except ReplayError:
+        raise  # asked for: --on-error raise
+    except Exception as err:
+        if is_from_the_job(err):
+            raise
+        log.debug("at a module", exc_info=True)
+        if not binding.misfit:
+            binding.misfit = f"{type(err).__name__}: {err}"
+            say(f"{binding.row.where}: {binding.module} is not tapped: {binding.misfit}")

@@ -1,0 +1,124 @@
+"""What could be tapped in a program: each module of its models, as they are called.
+
+`graft taps` runs a program with `GRAFT_SURVEY` set: every module of every model gets a hook, and a
+table that is asked for fires its taps, which are noted and go nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+
+from ..mailbox import SURVEY, SurveyedModule, SurveyedTensor, write_report
+from ..taps import sessions
+from ..taps.call import Call as Tap
+from .members import Call
+from .tree import is_identity, named
+
+_MOST_TENSORS = 8
+
+
+class Survey:
+    """The modules of this process, and the session that sees what a table taps of them."""
+
+    order = 0
+    is_unsettled = False
+
+    def __init__(self) -> None:
+        self.ignored: set[Any] = set()
+        self._modules: dict[int, list[SurveyedModule]] = {}
+        self._found: list[SurveyedModule] = []
+        self._handles: list[Any] = []
+        self._roots = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def on_root(self, root: torch.nn.Module, called: Any) -> None:
+        """Watch every module of a root."""
+        names = named(root)
+        label = type(names[""]).__name__
+        number, self._roots = self._roots, self._roots + 1
+        for name, module in names.items():
+            known = self._modules.setdefault(id(module), [])
+            if any(one["name"] == name for one in known):
+                continue
+            one: SurveyedModule = {
+                "model": label,
+                "root": number,
+                "name": name,
+                "class": type(module).__name__,
+                "calls": 0,
+                "input": [],
+                "output": [],
+                "taps": [],
+                "is_identity": is_identity(module),
+            }
+            known.append(one)
+            self._found.append(one)
+            if len(known) == 1:
+                self._handles.append(module.register_forward_hook(self._called, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Take every hook away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def on_tap(self, call: Tap) -> None:
+        """Note a tap that a table makes, at its module."""
+        module = call.site.partition(" (")[0]
+        tags = {tag: str(value) for tag, value in call.tags.items()}
+        for one in self._found:
+            if one["name"] == module or (not one["name"] and module == "the root"):
+                text = " ".join([call.name, *(f"{tag}={value}" for tag, value in tags.items())])
+                if text not in one["taps"]:
+                    one["taps"].append(text)
+                break
+
+    def on_step(self) -> None:
+        """An iteration ends, which is nothing here."""
+
+    def lost(self, call: Tap, reason: str) -> None:
+        """A tap that could not be noted is left out."""
+
+    def close(self) -> None:
+        """Report; called again at exit."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        sessions.deactivate(self)
+        seen = [one for one in self._found if one["calls"] or one["name"] == ""]
+        never = len(self._found) - len(seen)
+        write_report({"session": SURVEY, "pid": os.getpid(), "modules": seen, "never": never})
+
+    def _called(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        for one in self._modules.get(id(module), ()):
+            one["calls"] += 1
+            if one["calls"] == 1:
+                call = Call(module, args, kwargs, output)
+                one["input"] = _described(call, "input")
+                one["output"] = _described(call, "output")
+
+
+def _described(call: Call, side: str) -> list[SurveyedTensor]:
+    found = list(call.all(side).items())
+    return [
+        {
+            "place": ".".join((side, *members)),
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+        for members, tensor in found[:_MOST_TENSORS]
+    ]
+
+
+def begin_survey() -> Survey:
+    """Return a survey that listens until the process ends."""
+    survey = Survey()
+    sessions.activate(survey)
+    sessions.close_at_exit(survey)
+    return survey

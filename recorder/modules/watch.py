@@ -1,0 +1,486 @@
+"""Find models as they are first called, and tap them; nothing of it is felt by any other module.
+
+1. `begin` takes a `Request`: which tables, and where a step ends. The first arms `_Watch`.
+2. `nn.Module.__init__` and `__setstate__` note each module that is made, which arms one hook on all
+   modules, for a moment: at the next call of any module `_first_call` finds its root, attaches the
+   taps to the few modules that have some (`attached`), and takes the hook on all away again.
+3. `report` says what the tables found and what they did not.
+
+The environment is read again at the first call of a module, since some launchers set it late.
+"""
+
+from __future__ import annotations
+
+import atexit
+import difflib
+import functools
+import gc
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from ..diagnostics import say
+from ..errors import GraftError, ReplayError, UsageError, is_from_the_job
+from ..mailbox import LOADED, SURVEY, VARIABLE, ModelReport, RowReport, write_report
+from ..settings import TapSettings
+from ..taps import sessions
+from ..taps.checkpoints import is_in_backward
+from ..taps.tap import step
+from . import table
+from .attached import Attached, tapped
+from .survey import Survey, begin_survey
+from .table import Row, Table
+from .told import lines
+
+log = logging.getLogger(__name__)
+_MOST_NAMES = 20_000
+_MOST_EMPTY = 3  # transient modules of one class that stand alone, until the class is left alone
+
+_init: Any = torch.nn.Module.__init__
+_setstate: Any = torch.nn.Module.__setstate__
+
+
+class Request:
+    """What one session, or the environment, wants tapped.
+
+    Args:
+        settings: the patterns, the table and where a step ends.
+
+    Raises:
+        UsageError: a table cannot be read.
+    """
+
+    def __init__(self, settings: TapSettings) -> None:
+        self.settings = settings
+        self.patterns = tuple(Row.of_pattern(path) for path in settings.modules)
+        self.tables: tuple[Table, ...] = table.load(settings.taps) if settings.taps else ()
+        self.attached: dict[int, Attached] = {}
+        self.gone: list[Attached] = []
+        self.others: Counter[str] = Counter()
+        self.other_names: list[str] = []
+        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self.is_reported = False
+        self._steps: list[Any] = []
+        self._stepping: tuple[weakref.ref[Any], bool] | None = None
+
+    def on_root(self, root: Any, called: Any) -> Attached | None:
+        """Tap a root; None where nothing of it is wanted."""
+        is_known = self._take_away(root)
+        found = tapped(root, self.patterns, self.tables, self._number)
+        if not found.bindings:
+            self.others[found.label] += 1
+            self.other_names += found.names[: _MOST_NAMES - len(self.other_names)]
+            if not any(counts[0] for counts in found.found.values()):
+                return None
+        self.attached[id(root)] = found
+        if not is_known:
+            self._tell(found)
+        if self.settings.step_on == "root":
+            self._step_on(found, called)
+        return found
+
+    def _number(self, model: torch.nn.Module) -> int:
+        """Return the number of a model: how many others fired a tap before its first."""
+        known = self._numbers.get(id(model))
+        if known is None or known[0]() is not model:
+            known = self._numbers[id(model)] = weakref.ref(model), len(self._numbers)
+        return known[1]
+
+    def _take_away(self, root: Any) -> bool:
+        """Take the taps away that are in a root already, since it has new modules or is new.
+
+        Returns whether there were any.
+        """
+        inside = {id(one) for one in root.modules()}
+        known = [key for key, one in self.attached.items() if key in inside and one.is_alive]
+        for key in known:
+            one = self.attached.pop(key)
+            one.detach()
+            self.gone.append(one)
+        return bool(known)
+
+    def watch_steps(self) -> None:
+        """End a step where an optimizer has, if that is wanted."""
+        if self.settings.step_on != "optimizer":
+            return
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        first: list[weakref.ref[Any]] = []
+
+        def stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not first or first[0]() is None:
+                first[:] = [weakref.ref(optimizer)]
+            if first[0]() is optimizer:
+                step()
+
+        self._steps.append(register_optimizer_step_post_hook(stepped))
+
+    def detach(self) -> None:
+        """Take every hook away."""
+        for one in self.attached.values():
+            one.detach()
+        for handle in self._steps:
+            handle.remove()
+        self._steps = []
+
+    def _step_on(self, found: Attached, called: Any) -> None:
+        """End a step as the first model is called again."""
+        module, begun = found.base, False
+        inner = {id(one) for one in module.modules()}
+        if id(called) in inner and called is not module:
+            module = called  # a job that calls the model's forward itself: no hook hears of that
+        if self._stepping is not None and (known := self._stepping[0]()) is not None:
+            if id(known) not in inner:
+                return  # another model's calls are the steps
+            module, begun = known, self._stepping[1]
+        self._stepping = (weakref.ref(module), begun)
+
+        def again() -> None:
+            if is_in_backward():
+                return  # repeated in a backward
+            if self._stepping is not None and self._stepping[1]:
+                step()
+            self._stepping = (weakref.ref(module), True)
+
+        found.on_call(module, again)
+
+    def _tell(self, found: Attached) -> None:
+        for section, fitting in found.sections if self.settings.taps == table.AUTO else ():
+            if section.name != "--modules":
+                rows = f"{fitting} of {len(section.rows)} rows fit"
+                say(f"taps of {found.label}: {section.name}, {rows}")
+        for note in found.notes:
+            log.debug(note)
+
+    def report(self) -> ModelReport:
+        """Return what was found and what was not."""
+        rows: dict[str, RowReport] = {}
+        attached = [*self.attached.values(), *self.gone]
+        everything = [name for one in attached for name in one.names]
+        sections = {id(s): s for one in attached for s, _ in one.sections}
+        wanted = [*self.patterns, *(row for s in sections.values() for row in s.rows)]
+        if not sections and len(self.tables) == 1 and len(self.tables[0].sections) == 1:
+            wanted += self.tables[0].sections[0].rows
+        names = [*everything, *self.other_names]
+        for row in dict.fromkeys(wanted):
+            bound = [b for one in attached for b in one.bindings if b.row.where == row.where]
+            counts = [one.found[row] for one in attached if row in one.found]
+            found = sum(count[0] for count in counts)
+            misfits = [b.misfit for b in bound if b.misfit]
+            rows[row.where] = {
+                "path": row.path.text,
+                "where": row.where,
+                "optional": row.is_optional,
+                "found": found,
+                "identities": sum(count[1] for count in counts),
+                "ran": sum(1 for b in bound if b.ran),
+                "fired": sum(1 for b in bound if b.fired),
+                "misfit": misfits[0] if misfits else "",
+                "closest": [] if found else _closest(row.path.modules, names),
+            }
+        return {
+            "rows": list(rows.values()),
+            "models": [one.label for one in attached if one.bindings],
+            "sections": sorted({s.name for one in attached for s, _ in one.sections}),
+            "others": sorted(self.others, key=lambda name: -self.others[name])[:8],
+        }
+
+
+def _closest(path: str, names: Sequence[str]) -> list[str]:
+    """Return the names of modules that are nearest to a path, alike ones once."""
+    plain: dict[str, str] = {}
+    for name in names:
+        parts = ["{layer}" if part.isdigit() else part for part in name.split(".")]
+        plain.setdefault(".".join(parts), name)
+    close = difflib.get_close_matches(path, [name for name in plain if name], 3, cutoff=0.5)
+    return [plain[name] for name in close]
+
+
+class _Watch:
+    """The modules that are made, and the hook that sees the next call of any."""
+
+    def __init__(self) -> None:
+        self.requests: tuple[Request | Survey, ...] = ()
+        # By identity: a job's module may compare and hash as it likes.
+        self._seen: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._fresh: set[int] = set()
+        self._empty: Counter[type] = Counter()
+        self._handle: Any = None
+        self._lock = threading.RLock()
+        self.is_installed = False
+
+    def install(self, *, is_late: bool) -> None:
+        """Note each module from now on; `is_late`: and those there are."""
+        with self._lock:
+            if not self.is_installed:
+                self.is_installed = True
+                torch.nn.Module.__init__ = _noting_init  # type: ignore[method-assign]
+                torch.nn.Module.__setstate__ = _noting_setstate  # type: ignore[method-assign]
+                for one in gc.get_objects() if is_late else ():
+                    # Not isinstance: it asks objects of others what they are, and some answer.
+                    if issubclass(type(one), torch.nn.Module) and "_modules" in vars(one):
+                        self._seen[id(one)] = one
+            self._fresh.update(self._seen.keys())
+            self._empty.clear()
+            if self._fresh:
+                self._arm()
+
+    def uninstall(self) -> None:
+        """Leave torch as it was."""
+        with self._lock:
+            self._disarm()
+            if self.is_installed and torch.nn.Module.__init__ is _noting_init:
+                torch.nn.Module.__init__ = _init  # type: ignore[method-assign]
+                torch.nn.Module.__setstate__ = _setstate  # type: ignore[method-assign]
+                self.is_installed = False
+                self._seen.clear()
+                self._fresh.clear()
+
+    def made(self, module: Any) -> None:
+        """Note a module that is made."""
+        if self._empty and self._empty[type(module)] >= _MOST_EMPTY:
+            return
+        self._seen[id(module)] = module
+        self._fresh.add(id(module))
+        if self._handle is None:
+            self._arm()
+
+    def _arm(self) -> None:
+        with self._lock:
+            if self._handle is None:
+                register: Any = register_module_forward_pre_hook
+                self._handle = register(self._first_call)
+
+    def _disarm(self) -> None:
+        with self._lock:
+            if self._handle is not None:
+                self._handle.remove()
+                self._handle = None
+
+    def _first_call(self, module: Any, args: tuple[Any, ...]) -> None:
+        """Tap what is new, as the first module after it was made is called, before that runs."""
+        try:
+            with self._lock:
+                self._disarm()
+                late_environment()
+                fresh, self._fresh = self._fresh, set()
+                if fresh:
+                    self._find(module, args, fresh)
+        except ReplayError:
+            raise
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            log.debug("at a root", exc_info=True)
+            say(f"{type(module).__name__} is not tapped: {type(err).__name__}: {err}")
+
+    _first_call._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def _find(self, called: Any, args: tuple[Any, ...], fresh: set[int]) -> None:
+        parents: dict[int, Any] = {}
+        for one in list(self._seen.values()):
+            for child in vars(one).get("_modules", {}).values():
+                if child is not None:
+                    parents.setdefault(id(child), one)
+
+        def top(module: Any) -> Any:
+            above = {id(module)}
+            while (parent := parents.get(id(module))) is not None and id(parent) not in above:
+                module = parent
+                above.add(id(module))
+            return module
+
+        first = top(called)
+        new = [one for key, one in list(self._seen.items()) if key in fresh]
+        roots = {id(root): root for root in map(top, new)}
+        # The one that is called is the first model, whatever was made before it.
+        for root in sorted(roots.values(), key=lambda root: root is not first):
+            inside = called if root is first else None
+            found = [request.on_root(root, inside) for request in self.requests]
+            if not any(found) and not root._modules and id(root) not in parents:
+                self._empty[type(root)] += 1
+            if root is first:
+                for one in found:
+                    hook = one.before(called) if one is not None else None
+                    if hook is not None:  # torch had listed this call's hooks before it was there
+                        hook(called, args, _kwargs_of_call())
+
+
+_watch = _Watch()
+_from_environment: dict[str, Request | None] = {}
+
+
+def _noting_init(self: Any, *args: Any, **kwargs: Any) -> None:
+    _init(self, *args, **kwargs)
+    _watch.made(self)
+
+
+def _noting_setstate(self: Any, state: Any) -> None:
+    _setstate(self, state)
+    _watch.made(self)
+
+
+def _kwargs_of_call() -> Mapping[str, Any]:
+    """Return what the module whose hooks are called was called with by name.
+
+    A hook on all modules is not given it; torch's frame that calls it holds it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("_call_impl", "inner") and "kwargs" in frame.f_locals:
+            found = frame.f_locals["kwargs"]
+            return found if isinstance(found, dict) else {}
+        frame = frame.f_back  # type: ignore[assignment]
+    return {}
+
+
+def begin(settings: TapSettings, *, is_late: bool = True) -> Request | None:
+    """Tap models as these settings say, from now on; None where they name nothing.
+
+    Raises:
+        UsageError: a table cannot be read.
+    """
+    if not settings.wants_modules:
+        return None
+    request = Request(settings)
+    _listen(request, is_late=is_late)
+    request.watch_steps()
+    return request
+
+
+def _listen(request: Request | Survey, *, is_late: bool) -> None:
+    _watch.requests = (*_watch.requests, request)
+    _watch.install(is_late=is_late)
+
+
+class attach:  # noqa: N801  # read as a verb, as `context` is
+    """Tap one model of a program's own, as `--modules` and `--taps` do for all of a process.
+
+    ```python
+    taps = attach(model, taps="hf-llama")     # or: with attach(model, modules=["*.mlp"]): ...
+    taps.detach()
+    ```
+
+    The taps do nothing while nothing records or replays, as hand-written ones.
+
+    Args:
+        model: the root that the paths are taken from.
+        taps: a table, as `--taps` takes it.
+        modules: paths of modules, as `--modules` takes them.
+
+    Raises:
+        UsageError: the table or a path cannot be read, or nothing of them fits the model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        taps: str | None = None,
+        modules: str | Sequence[str] = (),
+    ) -> None:
+        settings = TapSettings.given({"taps": taps, "modules": modules})
+        self._request = Request(settings)
+        found = self._request.on_root(model, None)
+        if found is None or not found.bindings:
+            said = lines([self._request.report()], settings)
+            raise UsageError("; ".join(said) or "attach was given neither taps nor modules")
+
+    def detach(self) -> None:
+        """Tap it no more."""
+        self._request.detach()
+
+    def __enter__(self) -> attach:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def end(request: Request | None) -> None:
+    """Take its hooks away."""
+    if request is None:
+        return
+    request.detach()
+    if VARIABLE not in os.environ:
+        for line in lines([request.report()], request.settings):
+            say(line)
+    _watch.requests = tuple(one for one in _watch.requests if one is not request)
+    if not _watch.requests:
+        _watch.uninstall()
+
+
+def late_environment() -> None:
+    """Begin what `GRAFT_*` asks for, once, as soon as it does.
+
+    Some launchers, Ray's among them, give a process its environment when it runs already.
+    """
+    sessions.watch_environment()
+    for kind in (SURVEY, *TapSettings.PREFIXES):
+        if kind in _from_environment or not os.environ.get(kind):
+            continue
+        _from_environment[kind] = None
+        try:
+            settings = TapSettings.of_environment(kind)
+            if kind == SURVEY:
+                _listen(begin_survey(), is_late=not _watch.is_installed)
+            _from_environment[kind] = begin(settings, is_late=not _watch.is_installed)
+        except GraftError as err:
+            say(f"{kind} asks for taps that cannot be made: {err}")
+            write_report({"session": kind, "state": "refused", "reason": str(err)})
+
+
+def _wants_modules(kind: str) -> bool:
+    names = (f"{kind}_{one.name.upper()}" for one in TapSettings.options())
+    return bool(os.environ.get(kind)) and any(map(os.environ.get, names))
+
+
+def watch_environment() -> None:
+    """Note modules from now on for what the environment asks for, or may ask for later."""
+    write_report({"session": LOADED, "pid": os.getpid()})
+    is_late = "ray" in sys.modules
+    if is_late or SURVEY in os.environ or any(map(_wants_modules, TapSettings.PREFIXES)):
+        _watch.install(is_late=False)
+        late_environment()
+    if is_late:
+        _read_late()
+    atexit.register(report_all)
+
+
+def _read_late() -> None:
+    """Read the environment again as a process group is set up."""
+    distributed = sys.modules.get("torch.distributed")
+    begin_group = getattr(distributed, "init_process_group", None)
+    if begin_group is None:
+        return
+
+    @functools.wraps(begin_group)
+    def init_process_group(*args: Any, **kwargs: Any) -> Any:
+        late_environment()
+        return begin_group(*args, **kwargs)
+
+    distributed.init_process_group = init_process_group  # type: ignore[union-attr]
+
+
+def report_all() -> None:
+    """Tell the wrapper, or whoever reads stderr, what the tables of the environment found."""
+    for kind, request in _from_environment.items():
+        if request is not None and not request.is_reported:
+            request.is_reported = True
+            found = request.report()
+            write_report({"session": f"{kind}_TAPS", "pid": os.getpid(), "taps": found})
+            for line in lines([found], request.settings) if VARIABLE not in os.environ else ():
+                say(line)

@@ -1,0 +1,469 @@
+"""Modules as taps: found as they are first called, tapped by a table, and left as they were."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from recorder import Recorder, Recording, attach, context
+from recorder.errors import UsageError
+from replayer import Replayer
+
+
+class Attention(nn.Module):
+    def __init__(self, h: int) -> None:
+        super().__init__()
+        self.q = nn.Linear(h, h)
+        self.norm = nn.Identity()
+
+    def forward(self, x, scale=1.0):
+        return self.norm(rope(self.q(x))) * scale, None
+
+
+def rope(x):
+    return x * 0.5
+
+
+class Layer(nn.Module):
+    def __init__(self, h: int) -> None:
+        super().__init__()
+        self.attn = Attention(h)
+        self.mlp = nn.Linear(h, h)
+
+    def forward(self, x):
+        return x + self.mlp(x + self.attn(x, scale=2.0)[0])
+
+
+class Inner(nn.Module):
+    def __init__(self, h: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(h) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Model(nn.Module):
+    def __init__(self, h: int = 4, layers: int = 2) -> None:
+        super().__init__()
+        self.model = Inner(h, layers)
+        self.head = nn.Linear(h, 3)
+
+    def forward(self, x):
+        return {"logits": self.head(self.model(x)), "more": (x, x * 2)}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(rows: str) -> str:
+        path = tmp_path / "t.toml"
+        path.write_text(rows if "[taps]" in rows else f"[taps]\n{rows}")
+        return str(path)
+
+    return write
+
+
+X = torch.arange(8.0).reshape(2, 4)
+
+
+def recorded(tmp_path, run, **options):
+    """Record what a job taps; return its rows as (name, tags that count, shape)."""
+    with Recorder(tmp_path / "run", overwrite=True, **options):
+        run()
+    return Recording.open(tmp_path / "run")
+
+
+def keys(run):
+    return [
+        (r["name"], r["tags"], r["step"]) for r in run.manifest().sort("seq").iter_rows(named=True)
+    ]
+
+
+def hooks_of(model):
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+        for m in model.modules()
+    )
+
+
+def test_modules_are_tapped_by_their_names(tmp_path, model):
+    run = recorded(tmp_path, lambda: model(X), modules=["model.layers.*.mlp", "head:input"])
+    assert [name for name, *_ in keys(run)] == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+        "head:input",
+    ]
+    assert torch.equal(
+        run.load(rank=0, name="model.layers.0.mlp", step=0, occurrence=0),
+        run_of(model, "model.layers.0.mlp"),
+    )
+
+
+def run_of(model, name):
+    """Return what a module gives, by a hook of the test's own."""
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda m, a, out: found.append(out))
+    model(X)
+    handle.remove()
+    return found[0]
+
+
+def test_what_stands_in_braces_is_a_tag(tmp_path, model):
+    run = recorded(tmp_path, lambda: model(X), modules="model.layers.{layer}.mlp")
+    assert keys(run) == [
+        ("model.layers.mlp", '{"layer":0}', 0), ("model.layers.mlp", '{"layer":1}', 0)
+    ]  # fmt: skip
+
+
+def test_every_kind_of_place(tmp_path, model, table):
+    rows = table(
+        '''
+        "model.layers.{layer}.attn:output.0" = { tap = "attn", dims = "b h" }
+        "model.layers.{layer}.attn:input" = { tap = "attn_in", extras = { scale = 2 } }
+        "model.layers.{layer}.attn:input.x" = "by_name"
+        "model.layers.{layer}.attn:input.scale" = "scale"
+        "model.layers.{layer}.mlp:weight" = "w"
+        "model.layers.{layer}.attn > test_watch_rope.rope" = "rope"
+        ":output.logits" = "logits"
+        ":output.more.1" = "twice"
+        ":input" = "x"
+        "head:output.0" = "bare"
+        '''
+    )  # fmt: skip
+    import sys
+    import types
+
+    holder = types.ModuleType("test_watch_rope")
+    holder.rope = rope
+    sys.modules["test_watch_rope"] = holder
+    before = Attention.forward.__globals__["rope"]
+    try:
+        Attention.forward.__globals__["rope"] = lambda x: holder.rope(x)
+        run = recorded(tmp_path, lambda: model(X), taps=rows)
+    finally:
+        Attention.forward.__globals__["rope"] = before
+        del sys.modules["test_watch_rope"]
+    names = [name for name, *_ in keys(run)]
+    layer = ["w", "attn_in", "by_name", "scale", "rope", "attn"]
+    assert names[0] == "x" and names[-3:] == ["bare", "logits", "twice"]
+    assert sorted(names[1:-3]) == sorted(2 * layer)
+    load = lambda name, **tags: run.load(rank=0, name=name, step=0, occurrence=0, **tags)  # noqa: E731
+    assert torch.equal(load("x"), X) and torch.equal(load("twice"), X * 2)
+    assert torch.equal(load("w", layer=1), model.model.layers[1].mlp.weight)
+    assert torch.equal(load("bare"), load("logits"))
+    assert torch.equal(load("attn", layer=0), load("rope", layer=0) * 2)
+    rows = {(r["name"], r["tags"]): r for r in run.manifest().iter_rows(named=True)}
+    assert rows["attn", '{"layer":0}']["dims"] == "b h"
+    assert rows["attn_in", '{"layer":0}']["extras"] == '{"scale":2}'
+    assert rows["scale", '{"layer":0}']["value"] == "2.0"
+    assert holder.rope is rope  # put back
+
+
+def test_an_identity_never_matches(tmp_path, model, table, capsys):
+    run = recorded(tmp_path, lambda: model(X), taps=table(
+        '"model.layers.{layer}.attn.norm" = "norm"\n"head" = "logits"'
+    ))  # fmt: skip
+    assert [name for name, *_ in keys(run)] == ["logits"]
+    assert "fits only modules that hand on their input" in capsys.readouterr().err
+
+
+def test_an_identity_matches_where_a_table_says_so(tmp_path, model, table):
+    rows = table('"model.layers.{layer}.attn.norm" = { tap = "norm", identity = true }')
+    assert len(keys(recorded(tmp_path, lambda: model(X), taps=rows))) == 2
+
+
+def test_a_row_that_fits_nothing_is_said_with_the_nearest(tmp_path, model, table, capsys):
+    recorded(
+        tmp_path, lambda: model(X), taps=table('"model.layers.{layer}.mlpp" = "a"\n"head" = "b"')
+    )
+    assert "t.toml:2: 'model.layers.{layer}.mlpp' fits no module; closest: model.layers.0.mlp" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_row_that_may_fit_nothing_is_not_said(tmp_path, model, table, capsys):
+    rows = table('"nothing" = { tap = "a", optional = true }\n"head" = "b"')
+    recorded(tmp_path, lambda: model(X), taps=rows)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_module_that_never_ran_is_said(tmp_path, model, table, capsys):
+    recorded(
+        tmp_path, lambda: model.model(X), taps=table('"head" = "b"\n"model.layers.{layer}" = "c"')
+    )
+    assert "that never ran" in capsys.readouterr().err
+
+
+def test_a_row_that_does_not_fit_its_module_is_said_once_and_skipped(
+    tmp_path, model, table, capsys
+):
+    rows = table('":output" = "a"\n":output.logit" = "c"\n"head" = "b"')
+    run = recorded(tmp_path, lambda: (model(X), model(X)), taps=rows)
+    assert [name for name, *_ in keys(run)] == ["b", "b"]
+    said = capsys.readouterr().err
+    assert (
+        said.count("it gives 3 tensors; say which, as in :output.logits or") == 2
+    )  # then, and at the end
+    assert "output.logit: there is logits, more, and no 'logit'" in said
+
+
+def test_a_bare_path_taps_all_tensors_there_are(tmp_path, model):
+    run = recorded(tmp_path, lambda: model(X), modules=[":output"])
+    assert [name for name, *_ in keys(run)] == [
+        ":output.logits", ":output.more.0", ":output.more.1"
+    ]  # fmt: skip
+
+
+def test_a_member_of_a_bare_tensor_is_absent_and_never_an_element(tmp_path, model, table, capsys):
+    run = recorded(tmp_path, lambda: model(X), taps=table('"head:output.1" = "a"\n"head" = "b"'))
+    assert [name for name, *_ in keys(run)] == ["b"]
+    assert "tapped nothing: it gives one tensor, which has no '1'" in capsys.readouterr().err
+
+
+def test_gradients_are_those_of_a_tap_with_grad(tmp_path, model, table):
+    rows = table(
+        '"model.layers.{layer}.mlp:grad_output" = "mlp"\n"model.layers.{layer}.mlp" = "mlp"\n'
+        '"head:grad_input" = "into_head"'
+    )
+    run = recorded(tmp_path, lambda: model(X)["logits"].sum().backward(), taps=rows)
+    kinds = sorted(
+        (r["name"], r["kind"], r["occurrence"]) for r in run.manifest().iter_rows(named=True)
+    )
+    assert kinds == [
+        ("into_head", "grad", 0), ("mlp", "grad", 0), ("mlp", "grad", 0),
+        ("mlp", "tensor", 0), ("mlp", "tensor", 0),
+    ]  # fmt: skip
+    grad = run.load(rank=0, name="into_head", step=0, occurrence=0, kind="grad")
+    assert torch.allclose(grad, model.head.weight.sum(0).expand(2, 4))
+
+
+def test_a_graft_writes_through_a_module_tap(tmp_path, model, table):
+    rows = table('"model.layers.{layer}.mlp" = "mlp"')
+    recorded(tmp_path, lambda: model(X), taps=rows)
+    torch.manual_seed(1)
+    other = Model()
+    other.head.load_state_dict(model.head.state_dict())
+    with Replayer(tmp_path / "run", taps=rows, filter="layer == 1") as replay:
+        other(X)
+    assert replay.log()["outcome"].to_list() == ["grafted"]
+
+
+def test_a_graft_into_an_input_reaches_the_residual(tmp_path, model, table):
+    rows = table('"model.layers.{layer}.mlp:input" = "x"')
+    with Recorder(tmp_path / "run", taps=rows):
+        model(X)
+    model.model.layers[0].attn.q.weight.data.mul_(3)
+    with Replayer(tmp_path / "run", taps=rows) as replay:
+        model(X)
+    assert set(replay.log()["outcome"]) == {"grafted"}
+
+
+def test_nothing_is_left_on_a_module(tmp_path, model):
+    plain = nn.Module.__init__
+    recorded(tmp_path, lambda: model(X), modules=["**"])
+    assert hooks_of(model) == 0 and nn.Module.__init__ is plain
+    assert not torch_modules._global_forward_pre_hooks
+
+
+def test_only_modules_with_a_tap_have_hooks_while_it_records(tmp_path, model):
+    with Recorder(tmp_path / "run", modules=["head"]):
+        model(X)
+        assert hooks_of(model) == 1 and not torch_modules._global_forward_pre_hooks
+        model(X)
+
+
+def test_a_model_that_is_made_later_is_found(tmp_path):
+    def job():
+        Model()(X)
+
+    assert len(keys(recorded(tmp_path, job, modules=["head"]))) == 1
+
+
+def test_modules_that_are_added_later_are_found(tmp_path, model):
+    def job():
+        model(X)
+        model.head = nn.Sequential(OrderedDict(inner=nn.Linear(4, 3)))
+        model(X)
+
+    assert [name for name, *_ in keys(recorded(tmp_path, job, modules=["head.inner"]))] == [
+        "head.inner"
+    ]
+
+
+def test_modules_that_are_made_in_a_forward_cost_nothing_for_good(tmp_path):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return nn.Softmax(-1)(x)
+
+    def job():
+        odd = Odd()
+        for _ in range(6):
+            odd(X)
+        assert not torch_modules._global_forward_pre_hooks
+
+    recorded(tmp_path, job, modules=["nothing"])
+
+
+@pytest.mark.parametrize("wrap", ["holder", "module", "compiled", "deeper"])
+def test_a_table_fits_a_model_that_something_holds(tmp_path, model, table, wrap):
+    class Holder(nn.Module):
+        def __init__(self, one, name):
+            super().__init__()
+            setattr(self, name, one)
+            self.own = nn.Linear(2, 2)
+            if name in ("module", "_orig_mod"):
+                del self.own
+
+        def forward(self, x):
+            return next(iter(self.children()))(x)
+
+    outer = {
+        "holder": lambda: Holder(model, "policy"),
+        "module": lambda: Holder(model, "module"),
+        "compiled": lambda: Holder(model, "_orig_mod"),
+        "deeper": lambda: Holder(Holder(Holder(model, "_orig_mod"), "module"), "a"),
+    }[wrap]()
+    rows = table('"model.layers.{layer}.mlp" = "mlp"\n"head" = "logits"')
+    run = recorded(tmp_path, lambda: outer(X), taps=rows)
+    assert [name for name, *_ in keys(run)] == ["mlp", "mlp", "logits"]
+
+
+def test_a_table_fits_the_inner_model_alone(tmp_path, model, table):
+    rows = table(
+        '"model.layers.{layer}.mlp" = "mlp"\n"model.layers.{layer}" = "hidden"\n"head" = "l"'
+    )
+    run = recorded(tmp_path, lambda: model.model(X), taps=rows)
+    assert [name for name, *_ in keys(run)] == 2 * ["mlp", "hidden"]
+    inner = recorded(tmp_path, lambda: copy.deepcopy(model.model)(X), taps=rows)
+    assert [name for name, *_ in keys(inner)] == 2 * ["mlp", "hidden"]
+
+
+def test_a_second_model_has_the_tag_root(tmp_path, model, table):
+    reference = copy.deepcopy(model)
+    run = recorded(tmp_path, lambda: (reference(X), model(X)), taps=table('"head" = "logits"'))
+    assert keys(run) == [("logits", "{}", 0), ("logits", '{"root":1}', 0)]
+
+
+def test_two_models_in_one_have_the_tag_root(tmp_path, model, table):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.policy, self.reference = model, copy.deepcopy(model)
+
+        def forward(self, x):
+            return self.policy(x), self.reference(x)
+
+    run = recorded(tmp_path, lambda: Both()(X), taps=table('"model.layers.{layer}" = "h"'))
+    assert [tags for _, tags, _ in keys(run)] == [
+        '{"layer":0}', '{"layer":1}', '{"layer":0,"root":1}', '{"layer":1,"root":1}'
+    ]  # fmt: skip
+
+
+def test_a_copy_of_a_tapped_model_is_a_model_of_its_own(tmp_path, model, table):
+    def job():
+        model(X)
+        copy.deepcopy(model)(X)
+
+    run = recorded(tmp_path, job, taps=table('"head" = "logits"'))
+    assert ["root" in tags for _, tags, _ in keys(run)] == [False, True]
+
+
+def test_a_tapped_model_can_be_saved_and_loaded(tmp_path, model):
+    with Recorder(tmp_path / "run", modules=["head"]):
+        model(X)
+        held = io.BytesIO()
+        torch.save(model, held)
+    held.seek(0)
+    loaded = torch.load(held, weights_only=False)
+    assert torch.equal(loaded(X)["logits"], model(X)["logits"])
+
+
+def test_a_step_ends_as_the_model_is_called_again(tmp_path, model):
+    run = recorded(tmp_path, lambda: [model(X) for _ in range(3)], modules=["head"], step_on="root")
+    assert [step for *_, step in keys(run)] == [0, 1, 2]
+
+
+def test_a_step_ends_where_an_optimizer_has_stepped(tmp_path, model):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def job():
+        for _ in range(2):
+            for _ in range(2):
+                model(X)["logits"].sum().backward()
+            optimizer.step()
+
+    run = recorded(tmp_path, job, modules=["head"], step_on="optimizer")
+    assert [step for *_, step in keys(run)] == [0, 0, 1, 1]
+
+
+def test_a_context_is_around_modules_too(tmp_path, model):
+    def job():
+        with context(phase="a"):
+            model(X)
+
+    assert keys(recorded(tmp_path, job, modules=["head"])) == [("head", '{"phase":"a"}', 0)]
+
+
+def test_checkpointing_is_seen_as_a_second_forward(tmp_path, table):
+    class Checkpointed(Inner):
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    rows = table('"layers.{layer}.attn.q" = "q"')
+    run = recorded(tmp_path, lambda: Checkpointed()(X.requires_grad_()).sum().backward(), taps=rows)
+    tags = [tags for _, tags, _ in keys(run)]
+    assert sorted(tags) == [
+        '{"layer":0,"recompute":true}', '{"layer":0}', '{"layer":1,"recompute":true}', '{"layer":1}'
+    ]  # fmt: skip
+
+
+@dataclass
+class Out:
+    hidden: torch.Tensor
+    other: torch.Tensor | None = None
+
+
+def test_members_of_dataclasses_and_successive_calls(tmp_path, table):
+    import calling
+
+    module = calling.Twice(Out)
+    rows = table(
+        '":output.hidden" = "hidden"\n":output.0" = "first"\n'
+        '" > calling.f" = { tap = ["a", "b"], dims = ["x y", "y x"] }'
+    )
+    run = recorded(tmp_path, lambda: (module(X), module(X)), taps=rows, step_on="root")
+    found = [(r["name"], r["dims"]) for r in run.manifest().sort("seq").iter_rows(named=True)]
+    assert found == 2 * [("a", "x y"), ("b", "y x"), ("hidden", None), ("first", None)]
+
+
+def test_attach_taps_one_model(tmp_path, model):
+    taps = attach(model, modules=["head"])
+    with Recorder(tmp_path / "run"):
+        model(X)
+        Model()(X)
+    taps.detach()
+    assert len(keys(Recording.open(tmp_path / "run"))) == 1 and hooks_of(model) == 0
+
+
+def test_attach_refuses_what_fits_nothing(model):
+    with pytest.raises(UsageError, match="'heat' fits no module; closest: head"):
+        attach(model, modules=["heat"])
+    with pytest.raises(UsageError, match="neither taps nor modules"):
+        attach(model)
