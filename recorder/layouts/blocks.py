@@ -236,6 +236,11 @@ class Sizes:
         """How many indices the blocks have that were recorded."""
         return sum(self._local.values())
 
+    @property
+    def block(self) -> int:
+        """The size of the largest block."""
+        return max(self._local.values())
+
     def at(self, key: tuple[int, ...]) -> int | None:
         """Return the size of the block at some coordinates, None where nobody recorded it."""
         return self._local.get(key)

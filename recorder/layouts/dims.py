@@ -21,12 +21,14 @@ class Cut:
             balance causal attention; else chunk k of n.
         rule: `chunk` or `split` where that was declared, else "".
         share: how many neighbours along the axis hold the same block.
+        repeat: whether as many do as it takes, see `repeats`.
     """
 
     axis: str
     zigzag: bool = False
     rule: str = ""
     share: int = 1
+    repeat: bool = False
 
     def __str__(self) -> str:
         return self.declared("")
@@ -34,7 +36,7 @@ class Cut:
     def declared(self, rule: str) -> str:
         """Return it as written, with a rule."""
         axis = f"{self.axis}/{self.share}" if self.share > 1 else self.axis
-        words = ["zigzag"] * self.zigzag + [rule] * bool(rule)
+        words = ["zigzag"] * self.zigzag + [rule] * bool(rule) + ["repeat"] * self.repeat
         return f"{axis}:{'+'.join(words)}" if words else axis
 
 

@@ -28,6 +28,7 @@ from .fit import group_of
 from .groups import Group
 from .lengths import Lengths
 from .receiver import Receiver
+from .repeats import settled
 from .runs import Piece, Runs
 
 
@@ -99,7 +100,9 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         LayoutError: the layouts contradict each other, or do not say enough, or blocks are missing.
     """
     receiver.check("$receiver's")
-    sender_dims, receiver_dims = _agreed(senders), receiver.dims
+    _agreed(senders)
+    senders, (receiver,) = settled((senders, sender_world), ([receiver], receiver_world))
+    sender_dims, receiver_dims = senders[0].dims, receiver.dims
     if sender_dims.is_named and receiver_dims.is_named:
         sender_dims, receiver_dims = (
             sender_dims.with_tokens(receiver_dims),
@@ -174,7 +177,9 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
     Raises:
         LayoutError: as `plan`.
     """
-    sender_dims = _agreed(senders)
+    _agreed(senders)
+    (senders,) = settled((senders, world_size))
+    sender_dims = senders[0].dims
     at = {block.rank: placed(block, world_size) for block in senders}
     senders = busy(list(senders), sender_dims, at)
     lengths = given_by(senders, sender_dims) if TOKENS in sender_dims.names else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..errors import LayoutError
 from . import runs as r
-from .cutting import Places, cut_up, cuts_of, declared, divides, is_by_sequence, rules_of
+from .cutting import Places, cut_up, cuts_of, declared, divides, is_by_sequence, rules_of, shared
 from .dims import TOKENS, Cut, Dims
 from .lengths import Lengths
 from .runs import Runs
@@ -249,7 +249,9 @@ class Receiver:
             if one.is_padded
             else f"'# {dim.label}={one.total}'"
             if one.total != size
-            else declared(dim, cuts, one.rules, one.share) + as_it_is
+            else shared(dim, cuts, one.share, size, self.shape[j])
+            if one.share > 1
+            else declared(dim, cuts, one.rules) + as_it_is
             for one in readings
         ]
         return list(dict.fromkeys(options))
