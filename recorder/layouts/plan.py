@@ -274,7 +274,7 @@ def _sizes(
             dim,
             axes,
             [(at[block.rank], block.shape[i], block.rank) for block in chosen],
-            None if dims.shape is None else dims.shape[i],
+            dims.known(i, axes),
             lengths,
         )
         for i, dim in enumerate(dims.dims)
