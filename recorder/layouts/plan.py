@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
@@ -135,7 +135,16 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
-    groups = [group_of(pair, sender_dims, sizes, block, lengths, rows) for pair in pairs]
+    groups = []
+    for pair in pairs:
+        try:
+            groups.append(group_of(pair, sender_dims, sizes, block, lengths, rows))
+        except LayoutError as err:
+            advice = undeclared(senders[0], pair.senders, sender_world, "$senders'")
+            advice = advice or undeclared(receiver, pair.receivers, receiver_world, "$receiver's")
+            if type(err) is not LayoutError or not advice:
+                raise
+            raise LayoutError(err.fact, f"{advice}, else {MEND}") from None
     pairs = [group.pair for group in groups]
     into = [group.into() for group in groups]
     reduction, zero, chosen = _partial(sender_dims, receiver_dims, at, here, axes, chosen)
@@ -214,6 +223,28 @@ def _assumed(blocks: Sequence[Block], dims: Dims, world: int, whose: str) -> str
     if blocks[0].mesh is not None or dims.mesh is not None or not dims.axes or world == 1:
         return ""
     return f"{dims.axes[0]} was taken to be over all {world} of {whose}: no mesh was declared"
+
+
+def undeclared(block: Block, dims: Iterable[int], world: int, whose: str) -> str:
+    """Return what to declare where an axis that cuts some dims was counted as 1, "" else.
+
+    Args:
+        block: one of the side's.
+        dims: by position.
+        world: how many ranks the side's job has.
+        whose: the side, as messages call it.
+    """
+    if world == 1 or (block.mesh is None and block.dims.mesh is None):
+        return ""
+    known = {*dict(block.mesh or ()), *(block.dims.mesh or ())}
+    for i in dims:
+        for cut in block.dims.dims[i].cuts:
+            if cut.axis not in known:
+                return (
+                    f"no axis {cut.axis} is declared on {whose} ranks here, so nothing is cut over "
+                    f"it: declare_mesh({cut.axis}=(rank, size)) if it is"
+                )
+    return ""
 
 
 def _one_line(dims: Dims, axes: Mapping[str, int], lengths: Lengths | None) -> str:
