@@ -22,7 +22,7 @@ from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS, Dims
 from recorder.layouts.lengths import counts_tokens, lengths_in, padding_side
 from recorder.layouts.parse import gradient_dims
-from recorder.layouts.plan import Plan, plan, whole
+from recorder.layouts.plan import Plan, plan, undeclared, whole
 from recorder.logical import Recorded, block_of, layout_of, open_axes, with_gradient
 from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
@@ -306,10 +306,14 @@ class Relayout:
             self._check_number(blocks[0].dims, shape, "the target")
             found = whole(blocks, self._recording.world_size)
             if found.shape != shape:
+                world = self._recording.world_size
+                advice = undeclared(blocks[0], range(len(shape)), world, "$senders'")
                 raise LayoutError(
                     f"the senders' blocks are parts of {list(found.shape)}, and the target, which "
                     f"declares no dims, has {list(shape)}",
-                    "declare its dims, or mend those at the baseline's tap",
+                    f"{advice}, else mend the dims at the baseline's tap"
+                    if advice
+                    else "declare its dims, or mend those at the baseline's tap",
                 )
             extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
             known = block_of(self._rank.rank, found.dims, shape, receiver.mesh, extras)

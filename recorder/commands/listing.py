@@ -269,6 +269,7 @@ def _layout(text: str, kind: str, mesh: FrozenMesh | None) -> str:
             place(cut.axis)
             + (f" /{cut.share}" if cut.share > 1 else "")
             + (" zigzag" if cut.zigzag else "")
+            + (" repeat" if cut.repeat else "")
             for cut in dim.cuts
         ]
         words.append(dim.label + (f"[{', '.join(cuts)}]" if cuts else ""))

@@ -61,7 +61,8 @@ def coordinates(block: Block, world_size: int) -> Places:
     """Return where a block's rank stands on the axes its layout names, and on all its mesh has.
 
     An axis that the mesh does not have is one of size 1: the job runs without it. Where nobody
-    declared a mesh, an axis that stands alone is taken to be that of all ranks.
+    declared a mesh, an axis that stands alone is taken to be that of all ranks. A DTensor says
+    where it stands on the axes of its own mesh.
 
     Raises:
         LayoutError: nobody says where the rank stands.
@@ -72,7 +73,12 @@ def coordinates(block: Block, world_size: int) -> Places:
             axis: (mesh[axis][0] if at is None and axis in mesh else at, size)
             for axis, (at, size) in dims.mesh.items()
         }
-        return {**mesh, **_complete(block, known, world_size)}
+        placed = _complete(block, known, world_size)
+        outside = {axis: mesh.get(axis, (0, 1)) for axis in dims.axes if axis not in placed}
+        for axis, others in dims.aliases.items():
+            if outside[axis] in [placed[other] for other in others]:
+                outside[axis] = (0, 1)  # another name of what a placement says already
+        return {**mesh, **placed, **outside}
     if block.mesh is not None:
         return {**dict.fromkeys(dims.axes, (0, 1)), **mesh}
     return _complete(block, dict.fromkeys(dims.axes, (None, world_size)), world_size)
@@ -235,6 +241,11 @@ class Sizes:
     def recorded(self) -> int:
         """How many indices the blocks have that were recorded."""
         return sum(self._local.values())
+
+    @property
+    def block(self) -> int:
+        """The size of the largest block."""
+        return max(self._local.values())
 
     def at(self, key: tuple[int, ...]) -> int | None:
         """Return the size of the block at some coordinates, None where nobody recorded it."""

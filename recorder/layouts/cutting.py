@@ -35,6 +35,15 @@ def declared(dim: Dim, cuts: Sequence[Cut], rules: Sequence[str], share: int = 1
     return f"{dim.label}[{','.join(words)}]"
 
 
+def shared(dim: Dim, cuts: Sequence[Cut], share: int, size: int, block: int) -> str:
+    """Return a dim as written where ranks share each block, of some size, of the whole's."""
+    if len(cuts) == 1 and len(dim.names) == 1 == block:
+        return f"{dim.label}[{cuts[0].axis}:repeat]"
+    if len(cuts) == 1 and len(dim.names) > 1:
+        return f"{dim.label}[{cuts[0].axis}:repeat] # {dim.names[0]}={size // block}"
+    return declared(dim, cuts, (), share)
+
+
 def rules_of(cuts: Sequence[Cut], matters: Callable[[int, Cut], bool]) -> Iterator[tuple[str, ...]]:
     """Yield the rules by which axes can cut what they do not divide, as far as it is open."""
     free = [

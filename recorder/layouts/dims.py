@@ -21,12 +21,14 @@ class Cut:
             balance causal attention; else chunk k of n.
         rule: `chunk` or `split` where that was declared, else "".
         share: how many neighbours along the axis hold the same block.
+        repeat: whether as many do as it takes, see `repeats`.
     """
 
     axis: str
     zigzag: bool = False
     rule: str = ""
     share: int = 1
+    repeat: bool = False
 
     def __str__(self) -> str:
         return self.declared("")
@@ -34,7 +36,7 @@ class Cut:
     def declared(self, rule: str) -> str:
         """Return it as written, with a rule."""
         axis = f"{self.axis}/{self.share}" if self.share > 1 else self.axis
-        words = ["zigzag"] * self.zigzag + [rule] * bool(rule)
+        words = ["zigzag"] * self.zigzag + [rule] * bool(rule) + ["repeat"] * self.repeat
         return f"{axis}:{'+'.join(words)}" if words else axis
 
 
@@ -77,7 +79,9 @@ class Dims:
         padded: names of dims with padding behind their end.
         fills: name -> what a graft writes into the target's padding, where declared.
         mesh: a DTensor's: axis -> this rank's coordinate (None where not known) and the size.
-        shape: a DTensor's whole shape.
+        shape: a DTensor's whole shape, which other axes may have cut out of a larger one.
+        aliases: axis outside a DTensor's mesh -> axes of it that it may be another name of, since
+            both cut one dim.
         is_named: whether the dims' names were declared, and not just counted.
         is_line: whether its `t` was declared as `s`, see `with_tokens`.
     """
@@ -92,6 +96,7 @@ class Dims:
     fills: Mapping[str, float] = field(default_factory=dict, hash=False)
     mesh: Mapping[str, tuple[int | None, int]] | None = field(default=None, hash=False)
     shape: tuple[int, ...] | None = None
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     is_named: bool = True
     is_line: bool = False
 
@@ -116,6 +121,13 @@ class Dims:
         plain = [replace(one, text="", mesh=None) for one in (self, other)]
         return sizes[0] == sizes[1] and plain[0] == plain[1]
 
+    def known(self, i: int, axes: Mapping[str, int]) -> int | None:
+        """The size of a DTensor's whole along a dim; None where other axes cut that, or of none."""
+        if self.shape is None or self.mesh is None:
+            return None
+        outside = (cut.axis for cut in self.dims[i].cuts if cut.axis not in self.mesh)
+        return None if any(axes[axis] > 1 for axis in outside) else self.shape[i]
+
     def whole(self, shape: tuple[int, ...]) -> Dims:
         """The layout of the tensor that nothing cuts, of some shape, its padding left out."""
         sizes = {d.names[0]: n for d, n in zip(self.dims, shape, strict=True) if len(d.names) == 1}
@@ -130,6 +142,7 @@ class Dims:
             fills={},
             mesh=None,
             shape=None,
+            aliases={},
         )
 
     def with_tokens(self, other: Dims) -> Dims:

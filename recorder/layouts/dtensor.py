@@ -1,13 +1,16 @@
 """What a DTensor says of itself, read as a layout: its mesh and placements.
 
 `DTensor [8, 6] tp:0/2=Shard(dim=1)` is its whole shape, and for each dim of its mesh the name, this
-rank's coordinate, the size and the placement (`capture.local_part` writes it).
+rank's coordinate, the size and the placement (`capture.local_part` writes it). What is declared
+beside it names its dims, and axes outside its mesh, as where a batch is cut over `fsdp` and the
+DTensor is one over `tp`; of its own axes a DTensor's word holds.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import LayoutError
@@ -32,7 +35,8 @@ def with_placements(text: str, named: Dims, found: re.Match[str]) -> Dims:
         found: the match of `DTENSOR` in the text.
 
     Raises:
-        LayoutError: it is none, or a placement that is not known, or not what was declared.
+        LayoutError: it is none, or a placement that is not known, or that contradicts what was
+            declared.
     """
     sizes = [part.strip() for part in found[1].split(",") if part.strip()]
     if any(re.fullmatch(_NUMBER, size) is None for size in sizes):
@@ -54,36 +58,75 @@ def with_placements(text: str, named: Dims, found: re.Match[str]) -> Dims:
             raise LayoutError(f"the dims {text!r:.200} cannot be read: the mesh is malformed")
         mesh[axis] = (int(at) if at else None, int(size))
         placements.append((axis, int(size), placement))
-    cuts, partial = _order(text, placements, len(shape))
-    _check_declared(text, named, cuts, partial)
+    placed, partial = _order(text, placements, len(shape))
+    at = {cut.axis: i for i, line in enumerate(placed) for cut in line}
+    aliases: dict[str, tuple[str, ...]] = {}
+    cuts: list[tuple[Cut, ...]] = []
+    for i, dim in enumerate(dims):
+        outside = _outside(text, dims, i, placed[i], at, mesh)
+        unnamed = {cut.axis for cut in placed[i]} - {cut.axis for cut in dim.cuts}
+        aliases |= {cut.axis: tuple(sorted(unnamed)) for cut in outside if unnamed}
+        cuts.append((*outside, *placed[i]))
+    for axis, _ in named.partial:
+        if axis in at:
+            fact = f"they call it partial over {axis}, which cuts {dims[at[axis]].label}"
+            raise _contradiction(text, fact)
+        if axis not in mesh:
+            partial.append((axis, "sum"))
     return replace(
         named,
-        dims=tuple(Dim(dim.names, cut) for dim, cut in zip(dims, cuts, strict=True)),
+        dims=tuple(Dim(dim.names, line) for dim, line in zip(dims, cuts, strict=True)),
         partial=tuple(partial),
-        replicated=frozenset(),
+        replicated=named.replicated - mesh.keys(),
         data=named.data - mesh.keys(),  # what a placement calls replicated is, whatever its name
         mesh=mesh,
         shape=shape,
+        aliases=aliases,
         is_named=bool(named.dims),
     )
 
 
-def _check_declared(
-    text: str, named: Dims, cuts: list[tuple[Cut, ...]], partial: list[tuple[str, str]]
-) -> None:
-    """Refuse cuts that were declared and are not those of the placements."""
-    declared = [tuple(cut.axis for cut in dim.cuts) for dim in named.dims]
-    placed = [tuple(cut.axis for cut in line) for line in cuts]
-    odd = any(cut.zigzag or cut.rule == "split" for dim in named.dims for cut in dim.cuts)
-    summed = sorted(axis for axis, _ in named.partial)
-    if (
-        odd
-        or (any(declared) and declared != placed)
-        or (summed and summed != sorted(axis for axis, _ in partial))
-    ):
-        raise LayoutError(
-            f"the dims {text!r:.200} contradict the DTensor's own placements", "name its dims only"
-        )
+def _outside(
+    text: str,
+    dims: Sequence[Dim],
+    i: int,
+    placed: Sequence[Cut],
+    at: Mapping[str, int],
+    mesh: Mapping[str, object],
+) -> tuple[Cut, ...]:
+    """Return the cuts of dim `i` that were declared over axes outside the mesh.
+
+    They cut what all of the mesh has together, so before the placements. Of its own axes a DTensor
+    knows best: a cut over one that shards nothing is passed over, so that one row of a table says
+    it of the sharded and of the replicated.
+
+    Raises:
+        LayoutError: a cut over an axis of the mesh that shards another dim, or this one otherwise.
+    """
+    label, declared = dims[i].label, dims[i].cuts
+    for cut in declared:
+        if at.get(cut.axis, i) != i:
+            other = dims[at[cut.axis]].label
+            raise _contradiction(
+                text, f"they cut {label} over {cut.axis}, and a placement cuts {other} over it"
+            )
+        if cut.axis in at and (cut.zigzag or cut.rule == "split" or cut.share > 1):
+            raise _contradiction(
+                text, f"they cut {label} as {cut}, and a placement cuts as torch.chunk does"
+            )
+    own = [cut.axis for cut in declared if cut.axis in at]
+    outside = tuple(cut for cut in declared if cut.axis not in mesh)
+    order = [cut.axis for cut in outside] + [cut.axis for cut in placed if cut.axis in own]
+    if [cut.axis for cut in declared if cut.axis in order] != order:
+        raise _contradiction(text, f"{label} is cut over {', '.join(order)}, in this order")
+    return outside
+
+
+def _contradiction(text: str, fact: str) -> LayoutError:
+    return LayoutError(
+        f"the dims {text!r:.200} contradict the DTensor's own placements: {fact}",
+        "name its dims, and of axes those outside its mesh",
+    )
 
 
 def _order(

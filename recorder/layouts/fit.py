@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import LayoutError
+from . import cutting
 from . import runs as r
 from .align import BATCH, MEND, SEQUENCE, Pair
 from .blocks import Sizes
-from .cutting import declared
 from .dims import TOKENS, Dim, Dims
 from .groups import Fused, Group, Same, Sized
 from .lengths import PADDED_BEHIND, Lengths
@@ -157,16 +157,12 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
         return LayoutError(
             fact,
             f"if {shared.share} ranks hold the same, write "
-            f"{declared(dim, cuts, (), shared.share)} at $receiver's tap, else {MEND}",
+            f"{cutting.shared(dim, cuts, shared.share, size, receiver.shape[j])} at $receiver's "
+            f"tap, else {MEND}",
         )
-    copies = senders.shared(receiver.even(j))
-    if copies:
-        return LayoutError(
-            fact,
-            f"if {copies} ranks of $senders hold the same, write "
-            f"{declared(senders.dim, senders.cuts, (), copies)} where they are recorded, else "
-            f"{MEND}",
-        )
+    real = receiver.even(j)
+    if senders.shared(real):
+        return LayoutError(fact, _if_shared([senders], real))
     padded = f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}"
     if not cuts and size > receiver.shape[j] > 0 and size % receiver.shape[j] == 0:
         parts = size // receiver.shape[j]
@@ -184,6 +180,19 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
         )
     uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
     return LayoutError(f"{fact}{': its blocks are of unequal sizes' if uneven else ''}", padded)
+
+
+def _if_shared(senders: Sequence[Sizes], real: int) -> str:
+    """Return what to do where the senders have more than there is: blocks may be shared."""
+    (first, *others) = senders
+    copies = 0 if others else first.shared(real)
+    if not copies:
+        return MEND
+    return (
+        f"if {copies} ranks of $senders hold the same, write "
+        f"{cutting.shared(first.dim, first.cuts, copies, real, first.block)} where they are "
+        f"recorded, else {MEND}"
+    )
 
 
 def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Receiver) -> None:
@@ -260,7 +269,7 @@ def _fused(
         raise LayoutError(
             f"dims {_labels(senders)}: $senders have {have} in all, $receiver's "
             f"{_labels(receivers)} {' x '.join(str(one.real) for one in receivers)}",
-            MEND,
+            _if_shared([sizes[i] for i in pair.senders], math.prod(n.real for n in receivers)),
         )
     if any(receiver.whole(j) is None for j in order):
         for i, one in zip(pair.senders, senders, strict=True):

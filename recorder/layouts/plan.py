@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
@@ -28,6 +28,7 @@ from .fit import group_of
 from .groups import Group
 from .lengths import Lengths
 from .receiver import Receiver
+from .repeats import settled
 from .runs import Piece, Runs
 
 
@@ -99,7 +100,9 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         LayoutError: the layouts contradict each other, or do not say enough, or blocks are missing.
     """
     receiver.check("$receiver's")
-    sender_dims, receiver_dims = _agreed(senders), receiver.dims
+    _agreed(senders)
+    senders, (receiver,) = settled((senders, sender_world), ([receiver], receiver_world))
+    sender_dims, receiver_dims = senders[0].dims, receiver.dims
     if sender_dims.is_named and receiver_dims.is_named:
         sender_dims, receiver_dims = (
             sender_dims.with_tokens(receiver_dims),
@@ -132,7 +135,16 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
-    groups = [group_of(pair, sender_dims, sizes, block, lengths, rows) for pair in pairs]
+    groups = []
+    for pair in pairs:
+        try:
+            groups.append(group_of(pair, sender_dims, sizes, block, lengths, rows))
+        except LayoutError as err:
+            advice = undeclared(senders[0], pair.senders, sender_world, "$senders'")
+            advice = advice or undeclared(receiver, pair.receivers, receiver_world, "$receiver's")
+            if type(err) is not LayoutError or not advice:
+                raise
+            raise LayoutError(err.fact, f"{advice}, else {MEND}") from None
     pairs = [group.pair for group in groups]
     into = [group.into() for group in groups]
     reduction, zero, chosen = _partial(sender_dims, receiver_dims, at, here, axes, chosen)
@@ -174,7 +186,9 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
     Raises:
         LayoutError: as `plan`.
     """
-    sender_dims = _agreed(senders)
+    _agreed(senders)
+    (senders,) = settled((senders, world_size))
+    sender_dims = senders[0].dims
     at = {block.rank: placed(block, world_size) for block in senders}
     senders = busy(list(senders), sender_dims, at)
     lengths = given_by(senders, sender_dims) if TOKENS in sender_dims.names else None
@@ -209,6 +223,28 @@ def _assumed(blocks: Sequence[Block], dims: Dims, world: int, whose: str) -> str
     if blocks[0].mesh is not None or dims.mesh is not None or not dims.axes or world == 1:
         return ""
     return f"{dims.axes[0]} was taken to be over all {world} of {whose}: no mesh was declared"
+
+
+def undeclared(block: Block, dims: Iterable[int], world: int, whose: str) -> str:
+    """Return what to declare where an axis that cuts some dims was counted as 1, "" else.
+
+    Args:
+        block: one of the side's.
+        dims: by position.
+        world: how many ranks the side's job has.
+        whose: the side, as messages call it.
+    """
+    if world == 1 or (block.mesh is None and block.dims.mesh is None):
+        return ""
+    known = {*dict(block.mesh or ()), *(block.dims.mesh or ())}
+    for i in dims:
+        for cut in block.dims.dims[i].cuts:
+            if cut.axis not in known:
+                return (
+                    f"no axis {cut.axis} is declared on {whose} ranks here, so nothing is cut over "
+                    f"it: declare_mesh({cut.axis}=(rank, size)) if it is"
+                )
+    return ""
 
 
 def _one_line(dims: Dims, axes: Mapping[str, int], lengths: Lengths | None) -> str:
@@ -269,7 +305,7 @@ def _sizes(
             dim,
             axes,
             [(at[block.rank], block.shape[i], block.rank) for block in chosen],
-            None if dims.shape is None else dims.shape[i],
+            dims.known(i, axes),
             lengths,
         )
         for i, dim in enumerate(dims.dims)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..errors import LayoutError
 from . import runs as r
-from .cutting import Places, cut_up, cuts_of, declared, divides, is_by_sequence, rules_of
+from .cutting import Places, cut_up, cuts_of, declared, divides, is_by_sequence, rules_of, shared
 from .dims import TOKENS, Cut, Dims
 from .lengths import Lengths
 from .runs import Runs
@@ -85,9 +85,8 @@ class Receiver:
 
     def whole(self, j: int) -> int | None:
         """Return the size of the whole along dim `j` where this block alone tells, else None."""
-        if self.dims.shape is not None:
-            return self.dims.shape[j]
-        return None if self.cuts(j) else self.shape[j]
+        known = self.dims.known(j, self.axes)
+        return self.shape[j] if known is None and not self.cuts(j) else known
 
     def even(self, j: int) -> int:
         """Return the size of a whole whose blocks along dim `j` are all as large as this one."""
@@ -249,7 +248,9 @@ class Receiver:
             if one.is_padded
             else f"'# {dim.label}={one.total}'"
             if one.total != size
-            else declared(dim, cuts, one.rules, one.share) + as_it_is
+            else shared(dim, cuts, one.share, size, self.shape[j])
+            if one.share > 1
+            else declared(dim, cuts, one.rules) + as_it_is
             for one in readings
         ]
         return list(dict.fromkeys(options))
@@ -260,8 +261,11 @@ class Receiver:
 
     def _lengths_over(self, j: int) -> Lengths | None:
         """Return the lengths of the sequences that dim `j` is cut by, each by itself."""
-        lengths = None if self.dims.mesh is not None else self._lengths_of(j)
-        return lengths if is_by_sequence(self.cuts(j), 0, lengths) else None
+        cuts = self.cuts(j)
+        if cuts and cuts[0].axis in (self.dims.mesh or {}):
+            return None  # a placement cuts the line of them
+        lengths = self._lengths_of(j)
+        return lengths if is_by_sequence(cuts, 0, lengths) else None
 
     def _cuttings(self, j: int, total: int, *, evenly: bool = False) -> list[_Reading]:
         """Return the ways to cut a whole of some size that give this block, no two alike."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ..errors import BlocksMissing, LayoutError
+from . import cutting
 from . import runs as r
 from .align import BATCH, MEND, SEQUENCE, Pair
 from .blocks import Sizes
@@ -181,10 +182,14 @@ def indices_of(
     """Return the receiver's whole along a dim of known size, and which indices its block has."""
     found = receiver.indices(j, size, padded, others, is_left=is_left)
     if found is None:
+        dim, shared = receiver.dims.dims[j], receiver.shared(j, size)
         raise LayoutError(
-            f"dim {receiver.dims.dims[j]}: {size} in all have no block of {receiver.shape[j]} "
-            f"there",
-            MEND,
+            f"dim {dim}: {size} in all have no block of {receiver.shape[j]} there",
+            MEND
+            if shared is None
+            else f"if {shared.share} ranks hold the same, write "
+            f"{cutting.shared(dim, receiver.cuts(j), shared.share, size, receiver.shape[j])} at "
+            f"$receiver's tap, else {MEND}",
         )
     return found
 

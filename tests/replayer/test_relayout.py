@@ -558,3 +558,19 @@ def test_no_layout_was_declared(run):
     back = record(run, [torch.ones(2)], None)
     with pytest.raises(LayoutError, match="recorded on rank 0 without dims"):
         back.load_logical("x")
+
+
+@pytest.mark.parametrize("dims", ["s h", None])
+def test_senders_whose_axis_no_mesh_declared_are_told_so(run, dims):
+    record(run, [torch.zeros(2, 3) for _ in range(2)], "s[sp] h", over(tp=2))
+    (message,) = replay(run, [torch.zeros(4, 3)], dims, outcome="error")
+    assert "no axis sp is declared on the senders' ranks here" in message
+    assert "declare_mesh(sp=(rank, size))" in message and "SIZE" not in message
+
+
+def test_a_target_whose_axis_no_mesh_declares_is_told_so(run):
+    record(run, [torch.zeros(4, 3)], "s h")
+    messages = replay(
+        run, [torch.zeros(2, 3) for _ in range(2)], "s[sp] h", over(tp=2), outcome="error"
+    )
+    assert all("no axis sp is declared on the target's ranks here" in m for m in messages)

@@ -88,4 +88,4 @@ def test_key_heads_that_ranks_share(run, said):
         if said or rank == 0:
             assert outcome == "grafted" and (target == rank // 2).all()
         else:
-            assert outcome == "error" and "kv[tp/2]" in message and (target == -1).all()
+            assert outcome == "error" and "kv[tp:repeat]" in message and (target == -1).all()

@@ -135,13 +135,34 @@ def test_a_dtensor_receiver_knows_its_whole_shape():
     assert carried(senders, ten, 2).tolist() == [5, 6, 7, 8, 9]
 
 
-def test_a_dtensor_may_name_its_dims_and_its_own_cuts_and_no_others():
+def test_a_dtensor_may_name_its_dims_and_its_own_cuts():
     placed = "DTensor [2, 6] tp:1/2=Shard(dim=1)"
     assert str(parse_dims(f"b h[tp] # {placed}").dims[1]) == "h[tp]"
     assert parse_dims(f"b h # h=5 # {placed}").sizes == {"h": 5}
-    for wrong in ("b[tp] h", "b h[cp]", "b h[tp:zigzag]", "b[cp:partial] h", "b h c"):
+    for wrong in ("b[tp] h", "b h[tp:zigzag]", "b h[tp/2]", "b[tp:partial] h", "b h c"):
         with pytest.raises(LayoutError, match="contradict|name 3 dims"):
             parse_dims(f"{wrong} # {placed}")
+
+
+def test_an_axis_that_no_mesh_declares_is_named_where_sizes_do_not_fit():
+    """Sequence parallelism whose axis nobody declared, on the receiver's ranks and the senders'."""
+    said = "no axis sp is declared on {} ranks here, so nothing is cut over it: declare_mesh(sp="
+    one = sent("s h", [torch.zeros(8, 2)])
+    for dims in ("s[sp] h", "s[sp] h # DTensor [4, 2] tp:1/2=Replicate()", "(s*h)[sp]"):
+        shape = (8,) if "*" in dims else (4, 2)
+        refused(one, block(1, dims, shape, tp=(1, 2)), said.format("the target's"), 2)
+    cut = sent("s[sp] h", [torch.zeros(4, 2)] * 2)
+    with pytest.raises(LayoutError) as caught:
+        carried(cut, block(0, "s h", (8, 2)))
+    assert said.format("the senders'") in str(caught.value)
+    assert "padded" not in str(caught.value) and "SIZE" not in str(caught.value)
+    # A job of one rank runs without the axis, and a declared one is not the reason.
+    with pytest.raises(LayoutError) as caught:
+        carried(one, block(0, "s[sp] h", (6, 2), tp=(0, 1)))
+    assert "no axis" not in str(caught.value)
+    with pytest.raises(LayoutError) as caught:
+        carried(one, block(1, "s[sp] h", (2, 2), sp=(1, 2)), 2)
+    assert "no axis" not in str(caught.value)
 
 
 def test_data_parallel_ranks_of_dtensors_on_a_part_of_the_mesh():

@@ -179,16 +179,16 @@ def test_key_heads_that_are_fewer_than_the_ranks():
     refused(senders, block(1, "kv[tp]", (1,), tp=(1, 4)), said, 4)
     for k in (2, 3):
         receiver = block(k, "kv[tp]", (1,), tp=(k, 4))
-        refused(senders, receiver, "if 2 ranks hold the same, write kv[tp/2]", 4)
+        refused(senders, receiver, "if 2 ranks hold the same, write kv[tp:repeat]", 4)
     _, note = carried(senders, block(1, "kv[tp] # kv=2", (1,), tp=(1, 4)), 4)
-    assert note == "dim kv[tp]: taken to be padded to 4; if it is not, write kv[tp/2]"
+    assert note == "dim kv[tp]: taken to be padded to 4; if it is not, write kv[tp:repeat]"
     for k in range(4):
         receiver = block(k, "kv[tp/2]", (1,), tp=(k, 4))
         assert carried(senders, receiver, 4)[0] == [k // 2]
     back = sent("kv[tp/2]", [heads[k // 2 : k // 2 + 1] for k in range(4)], over(tp=4))
     assert carried(back, block(0, "kv", (2,)))[0] == [0, 1]
     back = sent("kv[tp]", [heads[k // 2 : k // 2 + 1] for k in range(4)], over(tp=4))
-    said = "if 2 ranks of the senders hold the same, write kv[tp/2] where they are recorded"
+    said = "if 2 ranks of the senders hold the same, write kv[tp:repeat] where they are recorded"
     refused(back, block(0, "kv", (2,)), said)
     # One head for all, on any number of ranks; and as many ranks as heads.
     assert carried(sent("kv", [heads[1:]]), block(3, "kv[tp/4]", (1,), tp=(3, 4)), 4)[0] == [1]
