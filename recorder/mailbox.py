@@ -22,6 +22,8 @@ DOCTOR = "doctor"
 
 SURVEY = "GRAFT_SURVEY"
 """The variable with which `graft taps` asks what could be tapped."""
+TAPS = "taps"
+"""What a process reports as its session of what tap tables found in it."""
 LOADED = "entry"
 """What a process reports as its session in which torch let tensorgraft in."""
 
@@ -92,6 +94,8 @@ class Report(TypedDict, total=False):
     repeats: int
     pid: int
     taps: ModelReport
+    is_last: bool
+    """Whether that is what it came to, and not what it was when a model was found."""
     modules: list[SurveyedModule]
     never: int
     """How many modules were never called."""

@@ -13,7 +13,7 @@ with `*.` fits at any depth. `{layer}` is one part or a piece of one, and become
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import UsageError
 from .tags import RESERVED, TagValue
@@ -103,7 +103,8 @@ class Path:
 
     def called(self, name: str) -> str:
         """Return what the tap of a module is called by default: its name without the tags."""
-        place = "" if str(self.place) == "output" else f":{self.place}"
+        value = replace(self.place, is_gradient=False)  # the kind of its record says that it is one
+        place = "" if str(value) == "output" else f":{value}"
         if self.tags:
             name = ".".join(filter(None, (_CAPTURE.sub("", p) for p in self.modules.split("."))))
             name = name.replace("*", "").strip(".")

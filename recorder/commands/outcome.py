@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from .. import ranks
 from ..errors import RecordingError
@@ -23,7 +23,16 @@ from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_li
 from ..format.disk import ACCESS
 from ..format.schema import RECORDING, rank_folder
 from ..job import Job
-from ..mailbox import DOCTOR, LOADED, Report, failures_of, read_reports, why_nothing
+from ..mailbox import (
+    DOCTOR,
+    LOADED,
+    ModelReport,
+    Report,
+    RowReport,
+    failures_of,
+    read_reports,
+    why_nothing,
+)
 from ..modules import table
 from ..modules.told import lines
 from ..progress import Progress, Watcher, read_progress
@@ -128,7 +137,7 @@ def of_tables(
     if not settings.wants_modules and not always:
         return []
     reports = read_reports(folder)
-    notes = lines([one["taps"] for one in reports if "taps" in one], settings)
+    notes = lines(_last_of_each(reports), settings)
     loaded = {one["pid"] for one in reports if one.get("session") == LOADED}
     strangers = processes.without(loaded)
     if strangers:
@@ -139,6 +148,16 @@ def of_tables(
             "it is installed"
         )
     return notes
+
+
+def _last_of_each(reports: Sequence[Report]) -> list[ModelReport]:
+    """Return what tables found in each process; of one that was killed nobody knows what ran."""
+    last = {one["pid"]: one["taps"] for one in reports if one.get("is_last")}
+    for one in reports:
+        if "taps" in one and one["pid"] not in last:
+            rows = [cast(RowReport, {**row, "fired": row["found"]}) for row in one["taps"]["rows"]]
+            last[-len(last) - 1] = {**one["taps"], "rows": rows}
+    return list(last.values())
 
 
 def reports_of(session: str, folder: Path) -> list[Report]:

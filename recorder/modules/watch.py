@@ -11,7 +11,6 @@ The environment is read again at the first call of a module, since some launcher
 
 from __future__ import annotations
 
-import atexit
 import difflib
 import functools
 import gc
@@ -30,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..diagnostics import say
 from ..errors import GraftError, ReplayError, UsageError, is_from_the_job
-from ..mailbox import LOADED, SURVEY, VARIABLE, ModelReport, RowReport, write_report
+from ..mailbox import LOADED, SURVEY, TAPS, VARIABLE, ModelReport, RowReport, write_report
 from ..settings import TapSettings
 from ..taps import sessions
 from ..taps.checkpoints import is_in_backward
@@ -82,6 +81,8 @@ class Request:
             if not any(counts[0] for counts in found.found.values()):
                 return None
         self.attached[id(root)] = found
+        if self in _from_environment.values():  # of a process that is killed this has to do
+            write_report({"session": TAPS, "pid": os.getpid(), "taps": self.report()})
         if not is_known:
             self._tell(found)
         if self.settings.step_on == "root":
@@ -457,7 +458,7 @@ def watch_environment() -> None:
         late_environment()
     if is_late:
         _read_late()
-    atexit.register(report_all)
+    sessions.at_exit(report_all)
 
 
 def _read_late() -> None:
@@ -477,10 +478,10 @@ def _read_late() -> None:
 
 def report_all() -> None:
     """Tell the wrapper, or whoever reads stderr, what the tables of the environment found."""
-    for kind, request in _from_environment.items():
+    for request in _from_environment.values():
         if request is not None and not request.is_reported:
             request.is_reported = True
             found = request.report()
-            write_report({"session": f"{kind}_TAPS", "pid": os.getpid(), "taps": found})
+            write_report({"session": TAPS, "pid": os.getpid(), "is_last": True, "taps": found})
             for line in lines([found], request.settings) if VARIABLE not in os.environ else ():
                 say(line)

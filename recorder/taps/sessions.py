@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -165,11 +166,19 @@ def _opened() -> list[Session]:
 
 def close_at_exit(session: Session) -> None:
     """Close a session when the process ends, by whichever way runs anything at all."""
-    atexit.register(_close_last, session)
+    at_exit(_close_last, session)
+
+
+def at_exit(function: Callable[..., None], *args: Any) -> None:
+    """Call a function when the process ends, by whichever way runs anything at all; perhaps twice.
+
+    What was registered last is called first.
+    """
+    atexit.register(function, *args)
     # A multiprocessing child leaves through os._exit after these finalizers, without atexit.
     from multiprocessing import util
 
-    util.Finalize(None, _close_last, (session,), exitpriority=10)
+    util.Finalize(None, function, args, exitpriority=10)
 
 
 def _close_last(session: Session) -> None:
