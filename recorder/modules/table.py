@@ -94,6 +94,7 @@ class Section:
         roots: patterns of the classes of models that it is meant for.
         numbers: tag -> expression over the module's attributes that gives its value.
         axes: axis -> (the axis it is, the condition or None).
+        system: what the file calls it, "" where it is the whole file.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Section:
     roots: tuple[str, ...] = ()
     numbers: Mapping[str, Filter] = field(default_factory=dict, hash=False)
     axes: Mapping[str, tuple[str, Filter | None]] = field(default_factory=dict, hash=False)
+    system: str = ""
 
     def is_meant_for(self, module: Any) -> bool:
         """Whether a module is of a class that it is meant for."""
@@ -152,9 +154,9 @@ def load(name: str) -> tuple[Table, ...]:
         )
     if not section:
         return (table,)
-    chosen = [one for one in table.sections if one.name == f"{table.name}:{section}"]
+    chosen = [one for one in table.sections if one.system == section]
     if not chosen:
-        names = ", ".join(one.name.rpartition(":")[2] for one in table.sections)
+        names = ", ".join(one.system for one in table.sections) or "none"
         raise UsageError(f"{file} has no section {section!r}; it has {names}")
     return (Table(table.name, tuple(chosen)),)
 
@@ -259,6 +261,7 @@ class _Reader:
             self._roots(data.get("roots", ()), system),
             numbers,
             self._axes(data.get("axes", {}), system, prefix),
+            system,
         )
 
     def _rows(self, data: Any, at: str) -> Iterator[Row]:
