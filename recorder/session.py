@@ -191,6 +191,11 @@ class Recorder:
             )
         try:
             value = call.value()
+        except LayoutError as err:  # once for all its parts
+            self._skipped += 1
+            reason = f"is not recorded: {err}"
+            self._once((call.site, reason), f"tap {call.shown} at {call.site} {reason}")
+            return
         except Exception as err:
             if not call.is_made_here:
                 raise
@@ -201,7 +206,7 @@ class Recorder:
             if selected.forward:
                 self._record(call, selected, value, "tensor")
             if selected.grad:
-                self._watch_gradient(call, selected, value)
+                self._watch_gradient(call, selected)
         elif kind == "value":
             if selected.forward:
                 self._record_value(call, selected, value)
@@ -458,7 +463,7 @@ class Recorder:
         if self._writer is not None:
             self._writer.submit_value(row)
 
-    def _watch_gradient(self, call: Call, selected: Selected, value: torch.Tensor) -> None:
+    def _watch_gradient(self, call: Call, selected: Selected) -> None:
         # Of the tap: backward() may come when another was declared.
         mesh = self._standing.current(self._selection.step)
 
@@ -466,14 +471,14 @@ class Recorder:
             if self.state != "running":
                 return
             try:
-                self._record(call, part_of(selected, part), grad, "grad", mesh)
+                self._record(call, part_of(selected, part), call.within(grad), "grad", mesh)
             except Exception as err:  # backward() is the job's
                 if is_from_the_job(err):
                     raise
                 self.lost(call, f"{type(err).__name__}: {err}")
 
         self._gradients.watch(
-            value,
+            call.whole(),
             call.name,
             arrived,
             lambda reason: self._warn(call, reason, "asks for a gradient"),

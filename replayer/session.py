@@ -246,6 +246,9 @@ class Replayer:
             return
         try:
             value = call.value()
+        except LayoutError as err:
+            self._outcomes.finish(selected, "tensor", start, err)
+            return
         except Exception as err:
             if not call.is_made_here:
                 raise
@@ -260,7 +263,7 @@ class Replayer:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
                 parts = Parts(selected)
                 self._gradients.watch(
-                    value,
+                    call.whole(),
                     call.name,
                     lambda grad, part: self._on_gradient(call, parts, part, grad, mesh),
                     lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
@@ -464,7 +467,7 @@ class Replayer:
             copy = grad.clone()  # in its graph, for whoever differentiates twice
             self._check_parts(parts, number)
             with plainly():
-                target, placements = local_part(copy)
+                target, placements = local_part(call.within(copy))
                 match = self._replacements.find(selected, "grad")
                 made = self._replacements.make(
                     call, selected, target, "grad", placements, mesh, match
@@ -476,7 +479,7 @@ class Replayer:
                 raise
             error = _worded(err)
         if isinstance(error, MissingRecord) and number > 0:
-            error, replaced = self._too_many(parts, number, grad)
+            error, replaced = self._too_many(call, parts, number, grad)
         note = made.note if made is not None and error is None else ""
         row = self._finish(selected, "grad", start, error, match, made, note)
         parts.rows.append(row)
@@ -497,7 +500,7 @@ class Replayer:
                 self._in_parts.append(parts)
 
     def _too_many(
-        self, parts: Parts, number: int, grad: torch.Tensor
+        self, call: Call, parts: Parts, number: int, grad: torch.Tensor
     ) -> tuple[GraftError, torch.Tensor | None]:
         """Return why a part has no record, and what is to replace it."""
         self._surplus.setdefault(parts.selected.key.name, number)
@@ -506,7 +509,10 @@ class Replayer:
             return ReplayError(MORE), None
         for row in grafted:
             self._outcomes.amend(row, "error", MORE)
-        return ReplayError(ZEROS), torch.zeros_like(grad)
+        replaced = grad.clone()
+        with plainly():
+            local_part(call.within(replaced))[0].zero_()
+        return ReplayError(ZEROS), replaced
 
     def _end_parts(self) -> None:
         """Note where a part was taken for more than it is, once no other can come."""

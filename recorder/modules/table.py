@@ -301,7 +301,7 @@ class _Reader:
             raise self._error(at, key, f"{len(taps)} taps have {len(dims)} dims", "dims")
         for text in dims:
             try:
-                parts.parse(text) if parts.has_parts(text) else parse_dims(text)
+                parts.names_of(text) if parts.has_parts(text) else parse_dims(text)
             except GraftError as err:
                 raise self._error(at, key, str(err), "dims") from None
         for word, kind in (("grad", bool), ("optional", bool), ("identity", bool)):

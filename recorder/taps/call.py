@@ -11,7 +11,7 @@ from ..tags import cut
 if TYPE_CHECKING:
     from .checkpoints import Place
 
-_UNKNOWN = object()
+UNKNOWN = object()
 
 
 class Call:
@@ -62,17 +62,25 @@ class Call:
         self.grad = grad
         self.tags: Mapping[str, Any] = tags or {}
         self.given = given
-        self._value: Any = _UNKNOWN
-        self._place: Any = _UNKNOWN
+        self._value: Any = UNKNOWN
+        self._place: Any = UNKNOWN
         self._site = site
         self.forward = forward
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
-        if self._value is _UNKNOWN:
+        if self._value is UNKNOWN:
             # Neither tensors nor the recordable scalars are callable.
             self._value = self.given() if callable(self.given) else self.given
         return self._value
+
+    def whole(self) -> Any:
+        """Return what stands at the tap; of what has parts it is the tensor that they lie in."""
+        return self.value()
+
+    def within(self, gradient: Any) -> Any:
+        """Return what of a gradient of `whole` is this tap's."""
+        return gradient
 
     @property
     def is_made_here(self) -> bool:
@@ -81,7 +89,7 @@ class Call:
 
     def place(self, look: Callable[[], Place | None]) -> Place | None:
         """Return where the tap fires as `look` sees it, once, whoever asks first."""
-        if self._place is _UNKNOWN:
+        if self._place is UNKNOWN:
             self._place = look()
         return self._place  # type: ignore[no-any-return]
 

@@ -4,7 +4,7 @@
 2. Otherwise `fire` merges the context's tags, and returns where no session wants to see the tap.
 3. `_dispatch` opens the sessions that `GRAFT_*` asks for, if that has not happened yet, and offers
    the tap to each, recorders first, so that a recording holds what the job computed before anything
-   is grafted over it.
+   is grafted over it. Where the dims name several tensors, each is a tap (`_parts_of`).
 
 A session that fails never fails the job, unless it was told to (`--on-error raise`).
 """
@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..diagnostics import call_site, say
-from ..errors import ReplayError, is_from_the_job
+from ..errors import LayoutError, ReplayError, is_from_the_job
 from ..ranks import is_group_up
 from . import sessions
 from .call import Call
@@ -50,7 +50,8 @@ def tap(
         value: a tensor or DTensor of any shape; or a callable returning one, called only if the
             tap is wanted; or a Python scalar, a string or a flat list of these, recorded as a
             value. Anything else is warned about once and left alone.
-        dims: the tensor's layout, such as `"b s h[tp] d"`.
+        dims: the tensor's layout, such as `"b s h[tp] d"`. If it holds several tensors along a dim,
+            as in `"b s {q: (h*d) | k: g | v: g}"`, each is a tap of its name, and none of `name`.
         extras: small facts to go with the record, JSON-able; they reach the transform.
         grad: record and graft the gradient of `value` too, when it comes.
         **tags: what tells this firing from others of the name: strings, numbers, booleans, None
@@ -218,7 +219,8 @@ def fire(
             if about not in session.ignored or (session.is_unsettled and is_group_up()):
                 break
         else:
-            return
+            if not _has_parts(dims):  # whose names are others
+                return
     except Exception as err:
         if is_from_the_job(err) and not _is_a_comparison(err):
             raise
@@ -279,16 +281,43 @@ def _dispatch(
     if sessions.active and sessions.active[0].order < 0:
         sessions.open_waiting()
     call = Call(name, value, dims, extras, grad, tags, about, site, forward)
+    calls = [call]
     try:
-        for session in sessions.active:
-            try:
-                session.on_tap(call)
-            except ReplayError:
-                raise  # asked for: --on-error raise, --on-missing raise
-            except Exception as err:  # the job comes first, and so do the other taps
-                if is_from_the_job(err):
-                    raise
-                log.debug("at a tap", exc_info=True)
-                session.lost(call, f"{type(err).__name__}: {err}")
+        if _has_parts(dims):
+            calls = _parts_of(call)
+        for one in calls:
+            _offer(one)
     finally:
+        for one in calls:
+            one.forget()
         call.forget()
+
+
+def _has_parts(dims: Any) -> bool:
+    return type(dims) is str and "{" in dims
+
+
+def _parts_of(call: Call) -> list[Call]:
+    """Return the taps that a tap of several tensors stands for; none where that cannot be read."""
+    from .parts import calls_of
+
+    try:
+        return calls_of(call)
+    except LayoutError as err:
+        for session in sessions.active:
+            session.lost(call, str(err))
+        return []
+
+
+def _offer(call: Call) -> None:
+    """Offer a tap to each session."""
+    for session in sessions.active:
+        try:
+            session.on_tap(call)
+        except ReplayError:
+            raise  # asked for: --on-error raise, --on-missing raise
+        except Exception as err:  # the job comes first, and so do the other taps
+            if is_from_the_job(err):
+                raise
+            log.debug("at a tap", exc_info=True)
+            session.lost(call, f"{type(err).__name__}: {err}")
