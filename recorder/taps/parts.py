@@ -16,8 +16,8 @@ import torch
 
 from ..capture import dims_text, local_part
 from ..errors import LayoutError
-from ..layouts.parts import Part, names_of, parts_of
-from ..mesh import current_mesh
+from ..layouts.parts import names_of, parts_of
+from ..mesh import Mesh, current_mesh
 from .call import UNKNOWN, Call
 from .checkpoints import Place
 
@@ -27,38 +27,37 @@ class _Whole:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self._found: tuple[torch.Tensor, str, tuple[Part, ...]] | None = None
+        self._found: tuple[torch.Tensor, Mesh | None] | None = None
         self._error: Exception | None = None
 
-    def look(self) -> tuple[torch.Tensor, str, tuple[Part, ...]]:
-        """Return the tensor on this rank, what a DTensor says of itself, and the parts.
+    def look(self) -> tuple[torch.Tensor, Mesh | None]:
+        """Return the tensor, and where the rank stands.
 
         Raises:
-            LayoutError: the dims do not fit it.
+            LayoutError: it is no tensor.
         """
         if self._error is not None:
             raise self._error
         if self._found is None:
             try:
-                self._found = self._look()
+                value = self.call.value()
             except Exception as err:
                 self._error = err
                 raise
+            if not isinstance(value, torch.Tensor):
+                raise LayoutError(f"it is a {type(value).__name__}, and only a tensor has parts")
+            self._found = value, current_mesh()
         return self._found
-
-    def _look(self) -> tuple[torch.Tensor, str, tuple[Part, ...]]:
-        value = self.call.value()
-        if not isinstance(value, torch.Tensor):
-            raise LayoutError(f"it is a {type(value).__name__}, and only a tensor has parts")
-        local, placements = local_part(value)
-        dims = dims_text(self.call.dims, placements)
-        return local, placements, parts_of(dims, local.shape, mesh=current_mesh())
 
 
 class PartCall(Call):
-    """A part of what stands at a tap, as a tap of its own."""
+    """A part of what stands at a tap, as a tap of its own.
 
-    __slots__ = ("_number", "_of", "_part", "_placements", "_whole")
+    Its `dims` are those of what was looked at last: of the value, or of a gradient, which a DTensor
+    may have placed otherwise.
+    """
+
+    __slots__ = ("_declared", "_mesh", "_number", "_of", "_whole")
 
     def __init__(self, of: _Whole, number: int, name: str) -> None:
         call = of.call
@@ -70,20 +69,18 @@ class PartCall(Call):
         self._of: _Whole | None = of
         self._number = number
         self._whole = call.shown
-        self._part: Part | None = None
-        self._placements = ""
+        self._declared = call.dims
+        self._mesh: Mesh | None = None
 
     def value(self) -> torch.Tensor:
-        """Return the view of the part; from here on `dims` are the part's.
+        """Return the view of the part.
 
         Raises:
             LayoutError: the dims do not fit the tensor.
         """
         if self._value is UNKNOWN and self._of is not None:
-            local, self._placements, parts = self._of.look()
-            self._part = parts[self._number]
-            self.dims = self._part.dims
-            self._value = self._view(local)
+            whole, self._mesh = self._of.look()
+            self._value = self.within(whole)
         return self._value  # type: ignore[no-any-return]
 
     def whole(self) -> Any:
@@ -95,21 +92,14 @@ class PartCall(Call):
         """See `Call`.
 
         Raises:
-            LayoutError: a DTensor's gradient that is placed otherwise than its value.
+            LayoutError: the dims do not fit it.
         """
         local, placements = local_part(gradient)
-        if placements != self._placements:
-            raise LayoutError(
-                f"its gradient is a {placements or 'plain tensor'}, and it "
-                f"{self._placements or 'none'}, so that its parts are not known",
-                "tap its parts one by one",
-            )
-        return self._view(local)
-
-    def _view(self, local: torch.Tensor) -> torch.Tensor:
-        assert self._part is not None
+        dims = dims_text(self._declared, placements)
+        part = parts_of(dims, local.shape, mesh=self._mesh)[self._number]
+        self.dims = part.dims
         with torch.no_grad():
-            return self._part.view(local)
+            return part.view(local)
 
     def place(self, look: Callable[[], Place | None]) -> Place | None:
         """See `Call`."""

@@ -131,3 +131,43 @@ def test_every_placement_to_every_other_as_torch_redistributes(shell):
         assert done.returncode == 0, done.stderr
     cases = [int(path.read_text()) for path in (shell.folder / "done").iterdir()]
     assert cases == [10 * 17] * 3
+
+
+PARTS = """
+    import sys, torch, torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from recorder import declare_mesh, tap
+    fill = float(sys.argv[1])
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    declare_mesh(mesh)
+    whole = torch.arange(4 * 2 * 16.0).view(4, 2, 16) * fill
+    batch = whole.chunk(2)[mesh.get_coordinate()[0]]
+    dims = "b[fsdp] s (g*{q: (r*d) | k: d | v: d})[tp] # r=2 d=2"
+    for name, placement in (("sharded", Shard(2)), ("replicated", Replicate())):
+        x = distribute_tensor(batch, mesh["tp"], [placement]).requires_grad_()
+        h = tap("qkv", x * 1.0, dims=dims, grad=True, form=name)
+        (h * 3).sum().backward()
+        sys.stdout.write(f"{name} {h.full_tensor().sum().item()}\\n")
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_parts_of_a_dtensor_whose_batch_is_cut_outside_its_mesh(shell, run):
+    """The form of torchtitan's fused projection: tp by the DTensor, fsdp by the data."""
+    shell.write("job.py", PARTS)
+    job = [*shell.torchrun(4), "job.py"]
+    done = shell(shell.graft, "record", "-o", run, "--", job, "1")
+    assert done.returncode == 0, done.stderr
+    back = Recording.open(run)
+    grouped = torch.arange(4 * 2 * 16.0).view(4, 2, 2, 8)
+    for form in ("sharded", "replicated"):
+        assert torch.equal(back.load_logical("q", form=form), grouped[..., :4])
+        assert torch.equal(back.load_logical("v", form=form), grouped[..., 6:])
+        assert (back.load_logical("k", kind="grad", form=form) == 3).all()
+    done = shell(shell.graft, "replay", run, "--strict", "--", job, "0")
+    assert done.returncode == 0, done.stderr
+    sums = {float(half.sum()) for half in grouped.chunk(2)}
+    wanted = {f"{form} {one}" for form in ("sharded", "replicated") for one in sums}
+    assert set(done.stdout.splitlines()) == wanted, "as grafted onto zeros"
