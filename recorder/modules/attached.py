@@ -101,8 +101,11 @@ class Attached:
                 row_here = replace(row, path=path)
                 binding = self._binding(row_here, settled, model, tags, name, inner)
                 at.setdefault(id(module), (module, []))[1].append(binding)
-        for why in settled.unknown.values():
-            self.notes.append(f"{section.name}: the size {why}")
+        for name, text in settled.unknown.items():
+            self.notes.append(
+                f"{section.name}: {name} = {text!r} gives no size for {type(inner['']).__name__}; "
+                f"neither its config nor its modules have these attributes, so give a number"
+            )
         for module, bindings in at.values():
             self._hook(module, _merged(bindings))
 
@@ -116,7 +119,9 @@ class Attached:
         names: Mapping[str, Module],
     ) -> Binding:
         tags = settled.tags(row, found, name, names)
-        dims = tuple(settled.dims(text) for text in row.dims)
+        parents = [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)]
+        around = [names[one] for one in (*parents, "") if one in names]
+        dims = tuple(settled.dims(text, around) for text in row.dims)
         called = row.taps or (row.path.called(name),)
         binding = Binding(row, model, name, called, dims, tags)
         model.bindings.append(binding)

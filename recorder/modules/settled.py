@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import FilterError
 from ..filters import Filter
+from ..layouts import parts
 from ..mesh import learn_axis, learn_mesh
 from ..tags import TagValue
 from .table import LAST, Row, Section
 
 _CONFIGS = ("config", "model_args", "args", "cfg", "params", "hparams")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-_FUSED = re.compile(r"[({]")
-_NAME = re.compile(r"[A-Za-z_]\w*")
 _MEGATRON = "layer_number"
 """A layer's number in all stages of a pipeline, from 1, as Megatron-Core's layers know it."""
 
@@ -60,39 +59,36 @@ class Settled:
     """A section at one model.
 
     Attributes:
-        sizes: name -> size, as far as the config gives it.
-        unknown: what is to be said of those that it does not give: name -> a clause.
+        unknown: names of sizes that nothing gives, though a layout in parts needs them, each with
+            the expression.
     """
 
     def __init__(self, section: Section, base: Any) -> None:
         self._section = section
         self._config = config_of(base)
-        self.sizes: dict[str, int] = {}
         self.unknown: dict[str, str] = {}
-        for name, size in section.sizes.items():
-            value = self._value(size) if isinstance(size, Filter) else size
-            if isinstance(value, float) and value.is_integer():
-                value = int(value)
-            if type(value) is int and value > 0:
-                self.sizes[name] = value
-            else:
-                text = size.text if isinstance(size, Filter) else size
-                self.unknown[name] = f"{name} = {text!r} gives {value} for this model's config"
 
-    def dims(self, text: str) -> str:
-        """Return a layout with the sizes of what is fused or in parts in it, behind a `#`."""
-        named = re.sub(r"\[[^\]]*\]", "", text.partition("#")[0])
-        names: list[str] = []
-        depth = 0
-        for piece in re.split(r"([(){}])", named):
-            depth += (piece in "({") - (piece in ")}") if piece and piece in "(){}" else 0
-            if depth and _FUSED.match(piece) is None:
-                names += _NAME.findall(piece)
-        facts = [
-            f"{name}={self.sizes[name]}"
-            for name in dict.fromkeys(names)
-            if name in self.sizes and f"{name}=" not in text
-        ]
+    def dims(self, text: str, around: Sequence[Any] = ()) -> str:
+        """Return a layout with the sizes of what is fused or in parts in it, behind a `#`.
+
+        Args:
+            text: as the table has it.
+            around: the module and those that hold it, the innermost first: they give what the
+                model's config does not.
+        """
+        if not self._section.sizes:
+            return text
+        attributes = Attributes(self._config, *around)
+        facts = []
+        for name in _fused_names(text):
+            if name not in self._section.sizes or f"{name}=" in text:
+                continue
+            size = self._section.sizes[name]
+            value = _tried(size, attributes) if isinstance(size, Filter) else size
+            if type(value) is int and value > 0:
+                facts.append(f"{name}={value}")
+            elif parts.has_parts(text) and isinstance(size, Filter):
+                self.unknown[name] = size.text
         if not facts:
             return text
         return f"{text} {' '.join(facts)}" if "#" in text else f"{text} # {' '.join(facts)}"
@@ -156,6 +152,19 @@ class Settled:
 
     def _value(self, expression: Filter) -> Any:
         return _tried(expression, self._config)
+
+
+def _fused_names(text: str) -> list[str]:
+    """Return the names in a layout that stand in a fused dim or in a part, each once."""
+    plain = re.sub(r"\[[^\]]*\]", "", text.partition("#")[0])
+    names: dict[str, None] = {}
+    depth = 0
+    for word in re.findall(r"[(){}]|[A-Za-z_]\w*(?!\w*\s*:)", plain):
+        if word in "(){}":
+            depth += 1 if word in "({" else -1
+        elif depth:
+            names[word] = None
+    return list(names)
 
 
 def _tried(expression: Filter, names: Mapping[str, Any]) -> Any:

@@ -160,7 +160,7 @@ class Request:
                 rows = f"{fitting} of {len(section.rows)} rows fit"
                 say(f"taps of {found.label}: {section.name}, {rows}")
         for note in found.notes:
-            log.debug(note)
+            say(note)
 
     def report(self) -> ModelReport:
         """Return what was found and what was not."""
