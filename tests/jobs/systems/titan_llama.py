@@ -142,9 +142,7 @@ def main() -> None:
     )
     typed = args.spmd == "spmd_types"
     if typed and (args.parallel == "fsdp" or args.train):
-        raise SystemExit(
-            "spmd_types: torch's FSDP does not know its parameters yet; tp, no --train"
-        )
+        raise SystemExit("spmd_types only with tp, not to train: FSDP takes it from torch 2.14 on")
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if args.dtype == torch.float64:
