@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import FilterError
 from ..filters import Filter
 from ..layouts import parts
-from ..mesh import learn_axis, learn_mesh
+from ..mesh import current_mesh, learn_axis, learn_mesh
 from ..tags import TagValue
 from .table import LAST, Row, Section
 
@@ -134,6 +136,9 @@ class Settled:
             mesh = getattr(parameter, "device_mesh", None)
             if mesh is not None:
                 learn_mesh(mesh)
+        if current_mesh() is None:
+            for mesh in _meshes():
+                learn_mesh(mesh)
         for axis, (other, condition) in self._section.axes.items():
             if condition is None or self._value(condition):
                 learn_axis(axis, other)
@@ -152,6 +157,13 @@ class Settled:
 
     def _value(self, expression: Filter) -> Any:
         return _tried(expression, self._config)
+
+
+def _meshes() -> list[Any]:
+    """Return the device meshes that the job has made."""
+    device_mesh = sys.modules.get("torch.distributed.device_mesh")
+    kind = getattr(device_mesh, "DeviceMesh", None)
+    return [] if kind is None else [one for one in gc.get_objects() if type(one) is kind]
 
 
 def _fused_names(text: str) -> list[str]:

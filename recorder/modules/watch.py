@@ -483,5 +483,7 @@ def report_all() -> None:
             request.is_reported = True
             found = request.report()
             write_report({"session": TAPS, "pid": os.getpid(), "is_last": True, "taps": found})
-            for line in lines([found], request.settings) if VARIABLE not in os.environ else ():
+            # A launcher has no model, and nothing to say; under a wrapper all is said together.
+            is_told = VARIABLE not in os.environ and bool(request.attached or request.others)
+            for line in lines([found], request.settings) if is_told else ():
                 say(line)

@@ -53,7 +53,11 @@ def plant(fault: str, model: LlamaForCausalLM) -> None:
 
 def main() -> None:
     """Load, train if asked to, then generate or run one forward."""
-    args = tiny.options(__doc__, ("--generate", "greedily generate with a cache, 6 tokens"))
+    args = tiny.options(
+        __doc__,
+        ("--generate", "greedily generate with a cache, 6 tokens"),
+        ("--no-cache", "with --generate: compute the whole sequence anew for each"),
+    )
     if args.dtype == torch.float64:
         modeling_llama.LlamaRMSNorm.forward = rms_norm
     model = LlamaForCausalLM(config_of(tiny.ROPE_BASE)).to(args.dtype).eval()
@@ -77,6 +81,7 @@ def main() -> None:
                 max_new_tokens=6,
                 min_new_tokens=6,
                 do_sample=False,
+                use_cache=not args.no_cache,
                 pad_token_id=0,
             )
             print("tokens", made[:, tiny.TOKENS.shape[1] :].tolist())
