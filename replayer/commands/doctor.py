@@ -6,16 +6,20 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from recorder import ranks
 from recorder.commands.clicking import expected_errors
+from recorder.commands.launch import is_closed
 from recorder.errors import GraftError, TransformError, UsageError
 from recorder.job import Job
 from recorder.mailbox import DOCTOR, write_report
+from recorder.modules import table
 from recorder.provenance import provenance
+from recorder.settings import TapSettings
 from recorder.sizes import format_size
 from recorder.writing.claim import check_free
 
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return the facts.
 
-    They are `versions`, `platform`, `devices`, `figures`, `rank`, `variables` and `taps`.
+    They are `versions`, `platform`, `devices`, `figures`, `rank`, `variables`, `modules` and
+    `taps`.
     """
     about = provenance()
     try:
@@ -46,6 +51,7 @@ def examine(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "figures": _figures(),
         "rank": where,
         "variables": {k: v for k, v in sorted(environ.items()) if k.startswith("GRAFT_")},
+        "modules": _modules(environ),
         "taps": _taps(environ, rank),
     }
 
@@ -69,6 +75,33 @@ def _figures() -> str:
     if compiles():
         return "compiled by TorchScript"
     return "op by op, since this torch has no TorchScript: the same figures, but slower"
+
+
+def _modules(environ: Mapping[str, str]) -> Mapping[str, object]:
+    """Return whether modules can be tapped in a program without taps: `open`, `why`."""
+    entries = metadata.entry_points(group="torch.backends")
+    if not any(one.value == "recorder.autoload:enter" for one in entries):
+        return {
+            "open": False,
+            "why": "tensorgraft is on the path, but not installed; install it, so that torch knows",
+        }
+    if is_closed(environ):
+        return {
+            "open": False,
+            "why": "TORCH_DEVICE_BACKEND_AUTOLOAD=0 tells torch to load nothing; graft's commands "
+            "go in by PYTHONPATH then, which python -I does not read",
+        }
+    for prefix in filter(environ.get, TapSettings.PREFIXES):
+        try:
+            settings = TapSettings.of_environment(prefix, environ)
+            if settings.taps:
+                table.load(settings.taps)
+        except UsageError as err:
+            return {
+                "open": False,
+                "why": f"what {prefix}_MODULES and {prefix}_TAPS say cannot be used: {err}",
+            }
+    return {"open": True, "why": "import torch lets tensorgraft in"}
 
 
 def _taps(environ: Mapping[str, str], rank: ranks.Rank | None) -> list[dict[str, Any]]:
@@ -158,6 +191,8 @@ def print_report(facts: Mapping[str, Any], echo: Callable[[str], None]) -> None:
         echo(f"variable   {name}={value}")
     if not facts["variables"]:
         echo("variable   no GRAFT_* is set")
+    state = "can be tapped" if facts["modules"]["open"] else "cannot be tapped"
+    echo(f"modules    {state} without edits: {facts['modules']['why']}")
     for tap in facts["taps"]:
         if tap["does"] == "nothing":
             echo(f"a tap      would do nothing: {tap['why']}")

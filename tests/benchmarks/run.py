@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cuda
 import diffing
 import localizing
+import modules
 import recording
 import replaying
 import taps
@@ -36,6 +37,8 @@ BENCHMARKS = {
     "rejected": taps.rejected,
     "small": taps.small,
     "large": taps.large,
+    "modules-unselected": modules.unselected,
+    "module-tap": modules.module_tap,
     "throughput": recording.throughput,
     "repeats": recording.repeats,
     "memory": recording.memory,

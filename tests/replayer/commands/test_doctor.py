@@ -38,3 +38,11 @@ def test_how_figures_are_made_is_said(monkeypatch):
     assert "figures    compiled by TorchScript" in graft("doctor").stdout
     monkeypatch.setattr(torch.jit, "script", gone)
     assert "figures    op by op" in graft("doctor").stdout
+
+
+def test_whether_modules_can_be_tapped_without_edits_is_said():
+    assert examine({})["modules"]["open"]
+    closed = examine({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})["modules"]
+    assert not closed["open"] and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in closed["why"]
+    wrong = examine({"GRAFT_RECORD": "run", "GRAFT_RECORD_TAPS": "no-table"})["modules"]
+    assert not wrong["open"] and "there is no tap table 'no-table'" in wrong["why"]
