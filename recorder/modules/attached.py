@@ -107,7 +107,11 @@ class Attached:
                 f"neither its config nor its modules have these attributes, so give a number"
             )
         for module, bindings in at.values():
-            self._hook(module, _merged(bindings))
+            try:
+                self._hook(module, _merged(bindings))
+            except Exception as err:  # as TorchScript's modules, which take no hook with names
+                for one in bindings:
+                    one.misfit = f"it takes no hook: {type(err).__name__}: {err}"
 
     def _binding(
         self,

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from ..taps import sessions
+from ..taps.tap import outside_dynamo
 from .hooks import Binding, guarded
 from .members import Call
 
@@ -31,42 +32,43 @@ class _Patch:
 
         @functools.wraps(original)
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            found = self._running() if sessions.active else None
+            found = outside_dynamo(_running)(self) if sessions.active else None
             if found is None:
                 return original(*args, **kwargs)
             call = Call(original, args, kwargs, None)
             for binding in found:
                 if binding.row.path.place.side == "input":
-                    guarded(binding, call)
+                    outside_dynamo(guarded)(binding, call)
             call.output = original(*args, **kwargs)
             for binding in found:
                 if binding.row.path.place.side != "input":
-                    guarded(binding, call)
+                    outside_dynamo(guarded)(binding, call)
             return call.output
 
         tapped._torchdynamo_disable = True  # type: ignore[attr-defined]
         self.replacement = tapped
         setattr(holder, name, tapped)
 
-    def _running(self) -> list[Binding] | None:
-        """Return the bindings of the innermost module that runs and has any."""
-        frame: FrameType | None = sys._getframe(2)
-        for _ in range(_DEEPEST):
-            if frame is None:
-                return None
-            code = frame.f_code
-            if code.co_argcount and code.co_varnames[0] == "self":
-                module = frame.f_locals.get("self")
-                found = self.at.get(id(module))
-                if found is not None and found[0]() is module:
-                    return found[1]
-            frame = frame.f_back
-        return None
-
     def undo(self) -> None:
         # What was put around it meanwhile stays, and calls the original through this one.
         if vars(self.holder).get(self.name) is self.replacement:
             setattr(self.holder, self.name, self.original)
+
+
+def _running(patch: _Patch) -> list[Binding] | None:
+    """Return the bindings of the innermost module that runs and has any."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEEPEST):
+        if frame is None:
+            return None
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            module = frame.f_locals.get("self")
+            found = patch.at.get(id(module))
+            if found is not None and found[0]() is module:
+                return found[1]
+        frame = frame.f_back
+    return None
 
 
 def bind(path: str, module: Any, bindings: list[Binding]) -> str:

@@ -18,7 +18,7 @@ from ..diagnostics import say
 from ..errors import ReplayError, is_from_the_job
 from ..tags import TagValue
 from ..taps import sessions
-from ..taps.tap import fire
+from ..taps.tap import fire, outside_dynamo
 from .members import Absent, Call
 from .table import Row
 
@@ -145,24 +145,17 @@ class Hook:
     """What torch calls around a module's forward."""
 
     def __init__(self, module: Any, bindings: Sequence[Binding], turns: Sequence[Binding]) -> None:
-        self._module = weakref.ref(module)
-        self._bindings = bindings
-        self._turns = turns
+        self.module = weakref.ref(module)
+        self.bindings = bindings
+        self.turns = turns
         self.also: Callable[[], None] | None = None
 
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None
     ) -> None:
         """Fire the taps of a call."""
-        if not sessions.active or self._module() is not module:
-            return
-        if self.also is not None:
-            self.also()
-        for binding in self._turns:
-            binding.turn = 0
-        call = Call(module, args, kwargs, output)
-        for binding in self._bindings:
-            guarded(binding, call)
+        if sessions.active:
+            _called(self, module, args, kwargs, output)
 
     def __reduce__(self) -> Any:
         # A model that is copied or saved takes none of this along, and a hook cannot be left out:
@@ -170,7 +163,27 @@ class Hook:
         return getattr, (logging.getLogger("tensorgraft.copied"), "debug")
 
 
-Hook.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+def _called(*call: Any) -> None:
+    outside_dynamo(_fire_all)(*call)
+
+
+# The compiler heeds this mark on functions, and not on what an object is called by.
+_called._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _fire_all(
+    hook: Hook, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+) -> None:
+    """Fire the taps of a call of a hook's own module."""
+    if hook.module() is not module:
+        return
+    if hook.also is not None:
+        hook.also()
+    for binding in hook.turns:
+        binding.turn = 0
+    call = Call(module, args, kwargs, output)
+    for binding in hook.bindings:
+        guarded(binding, call)
 
 
 def guarded(binding: Binding, call: Call) -> None:

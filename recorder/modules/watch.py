@@ -2,7 +2,7 @@
 
 1. `begin` takes a `Request`: which tables, and where a step ends. The first arms `_Watch`.
 2. `nn.Module.__init__` and `__setstate__` note each module that is made, which arms one hook on all
-   modules, for a moment: at the next call of any module `_first_call` finds its root, attaches the
+   modules, for a moment: at the next call of any module `_Watch.first_call` finds its root, attaches the
    taps to the few modules that have some (`attached`), and takes the hook on all away again.
 3. `report` says what the tables found and what they did not.
 
@@ -33,7 +33,7 @@ from ..mailbox import LOADED, SURVEY, TAPS, VARIABLE, ModelReport, RowReport, wr
 from ..settings import TapSettings
 from ..taps import sessions
 from ..taps.checkpoints import is_in_backward
-from ..taps.tap import step
+from ..taps.tap import outside_dynamo, step
 from . import table
 from .attached import Attached, tapped
 from .survey import Survey, begin_survey
@@ -259,7 +259,7 @@ class _Watch:
         with self._lock:
             if self._handle is None:
                 register: Any = register_module_forward_pre_hook
-                self._handle = register(self._first_call)
+                self._handle = register(_on_call)
 
     def _disarm(self) -> None:
         with self._lock:
@@ -267,7 +267,7 @@ class _Watch:
                 self._handle.remove()
                 self._handle = None
 
-    def _first_call(self, module: Any, args: tuple[Any, ...]) -> None:
+    def first_call(self, module: Any, args: tuple[Any, ...]) -> None:
         """Tap what is new, as the first module after it was made is called, before that runs."""
         try:
             with self._lock:
@@ -283,8 +283,6 @@ class _Watch:
                 raise
             log.debug("at a root", exc_info=True)
             say(f"{type(module).__name__} is not tapped: {type(err).__name__}: {err}")
-
-    _first_call._torchdynamo_disable = True  # type: ignore[attr-defined]
 
     def _find(self, called: Any, args: tuple[Any, ...], fresh: set[int]) -> None:
         parents: dict[int, Any] = {}
@@ -322,7 +320,20 @@ _from_environment: dict[str, Request | None] = {}
 
 def _noting_init(self: Any, *args: Any, **kwargs: Any) -> None:
     _init(self, *args, **kwargs)
-    _watch.made(self)
+    if not torch.compiler.is_compiling():  # what is made in a compiled forward is gone with it
+        _watch.made(self)
+
+
+def _on_call(module: Any, args: tuple[Any, ...]) -> None:
+    """What torch calls before the forward of any module, for a moment."""
+    outside_dynamo(_first_call)(module, args)
+
+
+_on_call._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _first_call(module: Any, args: tuple[Any, ...]) -> None:
+    _watch.first_call(module, args)
 
 
 def _noting_setstate(self: Any, state: Any) -> None:

@@ -225,12 +225,9 @@ def fire(
         if is_from_the_job(err) and not _is_a_comparison(err):
             raise
         # else a tag that cannot be hashed or compared
-    run = _dispatch
-    if "torch._dynamo" in sys.modules:
-        # The mark below makes a compiled caller break its graph here; this keeps the compiler
-        # from tracing what we do with the tensor.
-        run = _outside_dynamo()
-    run(name, value, dims, extras, grad, tags, about, site, forward)
+    # The mark below makes a compiled caller break its graph here; this keeps the compiler from
+    # tracing what we do with the tensor.
+    outside_dynamo(_dispatch)(name, value, dims, extras, grad, tags, about, site, forward)
 
 
 def _fire_step() -> None:
@@ -255,16 +252,19 @@ fire._torchdynamo_disable = True  # type: ignore[attr-defined]
 _fire_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-_undynamoed: Any = None
+_undynamoed: dict[Any, Any] = {}
 
 
-def _outside_dynamo() -> Any:
-    global _undynamoed
-    if _undynamoed is None:
+def outside_dynamo(function: F) -> F:
+    """Return a function that the compiler traces neither itself, nor what it calls."""
+    if "torch._dynamo" not in sys.modules:
+        return function
+    found = _undynamoed.get(function)
+    if found is None:
         import torch
 
-        _undynamoed = torch.compiler.disable(_dispatch)
-    return _undynamoed
+        found = _undynamoed[function] = torch.compiler.disable(function)
+    return found  # type: ignore[no-any-return]
 
 
 def _dispatch(

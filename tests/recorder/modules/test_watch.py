@@ -467,3 +467,30 @@ def test_attach_refuses_what_fits_nothing(model):
         attach(model, modules=["heat"])
     with pytest.raises(UsageError, match="neither taps nor modules"):
         attach(model)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+@pytest.mark.parametrize("how", ["whole", "inner", "in place"])
+def test_a_compiled_model_is_tapped_at_graph_breaks(tmp_path, model, table, how):
+    torch._dynamo.reset()
+    expected = run_of(model, "model.layers.1.mlp")
+    if how == "whole":
+        compiled = torch.compile(model, backend="eager")
+    elif how == "in place":
+        model.compile(backend="eager")
+    else:
+        model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    called = compiled if how == "whole" else model
+    rows = table('"model.layers.{layer}.mlp" = "mlp"\n"head" = "logits"')
+    run = recorded(tmp_path, lambda: (called(X), called(X)), taps=rows, step_on="root")
+    assert [name for name, *_ in keys(run)] == 2 * ["mlp", "mlp", "logits"]
+    found = run.load(rank=0, name="mlp", step=0, occurrence=0, layer=1)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_module_that_takes_no_hook_is_said(tmp_path, model, capsys):
+    model.head = torch.jit.script(model.head)
+    run = recorded(tmp_path, lambda: model(X), modules=["head", "model.layers.0"])
+    assert [name for name, *_ in keys(run)] == ["model.layers.0"]
+    assert "and tapped nothing: it takes no hook" in capsys.readouterr().err
