@@ -34,14 +34,14 @@ from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
 from .settings import RecordSettings
-from .sizes import count, format_size
+from .sizes import count, format_duration, format_size
 from .tags import text
 from .taps.call import Call
 from .taps.gradients import GradientTaps
 from .taps.selection import Selected, Selection, part_of
 from .taps.sessions import activate, end, ended
 from .taps.values import classify, encode_extras, encode_value
-from .writing.claim import Claim, check_free, claim_rank
+from .writing.claim import Claim, check_free, claim_rank, held_too_long
 from .writing.leftovers import stored_bytes
 from .writing.standing import Standing
 from .writing.store import Limits
@@ -88,6 +88,7 @@ class Recorder:
         overwrite: bool = False,
         staging: int | str = RecordSettings.staging,
         when_full: str = "hold",
+        max_hold: float | str | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -252,16 +253,21 @@ class Recorder:
         self._closed = True  # now: what an interrupt leaves undone, the next call does
         dropped = self.progress().dropped
         if dropped and "GRAFT_REPORTS" not in os.environ:
-            self._say(f"{count(dropped, 'tap')} dropped: nothing more could be staged")
+            why = (
+                held_too_long(dropped, self._max_hold)
+                if self._max_hold is not None
+                else (f"{count(dropped, 'tap')} dropped: nothing more could be staged")
+            )
+            self._say(why)
         bare = 0 if self._writer is None else self._writer.without_statistics
         if bare:
             self._say(
                 f"{count(bare, 'record')} without statistics, which were not gathered in time; "
                 "graft diff reads the tensors themselves there"
             )
-        why = self._selection.why_nothing()
-        if why is not None and "GRAFT_REPORTS" not in os.environ:
-            self._say(why)
+        nothing = self._selection.why_nothing()
+        if nothing is not None and "GRAFT_REPORTS" not in os.environ:
+            self._say(nothing)
 
     def _settle(self) -> None:
         """Write down how the recording ended, for readers and for the wrapper."""
@@ -306,6 +312,11 @@ class Recorder:
         return wrong is None
 
     @property
+    def _max_hold(self) -> float | None:
+        """Seconds for which a step may be held; None where they are not limited."""
+        return self.settings.max_hold if self.settings.when_full == "hold" else None
+
+    @property
     def _rank(self) -> Rank:
         return self._ranks.current
 
@@ -328,6 +339,7 @@ class Recorder:
                     own=not self._lazy,
                     access=ACCESS[self.settings.access],
                     keep_last=self.settings.keep_last,
+                    max_hold=self._max_hold,
                 )
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)
@@ -375,6 +387,7 @@ class Recorder:
                 statistics=self.settings.level != "digests",
                 budget=self.settings.staging,
                 when_full=self.settings.when_full,
+                max_hold=self.settings.max_hold,
                 on_stop=self._end,
                 on_full=self._tell_full,
                 on_progress=Publisher(self._rank.rank, self._say).publish,
@@ -399,7 +412,12 @@ class Recorder:
             f"memory ({format_size(self.settings.staging)}) or is half a second old"
         )
         advice = "record less with --filter or --level stats, or give more room with --staging"
-        if self.settings.when_full == "hold":
+        if self._max_hold is not None:
+            self._say(
+                f"{rates}: taps hold the job, for {format_duration(self._max_hold)} a step at most "
+                f"(--max-hold), and are dropped and counted then; {advice}"
+            )
+        elif self.settings.when_full == "hold":
             self._say(
                 f"{rates}: taps hold the job until there is room; {advice}, "
                 "or leave out what comes too fast with --when-full drop"

@@ -175,7 +175,12 @@ def conclude(
             f"{format_size(nbytes)} stored" + "".join(f"; stopped: {s}" for s in stopped)
         )
     dropped = sum(c.get("dropped", 0) for c in claims)
-    if dropped:
+    limit = max(
+        (c.get("max_hold") or 0.0 for c in claims if c.get("max_hold") is not None), default=None
+    )
+    if dropped and limit is not None:
+        wrong.add(claim.held_too_long(dropped, limit))
+    elif dropped:
         notes.append(
             f"{count(dropped, 'tap')} dropped, as --when-full drop asks for: nothing more could be "
             "staged; record less with --filter, or give more room with --staging"

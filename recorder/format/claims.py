@@ -44,6 +44,8 @@ class ClaimData(TypedDict, total=False):
     """`running`, `complete`, `stopped`, `failed`, `killed` or `repaired`."""
     reason: str
     keep_last: int | None
+    max_hold: float | None
+    """Seconds for which a step may be held before taps are dropped; None where that is not so."""
     meshes: list[MeshEntry]
     steps: int
     rows: int
