@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,8 +39,8 @@ from .sizes import count, format_duration, format_size
 from .tags import text
 from .taps.call import Call
 from .taps.gradients import GradientTaps
-from .taps.selection import Selected, Selection, part_of
-from .taps.sessions import activate, end, ended
+from .taps.selection import Selected, Selection, about_note, part_of
+from .taps.sessions import activate, end, ended, is_parked
 from .taps.values import classify, encode_extras, encode_value
 from .writing.claim import Claim, check_free, claim_rank, held_too_long
 from .writing.leftovers import stored_bytes
@@ -112,6 +113,11 @@ class Recorder:
         self._lazy = False
         self._pid = os.getpid()
         self._skipped = 0
+        self._taken = 0
+        self._told = 0
+        self.folders: tuple[Path | None, ...] = (self.path,)
+        self.overwrites = self._job if overwrite else None
+        self.keeps_filter = False
 
     @property
     def rank(self) -> int:
@@ -155,8 +161,22 @@ class Recorder:
         """End an iteration."""
         self._gradients.next_step()
         self._selection.next_step()
-        if self._writer is not None:
+        is_empty, self._told = self._selection.selected == self._told, self._selection.selected
+        if self._writer is not None and not (is_empty and is_parked(self)):
             self._writer.end_step(self._selection.step)
+
+    def on_switch(self, filter: Filter | None, missed: bool) -> None:
+        """Take another filter, None for that of the settings."""
+        is_own = filter is None or self.keeps_filter
+        self._selection.switch(self.settings.filter if is_own else filter, missed)
+
+    def took(self, sequence: int) -> None:
+        """Note that what `graft ctl` asked for holds."""
+        with self._lock:
+            self._taken = sequence
+            if self._claim is not None and self.state == "running" and not self._claiming:
+                with suppress(OSError):
+                    self._claim.update({"control": sequence})
 
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be recorded for a reason nobody foresaw."""
@@ -179,7 +199,7 @@ class Recorder:
             return
         if selected.note:
             self._once(
-                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+                about_note(call, selected), f"tap {call.shown} at {call.site}: {selected.note}"
             )
         try:
             value = call.value()
@@ -340,6 +360,7 @@ class Recorder:
                     access=ACCESS[self.settings.access],
                     keep_last=self.settings.keep_last,
                     max_hold=self._max_hold,
+                    control=self._taken,
                 )
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)

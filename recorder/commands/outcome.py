@@ -27,6 +27,8 @@ from ..progress import Progress, Watcher, read_progress
 from ..ranks import Rank
 from ..settings import RecordSettings
 from ..sizes import count, format_size
+from ..taps import control
+from ..taps.control import Order
 from ..writing import claim
 from . import launch
 
@@ -191,13 +193,26 @@ def conclude(
             "iterations, call it at the end of each, on every rank"
         )
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
-        notes += _why_nothing(filter, reports, status)
+        notes += _why_nothing(run, filter, reports, status)
     return sorted(wrong), notes
 
 
-def _why_nothing(filter: Filter | None, reports: Sequence[Report], status: int) -> list[str]:
+def order_in(run: Path) -> Order:
+    """Return what `graft ctl` asked for last; nothing where that cannot be read."""
+    try:
+        return control.read(run)
+    except ValueError:
+        return Order()
+
+
+def _why_nothing(
+    run: Path, filter: Filter | None, reports: Sequence[Report], status: int
+) -> list[str]:
     """Say why nothing was recorded, where that is to be said."""
-    if filtered := why_nothing(filter, reports):
+    order = order_in(run)
+    if not order.is_on:
+        return [f"nothing was recorded: it is off; switch it on with: graft ctl {run} on"]
+    if filtered := why_nothing(order.filter or filter, reports):
         return [filtered]
     if refused := sum(one.get("refused", 0) for one in reports):
         return [f"nothing was recorded: {count(refused, 'tap')} could not be, see above"]

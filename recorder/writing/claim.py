@@ -33,6 +33,7 @@ from ..job import Job
 from ..provenance import provenance
 from ..ranks import Rank
 from ..sizes import count, format_duration
+from ..taps.control import FILE as CONTROL
 
 
 def check_free(run: Path, rank: int | None, world_size: int | None, job: Job) -> None:
@@ -209,6 +210,7 @@ def claim_rank(
     access: Access = PRIVATE,
     keep_last: int | None = None,
     max_hold: float | None = None,
+    control: int = 0,
 ) -> Claim:
     """Claim a rank's place in a recording, making the recording if this is the first.
 
@@ -222,6 +224,7 @@ def claim_rank(
         access: who may read what is created.
         keep_last: how many complete steps are kept, where not all are.
         max_hold: seconds for which a step may be held before taps are dropped, where that is so.
+        control: the number of the latest order of `graft ctl` that holds.
 
     Raises:
         RecordingExists: the place is taken.
@@ -255,6 +258,7 @@ def claim_rank(
             "state": "running",
             "keep_last": keep_last,
             "max_hold": max_hold,
+            "control": control,
         }
         path = folder / f"attempt-{attempt}.json"
         if not disk.create_whole(path, json_bytes(data), access):
@@ -327,5 +331,6 @@ def replace_recording(run: Path) -> None:
     `recording.json` goes first: whatever happens then, no half recording is left to be opened.
     """
     disk.remove(run / RECORDING)
+    disk.remove(run / CONTROL)
     for rank in claimed_ranks(run):
         disk.remove_tree(run / rank_folder(rank))
