@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 FILE = "control.json"
 VERSION = 1
-_SECONDS = 0.05
-_LOOKS = 20
+_SECONDS = 0.03
+_LOOKS = 30
 _MOST_BYTES = 64 << 10
 _MOST_STEPS = 1_000
 """That are ended at one look; a command takes longer than a look, so there is never half of it."""
@@ -215,7 +215,7 @@ _thread: threading.Thread | None = None
 
 
 def watch(folder: Path, changed: Changed, unless: Job | None = None) -> None:
-    """Look at a folder from now on; what is there already holds at once, and nobody is called.
+    """Add a folder to look at; what is there already holds at once, and nobody is called.
 
     As `keep`, for one thread at a time: whoever calls holds a lock.
 
@@ -228,14 +228,15 @@ def watch(folder: Path, changed: Changed, unless: Job | None = None) -> None:
         found = _Watched(folder, changed)
         found.look(unless, quietly=True)
         _watched[folder] = found
-    _start()
 
 
 def keep(folders: Collection[Path]) -> None:
-    """Look at no other folders any more."""
+    """Look at these folders from now on, and at no others."""
     for folder in [one for one in _watched if one not in folders]:
         del _watched[folder]
-    if not _watched:
+    if _watched:
+        _start()
+    else:
         _end.set()
 
 
@@ -275,13 +276,12 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    if _watched:
-        _start()
+    keep(list(_watched))
 
 
 def _after_fork_in_child() -> None:
     global _thread
-    _thread = None
+    _thread = None  # it begins with the next `keep`
     for one in _watched.values():
         one.renew()
     _after_fork()

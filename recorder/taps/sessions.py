@@ -303,9 +303,11 @@ def _after_fork_in_child() -> None:
     global _ending, _guard, _opening
     _ending = ()
     _guard = threading.RLock()  # the parent's may be held by a thread that is not here
-    if _opening or any(s.order >= 0 for s in every()):
+    listening = every()
+    if _opening or any(s.order >= 0 for s in listening):
         _opening = False
-        _arrange((_Helper("was forked from a process that already taps"),))
+        listening = (_Helper("was forked from a process that already taps"),)
+    _arrange(listening)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
