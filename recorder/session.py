@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,14 +38,14 @@ from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
 from .settings import RecordSettings
-from .sizes import count, format_size
+from .sizes import count, format_duration, format_size
 from .tags import text
 from .taps.call import Call
 from .taps.gradients import GradientTaps
-from .taps.selection import Selected, Selection, part_of
-from .taps.sessions import activate, end, ended
+from .taps.selection import Selected, Selection, about_note, part_of
+from .taps.sessions import activate, end, ended, is_parked
 from .taps.values import classify, encode_extras, encode_value
-from .writing.claim import Claim, check_free, claim_rank
+from .writing.claim import Claim, check_free, claim_rank, held_too_long
 from .writing.leftovers import stored_bytes
 from .writing.standing import Standing
 from .writing.store import Limits
@@ -94,6 +95,7 @@ class Recorder:
         overwrite: bool = False,
         staging: int | str = RecordSettings.staging,
         when_full: str = "hold",
+        max_hold: float | str | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -118,6 +120,11 @@ class Recorder:
         self._pid = os.getpid()
         self._skipped = 0
         self._tapped: Request | None = None
+        self._taken = 0
+        self._told = 0
+        self.folders: tuple[Path | None, ...] = (self.path,)
+        self.overwrites = self._job if overwrite else None
+        self.keeps_filter = False
 
     @property
     def rank(self) -> int:
@@ -163,8 +170,22 @@ class Recorder:
         """End an iteration."""
         self._gradients.next_step()
         self._selection.next_step()
-        if self._writer is not None:
+        is_empty, self._told = self._selection.selected == self._told, self._selection.selected
+        if self._writer is not None and not (is_empty and is_parked(self)):
             self._writer.end_step(self._selection.step)
+
+    def on_switch(self, filter: Filter | None, missed: bool) -> None:
+        """Take another filter, None for that of the settings."""
+        is_own = filter is None or self.keeps_filter
+        self._selection.switch(self.settings.filter if is_own else filter, missed)
+
+    def took(self, sequence: int) -> None:
+        """Note that what `graft ctl` asked for holds."""
+        with self._lock:
+            self._taken = sequence
+            if self._claim is not None and self.state == "running" and not self._claiming:
+                with suppress(OSError):
+                    self._claim.update({"control": sequence})
 
     def lost(self, call: Call, reason: str) -> None:
         """Say that a tap could not be recorded for a reason nobody foresaw."""
@@ -187,7 +208,7 @@ class Recorder:
             return
         if selected.note:
             self._once(
-                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+                about_note(call, selected), f"tap {call.shown} at {call.site}: {selected.note}"
             )
         try:
             value = call.value()
@@ -266,16 +287,21 @@ class Recorder:
         self._closed = True  # now: what an interrupt leaves undone, the next call does
         dropped = self.progress().dropped
         if dropped and "GRAFT_REPORTS" not in os.environ:
-            self._say(f"{count(dropped, 'tap')} dropped: nothing more could be staged")
+            why = (
+                held_too_long(dropped, self._max_hold)
+                if self._max_hold is not None
+                else (f"{count(dropped, 'tap')} dropped: nothing more could be staged")
+            )
+            self._say(why)
         bare = 0 if self._writer is None else self._writer.without_statistics
         if bare:
             self._say(
                 f"{count(bare, 'record')} without statistics, which were not gathered in time; "
                 "graft diff reads the tensors themselves there"
             )
-        why = self._selection.why_nothing()
-        if why is not None and "GRAFT_REPORTS" not in os.environ:
-            self._say(why)
+        nothing = self._selection.why_nothing()
+        if nothing is not None and "GRAFT_REPORTS" not in os.environ:
+            self._say(nothing)
 
     def _settle(self) -> None:
         """Write down how the recording ended, for readers and for the wrapper."""
@@ -320,6 +346,11 @@ class Recorder:
         return wrong is None
 
     @property
+    def _max_hold(self) -> float | None:
+        """Seconds for which a step may be held; None where they are not limited."""
+        return self.settings.max_hold if self.settings.when_full == "hold" else None
+
+    @property
     def _rank(self) -> Rank:
         return self._ranks.current
 
@@ -342,6 +373,8 @@ class Recorder:
                     own=not self._lazy,
                     access=ACCESS[self.settings.access],
                     keep_last=self.settings.keep_last,
+                    max_hold=self._max_hold,
+                    control=self._taken,
                 )
             except (GraftError, OSError) as err:
                 self.state, self.reason = "refused", str(err)
@@ -389,6 +422,7 @@ class Recorder:
                 statistics=self.settings.level != "digests",
                 budget=self.settings.staging,
                 when_full=self.settings.when_full,
+                max_hold=self.settings.max_hold,
                 on_stop=self._end,
                 on_full=self._tell_full,
                 on_progress=Publisher(self._rank.rank, self._say).publish,
@@ -413,7 +447,12 @@ class Recorder:
             f"memory ({format_size(self.settings.staging)}) or is half a second old"
         )
         advice = "record less with --filter or --level stats, or give more room with --staging"
-        if self.settings.when_full == "hold":
+        if self._max_hold is not None:
+            self._say(
+                f"{rates}: taps hold the job, for {format_duration(self._max_hold)} a step at most "
+                f"(--max-hold), and are dropped and counted then; {advice}"
+            )
+        elif self.settings.when_full == "hold":
             self._say(
                 f"{rates}: taps hold the job until there is room; {advice}, "
                 "or leave out what comes too fast with --when-full drop"

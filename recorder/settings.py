@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from .errors import UsageError
 from .filters import Filter
 from .paths import Path, parse_path
-from .sizes import format_binary_size, parse_size
+from .sizes import format_binary_size, parse_duration, parse_size
 
 S = TypeVar("S", bound="Settings")
 Check = Callable[[Any, str], Any]
@@ -167,6 +167,11 @@ def expression(value: Any, called: str) -> Filter | None:
 def size(value: Any, called: str) -> int:
     """Return a number of bytes from one or text such as `20GB`."""
     return parse_size(value)
+
+
+def duration(value: Any, called: str) -> float:
+    """Return a number of seconds from one or text such as `2s`."""
+    return parse_duration(value)
 
 
 def whole_number(value: Any, called: str) -> int:
@@ -380,5 +385,12 @@ class RecordSettings(TapSettings):
         "What to do with a tap when that memory is full, or what waits in it is half a second old: "
         "hold the job until there is room, or drop the tap and count it.",
         choices=("hold", "drop"),
+    )
+    max_hold: float | None = option(
+        None,
+        "Hold the job no longer than this in a step, or in a minute of a longer one, 2s for "
+        "example; what finds no room then is dropped and counted, and the status is 3.",
+        metavar="TIME",
+        check=duration,
     )
     overwrite: bool = option(False, "Replace the recording that is in RUN already.")

@@ -1,7 +1,8 @@
-"""Sizes and shapes, as people write and read them."""
+"""Sizes, shapes and durations, as people write and read them."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -9,6 +10,8 @@ from .errors import UsageError
 
 _MOST_DIMS = 16
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|min|)\s*", re.IGNORECASE)
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -32,6 +35,27 @@ def parse_size(value: int | str) -> int:
     if size <= 0:
         raise UsageError(f"the size {value!r} is not positive; write for example 20GB")
     return size
+
+
+def parse_duration(value: float | str) -> float:
+    """Return a number of seconds from one or text such as `2s`, `500ms`, `1.5`, `1min`.
+
+    Raises:
+        UsageError: it is no duration, or negative.
+    """
+    seconds = math.nan
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str) and (found := _DURATION.fullmatch(value)) is not None:
+        seconds = float(found[1]) * _SECONDS[found[2].lower()]
+    if not 0 <= seconds < math.inf:
+        raise UsageError(f"{value!r} is not a duration; write a number of seconds, or 2s, or 500ms")
+    return seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Return a number of seconds as people write it in an option: `2s`, `500ms`."""
+    return f"{seconds * 1000:g}ms" if 0 < seconds < 1 else f"{seconds:g}s"
 
 
 def format_shape(shape: Sequence[int | None] | None) -> str:

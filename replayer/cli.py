@@ -8,6 +8,7 @@ import click
 
 from recorder.commands.cli import ls, record, show, verify
 from recorder.commands.clicking import Group
+from recorder.commands.ctl import ctl
 from recorder.commands.taps import taps
 from recorder.diagnostics import NO_NUMPY
 
@@ -39,7 +40,7 @@ def main() -> None:
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Start here": (demo, doctor, skill),
-    "Record and replay": (record, replay),
+    "Record and replay": (record, replay, ctl),
     "Find the fault": (localize, check, bisect, diff),
     "Look": (taps, ls, show),
     "Keep": (verify,),

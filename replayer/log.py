@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from recorder.errors import RecordingExists
 from recorder.format import disk
 from recorder.format.journal import Journal, read_journal
+from recorder.format.schema import GRAFTS
 from recorder.format.tables import read_parquet, to_frame, write_parquet
 
 if TYPE_CHECKING:
     import polars as pl
 
-FOLDER = "grafts"
+FOLDER = GRAFTS
 OF_OWN_ERROR = {
     "dtype": "String",
     "sender_dtype": "String",
@@ -209,6 +210,8 @@ def seal(journal: Path) -> None:
 
 def seal_leftovers(out: Path) -> None:
     """Seal the journals that ranks left behind when they were killed."""
+    for listening in (out / FOLDER).glob("rank-*.json"):
+        disk.remove(listening)  # it is gone; see `listening`
     for journal in sorted((out / FOLDER).glob("*.journal")):
         try:
             seal(journal)

@@ -34,6 +34,7 @@ from recorder.errors import (
     is_from_the_job,
 )
 from recorder.filters import Filter
+from recorder.format.listening import tell_listening
 from recorder.format.schema import rank_folder
 from recorder.job import Job
 from recorder.mailbox import write_report
@@ -47,7 +48,7 @@ from recorder.tags import label
 from recorder.taps.call import Call
 from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.gradients import GradientTaps
-from recorder.taps.selection import Selected, Selection
+from recorder.taps.selection import Selected, Selection, about_note
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.signals import let_interrupts_through
 from recorder.taps.values import classify
@@ -151,13 +152,17 @@ class Replayer:
             self._recorder = Recorder(
                 out, filter=record, overwrite=overwrite, rank=rank, world_size=world_size
             )
-        self._lock = threading.Lock()
+            self._recorder.keeps_filter = True  # that of `graft ctl` says what to graft
+        self._lock = threading.RLock()
         self._watching = threading.local()
         self._sharing = Sharing()
         self._in_parts: list[Parts] = []
         self._surplus: dict[str, int] = {}
         self._lazy = False
         self._pid = os.getpid()
+        self._taken = 0
+        self.folders: tuple[Path | None, ...] = (self.out,)
+        self.overwrites = self._job if overwrite else None
         self.state = "new"
         self.reason = ""
 
@@ -219,6 +224,33 @@ class Replayer:
         if self._made is not None:
             self._made.matcher.next_step()
 
+    def on_switch(self, filter: Filter | None, missed: bool) -> None:
+        """Take another filter, None for that of the settings."""
+        match_on = MatchOn.parse(self.settings.match_on)
+        is_other = self._selection.switch(filter or self.settings.filter, missed)
+        is_counted_on = is_other if match_on.use_step else is_other or missed
+        if self._made is not None and not match_on.whole and is_counted_on:
+            reason = (
+                f"graft ctl switched it, and --match-on {self.settings.match_on} counts taps, so "
+                "which record belongs to those that follow is not known; replay anew"
+            )
+            self._fail(reason)
+            self._outcomes.say(f"replaying ended, the job goes on: {reason}")
+
+    def took(self, sequence: int) -> None:
+        """Note that what `graft ctl` asked for holds."""
+        with self._lock:
+            self._taken = sequence
+            if self._made is not None:
+                self._tell_listening()
+
+    def _tell_listening(self) -> None:
+        """Say beside the log that this rank listens; whoever calls has the lock."""
+        if self.state == "running" and self.out is not None:
+            rank = self._ranks.current.rank
+            with contextlib.suppress(OSError):
+                tell_listening(self.out, rank, self._job.attempt, self._taken)
+
     @property
     def is_unsettled(self) -> bool:
         """Whether a process group that comes up may change the rank."""
@@ -239,7 +271,7 @@ class Replayer:
         start = time.perf_counter()
         if selected.note:
             self._outcomes.once(
-                (call.shown, selected.note), f"tap {call.shown} at {call.site}: {selected.note}"
+                about_note(call, selected), f"tap {call.shown} at {call.site}: {selected.note}"
             )
         if selected.trouble:
             self._outcomes.finish(selected, "tensor", start, ReplayError(selected.trouble))
@@ -308,7 +340,11 @@ class Replayer:
             self._recorder.close()
         self._gradients.close()
         self._end_parts()
-        state, self.state = self.state, "closed"
+        with self._lock:
+            state, self.state = self.state, "closed"
+        if self.out is not None and self._made is not None:
+            with contextlib.suppress(OSError):
+                tell_listening(self.out, self._ranks.current.rank, self._job.attempt, None)
         try:
             self._outcomes.close()
         except OSError as err:
@@ -357,7 +393,7 @@ class Replayer:
                 matcher = Matcher(
                     self._frame,
                     MatchOn.parse(settings.match_on),
-                    settings.filter,
+                    self._selection.filter,
                     rank.rank,
                     settings.step_offset,
                     settings.rename,
@@ -370,6 +406,7 @@ class Replayer:
                     settings,
                     self._warn_of,
                 )
+                self._tell_listening()
             except (GraftError, OSError) as err:
                 self._fail(str(err))
                 self._outcomes.say(f"this rank is not grafted: {err}")

@@ -21,6 +21,7 @@ from recorder.commands.outcome import (
     Outcome,
     conclude,
     of_tables,
+    order_in,
     rank_of_wrapper,
     reports_of,
     with_table,
@@ -35,6 +36,7 @@ from recorder.job import Job
 from recorder.mailbox import failures_of, why_nothing
 from recorder.progress import read_progress
 from recorder.settings import RecordSettings
+from recorder.taps import control
 
 from .log import COLUMNS, FOLDER, leave_columns, read_log, seal_leftovers
 from .session import Replayer
@@ -179,6 +181,7 @@ def prepare(folder: Path, overwrite: bool, records: bool) -> None:
     pattern = f"{rank_folder(rank.rank)}-*" if rank else "rank-*"
     logs = [p for p in (folder / FOLDER).glob(pattern) if p.suffix in (".parquet", ".journal")]
     if overwrite:
+        disk.remove(folder / control.FILE)
         for path in logs:
             disk.remove(path)
     elif logs and "GRAFT_JOB" not in os.environ and not (rank and Job.from_environment().attempt):
@@ -217,7 +220,10 @@ def _concluded(
     records = recording.latest()
     summary = summarize(log, records, settings, receivers)
     notes = [f"replay: {summary.line()}", *summary.notes]
-    if not log.height and (why := why_nothing(settings.filter, reports)):
+    order = order_in(folder)
+    if not log.height and not order.is_on:
+        notes.append(f"it is off; switch it on with: graft ctl {folder} on")
+    elif not log.height and (why := why_nothing(order.filter or settings.filter, reports)):
         notes.append(why)
     refused = sum(r.get("refused", 0) for r in reports)
     problems = (*sorted(wrong), *summary.problems(settings.strict, refused, status))

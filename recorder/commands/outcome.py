@@ -39,6 +39,8 @@ from ..progress import Progress, Watcher, read_progress
 from ..ranks import Rank
 from ..settings import RecordSettings, TapSettings
 from ..sizes import count, format_size
+from ..taps import control
+from ..taps.control import Order
 from ..writing import claim
 from . import launch
 from .processes import Processes, never_loaded
@@ -246,7 +248,12 @@ def conclude(
             f"{format_size(nbytes)} stored" + "".join(f"; stopped: {s}" for s in stopped)
         )
     dropped = sum(c.get("dropped", 0) for c in claims)
-    if dropped:
+    limit = max(
+        (c.get("max_hold") or 0.0 for c in claims if c.get("max_hold") is not None), default=None
+    )
+    if dropped and limit is not None:
+        wrong.add(claim.held_too_long(dropped, limit))
+    elif dropped:
         notes.append(
             f"{count(dropped, 'tap')} dropped, as --when-full drop asks for: nothing more could be "
             "staged; record less with --filter, or give more room with --staging"
@@ -257,15 +264,26 @@ def conclude(
             "iterations, call it at the end of each, on every rank"
         )
     if not rows and not wrong and not any(c.get("state") in ("running", "stopped") for c in claims):
-        notes += _why_nothing(filter, reports, status, hint)
+        notes += _why_nothing(run, filter, reports, status, hint)
     return sorted(wrong), notes
 
 
+def order_in(run: Path) -> Order:
+    """Return what `graft ctl` asked for last; nothing where that cannot be read."""
+    try:
+        return control.read(run)
+    except ValueError:
+        return Order()
+
+
 def _why_nothing(
-    filter: Filter | None, reports: Sequence[Report], status: int, hint: str
+    run: Path, filter: Filter | None, reports: Sequence[Report], status: int, hint: str
 ) -> list[str]:
     """Say why nothing was recorded, where that is to be said."""
-    if filtered := why_nothing(filter, reports):
+    order = order_in(run)
+    if not order.is_on:
+        return [f"nothing was recorded: it is off; switch it on with: graft ctl {run} on"]
+    if filtered := why_nothing(order.filter or filter, reports):
         return [filtered]
     if refused := sum(one.get("refused", 0) for one in reports):
         return [f"nothing was recorded: {count(refused, 'tap')} could not be, see above"]

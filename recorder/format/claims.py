@@ -44,6 +44,10 @@ class ClaimData(TypedDict, total=False):
     """`running`, `complete`, `stopped`, `failed`, `killed` or `repaired`."""
     reason: str
     keep_last: int | None
+    max_hold: float | None
+    """Seconds for which a step may be held before taps are dropped; None where that is not so."""
+    control: int
+    """The number of the latest order of `graft ctl` that the rank has taken."""
     meshes: list[MeshEntry]
     steps: int
     rows: int

@@ -40,6 +40,8 @@ ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
 _MAX_JSON = 4 << 20
 _MOST_ENTRIES = 1_000  # of a folder, that are looked at for recordings
 
+GRAFTS = "grafts"
+"""The folder of a replay's logs."""
 COLUMNS = {
     "rank": "Int32",
     "seq": "Int64",

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..filters import Filter
+from ..job import Job
 from ..mailbox import SURVEY, SurveyedModule, SurveyedTensor, write_report
 from ..taps import sessions
 from ..taps.call import Call as Tap
@@ -26,6 +29,8 @@ class Survey:
 
     order = 0
     is_unsettled = False
+    folders: tuple[Path | None, ...] = ()
+    overwrites: Job | None = None
 
     def __init__(self) -> None:
         self.ignored: set[Any] = set()
@@ -76,6 +81,12 @@ class Survey:
                 if text not in one["taps"]:
                     one["taps"].append(text)
                 break
+
+    def on_switch(self, filter: Filter | None, missed: bool) -> None:
+        """Nobody switches it: it has no folder."""
+
+    def took(self, sequence: int) -> None:
+        """Nobody switches it."""
 
     def on_step(self) -> None:
         """An iteration ends, which is nothing here."""

@@ -2,8 +2,8 @@
 
 1. `begin` takes a `Request`: which tables, and where a step ends. The first arms `_Watch`.
 2. `nn.Module.__init__` and `__setstate__` note each module that is made, which arms one hook on all
-   modules, for a moment: at the next call of any module `_Watch.first_call` finds its root, attaches the
-   taps to the few modules that have some (`attached`), and takes the hook on all away again.
+   modules, for a moment: at the next call of any module `_Watch.first_call` finds its root, gives
+   the few modules that have taps their own (`attached`), and takes the hook on all away again.
 3. `report` says what the tables found and what they did not.
 
 The environment is read again at the first call of a module, since some launchers set it late.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..diagnostics import call_site
+from ..filters import Filter
+from ..job import Job
 from ..tags import cut
 
 if TYPE_CHECKING:
@@ -115,6 +118,10 @@ class Session(Protocol):
 
     order: int
     """The smaller sees a tap first: stand-ins -1, recorders 0, replayers 1."""
+    folders: tuple[Path | None, ...]
+    """Where `graft ctl` reaches it; None where nothing does. It is off where all of them are."""
+    overwrites: Job | None
+    """The job that replaces what is in its folders; None where nothing is replaced."""
     ignored: set[Any]
     """What `Call.about` is of taps that need not be shown, while the rank is what it was."""
 
@@ -127,6 +134,17 @@ class Session(Protocol):
 
     def on_step(self) -> None:
         """See an iteration end."""
+
+    def on_switch(self, filter: Filter | None, missed: bool) -> None:
+        """Hear, between two taps, which filter holds now: None stands for the session's own.
+
+        Args:
+            filter: the filter.
+            missed: whether taps of this step may have been missed before.
+        """
+
+    def took(self, sequence: int) -> None:
+        """Note, from any thread, that what `graft ctl` asked for holds, for whoever asked."""
 
     def lost(self, call: Call, reason: str) -> None:
         """Hear that a tap could not be handled for a reason nobody foresaw."""

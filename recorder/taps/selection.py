@@ -27,6 +27,10 @@ THREADS = (
     "several threads tap it in one step, so which firing is which occurrence is by chance; tag "
     "them apart, as in context(micro_batch=i)"
 )
+SWITCHED = (
+    "graft ctl switched it in the middle of step {step}, so occurrences there need not be those of "
+    "another rank or run; begin another step, while nothing is tapped, with: graft ctl RUN step"
+)
 _CACHED = 100_000
 _NAMES_KEPT = 2_000
 _PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -67,6 +71,12 @@ class Selected(NamedTuple):
     grad: bool
     note: str = ""
     trouble: str = ""
+
+
+def about_note(call: Call, selected: Selected) -> tuple[str, ...]:
+    """Return what a note is about: of a switch, all taps of its step."""
+    is_of_all = selected.note == SWITCHED.format(step=selected.key.step)
+    return (selected.note,) if is_of_all else (call.shown, selected.note)
 
 
 def part_of(selected: Selected, number: int) -> Selected:
@@ -110,8 +120,32 @@ class Selection:
         self._firsts = Firsts()
         self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
-        self._late = filter is not None and bool(filter.names & {"step", "kind"})
-        self._splits = filter is not None and RECOMPUTE in filter.names
+        self._switched = -1
+        self._read_filter()
+
+    def _read_filter(self) -> None:
+        names = frozenset() if self.filter is None else self.filter.names
+        self._late = bool(names & {"step", "kind"})
+        self._splits = RECOMPUTE in names
+
+    def switch(self, filter: Filter | None, missed: bool) -> bool:
+        """Take another filter; return whether it is another.
+
+        Args:
+            filter: what is wanted from now on.
+            missed: whether taps of this step may have been missed.
+        """
+        with self._lock:
+            if missed:
+                self._switched = self.step
+                self._firsts.begin()
+            if filter == self.filter:
+                return False
+            self.filter = filter
+            self._read_filter()
+            self._sites.clear()
+            self.ignored.clear()
+            return True
 
     def begin(self) -> None:
         """Note that the job was under way before: forwards may be repeated that nobody saw."""
@@ -167,11 +201,12 @@ class Selection:
             site = site if is_second else plain
             step, occurrence = first
         forward, grad = call.forward, True
-        if site.wanted is None and self.filter is not None:
+        wants = self.filter  # it may be switched meanwhile
+        if site.wanted is None and wants is not None:
             env = {**site.tags, "name": call.name, "step": step, "rank": rank}
-            forward = call.forward and self.filter(_Env(env, call))
+            forward = call.forward and wants(_Env(env, call))
             if call.grad:
-                grad = self.filter({**env, "kind": "grad"})
+                grad = wants({**env, "kind": "grad"})
             if not forward and not (grad and call.grad):
                 if not again:
                     with self._lock:  # of one key, it may want some taps and not others
@@ -187,6 +222,8 @@ class Selection:
             seq = self.next_seq()
             self.selected += 1
             key = Key(call.name, site.key_text, step, occurrence)
+            if step == self._switched:
+                note = note or SWITCHED.format(step=step)
         return Selected(
             key,
             site.tags,

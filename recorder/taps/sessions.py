@@ -3,23 +3,32 @@
 1. `watch_environment` puts a stand-in among them on import, where a variable asks for a session.
 2. The first tap or step calls `open_waiting`, which puts the real ones in its place.
 3. `end` and `ended` take one out in two steps, so that a signal still closes what is being closed.
+4. Where `graft ctl` asks for something, `_changed` parks or brings back sessions at once; what else
+   is asked for, `_Orders` does at the next tap or step, in the job's own thread.
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ..diagnostics import say
-from ..errors import GraftError
-from . import signals
+from ..errors import GraftError, is_from_the_job
+from ..filters import Filter
+from ..job import Job
+from . import control, signals
 from .call import Call, Session
+from .control import Order
+
+log = logging.getLogger(__name__)
 
 _ENVIRONMENT = (
     # variable that asks for it, module that provides it; by name, so that recorder never
@@ -27,6 +36,7 @@ _ENVIRONMENT = (
     ("GRAFT_RECORD", "recorder.session"),
     ("GRAFT_REPLAY", "replayer.session"),
 )
+_FOLDERS = {"GRAFT_RECORD": "GRAFT_RECORD", "GRAFT_REPLAY": "GRAFT_REPLAY_OUT"}
 _guard = threading.RLock()
 
 
@@ -36,9 +46,13 @@ class _Waiting:
     order = -1
     ignored: set[Any] = set()  # noqa: RUF012  # nobody adds to it
     is_unsettled = False
+    folders: tuple[Path | None, ...] = ()
+    overwrites: Job | None = None
 
     def on_tap(self, call: Call) -> None: ...
     def on_step(self) -> None: ...
+    def on_switch(self, filter: Filter | None, missed: bool) -> None: ...
+    def took(self, sequence: int) -> None: ...
     def lost(self, call: Call, reason: str) -> None: ...
     def close(self) -> None: ...
 
@@ -57,20 +71,124 @@ class _Helper(_Waiting):
         )
 
 
+class _Orders(_Waiting):
+    """Stands before the sessions of a folder, and does what was asked for before the next tap.
+
+    Attributes:
+        steps: how many to end.
+        is_switch: whether taps were missed, or another filter holds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folders = (folder,)
+        self.steps = 0
+        self.is_switch = False
+
+    def on_tap(self, call: Call) -> None:
+        self.on_step()
+
+    def on_step(self) -> None:
+        global active, parked
+        (folder,) = self.folders
+        assert folder is not None
+        with _guard:
+            if self not in (*active, *parked):
+                return  # another thread was here first
+            active = tuple(s for s in active if s is not self)
+            parked = tuple(s for s in parked if s is not self)
+            reached = [s for s in every() if folder in s.folders]
+        wants = control.order_of(folder).filter
+        for session in reached:
+            try:
+                if self.is_switch:
+                    session.on_switch(wants, True)
+                for _ in range(self.steps):
+                    session.on_step()
+            except Exception as err:  # the job comes first
+                if is_from_the_job(err):
+                    raise
+                log.debug("at an order", exc_info=True)
+
+
 active: tuple[Session, ...] = ()
 """Those that listen now, in the order in which they see a tap; replaced as a whole."""
+parked: tuple[Session, ...] = ()
+"""Those that `graft ctl` has switched off: they see no tap, but every step."""
 _ending: tuple[Session, ...] = ()
 _opening = False
 _is_asked = False
 
 
-def activate(session: Session) -> None:
-    """Let a session listen from now on."""
-    global active
+def every() -> tuple[Session, ...]:
+    """Return the sessions that listen and those that are off, each once."""
     with _guard:
-        active = tuple(sorted((*active, session), key=lambda s: s.order))
+        return tuple(sorted((*active, *parked), key=lambda s: s.order))
+
+
+def is_parked(session: Session) -> bool:
+    """Whether `graft ctl` has switched a session off."""
+    return any(s is session for s in parked)
+
+
+def activate(session: Session) -> None:
+    """Let a session listen from now on, or from when `graft ctl` lets it."""
+    with _guard:
+        _meet(session)
+        _arrange((*every(), session))
     if session.order >= 0:
         signals.guard(_close_all)
+        if session in parked:
+            (folder,) = session.folders
+            say(f"{folder} is off; switch it on with: graft ctl {folder} on")
+
+
+def _meet(session: Session) -> None:
+    """Tell a new session what was asked for before, and look for what else will be."""
+    for folder in session.folders:
+        if folder is not None:
+            control.watch(folder, _changed, session.overwrites)
+            order = control.order_of(folder)
+            if order.filter is not None:
+                session.on_switch(order.filter, False)
+            session.took(order.sequence)
+
+
+def _is_off(session: Session) -> bool:
+    return bool(session.folders) and all(
+        folder is not None and not control.order_of(folder).is_on for folder in session.folders
+    )
+
+
+def _arrange(sessions: tuple[Session, ...]) -> None:
+    """Let these sessions listen, but for those that are off. Whoever calls has the guard."""
+    global active, parked
+    used = {folder for s in sessions if not isinstance(s, _Orders) for folder in s.folders}
+    # What was asked of sessions that are gone is asked of nobody.
+    kept = [s for s in sessions if not (isinstance(s, _Orders) and used.isdisjoint(s.folders))]
+    kept.sort(key=lambda s: s.order)
+    off = tuple(s for s in kept if _is_off(s))
+    parked = tuple(kept)  # a signal that closes all finds each in one of the two
+    active = tuple(s for s in kept if s not in off)
+    parked = off
+    control.keep({folder for folder in used if folder is not None})
+
+
+def _changed(folder: Path, before: Order, order: Order) -> None:
+    """Do what `graft ctl` asks for in a folder; called from a thread of its own."""
+    with _guard:
+        now = every()
+        steps = max(0, order.steps - before.steps)
+        is_switch = order.filter != before.filter or (order.is_on and not before.is_on)
+        if steps or is_switch:
+            waiting = [s for s in now if isinstance(s, _Orders) and folder in s.folders]
+            orders = waiting[0] if waiting else _Orders(folder)
+            orders.steps += steps
+            orders.is_switch = orders.is_switch or is_switch
+            now = now if waiting else (*now, orders)
+        _arrange(now)
+    for session in every():
+        if folder in session.folders:
+            session.took(order.sequence)
 
 
 def deactivate(session: Session) -> None:
@@ -81,11 +199,12 @@ def deactivate(session: Session) -> None:
 
 def end(session: Session) -> None:
     """Let a session listen no more, but be closed by a signal until it has `ended`."""
-    global active, _ending
+    global _ending
     with _guard:
-        if session in active and session.order >= 0:
+        known = every()
+        if session in known and session.order >= 0:
             _ending = (*_ending, session)
-        active = tuple(s for s in active if s is not session)
+        _arrange(tuple(s for s in known if s is not session))
 
 
 def ended(session: Session) -> None:
@@ -93,14 +212,14 @@ def ended(session: Session) -> None:
     global _ending
     with _guard:
         _ending = tuple(s for s in _ending if s is not session)
-        last = not _ending and all(s.order < 0 for s in active)
+        last = not _ending and all(s.order < 0 for s in every())
     if last:
         signals.release()
 
 
 def _close_all() -> None:
     """Close every session, the one that sees a tap last first."""
-    for session in (*reversed(active), *_ending):
+    for session in (*reversed(parked), *reversed(active), *_ending):
         session.close()
 
 
@@ -110,9 +229,17 @@ def watch_environment() -> None:
     And again where the environment may have been given to a process that ran already.
     """
     global _is_asked
-    if not _is_asked and any(os.environ.get(variable) for variable, _ in _ENVIRONMENT):
+    asked = [variable for variable, _ in _ENVIRONMENT if os.environ.get(variable)]
+    if asked and not _is_asked:
         _is_asked = True
-        activate(_Waiting())
+        waiting = _Waiting()
+        folders = [os.environ.get(_FOLDERS[variable]) for variable in asked]
+        with suppress(OSError):  # a working directory that is gone
+            waiting.folders = tuple(Path(os.path.abspath(f)) if f else None for f in folders)
+        flags = [os.environ.get(f"{variable}_OVERWRITE", "0").lower() for variable in asked]
+        if any(flag not in ("", "0", "false", "no", "off") for flag in flags):
+            waiting.overwrites = Job.from_environment()
+        activate(waiting)
 
 
 def open_waiting() -> None:
@@ -120,17 +247,18 @@ def open_waiting() -> None:
 
     It stays until they are there, so that taps of other threads wait for them here.
     """
-    global active, _opening
+    global _opening
     with _guard:
         if _opening:
             return  # a tap from what is being opened, such as a transform's module
         _opening = True
         try:
-            for session in active:
-                if isinstance(session, _Waiting) and not isinstance(session, _Helper):
+            for session in every():
+                if type(session) is _Waiting:
                     opened = _opened()
-                    kept = (s for s in active if s is not session)
-                    active = tuple(sorted((*kept, *opened), key=lambda s: s.order))
+                    for one in opened:
+                        _meet(one)
+                    _arrange((*(s for s in every() if s is not session), *opened))
                     if opened:
                         signals.guard(_close_all)
         finally:
@@ -187,12 +315,14 @@ def _close_last(session: Session) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global active, _ending, _guard, _opening
+    global _ending, _guard, _opening
     _ending = ()
     _guard = threading.RLock()  # the parent's may be held by a thread that is not here
-    if _opening or any(not isinstance(s, _Waiting) for s in active):
+    listening = every()
+    if _opening or any(s.order >= 0 for s in listening):
         _opening = False
-        active = (_Helper("was forked from a process that already taps"),)
+        listening = (_Helper("was forked from a process that already taps"),)
+    _arrange(listening)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

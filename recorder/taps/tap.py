@@ -71,7 +71,7 @@ def tap(
 
 def step() -> None:
     """End an iteration; call it on every rank. Steps count from 0."""
-    if sessions.active:
+    if sessions.active or sessions.parked:
         _fire_step()
 
 
@@ -231,9 +231,9 @@ def fire(
 
 
 def _fire_step() -> None:
-    if sessions.active and sessions.active[0].order < 0:
+    if any(session.order < 0 for session in sessions.every()):
         sessions.open_waiting()
-    for session in sessions.active:
+    for session in sessions.every():
         try:
             session.on_step()
         except Exception as err:  # the job comes first

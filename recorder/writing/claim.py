@@ -32,6 +32,8 @@ from ..format.schema import (
 from ..job import Job
 from ..provenance import provenance
 from ..ranks import Rank
+from ..sizes import count, format_duration
+from ..taps.control import FILE as CONTROL
 
 
 def check_free(run: Path, rank: int | None, world_size: int | None, job: Job) -> None:
@@ -120,6 +122,14 @@ def replace_rank(run: Path, rank: int, job: Job, *, own: bool = False) -> None:
         disk.remove_tree(run / rank_folder(rank))
 
 
+def held_too_long(dropped: int, max_hold: float) -> str:
+    """Say that taps were dropped for the job's sake, and what to do about it."""
+    return (
+        f"{count(dropped, 'tap')} dropped: writing held the job for longer than --max-hold "
+        f"{format_duration(max_hold)}; record less with --filter or --level stats, or allow more"
+    )
+
+
 def _other_world(run: Path, recorded: int, here: int) -> RecordingExists:
     return RecordingExists(run, f"holds a recording of a world of {recorded}, this job has {here}")
 
@@ -199,6 +209,8 @@ def claim_rank(
     own: bool = False,
     access: Access = PRIVATE,
     keep_last: int | None = None,
+    max_hold: float | None = None,
+    control: int = 0,
 ) -> Claim:
     """Claim a rank's place in a recording, making the recording if this is the first.
 
@@ -211,6 +223,8 @@ def claim_rank(
         own: with `overwrite`, replace what this job left there too.
         access: who may read what is created.
         keep_last: how many complete steps are kept, where not all are.
+        max_hold: seconds for which a step may be held before taps are dropped, where that is so.
+        control: the number of the latest order of `graft ctl` that holds.
 
     Raises:
         RecordingExists: the place is taken.
@@ -243,6 +257,8 @@ def claim_rank(
             "started_ns": time.time_ns(),
             "state": "running",
             "keep_last": keep_last,
+            "max_hold": max_hold,
+            "control": control,
         }
         path = folder / f"attempt-{attempt}.json"
         if not disk.create_whole(path, json_bytes(data), access):
@@ -315,5 +331,6 @@ def replace_recording(run: Path) -> None:
     `recording.json` goes first: whatever happens then, no half recording is left to be opened.
     """
     disk.remove(run / RECORDING)
+    disk.remove(run / CONTROL)
     for rank in claimed_ranks(run):
         disk.remove_tree(run / rank_folder(rank))

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 import threading
@@ -137,27 +138,32 @@ class Staging:
         """The most bytes that one `put` takes."""
         return self.budget // 4
 
-    def put_bytes(self, address: int, nbytes: int, users: int, *, hold: bool) -> Part | None:
+    def put_bytes(
+        self, address: int, nbytes: int, users: int, *, hold: bool, within: float = math.inf
+    ) -> Part | None:
         """Copy bytes of the CPU's memory in; as `put`."""
-        part = self._reserve(nbytes, users, hold)
+        part = self._reserve(nbytes, users, hold, within)
         if part is not None and nbytes:
             move = _move_holding if nbytes <= _SMALL else ctypes.memmove
             move(self._address + part.offset, address, nbytes)
         return part
 
-    def put(self, bits: torch.Tensor, users: int, *, hold: bool) -> Part | None:
+    def put(
+        self, bits: torch.Tensor, users: int, *, hold: bool, within: float = math.inf
+    ) -> Part | None:
         """Copy a tensor in, its elements in their logical order.
 
         Args:
             bits: a tensor of any strides, on any device.
             users: how many will release the part.
             hold: wait while there is no room.
+            within: for no more than so many seconds.
 
         Returns:
             The part; None once the ring is closed, or where it is full and not to be waited for.
         """
         nbytes = bits.numel() * bits.element_size()
-        part = self._reserve(nbytes, users, hold)
+        part = self._reserve(nbytes, users, hold, within)
         if part is None or nbytes == 0:
             return part
         flat = self._arena[part.offset : part.offset + nbytes]
@@ -257,7 +263,7 @@ class Staging:
         self._copies.close(self._arena)
         self._bytes, self._arena = memoryview(b""), self._arena[:0].clone()
 
-    def _reserve(self, nbytes: int, users: int, hold: bool) -> Part | None:
+    def _reserve(self, nbytes: int, users: int, hold: bool, within: float) -> Part | None:
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT or _ALIGNMENT
         with self._lock:
             if self._last is not None and self._last.payload is None:
@@ -271,10 +277,13 @@ class Staging:
                 offset = self._room_of_lent(size)
             if offset is None and self._on_short is not None:
                 self._on_short()
-            if offset is None and hold and not self._closed:
+            if offset is None and hold and within > 0 and not self._closed:
                 started = time.perf_counter()
                 while offset is None and not self._closed:
-                    self._room.wait(_LOOKED_AGAIN)
+                    left = within - (time.perf_counter() - started)
+                    if left <= 0:
+                        break
+                    self._room.wait(min(_LOOKED_AGAIN, left))
                     offset = self._find(size)
                     if offset is None:
                         offset = self._room_of_lent(size)

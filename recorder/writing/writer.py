@@ -56,6 +56,7 @@ CUT_SHORT = (
     "let it be closed to have all of it"
 )
 _HANDLER_SECONDS = 4.0
+_STEP_SECONDS = 60.0  # a step that takes longer is several to `max_hold`
 _LENT_SECONDS = 0.25  # while statistics come, room is waited for; when they do not, it is taken
 _FIGURES_SECONDS = 5.0  # in which no statistics come: then they are not waited for any more
 
@@ -70,6 +71,7 @@ class Writer:
         statistics: whether to gather them.
         budget: bytes of staging memory, of which a part is for working on what waits.
         when_full: what to do with a tap when there is no room: `hold` the job, or `drop` the tap.
+        max_hold: seconds that the job may be held in a step; by default as long as it takes.
         on_stop: called once, from the writer's thread, when recording had to end early, with the
             state (`stopped` or `failed`) and the reason.
         on_full: called once, when the job was held or a tap dropped for want of room.
@@ -85,6 +87,7 @@ class Writer:
         statistics: bool = True,
         budget: int = RecordSettings.staging,
         when_full: str = "hold",
+        max_hold: float | None = None,
         on_stop: Callable[[str, str], None] | None = None,
         on_full: Callable[[Progress], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
@@ -94,6 +97,9 @@ class Writer:
         self._on_progress = on_progress
         self._published = time.monotonic()
         self._hold = when_full == "hold"
+        self._max_hold = math.inf if max_hold is None else max_hold
+        self._held_before = 0.0
+        self._refilled = time.monotonic()
         self._written = threading.Event()
         self._wake_lock = threading.RLock()  # see `Staging` why each is held by itself
         self._wake = threading.Condition(self._wake_lock)
@@ -154,8 +160,25 @@ class Writer:
             self._dropped,
             self._dropped_bytes,
             time.perf_counter() - self._started,
-            self._staging.held_seconds + self._held_late,
+            self._held,
         )
+
+    @property
+    def _held(self) -> float:
+        """Seconds that the job was held."""
+        return self._staging.held_seconds + self._held_late
+
+    @property
+    def _within(self) -> float:
+        """Seconds that it may still be held in this step."""
+        if self._max_hold == math.inf:
+            return math.inf
+        if time.monotonic() - self._refilled >= _STEP_SECONDS:
+            self._refill()
+        return self._max_hold - (self._held - self._held_before)
+
+    def _refill(self) -> None:
+        self._held_before, self._refilled = self._held, time.monotonic()
 
     def submit(self, row: ManifestRow, snapshot: Snapshot) -> None:
         """Queue a row and a copy of its payload; the job may change the tensor afterwards.
@@ -177,7 +200,8 @@ class Writer:
             split = list(pieces(bits, self._staging.largest))
             for i, piece in enumerate(split):
                 # Once its first part is in, a payload is waited for.
-                part = self._staging.put(piece, 1, hold=self._hold or i > 0)
+                hold = self._hold or i > 0
+                part = self._staging.put(piece, 1, hold=hold, within=self._within)
                 if not self._put(part, payload, i == 0, i == len(split) - 1):
                     return
 
@@ -187,14 +211,16 @@ class Writer:
             if not self._closing and self._is_in_time(nbytes):
                 payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
                 address = tensor.data_ptr()
-                part = self._staging.put_bytes(address, nbytes, 1, hold=self._hold)
+                part = self._staging.put_bytes(
+                    address, nbytes, 1, hold=self._hold, within=self._within
+                )
                 self._put(part, payload)
 
     def submit_value(self, row: ManifestRow) -> None:
         """Queue a row without a payload."""
         with self._turn():
             if not self._closing and self._is_in_time(0):
-                part = self._staging.put_bytes(0, 0, 1, hold=self._hold)
+                part = self._staging.put_bytes(0, 0, 1, hold=self._hold, within=self._within)
                 self._put(part, Payload(row, None, (), 0))
 
     def end_step(self, completed: int) -> None:
@@ -202,8 +228,10 @@ class Writer:
         if self._tells_steps:
             with self._turn():
                 if not self._closing:
-                    part = self._staging.put_bytes(0, 0, 1, hold=True)
-                    self._put(part, Payload({}, None, (), 0, completed))
+                    part = self._staging.put_bytes(0, 0, 1, hold=True, within=self._within)
+                    if part is not None:  # else the next step's end stands for this one's too
+                        self._put(part, Payload({}, None, (), 0, completed))
+        self._refill()
 
     def close(self) -> None:
         """Write what is queued, seal the shard and end the threads; twice is fine.
@@ -276,17 +304,22 @@ class Writer:
         if not self._hold:
             self._drop(nbytes)
             return self._ended
-        started = time.monotonic()
+        within, started = self._within, time.monotonic()
+        is_late = True
         with self._caught_up_lock:
             while not self._ended:
-                late = min(self._queued_since, self._taken_since) + _OLDEST_SECONDS
-                if time.monotonic() < late:
+                now = time.monotonic()
+                is_late = now >= min(self._queued_since, self._taken_since) + _OLDEST_SECONDS
+                left = within - (now - started)
+                if not is_late or left <= 0:
                     break
-                self._caught_up.wait(_GATHER_SECONDS)
+                self._caught_up.wait(min(_GATHER_SECONDS, left))
         self._held_late += time.monotonic() - started
         if self._held_late > _HELD_SECONDS:
             self._tell_full()
-        return True
+        if is_late:
+            self._drop(nbytes)
+        return self._ended or not is_late
 
     def _drop(self, nbytes: int) -> None:
         if not self._ended:

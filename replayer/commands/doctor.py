@@ -14,6 +14,7 @@ import click
 from recorder import ranks
 from recorder.commands.clicking import expected_errors
 from recorder.commands.launch import is_closed
+from recorder.commands.outcome import order_in
 from recorder.errors import GraftError, TransformError, UsageError
 from recorder.job import Job
 from recorder.mailbox import DOCTOR, write_report
@@ -24,6 +25,8 @@ from recorder.sizes import format_size
 from recorder.writing.claim import check_free
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from recorder import Recording
     from recorder.filters import Filter
 
@@ -144,6 +147,7 @@ def _recording(environ: Mapping[str, str], rank: ranks.Rank) -> str:
     which = _which(settings.filter)
     return (
         f"into {session.path} as rank {rank.rank} of {rank.world_size}, {settings.level}, {which}"
+        f"{_once_on(session.path)}"
     )
 
 
@@ -157,8 +161,14 @@ def _replaying(environ: Mapping[str, str], rank: ranks.Rank) -> str:
     how = _how(getattr(settings.transform, "name", ""), session.recording)
     return (
         f"from {session.recording.world_size} senders onto rank {rank.rank} of {rank.world_size}, "
-        f"{how}, {_which(settings.filter)}"
+        f"{how}, {_which(settings.filter)}{_once_on(session.out)}"
     )
+
+
+def _once_on(folder: Path | None) -> str:
+    """Say where `graft ctl` has switched it off."""
+    is_on = folder is None or order_in(folder).is_on
+    return "" if is_on else f", once it is on: graft ctl {folder} on"
 
 
 def _how(transform: str, recording: Recording) -> str:

@@ -46,6 +46,7 @@ VALUES = {
         "access": ("group", "group"),
         "staging": ("64MiB", 64 << 20),
         "when_full": ("drop", "drop"),
+        "max_hold": ("500ms", 0.5),
         "overwrite": ("1", True),
     },
     ReplaySettings: {
@@ -134,6 +135,10 @@ def test_text_means_the_same_as_argument_and_as_variable(settings: type[Settings
         (RecordSettings, "keep_last", True),
         (RecordSettings, "max_bytes", "much"),
         (RecordSettings, "staging", "9999999TiB"),
+        (RecordSettings, "max_hold", "2h"),
+        (RecordSettings, "max_hold", "-1"),
+        (RecordSettings, "max_hold", True),
+        (RecordSettings, "max_hold", float("nan")),
         (ReplaySettings, "step_offset", "1.5"),
         (ReplaySettings, "step_offset", True),
         (ReplaySettings, "on_error", "stop"),

@@ -1,11 +1,11 @@
-"""Sizes as people write them."""
+"""Sizes and durations as people write them."""
 
 from __future__ import annotations
 
 import pytest
 
 from recorder.errors import UsageError
-from recorder.sizes import format_size, parse_size
+from recorder.sizes import format_duration, format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,25 @@ def test_writes():
         "1.5 kB",
         "2.0 GB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "back"),
+    [
+        ("2s", 2.0, "2s"),
+        ("500ms", 0.5, "500ms"),
+        (" 1.5 ", 1.5, "1.5s"),
+        (".25S", 0.25, "250ms"),
+        ("2min", 120.0, "120s"),
+        (0, 0.0, "0s"),
+    ],
+)
+def test_reads_durations(text, seconds, back):
+    assert parse_duration(text) == seconds
+    assert format_duration(seconds) == back and parse_duration(back) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "1h", "inf", "nan", float("inf"), -1, True, None])
+def test_refuses_what_is_no_duration(text):
+    with pytest.raises(UsageError, match="is not a duration; write a number of seconds, or 2s"):
+        parse_duration(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -443,3 +444,33 @@ def test_elastic_restart_under_the_wrapper(shell, run):
     assert back.manifest().select("rank", "attempt").rows() == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [back.load(0, "x", attempt=a)[0].item() for a in (0, 1)] == [0, 10]
     assert [back.load(1, "x", attempt=a)[0].item() for a in (0, 1)] == [1, 11]
+
+
+def test_a_job_that_was_held_for_as_long_as_it_may_be_ends_with_3(shell, run):
+    job = shell.write(
+        "job.py",
+        """
+        import threading
+        import torch
+        from recorder import step, tap
+        from recorder.format import disk
+        gate, real = threading.Event(), disk.write_at
+        disk.write_at = lambda *args: gate.wait(60) and real(*args)
+        for s in range(2):
+            for i in range(12):
+                tap("x", torch.full((1 << 18,), float(i)), i=i)
+            step()
+        gate.set()
+        """,
+    )
+    words = ("record", "-o", run, "--staging", "8MiB", "--max-hold", "50ms")
+    done = shell(shell.graft, words, "--", shell.python, job)
+    assert done.returncode == 3, done.stderr
+    said = (
+        r"not to be trusted: \d+ taps dropped: writing held the job for longer than --max-hold 50ms"
+    )
+    assert re.search(said, done.stderr)
+    assert "--when-full drop" not in done.stderr
+    assert shell(shell.graft, "verify", run).returncode == 0
+    refused = shell(shell.graft, "record", "-o", run, "--max-hold", "soon", "--", "true")
+    assert refused.returncode == 2 and "write a number of seconds, or 2s" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import queue
@@ -14,6 +15,7 @@ import torch
 from recorder import Recorder, Recording, progress, step, tap
 from recorder.format import disk, shard, tables
 from recorder.progress import Progress, Teller
+from recorder.verify import Checker
 from recorder.writing import store as store_module
 from recorder.writing import writer
 from recorder.writing.staging import Staging
@@ -68,6 +70,101 @@ def test_taps_are_dropped_and_counted_where_that_was_asked_for(run, slow_disk, c
         assert back.load(0, "x", i=i)[0] == i
     assert back.claims()[0]["dropped"] == dropped
     assert f"{dropped} taps dropped: nothing more could be staged" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stuck_disk(monkeypatch):
+    """Let no write of payloads return while this is cleared."""
+    gate, real = threading.Event(), disk.write_at
+    gate.set()
+
+    def write_at(file, offset, parts):
+        gate.wait(30)
+        real(file, offset, parts)
+
+    monkeypatch.setattr(disk, "write_at", write_at)
+    yield gate
+    gate.set()
+
+
+def settled(recorder):
+    while recorder.progress().waiting:
+        time.sleep(0.01)
+
+
+def test_a_step_is_not_held_for_longer_than_asked_for(run, stuck_disk, capsys):
+    with Recorder(run, staging=8 * MIB, max_hold="100ms") as recorder:
+        stuck_disk.clear()
+        for s in range(3):
+            for i in range(20):
+                tap("x", torch.full((MIB // 4,), float(s * 20 + i)), i=i)
+            tap("large", torch.full((4 * MIB,), float(s)))
+            tap("v", s)
+            step()
+        progress = recorder.progress()
+        stuck_disk.set()
+    assert 0.3 <= progress.held < 5  # else 30 s
+    dropped = progress.dropped
+    assert recorder.state == "complete" and 0 < dropped < 66
+    back = Recording.open(run)
+    assert back.claims()[0]["dropped"] == dropped and back.rows().height == 66 - dropped
+    assert back.claims()[0]["max_hold"] == 0.1
+    for row in back.rows().filter(back.rows()["name"] == "x").iter_rows(named=True):
+        i = json.loads(row["tags"])["i"]
+        assert (back.read(row) == row["step"] * 20 + i).all()
+    assert not any(one.problems for one in Checker(run).ranks())
+    err = capsys.readouterr().err
+    assert f"{dropped} taps dropped: writing held the job for longer than --max-hold 100ms" in err
+
+
+def test_a_payload_of_which_only_some_parts_found_room_in_time_is_left_out_whole(run, stuck_disk):
+    with Recorder(run, staging=4 * MIB, max_hold=0.1) as recorder:
+        tap("before", torch.arange(1000))
+        settled(recorder)
+        stuck_disk.clear()
+        tap("large", torch.arange(8 * MIB))
+        assert recorder.progress().waiting and recorder.progress().dropped == 1
+        stuck_disk.set()
+        settled(recorder)
+        step()
+        tap("after", torch.arange(500_000))
+    back = Recording.open(run)
+    assert back.rows()["name"].to_list() == ["before", "after"]
+    assert torch.equal(back.load(0, "after", step=1), torch.arange(500_000))
+    assert not any(one.problems for one in Checker(run).ranks())
+
+
+def test_a_step_of_more_than_a_minute_may_be_held_in_each(run, slow_disk):
+    with Recorder(run, staging=8 * MIB, max_hold=0.1) as recorder:
+        for i in range(12):
+            tap("x", torch.full((MIB // 4,), float(i)), i=i)
+        held = recorder.progress().held
+        tap("x", torch.zeros(MIB // 4))
+        assert recorder.progress().held == held >= 0.1
+        recorder._writer._refilled -= 61
+        tap("x", torch.zeros(MIB // 4))
+        assert recorder.progress().held >= held + 0.1
+        slow_disk.set()
+
+
+def test_the_end_of_a_step_does_not_hold_a_job_any_longer_either(run, slow_disk):
+    with Recorder(run, staging=8 * MIB, max_hold=0.05, keep_last=2) as recorder:
+        for s in range(4):
+            for _ in range(12):
+                tap("x", torch.full((MIB // 4,), float(s)))
+            step()
+        assert recorder.progress().held < 5  # else 30 s
+        slow_disk.set()
+    assert recorder.state == "complete"
+
+
+def test_no_limit_to_the_hold_is_needed_where_taps_are_dropped(run, slow_disk, capsys):
+    with Recorder(run, staging=8 * MIB, when_full="drop", max_hold=5):
+        for i in range(12):
+            tap("x", torch.full((MIB // 4,), float(i)), i=i)
+        slow_disk.set()
+    assert Recording.open(run).claims()[0]["max_hold"] is None
+    assert "dropped: nothing more could be staged" in capsys.readouterr().err
 
 
 def test_a_payload_whose_first_part_is_in_is_never_dropped_half_way(run):
