@@ -258,19 +258,30 @@ def test_a_graft_writes_through_a_module_tap(tmp_path, model, table):
     torch.manual_seed(1)
     other = Model()
     other.head.load_state_dict(model.head.state_dict())
+    seen = []
+    other.model.layers[1].mlp.register_forward_hook(lambda m, args, out: seen.append(out))
     with Replayer(tmp_path / "run", taps=rows, filter="layer == 1") as replay:
         other(X)
     assert replay.log()["outcome"].to_list() == ["grafted"]
+    assert torch.equal(seen[0], run_of(model, "model.layers.1.mlp"))
 
 
-def test_a_graft_into_an_input_reaches_the_residual(tmp_path, model, table):
-    rows = table('"model.layers.{layer}.mlp:input" = "x"')
-    with Recorder(tmp_path / "run", taps=rows):
-        model(X)
-    model.model.layers[0].attn.q.weight.data.mul_(3)
-    with Replayer(tmp_path / "run", taps=rows) as replay:
-        model(X)
-    assert set(replay.log()["outcome"]) == {"grafted"}
+def test_a_graft_into_an_input_reaches_the_residual(tmp_path, table):
+    class PreNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            x = self.first(x)
+            return x + self.norm(x)
+
+    rows = table('"norm:input" = "resid"')
+    baseline, target = PreNorm(), PreNorm()
+    with torch.no_grad(), Recorder(tmp_path / "run", taps=rows):
+        expected = baseline(X)
+    with torch.no_grad(), Replayer(tmp_path / "run", taps=rows):
+        assert torch.equal(target(X), expected)
 
 
 def test_nothing_is_left_on_a_module(tmp_path, model):
@@ -409,6 +420,17 @@ def test_a_step_ends_where_an_optimizer_has_stepped(tmp_path, model):
 
     run = recorded(tmp_path, job, modules=["head"], step_on="optimizer")
     assert [step for *_, step in keys(run)] == [0, 0, 1, 1]
+
+
+def test_a_model_whose_forward_is_called_by_hand_has_its_names_and_steps(tmp_path, model, table):
+    rows = table('"model.layers.{layer}.mlp" = "mlp"\n"head" = "logits"')
+    run = recorded(
+        tmp_path, lambda: (model.forward(X), model.forward(X)), taps=rows, step_on="root"
+    )
+    names = ["mlp", "mlp", "logits"]
+    assert [(name, step) for name, _, step in keys(run)] == [
+        (name, step) for step in (0, 1) for name in names
+    ]
 
 
 def test_a_context_is_around_modules_too(tmp_path, model):
