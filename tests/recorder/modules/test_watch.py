@@ -491,6 +491,7 @@ def test_attach_refuses_what_fits_nothing(model):
         attach(model)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
 @pytest.mark.parametrize("how", ["whole", "inner", "in place"])
 def test_a_compiled_model_is_tapped_at_graph_breaks(tmp_path, model, table, how):
