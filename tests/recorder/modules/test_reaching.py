@@ -15,6 +15,11 @@ from recorder import Recording
 JOBS = Path(__file__).parents[2] / "jobs"
 pytestmark = pytest.mark.processes
 
+
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 SMALL = """
     import time
     import torch
@@ -34,7 +39,7 @@ def taps_of(folder):
     return set(rows.select("rank", "name", "step", "kind").iter_rows())
 
 
-@pytest.mark.parametrize("way", ["script", "module", "isolated", "code"])
+@pytest.mark.parametrize("way", ["script", "isolated", slow("module"), slow("code")])
 def test_plain_python(shell, way):
     shell.write("job.py", SMALL.format(seconds=0))
     words = {
@@ -48,7 +53,7 @@ def test_plain_python(shell, way):
     assert taps_of(shell.folder / "run") == {(0, "0", 0, "tensor"), (0, "0", 1, "tensor")}
 
 
-@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+@pytest.mark.parametrize("how", ["fsdp", slow("ddp")])
 def test_two_ranks_under_wrappers(shell, how):
     """The same taps, by the same names, and a program that computes what it did."""
     options = (
@@ -98,7 +103,7 @@ def test_workers_of_multiprocessing(shell, method):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [slow(False), True])
 def test_ray_actors(shell, late):
     """Under the wrapper, and where an actor gets the environment when it runs already."""
     given = {
