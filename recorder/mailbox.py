@@ -75,7 +75,6 @@ class ModelReport(TypedDict):
     rows: list[RowReport]
     models: list[str]
     """The classes of the models that are tapped."""
-    sections: list[str]
     others: list[str]
     """The classes of roots in which nothing was found."""
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..layouts import parts
 from ..tags import TagValue
 from . import functions as inner_functions
 from .hooks import Binding, Hook, Model
@@ -26,7 +25,7 @@ from .tree import Base, bases, below, is_identity, named
 if TYPE_CHECKING:
     from torch.nn import Module
 
-    Number = Callable[[Module], int]
+    Number = Callable[[weakref.ref[Module]], int]
 
 
 class Attached:
@@ -36,6 +35,7 @@ class Attached:
         label: what it is, for messages: its class.
         names: the qualified names of its modules.
         bindings: its taps.
+        bound: each row as its table has it, with what it became at each module.
         sections: what the tables are called that fit it, with how many rows do.
         found: row -> how many modules it fits, and how many of these are identities.
         notes: what is to be said of it.
@@ -46,12 +46,13 @@ class Attached:
         self._root = weakref.ref(names[""])
         self.names = list(names)
         self.bindings: list[Binding] = []
+        self.bound: list[tuple[Row, Binding]] = []
         self.sections: list[tuple[Section, int]] = []
         self.found: dict[Row, list[int]] = {}
         self.notes: list[str] = []
-        self.base: Any = names.get("")
+        self.base = weakref.ref(names[""])
         self._handles: list[Any] = []
-        self._functions: list[tuple[str, Any]] = []
+        self._functions: list[tuple[str, weakref.ref[Any]]] = []
         self._before: dict[int, Hook] = {}
 
     @property
@@ -63,8 +64,9 @@ class Attached:
         """Take every hook away."""
         for handle in self._handles:
             handle.remove()
-        for path, module in self._functions:
-            inner_functions.unbind(path, module)
+        for path, ref in self._functions:
+            if (module := ref()) is not None:
+                inner_functions.unbind(path, module)
         self._handles, self._functions, self._before = [], [], {}
 
     def before(self, module: Any) -> Hook | None:
@@ -85,8 +87,8 @@ class Attached:
         inner = below(names, base.name)
         settled = Settled(section, inner[""])
         settled.learn_axes(inner[""])
-        model = Model(functools.partial(number, inner[""]))
-        at: dict[int, tuple[Any, list[Binding]]] = {}
+        model = Model(functools.partial(number, weakref.ref(inner[""])))
+        at: dict[int, tuple[Any, list[tuple[Row, Binding]]]] = {}
         for row in section.rows:
             counts = self.found.setdefault(row, [0, 0])
             path = row.path.without(base.without)
@@ -100,15 +102,18 @@ class Attached:
                     continue
                 row_here = replace(row, path=path)
                 binding = self._binding(row_here, settled, model, tags, name, inner)
-                at.setdefault(id(module), (module, []))[1].append(binding)
+                at.setdefault(id(module), (module, []))[1].append((row, binding))
         for name, text in settled.unknown.items():
             self.notes.append(
                 f"{section.name}: {name} = {text!r} gives no size for {type(inner['']).__name__}; "
                 f"neither its config nor its modules have these attributes, so give a number"
             )
-        for module, bindings in at.values():
+        for module, bound in at.values():
+            bound = _merged(bound)
+            self.bound += bound
+            bindings = list(dict.fromkeys(binding for _, binding in bound))
             try:
-                self._hook(module, _merged(bindings))
+                self._hook(module, bindings)
             except Exception as err:  # as TorchScript's modules, which take no hook with names
                 for one in bindings:
                     one.misfit = f"it takes no hook: {type(err).__name__}: {err}"
@@ -150,7 +155,7 @@ class Attached:
                 for one in line:
                     one.misfit = why
             else:
-                self._functions.append((path, module))
+                self._functions.append((path, weakref.ref(module)))
 
     def _hook_before(
         self, module: Any, bindings: Sequence[Binding], turns: Sequence[Binding]
@@ -185,7 +190,7 @@ def tapped(
         found.bind(section, base, names, number)
         found.sections.append((section, len(base.found)))
     if chosen:
-        found.base = names[chosen[0][1].name]
+        found.base = weakref.ref(names[chosen[0][1].name])
     return found
 
 
@@ -214,22 +219,23 @@ def _meant(sections: Iterable[Section], modules: Iterable[Any]) -> list[Section]
     return []
 
 
-def _merged(bindings: Sequence[Binding]) -> list[Binding]:
-    """Join the row of a value and that of its gradient where both are called alike."""
-    kept: dict[Any, Binding] = {}
-    for one in bindings:
+def _merged(bound: Sequence[tuple[Row, Binding]]) -> list[tuple[Row, Binding]]:
+    """Let the row of a value and that of its gradient be one tap where both are called alike."""
+    known: dict[Any, Binding] = {}
+    merged = []
+    for row, one in bound:
         place = one.row.path.place
         about = (
-            one.row.path.function, place.side, place.members, one.names,
-            tuple(one.tags.items()), any(map(parts.has_parts, one.dims)),
+            one.row.path.function, place.side, place.members, one.names, one.dims,
+            tuple(one.tags.items()), place.is_gradient,
         )  # fmt: skip
-        other = kept.get(about)
+        other = known.get((*about[:-1], not place.is_gradient))
+        known[about] = one
         if other is None:
-            kept[about] = one
-        elif other.row.path.place.is_gradient != place.is_gradient:
-            plain = other if place.is_gradient else one
-            plain.row = replace(plain.row, grad=True)
-            kept[about] = plain
-        else:
-            kept[about, one.row.where] = one
-    return list(kept.values())
+            merged.append((row, one))
+            continue
+        plain, gradient = (other, one) if place.is_gradient else (one, other)
+        plain.row = replace(plain.row, grad=True)
+        merged = [(of, plain if binding is gradient else binding) for of, binding in merged]
+        merged.append((row, plain))
+    return merged

@@ -20,7 +20,7 @@ import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -62,11 +62,13 @@ class Request:
         self.settings = settings
         self.patterns = tuple(Row.of_pattern(path) for path in settings.modules)
         self.tables: tuple[Table, ...] = table.load(settings.taps) if settings.taps else ()
+        self.users = 1
         self.attached: dict[int, Attached] = {}
-        self.gone: list[Attached] = []
         self.others: Counter[str] = Counter()
-        self.other_names: list[str] = []
-        self._numbers: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._past: dict[Row, RowReport] = {}
+        self._models: dict[str, None] = {}
+        self._names: dict[str, None] = {}
+        self._numbers: list[tuple[weakref.ref[torch.nn.Module], int]] = []
         self.is_reported = False
         self._steps: list[Any] = []
         self._stepping: tuple[weakref.ref[Any], bool] | None = None
@@ -75,11 +77,14 @@ class Request:
         """Tap a root; None where nothing of it is wanted."""
         is_known = self._take_away(root)
         found = tapped(root, self.patterns, self.tables, self._number)
+        if len(self._names) < _MOST_NAMES:
+            self._names.update(dict.fromkeys(found.names))
         if not found.bindings:
             self.others[found.label] += 1
-            self.other_names += found.names[: _MOST_NAMES - len(self.other_names)]
             if not any(counts[0] for counts in found.found.values()):
                 return None
+        else:
+            self._models[found.label] = None
         self.attached[id(root)] = found
         if self in _from_environment.values():  # of a process that is killed this has to do
             write_report({"session": TAPS, "pid": os.getpid(), "taps": self.report()})
@@ -89,25 +94,31 @@ class Request:
             self._step_on(found, called)
         return found
 
-    def _number(self, model: torch.nn.Module) -> int:
-        """Return the number of a model: how many others fired a tap before its first."""
-        known = self._numbers.get(id(model))
-        if known is None or known[0]() is not model:
-            known = self._numbers[id(model)] = weakref.ref(model), len(self._numbers)
-        return known[1]
+    def _number(self, model: weakref.ref[torch.nn.Module]) -> int:
+        """Return the number of a model: how many others that are there fired a tap before it."""
+        self._numbers = [(one, number) for one, number in self._numbers if one() is not None]
+        for one, number in self._numbers:
+            if one() is model():
+                return number
+        taken = {number for _, number in self._numbers}
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        self._numbers.append((model, number))
+        return number
 
     def _take_away(self, root: Any) -> bool:
         """Take the taps away that are in a root already, since it has new modules or is new.
 
-        Returns whether there were any.
+        Returns whether there were any. Those of models that are gone are let go of too.
         """
         inside = {id(one) for one in root.modules()}
-        known = [key for key, one in self.attached.items() if key in inside and one.is_alive]
-        for key in known:
-            one = self.attached.pop(key)
-            one.detach()
-            self.gone.append(one)
-        return bool(known)
+        known = False
+        for key, one in list(self.attached.items()):
+            if key in inside or not one.is_alive:
+                known = known or one.is_alive
+                del self.attached[key]
+                one.detach()
+                self._past = _counted([one], self._past)
+        return known
 
     def watch_steps(self) -> None:
         """End a step where an optimizer has, if that is wanted."""
@@ -135,7 +146,9 @@ class Request:
 
     def _step_on(self, found: Attached, called: Any) -> None:
         """End a step as the first model is called again."""
-        module, begun = found.base, False
+        module, begun = found.base(), False
+        if module is None:
+            return
         inner = {id(one) for one in module.modules()}
         if id(called) in inner and called is not module:
             module = called  # a job that calls the model's forward itself: no hook hears of that
@@ -143,14 +156,15 @@ class Request:
             if id(known) not in inner:
                 return  # another model's calls are the steps
             module, begun = known, self._stepping[1]
-        self._stepping = (weakref.ref(module), begun)
+        ref = weakref.ref(module)
+        self._stepping = (ref, begun)
 
         def again() -> None:
             if is_in_backward():
                 return  # repeated in a backward
             if self._stepping is not None and self._stepping[1]:
                 step()
-            self._stepping = (weakref.ref(module), True)
+            self._stepping = (ref, True)
 
         found.on_call(module, again)
 
@@ -164,36 +178,50 @@ class Request:
 
     def report(self) -> ModelReport:
         """Return what was found and what was not."""
-        rows: dict[str, RowReport] = {}
-        attached = [*self.attached.values(), *self.gone]
-        everything = [name for one in attached for name in one.names]
-        sections = {id(s): s for one in attached for s, _ in one.sections}
-        wanted = [*self.patterns, *(row for s in sections.values() for row in s.rows)]
-        if not sections and len(self.tables) == 1 and len(self.tables[0].sections) == 1:
+        rows = _counted(self.attached.values(), self._past)
+        wanted = list(self.patterns)
+        if len(self.tables) == 1 and len(self.tables[0].sections) == 1:
             wanted += self.tables[0].sections[0].rows
-        names = [*everything, *self.other_names]
-        for row in dict.fromkeys(wanted):
-            bound = [b for one in attached for b in one.bindings if b.row.where == row.where]
-            counts = [one.found[row] for one in attached if row in one.found]
-            found = sum(count[0] for count in counts)
-            misfits = [b.misfit for b in bound if b.misfit]
-            rows[row.where] = {
-                "path": row.path.text,
-                "where": row.where,
-                "optional": row.is_optional,
-                "found": found,
-                "identities": sum(count[1] for count in counts),
-                "ran": sum(1 for b in bound if b.ran),
-                "fired": sum(1 for b in bound if b.fired),
-                "misfit": misfits[0] if misfits else "",
-                "closest": [] if found else _closest(row.path.modules, names),
-            }
+        for row in wanted:
+            rows.setdefault(row, _report_of(row))
+        for row, report in rows.items():
+            if not report["found"]:
+                report["closest"] = _closest(row.path.modules, list(self._names))
         return {
             "rows": list(rows.values()),
-            "models": [one.label for one in attached if one.bindings],
-            "sections": sorted({s.name for one in attached for s, _ in one.sections}),
+            "models": list(self._models),
             "others": sorted(self.others, key=lambda name: -self.others[name])[:8],
         }
+
+
+def _report_of(row: Row) -> RowReport:
+    return {
+        "path": row.path.text,
+        "where": row.where,
+        "optional": row.is_optional,
+        "found": 0,
+        "identities": 0,
+        "ran": 0,
+        "fired": 0,
+        "misfit": "",
+        "closest": [],
+    }
+
+
+def _counted(attached: Iterable[Attached], so_far: Mapping[Row, RowReport]) -> dict[Row, RowReport]:
+    """Return what became of each row, counted together with what was known before."""
+    rows = {row: report.copy() for row, report in so_far.items()}
+    for one in attached:
+        for row, (found, identities) in one.found.items():
+            report = rows.setdefault(row, _report_of(row))
+            report["found"] += found
+            report["identities"] += identities
+        for row, binding in one.bound:
+            report = rows[row]
+            report["ran"] += bool(binding.ran)
+            report["fired"] += bool(binding.fired)
+            report["misfit"] = report["misfit"] or binding.misfit
+    return rows
 
 
 def _closest(path: str, names: Sequence[str]) -> list[str]:
@@ -363,6 +391,12 @@ def begin(settings: TapSettings, *, is_late: bool = True) -> Request | None:
     """
     if not settings.wants_modules:
         return None
+    plain = {one.name: getattr(settings, one.name) for one in TapSettings.options()}
+    settings = TapSettings(**plain)
+    for known in _watch.requests:  # two that want the same get each tap once
+        if isinstance(known, Request) and known.settings == settings:
+            known.users += 1
+            return known
     request = Request(settings)
     _listen(request, is_late=is_late)
     request.watch_steps()
@@ -425,6 +459,9 @@ class attach:  # noqa: N801  # read as a verb, as `context` is
 def end(request: Request | None) -> None:
     """Take its hooks away."""
     if request is None:
+        return
+    request.users -= 1
+    if request.users:
         return
     request.detach()
     if VARIABLE not in os.environ:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from torch.nn.modules import module as torch_modules
 
 from recorder import Recorder, Recording, attach, context
 from recorder.errors import UsageError
+from recorder.modules import watch
 from replayer import Replayer
 
 
@@ -235,7 +238,7 @@ def test_a_member_of_a_bare_tensor_is_absent_and_never_an_element(tmp_path, mode
     assert "tapped nothing: it gives one tensor, which has no '1'" in capsys.readouterr().err
 
 
-def test_gradients_are_those_of_a_tap_with_grad(tmp_path, model, table):
+def test_gradients_are_those_of_a_tap_with_grad(tmp_path, model, table, capsys):
     rows = table(
         '"model.layers.{layer}.mlp:grad_output" = "mlp"\n"model.layers.{layer}.mlp" = "mlp"\n'
         '"head:grad_input" = "into_head"'
@@ -250,6 +253,7 @@ def test_gradients_are_those_of_a_tap_with_grad(tmp_path, model, table):
     ]  # fmt: skip
     grad = run.load(rank=0, name="into_head", step=0, occurrence=0, kind="grad")
     assert torch.allclose(grad, model.head.weight.sum(0).expand(2, 4))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_graft_writes_through_a_module_tap(tmp_path, model, table):
@@ -473,6 +477,33 @@ def test_members_of_dataclasses_and_successive_calls(tmp_path, table):
     run = recorded(tmp_path, lambda: (module(X), module(X)), taps=rows, step_on="root")
     found = [(r["name"], r["dims"]) for r in run.manifest().sort("seq").iter_rows(named=True)]
     assert found == 2 * [("a", "x y"), ("b", "y x"), ("hidden", None), ("first", None)]
+
+
+def test_two_sessions_that_want_the_same_get_each_tap_once(tmp_path, model, table):
+    rows = table('"head" = "logits"')
+    recorded(tmp_path, lambda: model(X), taps=rows)
+    with (
+        Recorder(tmp_path / "again", taps=rows),
+        Replayer(tmp_path / "run", taps=rows, strict=True) as replay,
+    ):
+        model(X)
+    assert len(keys(Recording.open(tmp_path / "again"))) == len(replay.log()) == 1
+
+
+def test_models_that_come_and_go_leave_nothing(tmp_path, capsys):
+    with Recorder(tmp_path / "run", modules=["head", "nothing"]):
+        gone = []
+        for _ in range(50):
+            one = Model()
+            one(X)
+            gone.append(weakref.ref(one))
+        del one
+        gc.collect()
+        assert sum(ref() is not None for ref in gone) == 0
+        (request,) = watch._watch.requests
+        assert len(request.attached) < 10
+    assert len(keys(Recording.open(tmp_path / "run"))) == 50
+    assert "'nothing' fits no module" in capsys.readouterr().err
 
 
 def test_attach_taps_one_model(tmp_path, model):
