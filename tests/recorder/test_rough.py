@@ -392,6 +392,7 @@ def test_a_handler_that_taps_in_the_middle_of_a_tap_never_hangs(run, capsys):
     assert rows["seq"].is_unique().all()
 
 
+@pytest.mark.slow
 def test_sigterm_during_close_loses_nothing(shell):
     job = shell.write(
         "job.py",

@@ -287,6 +287,7 @@ def test_whose_records_were_replaced_is_told_so(run, tmp_path):
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_a_child_of_a_tapping_parent_is_told_whose_rank_it_has(run):
     """A server that taps a prompt, and then spawns the engine, which has the same rank."""
     engine = "import torch; from recorder import tap; tap('hidden', torch.ones(4))"

@@ -86,6 +86,7 @@ def replay_faulty_target(baseline: Recorded, folder: Path, expr: str) -> Replaye
     return Replayed(load_file(out)["embedding"], log.filter(pl.col("outcome") == "grafted"))
 
 
+@pytest.mark.slow
 def test_without_the_fault_the_target_agrees_with_the_baseline_within_tolerance(
     baseline: Recorded, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_the_fault_shows_in_the_embedding_and_the_first_divergence_is_its_tap(
     assert any(line.startswith(first) for line in lines(found)), lines(found)
 
 
+@pytest.mark.slow
 def test_a_graft_after_the_fault_brings_the_embedding_back(
     baseline: Recorded, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_a_graft_after_the_fault_brings_the_embedding_back(
     assert max_abs(replayed.embedding, baseline.embedding) < 1e-6
 
 
+@pytest.mark.slow
 def test_grafts_before_the_fault_leave_the_embedding_wrong(
     baseline: Recorded, tmp_path: Path
 ) -> None:

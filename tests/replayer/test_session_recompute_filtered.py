@@ -103,6 +103,7 @@ def test_a_gradient_comes_once_whichever_forward_it_hangs_on(record, replay, kin
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_lazily_opened_replay_sees_the_first_forward_too(shell):
     shell.write(
         "job.py",

@@ -38,6 +38,7 @@ def command(tmp_path):
     return command
 
 
+@pytest.mark.slow
 def test_a_trial_can_be_repeated_and_prints_nothing(command, run, tmp_path, capfd):
     outcome = recorded(run, RecordSettings(), command(1))
     assert (outcome.command_status, outcome.problems, outcome.status) == (0, (), 0)
@@ -72,6 +73,7 @@ def test_no_command_is_refused_before_anything_is_made(run, tmp_path, record, wo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_read_is_the_one_reason(command, run, monkeypatch):
     recorded(run, RecordSettings(), command(1))
 

@@ -443,6 +443,7 @@ def test_nothing_is_kept_alive_for_it(record, replay):
     assert job.gone() is None
 
 
+@pytest.mark.slow
 def test_the_status_follows(shell):
     shell.write(
         "job.py",

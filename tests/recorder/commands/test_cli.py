@@ -411,6 +411,7 @@ def test_ls_and_show_say_why_nothing_was_selected(shell, some):
     assert "rank 4 recorded nothing; the recording has rank 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_names_cannot_steer_the_terminal(shell, run):
     job = shell.write(
         "evil.py", 'import torch\nfrom recorder import tap\ntap("a\\x1b[2J\\nb", torch.ones(1))\n'

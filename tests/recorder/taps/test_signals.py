@@ -120,7 +120,7 @@ def test_an_event_loop_s_pipe_is_left_in_place(run):
     assert signals._pipe is not None
 
 
-@pytest.mark.parametrize("what", ["record", "replay"])
+@pytest.mark.parametrize("what", ["record", pytest.param("replay", marks=pytest.mark.slow)])
 def test_ctrl_c_still_interrupts_a_job_that_waits(shell, what):
     """Polars, which we import, would have such a wait go on."""
     shell.write(

@@ -100,6 +100,8 @@ def test_faults_of_training_are_named_and_clean_pairs_are_not(tmp_path, seed):
     hold("zoo.training_job", tmp_path, seed)
 
 
-@pytest.mark.parametrize("job", ["zoo.decoder_job", "zoo.training_job"])
+@pytest.mark.parametrize(
+    "job", ["zoo.decoder_job", pytest.param("zoo.training_job", marks=pytest.mark.slow)]
+)
 def test_some_of_the_zoo(tmp_path, job):
     hold(job, tmp_path, 0, every=14 if "decoder" in job else 8)
