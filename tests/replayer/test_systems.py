@@ -192,7 +192,9 @@ def test_a_planted_fault_is_named(words, fault, tap, recorded, shell, weights):
     assert done.returncode == 1, done.stderr
     segments = json.loads(done.stdout)["segments"]
     faults = [(one["name"], one["tags"]) for one in segments if one["fault"]]
-    assert faults == [(tap, {"layer": 1})]
+    at = {tap, "k_rope"} if fault == "rope" else {tap}  # of one call, or of two
+    assert (tap, {"layer": 1}) in faults
+    assert all(name in at and tags == {"layer": 1} for name, tags in faults)
 
 
 @pytest.mark.processes
