@@ -11,14 +11,12 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from ..taps import sessions
-from .hooks import Binding, guarded
+from .hooks import Binding, guarded, innermost
 from .members import Call
 
-_DEEPEST = 80  # frames from a function to the module it works for
 _patched: dict[str, _Patch] = {}
 
 
@@ -31,7 +29,7 @@ class _Patch:
 
         @functools.wraps(original)
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            found = self._running() if sessions.active else None
+            found = innermost(self.at, sys._getframe(1)) if sessions.active else None
             if found is None:
                 return original(*args, **kwargs)
             call = Call(original, args, kwargs, None)
@@ -47,21 +45,6 @@ class _Patch:
         tapped._torchdynamo_disable = True  # type: ignore[attr-defined]
         self.replacement = tapped
         setattr(holder, name, tapped)
-
-    def _running(self) -> list[Binding] | None:
-        """Return the bindings of the innermost module that runs and has any."""
-        frame: FrameType | None = sys._getframe(2)
-        for _ in range(_DEEPEST):
-            if frame is None:
-                return None
-            code = frame.f_code
-            if code.co_argcount and code.co_varnames[0] == "self":
-                module = frame.f_locals.get("self")
-                found = self.at.get(id(module))
-                if found is not None and found[0]() is module:
-                    return found[1]
-            frame = frame.f_back
-        return None
 
     def undo(self) -> None:
         # What was put around it meanwhile stays, and calls the original through this one.

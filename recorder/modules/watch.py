@@ -73,8 +73,16 @@ class Request:
 
     def on_root(self, root: Any, called: Any) -> Attached | None:
         """Tap a root; None where nothing of it is wanted."""
-        is_known = self._take_away(root)
-        found = tapped(root, self.patterns, self.tables, self._number)
+        is_told = self._take_away(root)
+
+        def begun(model: torch.nn.Module) -> int:
+            if not found.is_told:  # not before it runs: a job may hold models that it never calls
+                found.is_told = True
+                self._tell(found)
+            return self._number(model)
+
+        found = tapped(root, self.patterns, self.tables, begun)
+        found.is_told = is_told
         if not found.bindings:
             self.others[found.label] += 1
             self.other_names += found.names[: _MOST_NAMES - len(self.other_names)]
@@ -83,8 +91,6 @@ class Request:
         self.attached[id(root)] = found
         if self in _from_environment.values():  # of a process that is killed this has to do
             write_report({"session": TAPS, "pid": os.getpid(), "taps": self.report()})
-        if not is_known:
-            self._tell(found)
         if self.settings.step_on == "root":
             self._step_on(found, called)
         return found
@@ -99,15 +105,15 @@ class Request:
     def _take_away(self, root: Any) -> bool:
         """Take the taps away that are in a root already, since it has new modules or is new.
 
-        Returns whether there were any.
+        Returns whether something was said of any.
         """
         inside = {id(one) for one in root.modules()}
         known = [key for key, one in self.attached.items() if key in inside and one.is_alive]
-        for key in known:
-            one = self.attached.pop(key)
+        taken = [self.attached.pop(key) for key in known]
+        for one in taken:
             one.detach()
-            self.gone.append(one)
-        return bool(known)
+        self.gone += taken
+        return any(one.is_told for one in taken)
 
     def watch_steps(self) -> None:
         """End a step where an optimizer has, if that is wanted."""
@@ -166,6 +172,8 @@ class Request:
         """Return what was found and what was not."""
         rows: dict[str, RowReport] = {}
         attached = [*self.attached.values(), *self.gone]
+        if self.settings.taps == table.AUTO:  # of models that the program never called, nothing
+            attached = [one for one in attached if any(b.ran for b in one.bindings)] or attached
         everything = [name for one in attached for name in one.names]
         sections = {id(s): s for one in attached for s, _ in one.sections}
         wanted = [*self.patterns, *(row for s in sections.values() for row in s.rows)]

@@ -467,3 +467,51 @@ def test_attach_refuses_what_fits_nothing(model):
         attach(model, modules=["heat"])
     with pytest.raises(UsageError, match="neither taps nor modules"):
         attach(model)
+
+
+class Turn(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Sharing(nn.Module):
+    """Layers that have one module in common, as servers' layers have their rope."""
+
+    def __init__(self, layers: int, common: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential() for _ in range(layers))
+        for layer in self.layers:
+            layer.turn = common
+        self.turn = common
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.turn(x)
+
+
+def test_a_module_of_several_layers_is_tapped_as_that_of_the_one_that_calls_it(tmp_path, table):
+    rows = table('"layers.{layer}.turn" = "h"\n"turn" = "end"\n"layers.{layer}.turn:input" = "x"')
+    common = Turn()
+    run = recorded(tmp_path, lambda: Sharing(3, common)(torch.zeros(1)), taps=rows)
+    assert keys(run) == [
+        *((n, f'{{"layer":{i}}}', 0) for i in range(3) for n in ("x", "h")), ("end", "{}", 0)
+    ]  # fmt: skip
+    assert [run.load(rank=0, name="h", layer=i).item() for i in range(3)] == [1, 2, 3]
+
+
+def test_a_module_that_two_models_have_in_common_is_tapped_in_the_one_that_runs(tmp_path, table):
+    rows = table('"layers.{layer}.turn" = "h"')
+    common = Turn()
+    first, second = Sharing(2, common), Sharing(2, common)
+    run = recorded(tmp_path, lambda: (first(X), second(X)), taps=rows)
+    assert [tags for _, tags, _ in keys(run)] == [
+        '{"layer":0}', '{"layer":1}', '{"layer":0,"root":1}', '{"layer":1,"root":1}'
+    ]  # fmt: skip
+
+
+def test_a_layer_that_stands_in_a_list_twice_is_its_first_place_called_again(tmp_path, table):
+    model = Inner(4, 1)
+    model.layers.append(model.layers[0])
+    run = recorded(tmp_path, lambda: model(X), taps=table('"layers.{layer}.attn.q" = "q"'))
+    assert [tags for _, tags, _ in keys(run)] == ['{"layer":0}', '{"layer":0}']
