@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -86,8 +85,12 @@ class Attached:
         """Bind the rows of a section to the modules below a base, which is a model of its own."""
         inner = below(names, base.name)
         settled = Settled(section, inner[""])
-        settled.learn_axes(inner[""])
-        model = Model(functools.partial(number, inner[""]))
+
+        def begun() -> int:
+            settled.learn_axes(inner[""])  # not of models that never run
+            return number(inner[""])
+
+        model = Model(begun)
         at: dict[int, tuple[Any, list[Binding]]] = {}
         for row in section.rows:
             counts = self.found.setdefault(row, [0, 0])

@@ -6,14 +6,16 @@ import copy
 import io
 from collections import OrderedDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from recorder import Recorder, Recording, attach, context
+from recorder import Recorder, Recording, attach, context, declare_mesh
 from recorder.errors import UsageError
+from recorder.mesh import current_mesh
 from replayer import Replayer
 
 
@@ -515,3 +517,18 @@ def test_a_layer_that_stands_in_a_list_twice_is_its_first_place_called_again(tmp
     model.layers.append(model.layers[0])
     run = recorded(tmp_path, lambda: model(X), taps=table('"layers.{layer}.attn.q" = "q"'))
     assert [tags for _, tags, _ in keys(run)] == ['{"layer":0}', '{"layer":0}']
+
+
+def test_what_an_axis_is_called_is_asked_of_each_model_that_runs(tmp_path, model, table):
+    axes = 'axes = { sp = "tp if sequence_parallel" }'
+    rows = table(f'{axes}\n[taps]\n"head" = {{ tap = "l", dims = "b v[sp]" }}')
+    declare_mesh(tp=(1, 2))
+    try:
+        for cut in (True, False):
+            model.config = SimpleNamespace(sequence_parallel=cut)
+            other = Model()  # never runs
+            other.config = SimpleNamespace(sequence_parallel=not cut)
+            recorded(tmp_path, lambda: model(X), taps=rows, rank=1, world_size=2)
+            assert ("sp" in current_mesh()) == cut
+    finally:
+        declare_mesh()
