@@ -114,9 +114,12 @@ def learn_mesh(mesh: Any) -> None:
         pass
 
 
-def learn_axis(axis: str, same_as: str) -> None:
-    """Take note that an axis is another by its other name, as `sp` is `tp`."""
-    _same[axis] = same_as
+def learn_axis(axis: str, same_as: str | None) -> None:
+    """Take note that an axis is another by its other name, as `sp` is `tp`; None: no longer."""
+    if same_as is None:
+        _same.pop(axis, None)
+    else:
+        _same[axis] = same_as
 
 
 def current_mesh() -> Mesh | None:

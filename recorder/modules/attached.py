@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tags import TagValue
 from . import functions as inner_functions
-from .hooks import Binding, Hook, Model
+from .hooks import Binding, Hook, Model, Places
 from .settled import Settled
 from .table import Row, Section, Table
 from .tree import Base, bases, below, is_identity, named
@@ -39,6 +38,7 @@ class Attached:
         sections: what the tables are called that fit it, with how many rows do.
         found: row -> how many modules it fits, and how many of these are identities.
         notes: what is to be said of it.
+        is_told: whether that, and which table it has, was said.
     """
 
     def __init__(self, label: str, names: Mapping[str, Module]) -> None:
@@ -50,6 +50,7 @@ class Attached:
         self.sections: list[tuple[Section, int]] = []
         self.found: dict[Row, list[int]] = {}
         self.notes: list[str] = []
+        self.is_told = False
         self.base = weakref.ref(names[""])
         self._handles: list[Any] = []
         self._functions: list[tuple[str, weakref.ref[Any]]] = []
@@ -86,8 +87,14 @@ class Attached:
         """Bind the rows of a section to the modules below a base, which is a model of its own."""
         inner = below(names, base.name)
         settled = Settled(section, inner[""])
-        settled.learn_axes(inner[""])
-        model = Model(functools.partial(number, weakref.ref(inner[""])))
+        root = weakref.ref(inner[""])
+
+        def begun() -> int:
+            if (running := root()) is not None:
+                settled.learn_axes(running)  # not of models that never run
+            return number(root)
+
+        model = Model(begun)
         at: dict[int, tuple[Any, list[tuple[Row, Binding]]]] = {}
         for row in section.rows:
             counts = self.found.setdefault(row, [0, 0])
@@ -108,12 +115,15 @@ class Attached:
                 f"{section.name}: {name} = {text!r} gives no size for {type(inner['']).__name__}; "
                 f"neither its config nor its modules have these attributes, so give a number"
             )
+        standing = _standing(names)
         for module, bound in at.values():
             bound = _merged(bound)
             self.bound += bound
             bindings = list(dict.fromkeys(binding for _, binding in bound))
+            places = standing.get(id(module), ())
+            where = Places(places, names, base.name) if len(places) > 1 else None
             try:
-                self._hook(module, bindings)
+                self._hook(module, bindings, where)
             except Exception as err:  # as TorchScript's modules, which take no hook with names
                 for one in bindings:
                     one.misfit = f"it takes no hook: {type(err).__name__}: {err}"
@@ -136,16 +146,16 @@ class Attached:
         model.bindings.append(binding)
         return binding
 
-    def _hook(self, module: Any, bindings: list[Binding]) -> None:
+    def _hook(self, module: Any, bindings: list[Binding], places: Places | None) -> None:
         self.bindings += bindings
         own = [one for one in bindings if not one.row.path.function]
         others = [one for one in bindings if one.row.path.function]
         before = [one for one in own if one.row.path.place.side != "output"]
         after = [one for one in own if one.row.path.place.side == "output"]
         if before or others:
-            self._hook_before(module, before, others)
+            self._hook_before(module, before, others, places)
         if after:
-            hook = Hook(module, after, ())
+            hook = Hook(module, after, (), places)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         by_function = sorted(others, key=lambda one: one.row.path.function)
         for path, group in itertools.groupby(by_function, key=lambda one: one.row.path.function):
@@ -158,11 +168,23 @@ class Attached:
                 self._functions.append((path, weakref.ref(module)))
 
     def _hook_before(
-        self, module: Any, bindings: Sequence[Binding], turns: Sequence[Binding]
+        self,
+        module: Any,
+        bindings: Sequence[Binding],
+        turns: Sequence[Binding],
+        places: Places | None = None,
     ) -> Hook:
-        hook = self._before[id(module)] = Hook(module, bindings, turns)
+        hook = self._before[id(module)] = Hook(module, bindings, turns, places)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return hook
+
+
+def _standing(names: Mapping[str, Module]) -> dict[int, list[str]]:
+    """Return the names of each module."""
+    found: dict[int, list[str]] = {}
+    for name, module in names.items():
+        found.setdefault(id(module), []).append(name)
+    return found
 
 
 def tapped(

@@ -11,15 +11,13 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 from ..taps import sessions
 from ..taps.tap import outside_dynamo
-from .hooks import Binding, guarded
+from .hooks import Binding, guarded, innermost
 from .members import Call
 
-_DEEPEST = 80  # frames from a function to the module it works for
 _patched: dict[str, _Patch] = {}
 
 
@@ -57,18 +55,7 @@ class _Patch:
 
 def _running(patch: _Patch) -> list[Binding] | None:
     """Return the bindings of the innermost module that runs and has any."""
-    frame: FrameType | None = sys._getframe(1)
-    for _ in range(_DEEPEST):
-        if frame is None:
-            return None
-        code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            module = frame.f_locals.get("self")
-            found = patch.at.get(id(module))
-            if found is not None and found[0]() is module:
-                return found[1]
-        frame = frame.f_back
-    return None
+    return innermost(patch.at, sys._getframe(1))
 
 
 def bind(path: str, module: Any, bindings: list[Binding]) -> str:

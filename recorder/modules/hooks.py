@@ -1,8 +1,9 @@
 """The hooks that make modules taps: a row of a table at a module is a `Binding`, and fires there.
 
 1. A module with bindings gets one hook before its forward and one after, as its rows need.
-2. A hook takes each row's value out of the call, and fires the tap as a hand-written one would.
-3. What does not fit is said once, and left alone: the job goes on.
+2. Of a module that stands in several places, `Places` says which of them a call comes from.
+3. A hook takes each row's value out of the call, and fires the tap as a hand-written one would.
+4. What does not fit is said once, and left alone: the job goes on.
 
 A hook acts on its own module alone: a deep copy of a model has hooks that do nothing.
 """
@@ -10,9 +11,11 @@ A hook acts on its own module alone: a deep copy of a model has hooks that do no
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 from ..diagnostics import say
 from ..errors import ReplayError, is_from_the_job
@@ -25,6 +28,70 @@ from .table import Row
 log = logging.getLogger(__name__)
 ROOT = "root"
 """The tag that tells a second model in a process, and those after it, from the first."""
+_DEEPEST = 80  # frames from a call to the module that it is made for
+
+T = TypeVar("T")
+
+
+def innermost(at: Mapping[int, tuple[weakref.ref[Any], T]], frame: FrameType | None) -> T | None:
+    """Return what is held of the innermost module on the stack that anything is held of.
+
+    Args:
+        at: a module's id -> it, and what is held of it.
+        frame: where to begin.
+    """
+    for _ in range(_DEEPEST):
+        if frame is None:
+            return None
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            module = frame.f_locals.get("self")
+            found = at.get(id(module))
+            if found is not None and found[0]() is module:
+                return found[1]
+        frame = frame.f_back
+    return None
+
+
+class Places:
+    """Where a module that stands in several places is called: servers share one rope by all layers.
+
+    Each place is told by the modules that hold it there and nowhere else. What no module tells
+    apart, such as a layer that stands in a list twice, counts as its first place, called again.
+
+    Args:
+        names: the module's qualified names.
+        modules: all modules of the root by name.
+        base: the name of the model that it is called in, "" for the root.
+    """
+
+    def __init__(self, names: Sequence[str], modules: Mapping[str, Any], base: str) -> None:
+        self._base = f"{base}." if base else ""
+        above = {
+            name: {id(modules[one]): modules[one] for one in _above(name) if one in modules}
+            for name in names
+        }
+        self._at: dict[int, tuple[weakref.ref[Any], str]] = {}
+        for name, holders in above.items():
+            for key, holder in holders.items():
+                sharing = [one for one in names if key in above[one]]
+                # A call that comes from a module above several places, and from none between, is
+                # that of the place right below it.
+                first = min(sharing, key=lambda one: len(above[one]))
+                self._at[key] = weakref.ref(holder), first if len(sharing) > 1 else name
+
+    def here(self, frame: FrameType | None) -> str | None:
+        """Return the place that a call comes from, by its name in the model; None for another's."""
+        name = innermost(self._at, frame)
+        if name is None or not name.startswith(self._base):
+            return None
+        return name[len(self._base) :]
+
+
+def _above(name: str) -> list[str]:
+    """Return the names of the modules that hold one, the innermost first, the root as ""."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
 
 
 class Model:
@@ -53,7 +120,7 @@ class Binding:
     Attributes:
         row: the row.
         model: the model that the module is in.
-        module: its qualified name, for messages.
+        module: its qualified name.
         names: what its taps are called, in turn.
         dims: the layout of each, "" for none.
         tags: their tags.
@@ -144,10 +211,17 @@ class Binding:
 class Hook:
     """What torch calls around a module's forward."""
 
-    def __init__(self, module: Any, bindings: Sequence[Binding], turns: Sequence[Binding]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        bindings: Sequence[Binding],
+        turns: Sequence[Binding],
+        places: Places | None = None,
+    ) -> None:
         self.module = weakref.ref(module)
         self.bindings = bindings
         self.turns = turns
+        self.places = places
         self.also: Callable[[], None] | None = None
 
     def __call__(
@@ -182,8 +256,10 @@ def _fire_all(
     for binding in hook.turns:
         binding.turn = 0
     call = Call(module, args, kwargs, output)
+    here = None if hook.places is None else hook.places.here(sys._getframe(1))
     for binding in hook.bindings:
-        guarded(binding, call)
+        if hook.places is None or binding.module == here:
+            guarded(binding, call)
 
 
 def guarded(binding: Binding, call: Call) -> None:

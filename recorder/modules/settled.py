@@ -140,8 +140,8 @@ class Settled:
             for mesh in _meshes():
                 learn_mesh(mesh)
         for axis, (other, condition) in self._section.axes.items():
-            if condition is None or self._value(condition):
-                learn_axis(axis, other)
+            holds = condition is None or self._value(condition)
+            learn_axis(axis, other if holds else None)
         if self._config.get("sequence_parallel"):
             learn_axis("sp", "tp")
 
@@ -167,9 +167,12 @@ def _meshes() -> list[Any]:
 
 
 def _fused_names(text: str) -> list[str]:
-    """Return the names in a layout that stand in a fused dim or in a part, each once."""
+    """Return the names in a layout whose sizes its shape may not give, each once.
+
+    They stand in a fused dim or in a part, or are held by several ranks alike if they are few.
+    """
+    names: dict[str, None] = dict.fromkeys(re.findall(r"(\w+)\[[^\]]*:repeat", text))
     plain = re.sub(r"\[[^\]]*\]", "", text.partition("#")[0])
-    names: dict[str, None] = {}
     depth = 0
     for word in re.findall(r"[(){}]|[A-Za-z_]\w*(?!\w*\s*:)", plain):
         if word in "(){}":

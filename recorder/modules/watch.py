@@ -75,8 +75,16 @@ class Request:
 
     def on_root(self, root: Any, called: Any) -> Attached | None:
         """Tap a root; None where nothing of it is wanted."""
-        is_known = self._take_away(root)
-        found = tapped(root, self.patterns, self.tables, self._number)
+        is_told = self._take_away(root)
+
+        def begun(model: weakref.ref[torch.nn.Module]) -> int:
+            if not found.is_told:  # not before it runs: a job may hold models that it never calls
+                found.is_told = True
+                self._tell(found)
+            return self._number(model)
+
+        found = tapped(root, self.patterns, self.tables, begun)
+        found.is_told = is_told
         if len(self._names) < _MOST_NAMES:
             self._names.update(dict.fromkeys(found.names))
         if not found.bindings:
@@ -88,8 +96,6 @@ class Request:
         self.attached[id(root)] = found
         if self in _from_environment.values():  # of a process that is killed this has to do
             write_report({"session": TAPS, "pid": os.getpid(), "taps": self.report()})
-        if not is_known:
-            self._tell(found)
         if self.settings.step_on == "root":
             self._step_on(found, called)
         return found
@@ -108,17 +114,17 @@ class Request:
     def _take_away(self, root: Any) -> bool:
         """Take the taps away that are in a root already, since it has new modules or is new.
 
-        Returns whether there were any. Those of models that are gone are let go of too.
+        Returns whether something was said of any. Those of models that are gone are let go of too.
         """
         inside = {id(one) for one in root.modules()}
-        known = False
+        is_told = False
         for key, one in list(self.attached.items()):
             if key in inside or not one.is_alive:
-                known = known or one.is_alive
+                is_told = is_told or (one.is_alive and one.is_told)
                 del self.attached[key]
                 one.detach()
                 self._past = _counted([one], self._past)
-        return known
+        return is_told
 
     def watch_steps(self) -> None:
         """End a step where an optimizer has, if that is wanted."""
@@ -178,7 +184,11 @@ class Request:
 
     def report(self) -> ModelReport:
         """Return what was found and what was not."""
-        rows = _counted(self.attached.values(), self._past)
+        attached = list(self.attached.values())
+        if self.settings.taps == table.AUTO:  # of models that the program never called, nothing
+            ran = [one for one in attached if any(b.ran for b in one.bindings)]
+            attached = ran or ([] if self._past else attached)
+        rows = _counted(attached, self._past)
         wanted = list(self.patterns)
         if len(self.tables) == 1 and len(self.tables[0].sections) == 1:
             wanted += self.tables[0].sections[0].rows

@@ -8,14 +8,16 @@ import io
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from recorder import Recorder, Recording, attach, context
+from recorder import Recorder, Recording, attach, context, declare_mesh
 from recorder.errors import UsageError
+from recorder.mesh import current_mesh
 from recorder.modules import watch
 from replayer import Replayer
 
@@ -548,3 +550,66 @@ def test_a_module_that_takes_no_hook_is_said(tmp_path, model, capsys):
     run = recorded(tmp_path, lambda: model(X), modules=["head", "model.layers.0"])
     assert [name for name, *_ in keys(run)] == ["model.layers.0"]
     assert "and tapped nothing: it takes no hook" in capsys.readouterr().err
+
+
+class Turn(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Sharing(nn.Module):
+    """Layers that have one module in common, as servers' layers have their rope."""
+
+    def __init__(self, layers: int, common: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential() for _ in range(layers))
+        for layer in self.layers:
+            layer.turn = common
+        self.turn = common
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.turn(x)
+
+
+def test_a_module_of_several_layers_is_tapped_as_that_of_the_one_that_calls_it(tmp_path, table):
+    rows = table('"layers.{layer}.turn" = "h"\n"turn" = "end"\n"layers.{layer}.turn:input" = "x"')
+    common = Turn()
+    run = recorded(tmp_path, lambda: Sharing(3, common)(torch.zeros(1)), taps=rows)
+    assert keys(run) == [
+        *((n, f'{{"layer":{i}}}', 0) for i in range(3) for n in ("x", "h")), ("end", "{}", 0)
+    ]  # fmt: skip
+    assert [run.load(rank=0, name="h", layer=i).item() for i in range(3)] == [1, 2, 3]
+
+
+def test_a_module_that_two_models_have_in_common_is_tapped_in_the_one_that_runs(tmp_path, table):
+    rows = table('"layers.{layer}.turn" = "h"')
+    common = Turn()
+    first, second = Sharing(2, common), Sharing(2, common)
+    run = recorded(tmp_path, lambda: (first(X), second(X)), taps=rows)
+    assert [tags for _, tags, _ in keys(run)] == [
+        '{"layer":0}', '{"layer":1}', '{"layer":0,"root":1}', '{"layer":1,"root":1}'
+    ]  # fmt: skip
+
+
+def test_a_layer_that_stands_in_a_list_twice_is_its_first_place_called_again(tmp_path, table):
+    model = Inner(4, 1)
+    model.layers.append(model.layers[0])
+    run = recorded(tmp_path, lambda: model(X), taps=table('"layers.{layer}.attn.q" = "q"'))
+    assert [tags for _, tags, _ in keys(run)] == ['{"layer":0}', '{"layer":0}']
+
+
+def test_what_an_axis_is_called_is_asked_of_each_model_that_runs(tmp_path, model, table):
+    axes = 'axes = { sp = "tp if sequence_parallel" }'
+    rows = table(f'{axes}\n[taps]\n"head" = {{ tap = "l", dims = "b v[sp]" }}')
+    declare_mesh(tp=(1, 2))
+    try:
+        for cut in (True, False):
+            model.config = SimpleNamespace(sequence_parallel=cut)
+            other = Model()  # never runs
+            other.config = SimpleNamespace(sequence_parallel=not cut)
+            recorded(tmp_path, lambda: model(X), taps=rows, rank=1, world_size=2)
+            assert ("sp" in current_mesh()) == cut
+    finally:
+        declare_mesh()
