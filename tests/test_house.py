@@ -242,3 +242,12 @@ def test_a_row_s_type_has_the_table_s_columns(row, columns, beside):
 def test_torch_s_private_names_are_used_in_two_files():
     users = [path.name for path in FILES if re.search(r"torch\._C\b|utils\._", path.read_text())]
     assert users == ["bits.py", "checkpoints.py"]  # of tensors, and of autograd
+
+
+def test_every_package_is_installed():
+    """They are listed, since one of them is installed under a name of its own."""
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.findall(r'"([\w.]+)"', project.partition("packages = [")[2].partition("]")[0])
+    folders = {module_of(path) for path in FILES if path.name == "__init__.py"}
+    assert set(listed) - {"tensorgraft_entry"} == folders - {"recorder.entering"}
+    assert 'tensorgraft_entry = "recorder/entering"' in project

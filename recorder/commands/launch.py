@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from ..mailbox import VARIABLE as REPORTS
 
 _PASSED_ON = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT", "SIGWINCH")
 _MODULES = ("_MODULES", "_TAPS", "_STEP_ON", SURVEY)
-_SITE = Path(__file__).parent.parent / "entering"
+_ENTRY = "tensorgraft_entry"
 _SECONDS = 1.0  # between looks at whether the command has ended, should no signal tell
 _FROM_THE_KEYBOARD = ("SIGINT", "SIGQUIT", "SIGWINCH")
 
@@ -55,10 +56,16 @@ def environment(
     new.setdefault("GRAFT_JOB", new_job_id())
     if is_closed(new) and any(name.endswith(_MODULES) and value for name, value in options.items()):
         # Torch is told to load no entry points, which are the way in to a program without taps.
-        new["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SITE), new.get("PYTHONPATH"))))
+        new["PYTHONPATH"] = os.pathsep.join((*_site(), *filter(None, [new.get("PYTHONPATH")])))
     new["GRAFT_COMMAND"] = json.dumps(list(command))
     new[REPORTS] = str(reports)
     return new
+
+
+def _site() -> list[str]:
+    """Return the folder with a `sitecustomize` that goes in where torch lets nobody in."""
+    spec = importlib.util.find_spec(_ENTRY)
+    return [] if spec is None else list(spec.submodule_search_locations or ())[:1]
 
 
 def is_closed(environ: Mapping[str, str]) -> bool:

@@ -32,7 +32,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             try:
-                from recorder.autoload import enter
+                from tensorgraft_entry import enter  # type: ignore[import-not-found]
             except ImportError:  # another environment's Python, which has torch and not this
                 return
             enter()

@@ -8,15 +8,14 @@
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..tags import TagValue
-from . import functions as inner_functions
-from .hooks import Binding, Hook, Model, Places
+from . import functions
+from .hooks import Binding, Hook, Model, Places, Turns, is_dead
 from .settled import Settled
 from .table import Row, Section, Table
 from .tree import Base, bases, below, is_identity, named
@@ -53,7 +52,7 @@ class Attached:
         self.is_told = False
         self.base = weakref.ref(names[""])
         self._handles: list[Any] = []
-        self._functions: list[tuple[str, weakref.ref[Any]]] = []
+        self._functions: list[weakref.ref[Any]] = []
         self._before: dict[int, Hook] = {}
 
     @property
@@ -65,9 +64,8 @@ class Attached:
         """Take every hook away."""
         for handle in self._handles:
             handle.remove()
-        for path, ref in self._functions:
-            if (module := ref()) is not None:
-                inner_functions.unbind(path, module)
+        for ref in self._functions:
+            functions.unbind(ref())
         self._handles, self._functions, self._before = [], [], {}
 
     def before(self, module: Any) -> Hook | None:
@@ -148,35 +146,43 @@ class Attached:
 
     def _hook(self, module: Any, bindings: list[Binding], places: Places | None) -> None:
         self.bindings += bindings
+        _drop_dead(module)
         own = [one for one in bindings if not one.row.path.function]
-        others = [one for one in bindings if one.row.path.function]
         before = [one for one in own if one.row.path.place.side != "output"]
         after = [one for one in own if one.row.path.place.side == "output"]
-        if before or others:
-            self._hook_before(module, before, others, places)
+        of_functions: dict[str, list[Binding]] = {}
+        for one in bindings:
+            if one.row.path.function:
+                of_functions.setdefault(one.row.path.function, []).append(one)
+        turns = {path: Turns() for path in of_functions}
+        if before or turns:
+            self._hook_before(module, before, list(turns.values()), places)
         if after:
             hook = Hook(module, after, (), places)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        by_function = sorted(others, key=lambda one: one.row.path.function)
-        for path, group in itertools.groupby(by_function, key=lambda one: one.row.path.function):
-            line = list(group)
-            why = inner_functions.bind(path, module, line)
-            if why:
-                for one in line:
-                    one.misfit = why
-            else:
-                self._functions.append((path, weakref.ref(module)))
+        for path, line in of_functions.items():
+            why = functions.bind(path, module, line, turns[path])
+            self._functions.append(weakref.ref(module))
+            for one in line if why else ():
+                one.misfit = why
 
     def _hook_before(
         self,
         module: Any,
         bindings: Sequence[Binding],
-        turns: Sequence[Binding],
+        turns: Sequence[Turns],
         places: Places | None = None,
     ) -> Hook:
         hook = self._before[id(module)] = Hook(module, bindings, turns, places)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return hook
+
+
+def _drop_dead(module: Any) -> None:
+    """Take away what is left in a copy of the hooks of the model that it was copied from."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if is_dead(hook)]:
+            del hooks[key]
 
 
 def _standing(names: Mapping[str, Module]) -> dict[int, list[str]]:

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any, TypeVar
+
+import torch
 
 from ..diagnostics import say
 from ..errors import ReplayError, is_from_the_job
@@ -33,8 +37,12 @@ _DEEPEST = 80  # frames from a call to the module that it is made for
 T = TypeVar("T")
 
 
-def innermost(at: Mapping[int, tuple[weakref.ref[Any], T]], frame: FrameType | None) -> T | None:
+def innermost(
+    at: Mapping[int, tuple[weakref.ref[Any], T]], frame: FrameType | None
+) -> tuple[T, FrameType] | None:
     """Return what is held of the innermost module on the stack that anything is held of.
+
+    With it the frame that it is at.
 
     Args:
         at: a module's id -> it, and what is held of it.
@@ -48,7 +56,7 @@ def innermost(at: Mapping[int, tuple[weakref.ref[Any], T]], frame: FrameType | N
             module = frame.f_locals.get("self")
             found = at.get(id(module))
             if found is not None and found[0]() is module:
-                return found[1]
+                return found[1], frame
         frame = frame.f_back
     return None
 
@@ -82,10 +90,10 @@ class Places:
 
     def here(self, frame: FrameType | None) -> str | None:
         """Return the place that a call comes from, by its name in the model; None for another's."""
-        name = innermost(self._at, frame)
-        if name is None or not name.startswith(self._base):
+        found = innermost(self._at, frame)
+        if found is None or not found[0].startswith(self._base):
             return None
-        return name[len(self._base) :]
+        return found[0][len(self._base) :]
 
 
 def _above(name: str) -> list[str]:
@@ -139,7 +147,6 @@ class Binding:
         "ran",
         "row",
         "tags",
-        "turn",
     )
 
     def __init__(
@@ -153,7 +160,7 @@ class Binding:
     ) -> None:
         self.row, self.model, self.module = row, model, module
         self.names, self.dims, self.tags = names, dims, tags
-        self.ran = self.fired = self.turn = 0
+        self.ran = self.fired = 0
         self.misfit = ""
 
     @property
@@ -161,13 +168,12 @@ class Binding:
         """Where it stands, for messages."""
         return f"{self.module or 'the root'} ({self.row.where})"
 
-    def fire(self, call: Call) -> None:
-        """Fire the tap of one call; what does not fit is kept as `misfit`."""
+    def fire(self, call: Call, turn: int = 0) -> None:
+        """Fire the tap of one call, the `turn`-th of a function; a misfit is kept as `misfit`."""
         if not self.ran:
             self.model.begin()
         self.ran += 1
-        number = self.turn if len(self.names) > 1 else 0
-        self.turn += 1
+        number = turn if len(self.names) > 1 else 0
         if number >= len(self.names):
             return  # a function that is called more often than the row has names
         place = self.row.path.place
@@ -208,14 +214,46 @@ class Binding:
                 say(f"{self.row.where}: {self.module or 'the root'} is not tapped: {reason}")
 
 
+class Turns:
+    """How often a function was called in one run of a module, in each thread.
+
+    A run begins with the module's call, or, where its forward is called by hand, in another frame.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def begin(self) -> None:
+        """Note that a run begins."""
+        self._local.run = None
+
+    def next(self, frame: FrameType, most: int) -> int:
+        """Return the number of a call, from 0.
+
+        Args:
+            frame: that of the module's forward from which it comes.
+            most: how many there are in a run.
+        """
+        run, turn, place = getattr(self._local, "run", None), 0, frame.f_lasti
+        # A frame that begins anew may have the place in memory of the one before. In one run calls
+        # come from further and further down, or from one place in a loop.
+        if run is not None and run[0] == id(frame):
+            is_further = place > run[2] or (place == run[2] and run[1] + 1 < most)
+            turn = run[1] + 1 if is_further else 0
+        self._local.run = (id(frame), turn, place)
+        return turn
+
+
 class Hook:
     """What torch calls around a module's forward."""
+
+    __name__ = "graft_tap"  # torch.jit asks a hook for it
 
     def __init__(
         self,
         module: Any,
         bindings: Sequence[Binding],
-        turns: Sequence[Binding],
+        turns: Sequence[Turns],
         places: Places | None = None,
     ) -> None:
         self.module = weakref.ref(module)
@@ -228,13 +266,23 @@ class Hook:
         self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None
     ) -> None:
         """Fire the taps of a call."""
-        if sessions.active:
+        if sessions.active or self.also is not None:
             _called(self, module, args, kwargs, output)
 
     def __reduce__(self) -> Any:
         # A model that is copied or saved takes none of this along, and a hook cannot be left out:
-        # it becomes a call that does nothing wherever it is loaded.
-        return getattr, (logging.getLogger("tensorgraft.copied"), "debug")
+        # it becomes a call that takes anything and does nothing, wherever it is loaded.
+        return getattr, (nullcontext(), "__exit__")
+
+
+def is_traced() -> bool:
+    """Whether torch.jit traces what runs: it would see what a tap does, and keep it."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+
+
+def is_dead(hook: Any) -> bool:
+    """Whether something is what a hook becomes in a copy of its model."""
+    return getattr(hook, "__func__", None) is nullcontext.__exit__
 
 
 def _called(*call: Any) -> None:
@@ -253,8 +301,14 @@ def _fire_all(
         return
     if hook.also is not None:
         hook.also()
-    for binding in hook.turns:
-        binding.turn = 0
+    if not sessions.active:
+        return
+    if is_traced():
+        for binding in hook.bindings:
+            binding.misfit = binding.misfit or "it ran while torch.jit traced it, which sees all"
+        return
+    for turns in hook.turns:
+        turns.begin()
     call = Call(module, args, kwargs, output)
     here = None if hook.places is None else hook.places.here(sys._getframe(1))
     for binding in hook.bindings:
@@ -262,10 +316,10 @@ def _fire_all(
             guarded(binding, call)
 
 
-def guarded(binding: Binding, call: Call) -> None:
+def guarded(binding: Binding, call: Call, turn: int = 0) -> None:
     """Fire a binding; an error of its own never reaches the job."""
     try:
-        binding.fire(call)
+        binding.fire(call, turn)
     except ReplayError:
         raise  # asked for: --on-error raise
     except Exception as err:

@@ -99,16 +99,18 @@ class Call:
 
 
 def _attribute(module: Any, members: tuple[str, ...]) -> Any:
-    found = module
-    for member in members:
-        try:
-            found = getattr(found, member)
-        except AttributeError:
-            names = [name for name, _ in module.named_parameters(recurse=False)]
-            known = f"its parameters are {_named(names)}" if names else "it has no parameters"
-            raise Absent(f"it has no {'.'.join(members)!r}; {known}") from None
-    if not isinstance(found, torch.Tensor):
-        raise Absent(f"its {'.'.join(members)!r} is a {type(found).__name__}, and no tensor")
+    holder = module
+    for member in members[:-1]:
+        holder = holder._modules.get(member)
+        if holder is None:
+            raise Absent(f"it has no module {member!r}")
+    # Not by getattr: what is computed as it is asked for, such as a spectral norm's weight, may
+    # change by that, and a graft would go to what is computed and not to what is kept.
+    found = {**holder._parameters, **holder._buffers}.get(members[-1])
+    if found is None:
+        names = [name for name, _ in module.named_parameters()]
+        known = f"its parameters are {_named(names)}" if names else "it has no parameters"
+        raise Absent(f"it has no {'.'.join(members)!r}; {known}")
     return found
 
 
@@ -119,8 +121,9 @@ def _member(value: Any, member: str, where: str, *, is_first: bool) -> Any:
             return value
         raise Absent(f"it gives one tensor, which has no {member!r}", is_quiet=member.isdigit())
     if isinstance(value, Mapping):
-        if member in value:
-            return value[member]
+        for key in value:
+            if str(key) == member:
+                return value[key]
         if member.isdigit() and int(member) < len(value):
             return list(value.values())[int(member)]
         raise Absent(f"{where}: there is {_named(list(map(str, value)))}, and no {member!r}")

@@ -12,6 +12,7 @@ from ..errors import FilterError
 from ..filters import Filter
 from ..layouts import parts
 from ..mesh import current_mesh, learn_axis, learn_mesh
+from ..ranks import is_group_up
 from ..tags import TagValue
 from .table import LAST, Row, Section
 
@@ -29,10 +30,7 @@ class Attributes(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         for one in self._holders:
-            try:
-                found = one.get(name) if isinstance(one, Mapping) else getattr(one, name, None)
-            except Exception:  # a property of the job's that fails
-                continue
+            found = one.get(name) if isinstance(one, Mapping) else got(one, name)
             if found is not None:
                 return found
         raise KeyError(name)
@@ -44,14 +42,23 @@ class Attributes(Mapping[str, Any]):
         return 0
 
 
+def got(holder: Any, name: str) -> Any:
+    """Return an attribute of something of the job's; None where there is none, or it fails."""
+    try:
+        found: Any = getattr(holder, name, None)
+        return found.item() if getattr(found, "shape", None) == () else found  # a numpy scalar
+    except Exception:  # a property's, or a `__getattr__`'s, of the job's own
+        return None
+
+
 def config_of(module: Any) -> Attributes:
     """Return what a model's config gives; of one that has none, nothing."""
     holders = []
     for name in _CONFIGS:
-        found = vars(module).get(name, None) if hasattr(module, "__dict__") else None
+        found = vars(module).get(name)
         if found is not None and not isinstance(found, (str, int, float)):
             holders.append(found)
-            inner = getattr(found, "text_config", None)  # of a model of images and text
+            inner = got(found, "text_config")  # of a model of images and text
             if inner is not None:
                 holders.append(inner)
     return Attributes(*holders)
@@ -136,7 +143,7 @@ class Settled:
             mesh = getattr(parameter, "device_mesh", None)
             if mesh is not None:
                 learn_mesh(mesh)
-        if current_mesh() is None:
+        if current_mesh() is None and is_group_up():
             for mesh in _meshes():
                 learn_mesh(mesh)
         for axis, (other, condition) in self._section.axes.items():
@@ -150,7 +157,7 @@ class Settled:
         if expression is not None and holder is not None:
             given = _tried(expression, Attributes(holder, self._config))
             return value if given is None else given - more
-        number = getattr(holder, _MEGATRON, None)
+        number = got(holder, _MEGATRON)
         if tag == "layer" and type(number) is int and number > 0:
             return number - 1 - more
         return value

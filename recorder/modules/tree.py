@@ -16,8 +16,13 @@ from ..paths import Path
 if TYPE_CHECKING:
     from torch.nn import Module
 
-_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_IDENTITIES = frozenset({"Identity", "IdentityOp", "IdentityFuncOp"})
+_WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_WRAPPERS = (
+    "torch.nn.parallel.", "torch.distributed.", "megatron.", "deepspeed.", "fairscale.",
+    "accelerate.", "lightning.", "colossalai.",
+)  # fmt: skip
+"""Where the classes of wrappers stand that call what they wrap `module`."""
+_IDENTITIES = frozenset({"IdentityOp", "IdentityFuncOp"})  # Megatron's
 
 
 class Base(NamedTuple):
@@ -47,16 +52,39 @@ def named(root: Module) -> dict[str, Module]:
         found[name] = module  # of a wrapper and what it wraps, the inner one
         children = {n: one for n, one in module._modules.items() if one is not None}
         for child, one in children.items():
-            is_wrapped = child in _WRAPPERS or (child == "module" and len(children) == 1)
+            is_wrapped = child in _WRAPPED or (
+                child == "module" and len(children) == 1 and _is_wrapper(module)
+            )
             walk(one, name if is_wrapped else f"{name}.{child}".lstrip("."), (*above, id(module)))
 
     walk(root, "", ())
     return found
 
 
+def every(root: Module) -> list[Module]:
+    """Return a root and all modules below it, each once, whatever its class makes of `modules`."""
+    found: dict[int, Module] = {}
+    waiting = [root]
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            waiting += [child for child in one._modules.values() if child is not None]
+    return list(found.values())
+
+
 def is_identity(module: Module) -> bool:
     """Whether a module only hands on its input: then its output is what another module made."""
-    return any(one.__name__ in _IDENTITIES for one in type(module).__mro__)
+    kinds = type(module).__mro__
+    return any(
+        (one.__name__ == "Identity" and one.__module__.startswith("torch.nn."))
+        or (one.__name__ in _IDENTITIES and one.__module__.startswith("megatron."))
+        for one in kinds
+    )  # fmt: skip
+
+
+def _is_wrapper(module: Module) -> bool:
+    return any(f"{one.__module__}.".startswith(_WRAPPERS) for one in type(module).__mro__)
 
 
 def bases(paths: Sequence[Path], names: Iterable[str]) -> list[Base]:

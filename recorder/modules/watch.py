@@ -18,9 +18,11 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -36,16 +38,51 @@ from ..taps.checkpoints import is_in_backward
 from ..taps.tap import outside_dynamo, step
 from . import table
 from .attached import Attached, tapped
+from .hooks import Hook, Turns, innermost
 from .survey import Survey, begin_survey
 from .table import Row, Table
 from .told import lines
+from .tree import every
 
 log = logging.getLogger(__name__)
 _MOST_NAMES = 20_000
-_MOST_EMPTY = 3  # transient modules of one class that stand alone, until the class is left alone
+_PATIENCE, _SHARE = 3, 100
+"""After so many looks in vain at modules that stand alone, such as a forward may make, the next is
+not before so many times what the last look took."""
 
 _init: Any = torch.nn.Module.__init__
 _setstate: Any = torch.nn.Module.__setstate__
+
+
+class _Stepping:
+    """Ends a step as a model is called again."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = weakref.ref(model)
+        self._is_begun = False
+        self._run = Turns()
+
+    def called(self) -> None:
+        """Hear that the model is called."""
+        if is_in_backward():
+            return  # repeated in a backward
+        if self._is_begun:
+            step()
+        self._is_begun = True
+
+    def called_within(self) -> None:
+        """Hear that a module of it is called, perhaps in a forward that the job calls by hand."""
+        model = self.model()
+        found = None if model is None else innermost(
+            {id(model): (self.model, None)}, sys._getframe(1)
+        )  # fmt: skip
+        if found is None:
+            return  # by itself, as to warm it up
+        frame = found[1]
+        above = frame.f_back
+        is_called = above is not None and above.f_code.co_name in ("_call_impl", "inner")
+        if not is_called and self._run.next(frame, 1) == 0:
+            self.called()
 
 
 class Request:
@@ -71,7 +108,7 @@ class Request:
         self._numbers: list[tuple[weakref.ref[torch.nn.Module], int]] = []
         self.is_reported = False
         self._steps: list[Any] = []
-        self._stepping: tuple[weakref.ref[Any], bool] | None = None
+        self._stepping: _Stepping | None = None
 
     def on_root(self, root: Any, called: Any) -> Attached | None:
         """Tap a root; None where nothing of it is wanted."""
@@ -116,7 +153,7 @@ class Request:
 
         Returns whether something was said of any. Those of models that are gone are let go of too.
         """
-        inside = {id(one) for one in root.modules()}
+        inside = {id(one) for one in every(root)}
         is_told = False
         for key, one in list(self.attached.items()):
             if key in inside or not one.is_alive:
@@ -152,27 +189,19 @@ class Request:
 
     def _step_on(self, found: Attached, called: Any) -> None:
         """End a step as the first model is called again."""
-        module, begun = found.base(), False
-        if module is None:
+        model = found.base()
+        if model is None:
             return
-        inner = {id(one) for one in module.modules()}
-        if id(called) in inner and called is not module:
-            module = called  # a job that calls the model's forward itself: no hook hears of that
-        if self._stepping is not None and (known := self._stepping[0]()) is not None:
-            if id(known) not in inner:
-                return  # another model's calls are the steps
-            module, begun = known, self._stepping[1]
-        ref = weakref.ref(module)
-        self._stepping = (ref, begun)
-
-        def again() -> None:
-            if is_in_backward():
-                return  # repeated in a backward
-            if self._stepping is not None and self._stepping[1]:
-                step()
-            self._stepping = (ref, True)
-
-        found.on_call(module, again)
+        if self._stepping is None or self._stepping.model() is None:
+            self._stepping = _Stepping(model)
+        elif all(one is not self._stepping.model() for one in every(model)):
+            return  # another model's calls are the steps
+        stepping = self._stepping
+        model = stepping.model() or model
+        found.on_call(model, stepping.called)
+        if called is not None and called is not model:
+            # A job that calls the model's forward itself: no hook of the model hears of that.
+            found.on_call(called, stepping.called_within)
 
     def _tell(self, found: Attached) -> None:
         for section, fitting in found.sections if self.settings.taps == table.AUTO else ():
@@ -252,7 +281,8 @@ class _Watch:
         # By identity: a job's module may compare and hash as it likes.
         self._seen: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._fresh: set[int] = set()
-        self._empty: Counter[type] = Counter()
+        self._looked_in_vain = 0
+        self._not_before = 0.0
         self._handle: Any = None
         self._lock = threading.RLock()
         self.is_installed = False
@@ -264,12 +294,14 @@ class _Watch:
                 self.is_installed = True
                 torch.nn.Module.__init__ = _noting_init  # type: ignore[method-assign]
                 torch.nn.Module.__setstate__ = _noting_setstate  # type: ignore[method-assign]
+                functools.update_wrapper(_compile, _torch_compile)
+                torch.compile = _compile
+                _hear_of_compiles()
                 for one in gc.get_objects() if is_late else ():
                     # Not isinstance: it asks objects of others what they are, and some answer.
                     if issubclass(type(one), torch.nn.Module) and "_modules" in vars(one):
                         self._seen[id(one)] = one
             self._fresh.update(self._seen.keys())
-            self._empty.clear()
             if self._fresh:
                 self._arm()
 
@@ -280,14 +312,14 @@ class _Watch:
             if self.is_installed and torch.nn.Module.__init__ is _noting_init:
                 torch.nn.Module.__init__ = _init  # type: ignore[method-assign]
                 torch.nn.Module.__setstate__ = _setstate  # type: ignore[method-assign]
+                if torch.compile is _compile:
+                    torch.compile = _torch_compile
                 self.is_installed = False
                 self._seen.clear()
                 self._fresh.clear()
 
     def made(self, module: Any) -> None:
         """Note a module that is made."""
-        if self._empty and self._empty[type(module)] >= _MOST_EMPTY:
-            return
         self._seen[id(module)] = module
         self._fresh.add(id(module))
         if self._handle is None:
@@ -307,13 +339,24 @@ class _Watch:
 
     def first_call(self, module: Any, args: tuple[Any, ...]) -> None:
         """Tap what is new, as the first module after it was made is called, before that runs."""
+        begun = time.monotonic()
+        if begun < self._not_before and not self._has_fresh_holder():
+            return
+        had = _has_hook(module)
         try:
-            with self._lock:
-                self._disarm()
+            with self._lock:  # whoever calls meanwhile waits here until taps are in their place
                 late_environment()
                 fresh, self._fresh = self._fresh, set()
                 if fresh:
-                    self._find(module, args, fresh)
+                    found = self._find(module, fresh)
+                    self._looked_in_vain = 0 if found else self._looked_in_vain + 1
+                if not self._fresh:
+                    self._disarm()
+                if self._looked_in_vain > _PATIENCE:
+                    self._not_before = time.monotonic() + _SHARE * (time.monotonic() - begun)
+            hooks = [] if had else [h for h in module._forward_pre_hooks.values() if _is_hook(h)]
+            for hook in hooks:  # torch had listed this call's hooks before they were there
+                hook(module, args, _kwargs_of_call())
         except ReplayError:
             raise
         except Exception as err:
@@ -322,7 +365,20 @@ class _Watch:
             log.debug("at a root", exc_info=True)
             say(f"{type(module).__name__} is not tapped: {type(err).__name__}: {err}")
 
-    def _find(self, called: Any, args: tuple[Any, ...], fresh: set[int]) -> None:
+    def _has_fresh_holder(self) -> bool:
+        fresh = (self._seen.get(key) for key in list(self._fresh))
+        return any(one is not None and one._modules for one in fresh)
+
+    def look(self) -> None:
+        """Tap what is new now, as before it is compiled."""
+        with self._lock:
+            fresh, self._fresh = self._fresh, set()
+            if fresh:
+                self._find(None, fresh)
+            self._disarm()
+
+    def _find(self, called: Any, fresh: set[int]) -> bool:
+        """Tap the roots of fresh modules; return whether anything was found."""
         parents: dict[int, Any] = {}
         for one in list(self._seen.values()):
             for child in vars(one).get("_modules", {}).values():
@@ -336,20 +392,24 @@ class _Watch:
                 above.add(id(module))
             return module
 
-        first = top(called)
+        first = None if called is None else top(called)
         new = [one for key, one in list(self._seen.items()) if key in fresh]
         roots = {id(root): root for root in map(top, new)}
+        is_any = False
         # The one that is called is the first model, whatever was made before it.
         for root in sorted(roots.values(), key=lambda root: root is not first):
             inside = called if root is first else None
             found = [request.on_root(root, inside) for request in self.requests]
-            if not any(found) and not root._modules and id(root) not in parents:
-                self._empty[type(root)] += 1
-            if root is first:
-                for one in found:
-                    hook = one.before(called) if one is not None else None
-                    if hook is not None:  # torch had listed this call's hooks before it was there
-                        hook(called, args, _kwargs_of_call())
+            is_any = is_any or any(found)
+        return is_any
+
+
+def _is_hook(hook: Any) -> bool:
+    return isinstance(hook, Hook)
+
+
+def _has_hook(module: Any) -> bool:
+    return any(map(_is_hook, module._forward_pre_hooks.values()))
 
 
 _watch = _Watch()
@@ -363,11 +423,37 @@ def _noting_init(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _on_call(module: Any, args: tuple[Any, ...]) -> None:
-    """What torch calls before the forward of any module, for a moment."""
-    outside_dynamo(_first_call)(module, args)
+    """What torch calls before the forward of any module, for a moment.
+
+    The compiler may trace this and break no graph: it has been looked before (`_compile`).
+    """
+    if not torch.compiler.is_compiling():
+        outside_dynamo(_first_call)(module, args)
 
 
-_on_call._torchdynamo_disable = True  # type: ignore[attr-defined]
+def _compile(*args: Any, **kwargs: Any) -> Any:
+    """As `torch.compile`, with the taps of what is there in their place before."""
+    _watch.look()
+    compiled = _torch_compile(*args, **kwargs)
+    _hear_of_compiles()
+    return compiled
+
+
+def _hear_of_compiles() -> None:
+    """Look at what is new also as the compiler begins, if that is there."""
+    callback: Any = sys.modules.get("torch._dynamo.callback")
+    if not hasattr(callback, "on_compile_start"):
+        return
+    with suppress(Exception):  # it is not there yet, or `torch._dynamo.reset` has taken it away
+        callback.callback_handler.remove_start_callback(_on_compile_start)
+    callback.on_compile_start(_on_compile_start)
+
+
+def _on_compile_start(*args: Any) -> None:
+    _watch.look()
+
+
+_torch_compile = torch.compile
 
 
 def _first_call(module: Any, args: tuple[Any, ...]) -> None:

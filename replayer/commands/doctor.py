@@ -83,7 +83,7 @@ def _figures() -> str:
 def _modules(environ: Mapping[str, str]) -> Mapping[str, object]:
     """Return whether modules can be tapped in a program without taps: `open`, `why`."""
     entries = metadata.entry_points(group="torch.backends")
-    if not any(one.value == "recorder.autoload:enter" for one in entries):
+    if not any(one.value == "tensorgraft_entry:enter" for one in entries):
         return {
             "open": False,
             "why": "tensorgraft is on the path, but not installed; install it, so that torch knows",

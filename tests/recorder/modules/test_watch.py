@@ -322,7 +322,9 @@ def test_modules_that_are_added_later_are_found(tmp_path, model):
     ]
 
 
-def test_modules_that_are_made_in_a_forward_cost_nothing_for_good(tmp_path):
+def test_modules_that_are_made_in_a_forward_cost_nothing_for_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_SHARE", 0)
+
     class Odd(nn.Module):
         def forward(self, x):
             return nn.Softmax(-1)(x)
@@ -334,6 +336,19 @@ def test_modules_that_are_made_in_a_forward_cost_nothing_for_good(tmp_path):
         assert not torch_modules._global_forward_pre_hooks
 
     recorded(tmp_path, job, modules=["nothing"])
+
+
+def test_a_module_is_found_after_many_that_stood_alone(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(watch, "_SHARE", 0)
+
+    def job():
+        model(X)
+        for _ in range(6):
+            nn.Linear(4, 3)(X)
+        model.head = nn.Linear(4, 3)
+        model(X)
+
+    assert len(keys(recorded(tmp_path, job, modules=["head"]))) == 2
 
 
 @pytest.mark.parametrize("wrap", ["holder", "module", "compiled", "deeper"])
