@@ -77,6 +77,8 @@ class ModelReport(TypedDict):
     """The classes of the models that are tapped."""
     others: list[str]
     """The classes of roots in which nothing was found."""
+    is_compiled: bool
+    """Whether the compiler was there: what it compiled before taps were made has none."""
 
 
 class Report(TypedDict, total=False):

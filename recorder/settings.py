@@ -269,6 +269,12 @@ class Settings:
         }
 
 
+def _name(value: Any, called: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{called} is {value!r}; give the name of a table, or of its file")
+    return value
+
+
 def _paths(value: Any, called: str) -> tuple[Path, ...]:
     """Return paths from some, their texts, or one text with `;` between."""
     if isinstance(value, str):
@@ -301,6 +307,7 @@ class TapSettings(Settings):
         "Tap what a table names: its file, FILE:SECTION, one that comes with tensorgraft, or auto "
         "to choose by the model's class.",
         metavar="TABLE",
+        check=_name,
     )
     step_on: str = option(
         "step",

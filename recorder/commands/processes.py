@@ -80,6 +80,6 @@ def never_loaded(found: Collection[str]) -> str:
     some = "; ".join(list(found)[:_MOST]) + ("; ..." if len(found) > _MOST else "")
     return (
         f"{_processes(len(found))} of the command never loaded tensorgraft, and no module of "
-        f"theirs is tapped: {some}; install tensorgraft where they import torch, and start Python "
-        "without -I if TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set"
+        f"theirs is tapped: {some}; tensorgraft is to be installed where they import torch, and "
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it out of python -I, -E, and where it is set later"
     )

@@ -72,7 +72,9 @@ def surveyed(settings: TapSettings, command: Sequence[str], aside: bool = False)
         for module in report["modules"]:
             modules.setdefault((module["root"], module["name"]), module)
     called = tuple(one for one in modules.values() if one["calls"])
-    if not called:
+    if not called and not found:
+        notes = [*notes, "no process said what it called: it imported no torch, or was killed"]
+    elif not called:
         notes = [*notes, "no model was called, so nothing could be tapped"]
     return Surveyed(status, called, max((r["never"] for r in found), default=0), tuple(notes))
 

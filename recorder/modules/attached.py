@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..tags import TagValue
 from . import functions
-from .hooks import Binding, Hook, Model, Places, Turns, is_dead
+from .hooks import Binding, Hook, Model, Places, Shared, Turns, is_dead
 from .settled import Settled
 from .table import Row, Section, Table
 from .tree import Base, bases, below, is_identity, named
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     Number = Callable[[weakref.ref[Module]], int]
+    Rivals = dict[int, tuple[weakref.ref[Any], list[weakref.ref[Any]]]]
 
 
 class Attached:
@@ -40,7 +41,7 @@ class Attached:
         is_told: whether that, and which table it has, was said.
     """
 
-    def __init__(self, label: str, names: Mapping[str, Module]) -> None:
+    def __init__(self, label: str, names: Mapping[str, Module], rivals: Rivals) -> None:
         self.label = label
         self._root = weakref.ref(names[""])
         self.names = list(names)
@@ -51,6 +52,8 @@ class Attached:
         self.notes: list[str] = []
         self.is_told = False
         self.base = weakref.ref(names[""])
+        self._rivals = rivals
+        self._hooks: list[Hook] = []
         self._handles: list[Any] = []
         self._functions: list[weakref.ref[Any]] = []
         self._before: dict[int, Hook] = {}
@@ -62,11 +65,13 @@ class Attached:
 
     def detach(self) -> None:
         """Take every hook away."""
+        for hook in self._hooks:
+            hook.is_detached = True
         for handle in self._handles:
             handle.remove()
         for ref in self._functions:
             functions.unbind(ref())
-        self._handles, self._functions, self._before = [], [], {}
+        self._hooks, self._handles, self._functions, self._before = [], [], [], {}
 
     def before(self, module: Any) -> Hook | None:
         """Return the hook before a module's forward, for a call that had begun before it was."""
@@ -121,7 +126,7 @@ class Attached:
             places = standing.get(id(module), ())
             where = Places(places, names, base.name) if len(places) > 1 else None
             try:
-                self._hook(module, bindings, where)
+                self._hook(module, bindings, where, self._shared(module, inner[""]))
             except Exception as err:  # as TorchScript's modules, which take no hook with names
                 for one in bindings:
                     one.misfit = f"it takes no hook: {type(err).__name__}: {err}"
@@ -144,7 +149,19 @@ class Attached:
         model.bindings.append(binding)
         return binding
 
-    def _hook(self, module: Any, bindings: list[Binding], places: Places | None) -> None:
+    def _shared(self, module: Any, model: Module) -> Shared:
+        known = self._rivals.get(id(module))
+        if known is None or known[0]() is not module:
+            known = self._rivals[id(module)] = weakref.ref(module), []
+        rivals = known[1]
+        rivals[:] = [ref for ref in rivals if ref() is not None]
+        if all(ref() is not model for ref in rivals):
+            rivals.append(weakref.ref(model))
+        return Shared(model, rivals)
+
+    def _hook(
+        self, module: Any, bindings: list[Binding], places: Places | None, shared: Shared
+    ) -> None:
         self.bindings += bindings
         _drop_dead(module)
         own = [one for one in bindings if not one.row.path.function]
@@ -156,9 +173,10 @@ class Attached:
                 of_functions.setdefault(one.row.path.function, []).append(one)
         turns = {path: Turns() for path in of_functions}
         if before or turns:
-            self._hook_before(module, before, list(turns.values()), places)
+            self._hook_before(module, before, list(turns.values()), places, shared)
         if after:
-            hook = Hook(module, after, (), places)
+            hook = Hook(module, after, (), places, shared)
+            self._hooks.append(hook)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for path, line in of_functions.items():
             why = functions.bind(path, module, line, turns[path])
@@ -172,8 +190,10 @@ class Attached:
         bindings: Sequence[Binding],
         turns: Sequence[Turns],
         places: Places | None = None,
+        shared: Shared | None = None,
     ) -> Hook:
-        hook = self._before[id(module)] = Hook(module, bindings, turns, places)
+        hook = self._before[id(module)] = Hook(module, bindings, turns, places, shared)
+        self._hooks.append(hook)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return hook
 
@@ -194,7 +214,11 @@ def _standing(names: Mapping[str, Module]) -> dict[int, list[str]]:
 
 
 def tapped(
-    module: Module, patterns: Sequence[Row], tables: Sequence[Table], number: Number
+    module: Module,
+    patterns: Sequence[Row],
+    tables: Sequence[Table],
+    number: Number,
+    rivals: Rivals | None = None,
 ) -> Attached:
     """Tap a model.
 
@@ -204,9 +228,10 @@ def tapped(
         tables: tables of which the section that fits best is taken; where several are given, one
             whose `roots` name the class of a module.
         number: gives a model its number as its first tap fires.
+        rivals: by a module's id, the models that have taps at it; all that share a process's.
     """
     names = named(module)
-    found = Attached(type(names[""]).__name__, names)
+    found = Attached(type(names[""]).__name__, names, {} if rivals is None else rivals)
     if patterns:
         section = Section("--modules", tuple(patterns))
         found.bind(section, Base("", "", frozenset()), names, number)

@@ -52,8 +52,8 @@ def innermost(
         if frame is None:
             return None
         code = frame.f_code
-        if code.co_argcount and code.co_varnames[0] == "self":
-            module = frame.f_locals.get("self")
+        if code.co_argcount:
+            module = frame.f_locals.get(code.co_varnames[0])  # `self`, as a rule
             found = at.get(id(module))
             if found is not None and found[0]() is module:
                 return found[1], frame
@@ -244,6 +244,28 @@ class Turns:
         return turn
 
 
+class Shared:
+    """Which of several models that hold a module runs: a call of it is that model's alone.
+
+    Args:
+        model: the model that a hook is for.
+        rivals: all models that have taps at the module, the first found first; it grows.
+    """
+
+    def __init__(self, model: Any, rivals: list[weakref.ref[Any]]) -> None:
+        self._model = weakref.ref(model)
+        self._rivals = rivals
+
+    def is_running(self, frame: FrameType | None) -> bool:
+        """Whether the innermost of them on the stack is this hook's; of none, the first counts."""
+        if len(self._rivals) < 2:
+            return True
+        alive = [(ref, model) for ref in self._rivals if (model := ref()) is not None]
+        found = innermost({id(model): (ref, model) for ref, model in alive}, frame)
+        running = found[0] if found is not None else alive[0][1]
+        return running is self._model()
+
+
 class Hook:
     """What torch calls around a module's forward."""
 
@@ -255,7 +277,10 @@ class Hook:
         bindings: Sequence[Binding],
         turns: Sequence[Turns],
         places: Places | None = None,
+        shared: Shared | None = None,
     ) -> None:
+        self.is_detached = False
+        self.shared = shared
         self.module = weakref.ref(module)
         self.bindings = bindings
         self.turns = turns
@@ -263,9 +288,11 @@ class Hook:
         self.also: Callable[[], None] | None = None
 
     def __call__(
-        self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any = None
+        self, module: Any, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
     ) -> None:
         """Fire the taps of a call."""
+        if self.is_detached:  # torch may have listed it before
+            return
         if sessions.active or self.also is not None:
             _called(self, module, args, kwargs, output)
 
@@ -309,6 +336,8 @@ def _fire_all(
         return
     for turns in hook.turns:
         turns.begin()
+    if hook.shared is not None and not hook.shared.is_running(sys._getframe(1)):
+        return
     call = Call(module, args, kwargs, output)
     here = None if hook.places is None else hook.places.here(sys._getframe(1))
     for binding in hook.bindings:

@@ -15,6 +15,7 @@ from ..mesh import current_mesh, learn_axis, learn_mesh
 from ..ranks import is_group_up
 from ..tags import TagValue
 from .table import LAST, Row, Section
+from .tree import every
 
 _CONFIGS = ("config", "model_args", "args", "cfg", "params", "hparams")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -139,7 +140,7 @@ class Settled:
 
     def learn_axes(self, base: Any) -> None:
         """Take note of what the model says of axes: those of its tensors, and by other names."""
-        for parameter in base.parameters():
+        for parameter in (p for one in every(base) for p in one._parameters.values()):
             mesh = getattr(parameter, "device_mesh", None)
             if mesh is not None:
                 learn_mesh(mesh)

@@ -42,7 +42,7 @@ else:
 AUTO = "auto"
 LAST = "last"
 _FOLDER = File(__file__).parent / "tables"
-_SECTION = ("taps", "sizes", "roots", "axes", "about")
+_SECTION = ("taps", "sizes", "roots", "axes")
 _ROW = ("tap", "dims", "tags", "extras", "grad", "optional", "identity")
 _KEY = re.compile(r"""^\s*("(?:[^"\\]|\\.)*"|'[^']*'|[A-Za-z0-9_\-.]+)\s*=""")
 _HEADER = re.compile(r"^\s*\[\s*([^\[\]]+?)\s*\]")
@@ -174,7 +174,7 @@ def absolute(name: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _cached(path: str, name: str, stamp: tuple[int, int]) -> Table:
     try:
-        text = File(path).read_text(encoding="utf-8")
+        text = File(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         reason = getattr(err, "strerror", None) or str(err)
         raise UsageError(f"the tap table {path} cannot be read: {reason}") from None
@@ -196,6 +196,8 @@ def parse_table(text: str, name: str) -> Table:
     """
     try:
         data = tomllib.loads(text)
+    except RecursionError:
+        raise UsageError(f"{name}: it is too deeply nested for a tap table") from None
     except tomllib.TOMLDecodeError as err:
         fact, line, column = re.fullmatch(
             r"(.*?)(?: \(at line (\d+), column (\d+)\))?(?: \(at end of document\))?", str(err),
@@ -248,7 +250,7 @@ class _Reader:
         for key, value in data.items():
             if key in _SECTION:
                 continue
-            if not isinstance(value, str) or not key.isidentifier():
+            if not isinstance(value, str) or not key.isidentifier() or key in RESERVED:
                 raise self._error(
                     system, key, f"{key!r} is not one of {', '.join(_SECTION)}, or a tag whose "
                     "value a module gives, as in layer = \"layer_number - 1\"",
@@ -349,7 +351,9 @@ class _Reader:
 
     def _sizes(self, given: Any, at: str) -> dict[str, int | Filter]:
         sizes: dict[str, int | Filter] = {}
-        for name, value in given.items() if isinstance(given, Mapping) else ():
+        if not isinstance(given, Mapping):
+            raise self._error(at.rpartition(".")[0], "sizes", "sizes is a table of names and sizes")
+        for name, value in given.items():
             if isinstance(value, str):
                 sizes[name] = self._expression(at, name, value)
             elif type(value) is int and value > 0:
@@ -366,7 +370,9 @@ class _Reader:
 
     def _axes(self, given: Any, system: str, prefix: str) -> dict[str, tuple[str, Filter | None]]:
         axes: dict[str, tuple[str, Filter | None]] = {}
-        for axis, text in given.items() if isinstance(given, Mapping) else ():
+        if not isinstance(given, Mapping):
+            raise self._error(system, "axes", "axes is a table, as in { sp = 'tp' }")
+        for axis, text in given.items():
             found = _AXIS.fullmatch(text) if isinstance(text, str) else None
             if found is None:
                 at, key = (

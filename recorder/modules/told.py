@@ -28,7 +28,8 @@ def lines(reports: Iterable[ModelReport], settings: TapSettings) -> list[str]:
     for one in reports:
         for row in one["rows"]:
             rows.setdefault(row["where"], []).append(row)
-    said = [line for same in rows.values() if (line := _row(same))]
+    compiled = any(one["is_compiled"] for one in reports)
+    said = [line for same in rows.values() if (line := _row(same, compiled))]
     if len(said) > _MOST:
         said = [*said[:_MOST], f"and {len(said) - _MOST} rows more that tapped nothing"]
     if not models:
@@ -36,7 +37,7 @@ def lines(reports: Iterable[ModelReport], settings: TapSettings) -> list[str]:
     return said
 
 
-def _row(same: list[RowReport]) -> str:
+def _row(same: list[RowReport], compiled: bool) -> str:
     """Return what is to be said of one row, "" where it did what it should somewhere."""
     one = same[0]
     if any(row["fired"] for row in same):
@@ -58,7 +59,8 @@ def _row(same: list[RowReport]) -> str:
             f"{row} fits only modules that hand on their input, whose output another made: left out"
         )
     if not ran:
-        return f"{row} fits {count(found, 'module')} that never ran"
+        anew = "; if it was compiled before, compile it anew: torch._dynamo.reset()"
+        return f"{row} fits {count(found, 'module')} that never ran{anew if compiled else ''}"
     return f"{row} fits {count(found, 'module')}, and tapped nothing: what it names was never there"
 
 

@@ -109,6 +109,7 @@ class Request:
         self.is_reported = False
         self._steps: list[Any] = []
         self._stepping: _Stepping | None = None
+        self._rivals: dict[int, tuple[weakref.ref[Any], list[weakref.ref[Any]]]] = {}
 
     def on_root(self, root: Any, called: Any) -> Attached | None:
         """Tap a root; None where nothing of it is wanted."""
@@ -120,7 +121,7 @@ class Request:
                 self._tell(found)
             return self._number(model)
 
-        found = tapped(root, self.patterns, self.tables, begun)
+        found = tapped(root, self.patterns, self.tables, begun, self._rivals)
         found.is_told = is_told
         if len(self._names) < _MOST_NAMES:
             self._names.update(dict.fromkeys(found.names))
@@ -230,6 +231,7 @@ class Request:
             "rows": list(rows.values()),
             "models": list(self._models),
             "others": sorted(self.others, key=lambda name: -self.others[name])[:8],
+            "is_compiled": "torch._dynamo.eval_frame" in sys.modules,
         }
 
 
@@ -342,7 +344,7 @@ class _Watch:
         begun = time.monotonic()
         if begun < self._not_before and not self._has_fresh_holder():
             return
-        had = _has_hook(module)
+        known = _hooks_of(module)
         try:
             with self._lock:  # whoever calls meanwhile waits here until taps are in their place
                 late_environment()
@@ -354,9 +356,9 @@ class _Watch:
                     self._disarm()
                 if self._looked_in_vain > _PATIENCE:
                     self._not_before = time.monotonic() + _SHARE * (time.monotonic() - begun)
-            hooks = [] if had else [h for h in module._forward_pre_hooks.values() if _is_hook(h)]
-            for hook in hooks:  # torch had listed this call's hooks before they were there
-                hook(module, args, _kwargs_of_call())
+            for hook in _hooks_of(module):
+                if hook not in known:  # torch had listed this call's hooks before it was there
+                    hook(module, args, _kwargs_of_call())
         except ReplayError:
             raise
         except Exception as err:
@@ -404,12 +406,8 @@ class _Watch:
         return is_any
 
 
-def _is_hook(hook: Any) -> bool:
-    return isinstance(hook, Hook)
-
-
-def _has_hook(module: Any) -> bool:
-    return any(map(_is_hook, module._forward_pre_hooks.values()))
+def _hooks_of(module: Any) -> list[Hook]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Hook)]
 
 
 _watch = _Watch()
@@ -530,6 +528,10 @@ class attach:  # noqa: N801  # read as a verb, as `context` is
         modules: str | Sequence[str] = (),
     ) -> None:
         settings = TapSettings.given({"taps": taps, "modules": modules})
+        if not isinstance(model, torch.nn.Module):
+            raise UsageError(
+                f"attach was given a {type(model).__name__}; give it a torch.nn.Module"
+            )
         self._request = Request(settings)
         found = self._request.on_root(model, None)
         if found is None or not found.bindings:

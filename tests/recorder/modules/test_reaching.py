@@ -157,6 +157,15 @@ def test_nothing_is_loaded_where_nobody_records(shell):
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_job_s_own_recorder_py_keeps_nobody_from_importing_torch(shell, asked):
+    shell.write("recorder.py", "OWN = True")
+    env = {"GRAFT_RECORD": "run", "GRAFT_RECORD_MODULES": "0"} if asked else {}
+    done = shell(sys.executable, "-c", "import torch, recorder; print(recorder.OWN)", env=env)
+    assert done.stdout == "True\n", done.stderr
+    assert ("stands before tensorgraft's package" in done.stderr) is asked
+
+
 def test_a_table_that_cannot_be_read_is_refused_before_the_program_runs(shell):
     shell.write("t.toml", '[taps]\n"a..b" = "x"\n')
     done = shell(record(shell, "--taps", "t.toml"), sys.executable, "-c", "print('ran')")

@@ -61,6 +61,10 @@ def test_a_table_of_one_system_needs_no_section():
         ('[hf]\nlayers = 3\n[hf.taps]\n"a" = "x"', "t.toml:2:1: 'layers' is not one of"),
         ('[hf]\n[hf.tabs]\n"a" = "x"', "the section 'hf' has no .hf.taps.; is 'tabs' meant"),
         ("[taps]\n", "names no tap"),
+        ('sizes = 5\n[taps]\n"a" = "x"', "t.toml:1:1: sizes is a table"),
+        ('axes = "tp"\n[taps]\n"a" = "x"', "t.toml:1:1: axes is a table"),
+        ('step = "n"\n[taps]\n"a" = "x"', "t.toml:1:1: 'step' is not one of"),
+        ("a = " + 3000 * "[" + 3000 * "]", "too deeply nested"),
         ("", "names no tap"),
     ],
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import calling
 import pytest
 import torch
 from torch import nn
@@ -484,8 +486,6 @@ class Out:
 
 
 def test_members_of_dataclasses_and_successive_calls(tmp_path, table):
-    import calling
-
     module = calling.Twice(Out)
     rows = table(
         '":output.hidden" = "hidden"\n":output.0" = "first"\n'
@@ -628,3 +628,161 @@ def test_what_an_axis_is_called_is_asked_of_each_model_that_runs(tmp_path, model
             assert ("sp" in current_mesh()) == cut
     finally:
         declare_mesh()
+
+
+class Shadowed(nn.Module):
+    """A block whose one child is called as wrappers call what they wrap."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.module(x)
+
+
+def test_a_block_is_no_wrapper_for_the_name_of_its_child(tmp_path):
+    model = nn.Sequential(Shadowed())
+    run = recorded(tmp_path, lambda: model(X), modules=["0", "0.module"])
+    assert [name for name, *_ in keys(run)] == ["0.module", "0"]
+    assert torch.equal(run.load(rank=0, name="0", step=0, occurrence=0), model(X))
+
+
+def test_a_module_that_two_models_share_is_tapped_in_the_one_that_runs(tmp_path):
+    backbone = nn.Linear(4, 4)
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.back, self.out = backbone, nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.out(self.back(x))
+
+    actor, critic = Head(), Head()
+    run = recorded(tmp_path, lambda: (actor(X), critic(X), actor(X)), modules=["back"])
+    assert keys(run) == [("back", "{}", 0), ("back", '{"root":1}', 0), ("back", "{}", 0)]
+
+
+def test_threads_that_call_a_model_first_lose_no_record(tmp_path, model):
+    def job():
+        ready = threading.Barrier(4)
+
+        def call(n):
+            with context(n=n):
+                ready.wait()
+                model(X)
+
+        threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert len(keys(recorded(tmp_path, job, modules=["head:input", "head"]))) == 8
+
+
+def test_a_key_that_is_a_number_is_a_key(tmp_path):
+    class Keys(nn.Module):
+        def forward(self, x):
+            return {1: x, 0: x * 2}
+
+    run = recorded(tmp_path, lambda: nn.Sequential(Keys())(X), modules=["0:output.0"])
+    assert torch.equal(run.load(rank=0, name="0:output.0", step=0, occurrence=0), X * 2)
+
+
+def test_a_weight_that_is_computed_is_not_asked_for(tmp_path, capsys):
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    paths = ["0:weight", "0:parametrizations.weight.original1"]
+    run = recorded(tmp_path, lambda: model(X), modules=paths)
+    assert [name for name, *_ in keys(run)] == ["0:parametrizations.weight.original1"]
+    assert (
+        "it has no 'weight'; its parameters are bias, parametrizations" in capsys.readouterr().err
+    )
+
+
+def test_calls_of_a_function_count_from_each_forward_that_is_called_by_hand(tmp_path, table):
+    module = calling.Twice(Out)
+    rows = table('" > calling.f" = { tap = ["a", "b"] }')
+    run = recorded(tmp_path, lambda: [module.forward(X) for _ in range(3)], taps=rows)
+    assert [name for name, *_ in keys(run)] == 3 * ["a", "b"]
+
+
+def test_a_function_is_put_back_though_its_model_is_gone(tmp_path, table):
+    plain = calling.f
+    rows = table('" > calling.f" = { tap = ["a", "b"] }')
+    recorded(tmp_path, lambda: calling.Twice(Out)(X), taps=rows)
+    gc.collect()
+    assert calling.f is plain
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_a_function_of_a_class_is_tapped_and_put_back(tmp_path, table, kind, monkeypatch):
+    def double(*args):
+        return args[-1] * 2
+
+    holder = type("Holder", (), {"double": kind(double)})
+    monkeypatch.setattr(calling, "Holder", holder, raising=False)
+    before = vars(holder)["double"]
+
+    class Calls(nn.Module):
+        def forward(self, x):
+            return holder.double(x)
+
+    run = recorded(tmp_path, lambda: Calls()(X), taps=table('" > calling.Holder.double" = "d"'))
+    assert torch.equal(run.load(rank=0, name="d", step=0, occurrence=0), X * 2)
+    assert vars(holder)["double"] is before
+
+
+def test_a_call_of_a_part_alone_is_no_step(tmp_path, model):
+    def job():
+        model.model.layers[0](X)
+        for _ in range(2):
+            model(X)
+
+    run = recorded(tmp_path, job, modules=["head"], step_on="root")
+    assert [step for *_, step in keys(run)] == [0, 1]
+
+
+def test_what_a_job_s_config_raises_stays_there(tmp_path, model, table):
+    class Config:
+        def __getattr__(self, name):
+            raise KeyError(name)
+
+    model.config = Config()
+    rows = table('[sizes]\nd = "hidden / 2"\n[taps]\n"head" = { tap = "l", dims = "b (v*d)" }')
+    assert len(keys(recorded(tmp_path, lambda: model(X), taps=rows))) == 1
+
+
+def test_copies_of_copies_have_no_more_hooks(tmp_path, model):
+    def job():
+        one = model
+        for _ in range(5):
+            one(X)
+            one = copy.deepcopy(one)
+        one(X)
+        assert len(one.head._forward_hooks) == 1
+
+    recorded(tmp_path, job, modules=["head"])
+
+
+def test_a_model_that_is_traced_is_as_it_was(tmp_path, model, capsys):
+    with pytest.warns(DeprecationWarning):
+        plain = torch.jit.trace(model.head, X)
+    with Recorder(tmp_path / "run", modules=["head", "0"]), pytest.warns(DeprecationWarning):
+        model(X)
+        traced = torch.jit.trace(model.head, X)
+    assert str(traced.graph) == str(plain.graph) and torch.equal(traced(X), plain(X))
+    assert len(keys(Recording.open(tmp_path / "run"))) == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+def test_where_nothing_is_tapped_a_whole_graph_compiles(tmp_path, model):
+    torch._dynamo.reset()
+    with Recorder(tmp_path / "run", modules=["nothing.of.it"]):
+        late = Model()
+        compiled = torch.compile(lambda x: late(x)["logits"], backend="eager", fullgraph=True)
+        assert torch.equal(compiled(X), late(X)["logits"])
+        nn.Linear(2, 2)  # what is made afterwards
+        assert torch.equal(compiled(X[:1]), late(X[:1])["logits"])
