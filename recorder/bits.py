@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -209,3 +209,20 @@ def bytes_of(raw: torch.Tensor) -> memoryview:
     if nbytes == 0:
         return memoryview(b"")
     return memoryview((ctypes.c_ubyte * nbytes).from_address(raw.data_ptr())).cast("B")
+
+
+def never_compiled(*functions: Callable[..., Any]) -> None:
+    """Let the compiler run these functions, and what they call, as they are.
+
+    The mark `_torchdynamo_disable` keeps it from tracing into them, and not from compiling them for
+    themselves. Up to torch 2.6 this holds of the functions alone.
+    """
+    frames = torch._C._dynamo.eval_frame
+    for function in functions:
+        code = function.__code__
+        function._torchdynamo_disable = True  # type: ignore[attr-defined]
+        if hasattr(frames, "set_code_exec_strategy"):
+            skip = frames._FrameAction.SKIP
+            frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+        elif hasattr(frames, "skip_code"):
+            frames.skip_code(code)

@@ -122,6 +122,12 @@ def learn_axis(axis: str, same_as: str | None) -> None:
         _same[axis] = same_as
 
 
+def forget_axes() -> None:
+    """Forget what models said of axes, once none is tapped any more."""
+    _same.clear()
+    _learned.clear()
+
+
 def current_mesh() -> Mesh | None:
     """Return where this rank stands; None where nobody says."""
     mesh = _said_mesh()

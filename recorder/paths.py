@@ -76,7 +76,7 @@ class Path:
     @property
     def is_anywhere(self) -> bool:
         """Whether it fits at any depth."""
-        return self.modules.startswith("*")
+        return self.modules.startswith(("*.", "**"))
 
     def fits(self, name: str) -> dict[str, TagValue] | None:
         """Return the tags in a module's qualified name; None where the path does not fit it."""

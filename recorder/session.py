@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .bits import plainly
+from .bits import never_compiled, plainly
 from .capture import capture, dims_text
 from .diagnostics import Warnings, say
 from .errors import CaptureError, GraftError, LayoutError, UsageError, is_from_the_job
@@ -40,6 +40,7 @@ from .ranks import Rank, RankWatch
 from .settings import RecordSettings
 from .sizes import count, format_duration, format_size
 from .tags import text
+from .taps import tap
 from .taps.call import Call
 from .taps.gradients import GradientTaps
 from .taps.selection import Selected, Selection, about_note, part_of
@@ -53,6 +54,9 @@ from .writing.writer import Writer
 
 _MOST_INTERRUPTS = 20
 """That a close is begun again after; a disk that hangs takes no heed of any."""
+
+
+never_compiled(tap.fire, tap._fire_step)
 
 
 class Recorder:
@@ -132,8 +136,13 @@ class Recorder:
         return self._rank.rank
 
     def __enter__(self) -> Recorder:
-        self.start()
-        self._tapped = begin(self.settings)
+        tapped = begin(self.settings)
+        try:
+            self.start()
+        except BaseException:
+            end_taps(tapped)
+            raise
+        self._tapped = tapped
         activate(self)
         return self
 
@@ -143,8 +152,10 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-        end_taps(self._tapped)
+        try:
+            self.close()
+        finally:
+            end_taps(self._tapped)
         if error is None and self.state == "failed":
             self._say(f"the recording in {self.path} is not to be trusted: {self.reason}")
 
@@ -422,7 +433,7 @@ class Recorder:
                 statistics=self.settings.level != "digests",
                 budget=self.settings.staging,
                 when_full=self.settings.when_full,
-                max_hold=self.settings.max_hold,
+                max_hold=self._max_hold,
                 on_stop=self._end,
                 on_full=self._tell_full,
                 on_progress=Publisher(self._rank.rank, self._say).publish,

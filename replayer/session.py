@@ -167,8 +167,13 @@ class Replayer:
         self.reason = ""
 
     def __enter__(self) -> Replayer:
-        sessions = self.start()
-        self._tapped = begin(self.settings)
+        tapped = begin(self.settings)
+        try:
+            sessions = self.start()
+        except BaseException:
+            end(tapped)
+            raise
+        self._tapped = tapped
         for session in sessions:
             activate(session)
         return self
@@ -189,8 +194,10 @@ class Replayer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
-        end(self._tapped)
+        try:
+            self.close()
+        finally:
+            end(self._tapped)
         if error is None and self.settings.strict:
             problems = self.problems()
             if problems:

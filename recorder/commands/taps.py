@@ -67,10 +67,10 @@ def surveyed(settings: TapSettings, command: Sequence[str], aside: bool = False)
         status = launch.run(command, env, aside, processes.look)
         found = [one for one in read_reports(reports) if one.get("session") == SURVEY]
         notes = of_tables(settings, reports, processes, always=True)
-    modules: dict[tuple[int, str], SurveyedModule] = {}
+    modules: dict[tuple[str, int, str], SurveyedModule] = {}
     for report in found:
         for module in report["modules"]:
-            modules.setdefault((module["root"], module["name"]), module)
+            modules.setdefault((module["model"], module["root"], module["name"]), module)
     called = tuple(one for one in modules.values() if one["calls"])
     if not called and not found:
         notes = [*notes, "no process said what it called: it imported no torch, or was killed"]
@@ -109,9 +109,9 @@ def taps(command: tuple[str, ...], as_json: bool, **options: Any) -> None:
 def _print(done: Surveyed) -> None:
     """Print a table of each model."""
     width = terminal_width()
-    models: dict[int, list[SurveyedModule]] = {}
+    models: dict[tuple[str, int], list[SurveyedModule]] = {}
     for one in done.modules:
-        models.setdefault(one["root"], []).append(one)
+        models.setdefault((one["model"], one["root"]), []).append(one)
     for modules in models.values():
         cells = _cells(modules)
         columns = ["module", "class", "calls", "output", "tap"]

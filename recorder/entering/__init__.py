@@ -19,21 +19,29 @@ def enter() -> None:
     # Ray gives some of its workers their environment when they run already.
     if not is_asked and "ray" not in sys.modules:
         return
+    why = ""
     try:
-        from recorder.modules.watch import watch_environment
+        why = _in_the_way()
+        if not why:
+            from recorder.modules.watch import watch_environment
 
-        watch_environment()
+            watch_environment()
     except Exception as err:  # an error here would break `import torch` for everybody
-        if sys.stderr is not None and is_asked:
-            sys.stderr.write(f"[graft] {_why(err)}\n")
+        why = f"modules of this process are not tapped: {type(err).__name__}: {err}"
+    if why and is_asked and sys.stderr is not None:
+        sys.stderr.write(f"[graft] {why}\n")
 
 
-def _why(err: Exception) -> str:
-    """Say why nothing is tapped in this process."""
-    found = getattr(sys.modules.get("recorder"), "__file__", None)
-    if isinstance(err, ImportError) and found and "modules" in str(err):
-        return (
-            f"this process is not tapped: its own {found} stands before tensorgraft's package of "
-            "that name; call it otherwise"
-        )
-    return f"modules of this process are not tapped: {type(err).__name__}: {err}"
+def _in_the_way() -> str:
+    """Say what of the job's stands before tensorgraft's package; it is not run to find out."""
+    from importlib import util
+
+    spec = util.find_spec("recorder")
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    if any(os.path.exists(f"{one}/modules/watch.py") for one in folders):  # noqa: PTH110  # no pathlib
+        return ""
+    where = "nothing" if spec is None else spec.origin
+    return (
+        f"this process is not tapped: its own {where} stands before tensorgraft's package of that "
+        "name; call it otherwise"
+    )

@@ -22,7 +22,6 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         if name != "torch":
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         loader = None if spec is None else spec.loader
         if loader is None or not hasattr(loader, "exec_module"):
@@ -31,6 +30,8 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             try:
                 from tensorgraft_entry import enter  # type: ignore[import-not-found]
             except ImportError:  # another environment's Python, which has torch and not this

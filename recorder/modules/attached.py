@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     Number = Callable[[weakref.ref[Module]], int]
-    Rivals = dict[int, tuple[weakref.ref[Any], list[weakref.ref[Any]]]]
+
+Rivals = dict[tuple[int, str], tuple["weakref.ref[Any]", list["weakref.ref[Any]"]]]
+"""A module's id and a section's name -> the module, and the models that have taps of that at it."""
 
 
 class Attached:
@@ -55,7 +57,8 @@ class Attached:
         self._rivals = rivals
         self._hooks: list[Hook] = []
         self._handles: list[Any] = []
-        self._functions: list[weakref.ref[Any]] = []
+        self._functions: list[functions.Line] = []
+        self._rivalries: list[tuple[list[weakref.ref[Any]], weakref.ref[Any]]] = []
         self._before: dict[int, Hook] = {}
 
     @property
@@ -69,13 +72,11 @@ class Attached:
             hook.is_detached = True
         for handle in self._handles:
             handle.remove()
-        for ref in self._functions:
-            functions.unbind(ref())
-        self._hooks, self._handles, self._functions, self._before = [], [], [], {}
-
-    def before(self, module: Any) -> Hook | None:
-        """Return the hook before a module's forward, for a call that had begun before it was."""
-        return self._before.get(id(module))
+        functions.unbind(self._functions)
+        for rivals, ref in self._rivalries:
+            rivals[:] = [one for one in rivals if one is not ref]
+        self._hooks, self._handles, self._functions, self._rivalries = [], [], [], []
+        self._before = {}
 
     def on_call(self, module: Any, do: Callable[[], None]) -> None:
         """Do something as a module is called, before its taps."""
@@ -97,7 +98,7 @@ class Attached:
                 settled.learn_axes(running)  # not of models that never run
             return number(root)
 
-        model = Model(begun)
+        model = Model(begun, base.name)
         at: dict[int, tuple[Any, list[tuple[Row, Binding]]]] = {}
         for row in section.rows:
             counts = self.found.setdefault(row, [0, 0])
@@ -126,7 +127,7 @@ class Attached:
             places = standing.get(id(module), ())
             where = Places(places, names, base.name) if len(places) > 1 else None
             try:
-                self._hook(module, bindings, where, self._shared(module, inner[""]))
+                self._hook(module, bindings, where, self._shared(module, inner[""], section))
             except Exception as err:  # as TorchScript's modules, which take no hook with names
                 for one in bindings:
                     one.misfit = f"it takes no hook: {type(err).__name__}: {err}"
@@ -149,14 +150,17 @@ class Attached:
         model.bindings.append(binding)
         return binding
 
-    def _shared(self, module: Any, model: Module) -> Shared:
-        known = self._rivals.get(id(module))
+    def _shared(self, module: Any, model: Module, section: Section) -> Shared:
+        key = (id(module), section.name)
+        known = self._rivals.get(key)
         if known is None or known[0]() is not module:
-            known = self._rivals[id(module)] = weakref.ref(module), []
+            known = self._rivals[key] = weakref.ref(module), []
         rivals = known[1]
         rivals[:] = [ref for ref in rivals if ref() is not None]
         if all(ref() is not model for ref in rivals):
-            rivals.append(weakref.ref(model))
+            ref = weakref.ref(model)
+            rivals.append(ref)
+            self._rivalries.append((rivals, ref))
         return Shared(model, rivals)
 
     def _hook(
@@ -179,8 +183,9 @@ class Attached:
             self._hooks.append(hook)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for path, line in of_functions.items():
-            why = functions.bind(path, module, line, turns[path])
-            self._functions.append(weakref.ref(module))
+            rows = functions.Line(line, turns[path], places, shared)
+            self._functions.append(rows)
+            why = functions.bind(path, module, rows)
             for one in line if why else ():
                 one.misfit = why
 
@@ -228,7 +233,7 @@ def tapped(
         tables: tables of which the section that fits best is taken; where several are given, one
             whose `roots` name the class of a module.
         number: gives a model its number as its first tap fires.
-        rivals: by a module's id, the models that have taps at it; all that share a process's.
+        rivals: see `Rivals`; of all roots of a request.
     """
     names = named(module)
     found = Attached(type(names[""]).__name__, names, {} if rivals is None else rivals)

@@ -10,42 +10,63 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import FrameType
 from typing import Any
 
+from ..bits import never_compiled
 from ..taps import sessions
 from ..taps.tap import outside_dynamo
-from .hooks import Binding, Turns, guarded, innermost
+from .hooks import Binding, Places, Shared, Turns, guarded, innermost
 from .members import Call
 
 _patched: dict[str, _Patch] = {}
+
+
+class Line:
+    """The rows that one model has of a function while one module runs.
+
+    Args:
+        bindings: what they are at the module.
+        turns: counts the function's calls.
+        places: where the module stands, if in several places.
+        shared: which of several models that hold it runs.
+    """
+
+    def __init__(
+        self, bindings: list[Binding], turns: Turns, places: Places | None, shared: Shared
+    ) -> None:
+        self.bindings, self.turns, self.places, self.shared = bindings, turns, places, shared
+
+    def running(self, frame: FrameType, of: FrameType) -> list[tuple[Binding, int]]:
+        """Return which of them a call is for, each with its turn.
+
+        Args:
+            frame: that from which the function is called.
+            of: that of the module's forward.
+        """
+        if not self.shared.is_running(frame):
+            return []
+        here = None if self.places is None else self.places.here(frame)
+        turn = self.turns.next(of, max(len(one.names) for one in self.bindings))
+        return [(one, turn) for one in self.bindings if self.places is None or one.module == here]
 
 
 class _Patch:
     """One function that is replaced, and for which modules."""
 
     def __init__(self, holder: Any, name: str, original: Callable[..., Any]) -> None:
-        self.at: dict[int, tuple[weakref.ref[Any], tuple[list[Binding], Turns]]] = {}
+        self.at: dict[int, tuple[weakref.ref[Any], list[Line]]] = {}
+        self.original = original
         self._holder, self._name = holder, name
         self._given = vars(holder).get(name)  # None where a class above has it
 
         @functools.wraps(original)
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            found = outside_dynamo(_running)(self) if sessions.active else None
-            if found is None:
+            if not sessions.active:
                 return original(*args, **kwargs)
-            bindings, turn = found
-            call = Call(original, args, kwargs, None)
-            for binding in bindings:
-                if binding.row.path.place.side == "input":
-                    outside_dynamo(guarded)(binding, call, turn)
-            call.output = original(*args, **kwargs)
-            for binding in bindings:
-                if binding.row.path.place.side != "input":
-                    outside_dynamo(guarded)(binding, call, turn)
-            return call.output
+            return _called(self, args, kwargs)
 
-        tapped._torchdynamo_disable = True  # type: ignore[attr-defined]
         is_bare = isinstance(self._given, (staticmethod, classmethod))
         self._replacement = type(self._given)(tapped) if is_bare else tapped
         setattr(holder, name, self._replacement)
@@ -60,16 +81,34 @@ class _Patch:
             setattr(self._holder, self._name, self._given)
 
 
-def _running(patch: _Patch) -> tuple[list[Binding], int] | None:
-    """Return the bindings of the innermost module that runs and has any, and the turn there."""
-    found = innermost(patch.at, sys._getframe(1))
+def _called(patch: _Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function, and fire the taps of its input and output where any are meant."""
+    found = outside_dynamo(_running)(patch)
+    call = Call(patch.original, args, kwargs, None)
+    for binding, turn in found:
+        if binding.row.path.place.side == "input":
+            outside_dynamo(guarded)(binding, call, turn)
+    call.output = patch.original(*args, **kwargs)
+    for binding, turn in found:
+        if binding.row.path.place.side != "input":
+            outside_dynamo(guarded)(binding, call, turn)
+    return call.output
+
+
+never_compiled(_called)
+
+
+def _running(patch: _Patch) -> list[tuple[Binding, int]]:
+    """Return the bindings of the innermost module that runs and has any, each with its turn."""
+    here = sys._getframe(1)
+    found = innermost(patch.at, here)
     if found is None:
-        return None
-    (bindings, turns), frame = found
-    return bindings, turns.next(frame, max(len(one.names) for one in bindings))
+        return []
+    lines, of = found
+    return [one for line in lines for one in line.running(here, of)]
 
 
-def bind(path: str, module: Any, bindings: list[Binding], turns: Turns) -> str:
+def bind(path: str, module: Any, line: Line) -> str:
     """Tap what a function gives while a module runs.
 
     Returns why that cannot be done, "" where it is.
@@ -81,15 +120,20 @@ def bind(path: str, module: Any, bindings: list[Binding], turns: Turns) -> str:
         if isinstance(found, str):
             return found
         patch = _patched[path] = _Patch(*found)
-    patch.at[id(module)] = (weakref.ref(module), (bindings, turns))
+    known = patch.at.get(id(module))
+    if known is None or known[0]() is not module:
+        known = patch.at[id(module)] = weakref.ref(module), []
+    known[1].append(line)
     return ""
 
 
-def unbind(module: Any) -> None:
-    """Tap no function for a module any more; those that nobody wants are put back."""
+def unbind(lines: Collection[Line]) -> None:
+    """Tap functions for these rows no more; those that nobody wants are put back."""
     for path, patch in list(_patched.items()):
-        patch.at.pop(id(module), None)
-        patch.at = {key: one for key, one in patch.at.items() if one[0]() is not None}
+        for key, (ref, kept) in list(patch.at.items()):
+            kept[:] = [line for line in kept if all(line is not one for one in lines)]
+            if not kept or ref() is None:
+                del patch.at[key]
         if not patch.at:
             patch.undo()
             del _patched[path]

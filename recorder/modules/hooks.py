@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..bits import never_compiled
 from ..diagnostics import say
 from ..errors import ReplayError, is_from_the_job
 from ..tags import TagValue
@@ -52,8 +53,10 @@ def innermost(
         if frame is None:
             return None
         code = frame.f_code
-        if code.co_argcount:
-            module = frame.f_locals.get(code.co_varnames[0])  # `self`, as a rule
+        # Of no other frames: to look at a frame's locals lets those of older Pythons keep what
+        # they are until it ends.
+        if code.co_argcount and code.co_varnames[0] == "self":
+            module = frame.f_locals.get("self")
             found = at.get(id(module))
             if found is not None and found[0]() is module:
                 return found[1], frame
@@ -107,9 +110,11 @@ class Model:
 
     Args:
         begin: called as its first tap is to fire; gives it its number.
+        name: its name below the root.
     """
 
-    def __init__(self, begin: Callable[[], int]) -> None:
+    def __init__(self, begin: Callable[[], int], name: str) -> None:
+        self.name = name
         self.bindings: list[Binding] = []
         self._begin: Callable[[], int] | None = begin
 
@@ -166,7 +171,8 @@ class Binding:
     @property
     def site(self) -> str:
         """Where it stands, for messages."""
-        return f"{self.module or 'the root'} ({self.row.where})"
+        name = f"{self.model.name}.{self.module}".strip(".")
+        return f"{name or 'the root'} ({self.row.where})"
 
     def fire(self, call: Call, turn: int = 0) -> None:
         """Fire the tap of one call, the `turn`-th of a function; a misfit is kept as `misfit`."""
@@ -316,8 +322,7 @@ def _called(*call: Any) -> None:
     outside_dynamo(_fire_all)(*call)
 
 
-# The compiler heeds this mark on functions, and not on what an object is called by.
-_called._torchdynamo_disable = True  # type: ignore[attr-defined]
+never_compiled(_called)  # of which the compiler does not ask an object's `__call__`
 
 
 def _fire_all(

@@ -150,14 +150,15 @@ class Settled:
         for axis, (other, condition) in self._section.axes.items():
             holds = condition is None or self._value(condition)
             learn_axis(axis, other if holds else None)
-        if self._config.get("sequence_parallel"):
-            learn_axis("sp", "tp")
+        is_cut = self._config.get("sequence_parallel")  # Megatron-Core's config, for any table
+        if is_cut is not None and "sp" not in self._section.axes:
+            learn_axis("sp", "tp" if is_cut else None)
 
     def _number(self, tag: str, value: TagValue, more: int, holder: Any) -> TagValue:
         expression = self._section.numbers.get(tag)
         if expression is not None and holder is not None:
             given = _tried(expression, Attributes(holder, self._config))
-            return value if given is None else given - more
+            return given - more if type(given) is int else value
         number = got(holder, _MEGATRON)
         if tag == "layer" and type(number) is int and number > 0:
             return number - 1 - more

@@ -6,8 +6,9 @@ table that is asked for fires its taps, which are noted and go nowhere else.
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from ..job import Job
 from ..mailbox import SURVEY, SurveyedModule, SurveyedTensor, write_report
 from ..taps import sessions
 from ..taps.call import Call as Tap
+from .hooks import ROOT, Hook
 from .members import Call
 from .tree import is_identity, named
 
+log = logging.getLogger(__name__)
 _MOST_TENSORS = 8
 
 
@@ -36,9 +39,7 @@ class Survey:
         self.ignored: set[Any] = set()
         self._modules: dict[int, list[SurveyedModule]] = {}
         self._found: list[SurveyedModule] = []
-        self._handles: list[Any] = []
         self._roots = 0
-        self._lock = threading.Lock()
         self._is_closed = False
 
     def on_root(self, root: torch.nn.Module, called: Any) -> None:
@@ -64,23 +65,20 @@ class Survey:
             known.append(one)
             self._found.append(one)
             if len(known) == 1:
-                self._handles.append(module.register_forward_hook(self._called, with_kwargs=True))
-
-    def detach(self) -> None:
-        """Take every hook away."""
-        for handle in self._handles:
-            handle.remove()
+                hook = _Hook(module, known)
+                with suppress(RuntimeError):  # TorchScript's modules take none
+                    module.register_forward_hook(hook, with_kwargs=True)
 
     def on_tap(self, call: Tap) -> None:
         """Note a tap that a table makes, at its module."""
         module = call.site.partition(" (")[0]
-        tags = {tag: str(value) for tag, value in call.tags.items()}
-        for one in self._found:
-            if one["name"] == module or (not one["name"] and module == "the root"):
-                text = " ".join([call.name, *(f"{tag}={value}" for tag, value in tags.items())])
-                if text not in one["taps"]:
-                    one["taps"].append(text)
-                break
+        name = "" if module == "the root" else module
+        named_so = [one for one in self._found if one["name"] == name]
+        number = call.tags.get(ROOT, 0)
+        one = named_so[number if number < len(named_so) else 0] if named_so else None
+        text = " ".join([call.name, *(f"{tag}={value}" for tag, value in call.tags.items())])
+        if one is not None and text not in one["taps"]:
+            one["taps"].append(text)
 
     def on_switch(self, filter: Filter | None, missed: bool) -> None:
         """Nobody switches it: it has no folder."""
@@ -104,15 +102,30 @@ class Survey:
         never = len(self._found) - len(seen)
         write_report({"session": SURVEY, "pid": os.getpid(), "modules": seen, "never": never})
 
-    def _called(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+
+class _Hook(Hook):
+    """What torch calls after a module's forward."""
+
+    def __init__(self, module: torch.nn.Module, known: list[SurveyedModule]) -> None:
+        super().__init__(module, (), ())
+        self._known = known
+
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
     ) -> None:
-        for one in self._modules.get(id(module), ()):
+        """Note a call of the module."""
+        if self.module() is not module:
+            return
+        for one in self._known:
             one["calls"] += 1
-            if one["calls"] == 1:
-                call = Call(module, args, kwargs, output)
-                one["input"] = _described(call, "input")
-                one["output"] = _described(call, "output")
+        if self._known[0]["calls"] == 1:
+            call = Call(module, args, kwargs or {}, output)
+            try:
+                for one in self._known:
+                    one["input"] = _described(call, "input")
+                    one["output"] = _described(call, "output")
+            except Exception:  # of containers of the job's own
+                log.debug("at a module", exc_info=True)
 
 
 def _described(call: Call, side: str) -> list[SurveyedTensor]:

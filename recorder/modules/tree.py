@@ -100,8 +100,6 @@ def bases(paths: Sequence[Path], names: Iterable[str]) -> list[Base]:
             path = whole.without(without)
             if whole.is_anywhere or not whole.modules:
                 continue
-            if without and path is whole:
-                path = whole  # such as lm_head, which stands beside the inner model
             for name in names:
                 base = path.fits_below(name)
                 if base is not None:

@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -29,15 +29,17 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ..bits import never_compiled
 from ..diagnostics import say
 from ..errors import GraftError, ReplayError, UsageError, is_from_the_job
 from ..mailbox import LOADED, SURVEY, TAPS, VARIABLE, ModelReport, RowReport, write_report
+from ..mesh import forget_axes
 from ..settings import TapSettings
 from ..taps import sessions
 from ..taps.checkpoints import is_in_backward
 from ..taps.tap import outside_dynamo, step
 from . import table
-from .attached import Attached, tapped
+from .attached import Attached, Rivals, tapped
 from .hooks import Hook, Turns, innermost
 from .survey import Survey, begin_survey
 from .table import Row, Table
@@ -49,9 +51,6 @@ _MOST_NAMES = 20_000
 _PATIENCE, _SHARE = 3, 100
 """After so many looks in vain at modules that stand alone, such as a forward may make, the next is
 not before so many times what the last look took."""
-
-_init: Any = torch.nn.Module.__init__
-_setstate: Any = torch.nn.Module.__setstate__
 
 
 class _Stepping:
@@ -109,7 +108,7 @@ class Request:
         self.is_reported = False
         self._steps: list[Any] = []
         self._stepping: _Stepping | None = None
-        self._rivals: dict[int, tuple[weakref.ref[Any], list[weakref.ref[Any]]]] = {}
+        self._rivals: Rivals = {}
 
     def on_root(self, root: Any, called: Any) -> Attached | None:
         """Tap a root; None where nothing of it is wanted."""
@@ -288,17 +287,21 @@ class _Watch:
         self._handle: Any = None
         self._lock = threading.RLock()
         self.is_installed = False
+        self.is_late = False  # whether the environment may ask for something later
+        self._plain: dict[str, Callable[..., Any]] = {}
 
     def install(self, *, is_late: bool) -> None:
         """Note each module from now on; `is_late`: and those there are."""
         with self._lock:
             if not self.is_installed:
                 self.is_installed = True
-                torch.nn.Module.__init__ = _noting_init  # type: ignore[method-assign]
-                torch.nn.Module.__setstate__ = _noting_setstate  # type: ignore[method-assign]
-                functools.update_wrapper(_compile, _torch_compile)
-                torch.compile = _compile
-                _hear_of_compiles()
+                functools.update_wrapper(_compile, torch.compile)
+                for holder, name, replacement in _PUT:
+                    # What somebody, such as the compiler, has put around it meanwhile still has it.
+                    if name not in self._plain:
+                        self._plain[name] = getattr(holder, name)
+                        setattr(holder, name, replacement)
+                _hear_of_compiles(True)
                 for one in gc.get_objects() if is_late else ():
                     # Not isinstance: it asks objects of others what they are, and some answer.
                     if issubclass(type(one), torch.nn.Module) and "_modules" in vars(one):
@@ -311,17 +314,23 @@ class _Watch:
         """Leave torch as it was."""
         with self._lock:
             self._disarm()
-            if self.is_installed and torch.nn.Module.__init__ is _noting_init:
-                torch.nn.Module.__init__ = _init  # type: ignore[method-assign]
-                torch.nn.Module.__setstate__ = _setstate  # type: ignore[method-assign]
-                if torch.compile is _compile:
-                    torch.compile = _torch_compile
-                self.is_installed = False
-                self._seen.clear()
-                self._fresh.clear()
+            _hear_of_compiles(False)
+            forget_axes()
+            self._seen.clear()
+            self._fresh.clear()
+            self.is_installed = False
+            for holder, name, replacement in _PUT:
+                if getattr(holder, name) is replacement:
+                    setattr(holder, name, self._plain.pop(name))
+
+    def plain(self, name: str) -> Any:
+        """Return what torch had before something was put in its place."""
+        return self._plain[name]
 
     def made(self, module: Any) -> None:
         """Note a module that is made."""
+        if not self.requests and not self.is_late:
+            return
         self._seen[id(module)] = module
         self._fresh.add(id(module))
         if self._handle is None:
@@ -379,11 +388,17 @@ class _Watch:
                 self._find(None, fresh)
             self._disarm()
 
+    def renew(self) -> None:
+        """Begin anew in a child: the thread that held the lock may not be here."""
+        self._lock = threading.RLock()
+
     def _find(self, called: Any, fresh: set[int]) -> bool:
         """Tap the roots of fresh modules; return whether anything was found."""
+        # Other threads make modules meanwhile.
+        seen = [(id(one), one) for ref in self._seen.valuerefs() if (one := ref()) is not None]
         parents: dict[int, Any] = {}
-        for one in list(self._seen.values()):
-            for child in vars(one).get("_modules", {}).values():
+        for _, one in seen:
+            for child in list(vars(one).get("_modules", {}).values()):
                 if child is not None:
                     parents.setdefault(id(child), one)
 
@@ -395,14 +410,20 @@ class _Watch:
             return module
 
         first = None if called is None else top(called)
-        new = [one for key, one in list(self._seen.items()) if key in fresh]
+        new = [one for key, one in seen if key in fresh]
         roots = {id(root): root for root in map(top, new)}
         is_any = False
         # The one that is called is the first model, whatever was made before it.
         for root in sorted(roots.values(), key=lambda root: root is not first):
             inside = called if root is first else None
-            found = [request.on_root(root, inside) for request in self.requests]
-            is_any = is_any or any(found)
+            for request in self.requests:
+                try:
+                    is_any = bool(request.on_root(root, inside)) or is_any
+                except Exception as err:
+                    if is_from_the_job(err):
+                        raise
+                    log.debug("at a root", exc_info=True)
+                    say(f"{type(root).__name__} is not tapped: {type(err).__name__}: {err}")
         return is_any
 
 
@@ -411,11 +432,12 @@ def _hooks_of(module: Any) -> list[Hook]:
 
 
 _watch = _Watch()
+os.register_at_fork(after_in_child=_watch.renew)
 _from_environment: dict[str, Request | None] = {}
 
 
 def _noting_init(self: Any, *args: Any, **kwargs: Any) -> None:
-    _init(self, *args, **kwargs)
+    _watch.plain("__init__")(self, *args, **kwargs)
     if not torch.compiler.is_compiling():  # what is made in a compiled forward is gone with it
         _watch.made(self)
 
@@ -431,36 +453,54 @@ def _on_call(module: Any, args: tuple[Any, ...]) -> None:
 
 def _compile(*args: Any, **kwargs: Any) -> Any:
     """As `torch.compile`, with the taps of what is there in their place before."""
-    _watch.look()
-    compiled = _torch_compile(*args, **kwargs)
-    _hear_of_compiles()
+    _guarded_look()
+    compiled = _watch.plain("compile")(*args, **kwargs)
+    _hear_of_compiles(True)
     return compiled
 
 
-def _hear_of_compiles() -> None:
-    """Look at what is new also as the compiler begins, if that is there."""
+def _hear_of_compiles(wanted: bool) -> None:
+    """Look, or no more, at what is new also as the compiler begins, if that is there."""
     callback: Any = sys.modules.get("torch._dynamo.callback")
     if not hasattr(callback, "on_compile_start"):
         return
     with suppress(Exception):  # it is not there yet, or `torch._dynamo.reset` has taken it away
         callback.callback_handler.remove_start_callback(_on_compile_start)
-    callback.on_compile_start(_on_compile_start)
+    if wanted:
+        callback.on_compile_start(_on_compile_start)
 
 
 def _on_compile_start(*args: Any) -> None:
-    _watch.look()
+    _guarded_look()
 
 
-_torch_compile = torch.compile
+def _guarded_look() -> None:
+    try:
+        _watch.look()
+    except Exception as err:  # torch does not guard this, and a compile is the job's
+        if is_from_the_job(err):
+            raise
+        log.debug("before a compile", exc_info=True)
 
 
 def _first_call(module: Any, args: tuple[Any, ...]) -> None:
     _watch.first_call(module, args)
 
 
+never_compiled(_first_call)
+
+
 def _noting_setstate(self: Any, state: Any) -> None:
-    _setstate(self, state)
+    _watch.plain("__setstate__")(self, state)
     _watch.made(self)
+
+
+_PUT: tuple[tuple[Any, str, Any], ...] = (
+    (torch.nn.Module, "__init__", _noting_init),
+    (torch.nn.Module, "__setstate__", _noting_setstate),
+    (torch, "compile", _compile),
+)
+"""What is put in the place of what of torch's, while modules are looked for."""
 
 
 def _kwargs_of_call() -> Mapping[str, Any]:
@@ -598,7 +638,7 @@ def _wants_modules(kind: str) -> bool:
 def watch_environment() -> None:
     """Note modules from now on for what the environment asks for, or may ask for later."""
     write_report({"session": LOADED, "pid": os.getpid()})
-    is_late = "ray" in sys.modules
+    is_late = _watch.is_late = "ray" in sys.modules
     if is_late or SURVEY in os.environ or any(map(_wants_modules, TapSettings.PREFIXES)):
         _watch.install(is_late=False)
         late_environment()

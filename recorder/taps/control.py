@@ -284,7 +284,6 @@ def _after_fork_in_child() -> None:
     _thread = None  # it begins with the next `keep`
     for one in _watched.values():
         one.renew()
-    _after_fork()
 
 
 os.register_at_fork(

@@ -248,6 +248,7 @@ def _is_a_comparison(err: Exception) -> bool:
     return trace is not None and trace.tb_frame.f_code.co_name in ("__eq__", "__hash__")
 
 
+# Sessions say more of it to the compiler (`bits.never_compiled`), which takes torch.
 fire._torchdynamo_disable = True  # type: ignore[attr-defined]
 _fire_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 

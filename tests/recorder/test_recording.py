@@ -57,6 +57,10 @@ def test_open_tells_world_size_ranks_and_meta(record):
     assert run.world_size == 3 and run.ranks == [0, 1, 2]
     assert run.meta["format_version"] == 1
     assert run.meta["options"] == {
+        "modules": [],
+        "taps": None,
+        "step_on": "step",
+        "max_hold": None,
         "filter": None,
         "level": "tensors",
         "max_bytes": None,

@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_modules
 from recorder import Recorder, Recording, attach, context, declare_mesh
 from recorder.errors import UsageError
 from recorder.mesh import current_mesh
-from recorder.modules import watch
+from recorder.modules import survey, watch
 from replayer import Replayer
 
 
@@ -624,8 +624,14 @@ def test_what_an_axis_is_called_is_asked_of_each_model_that_runs(tmp_path, model
             model.config = SimpleNamespace(sequence_parallel=cut)
             other = Model()  # never runs
             other.config = SimpleNamespace(sequence_parallel=not cut)
-            recorded(tmp_path, lambda: model(X), taps=rows, rank=1, world_size=2)
-            assert ("sp" in current_mesh()) == cut
+            known = []
+
+            def job(known=known):
+                model(X)
+                known.append("sp" in current_mesh())
+
+            recorded(tmp_path, job, taps=rows, rank=1, world_size=2)
+            assert known == [cut] and "sp" not in current_mesh()
     finally:
         declare_mesh()
 
@@ -662,6 +668,49 @@ def test_a_module_that_two_models_share_is_tapped_in_the_one_that_runs(tmp_path)
     actor, critic = Head(), Head()
     run = recorded(tmp_path, lambda: (actor(X), critic(X), actor(X)), modules=["back"])
     assert keys(run) == [("back", "{}", 0), ("back", '{"root":1}', 0), ("back", "{}", 0)]
+
+
+def test_a_model_that_was_called_alone_is_tapped_where_something_holds_it(tmp_path, model):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x)
+
+    run = recorded(tmp_path, lambda: (model(X), Holder()(X)), modules=["*.mlp"])
+    names = [f"model.layers.{layer}.mlp" for layer in (0, 1)]
+    assert [name for name, *_ in keys(run)] == [*names, *(f"inner.{name}" for name in names)]
+
+
+def test_patterns_and_a_table_tap_one_module_each(tmp_path, model, table):
+    holder = nn.Sequential(model)
+    rows = table('"model.layers.{layer}.mlp" = "mlp"\n"head" = "logits"')
+    with Recorder(tmp_path / "run", taps=rows, modules=["*.mlp"]):
+        holder(X)
+    names = [name for name, *_ in keys(Recording.open(tmp_path / "run"))]
+    assert names.count("mlp") == 2 and names.count("0.model.layers.1.mlp") == 1
+
+
+def test_two_rows_of_one_function_each_have_their_tap(tmp_path, table):
+    rows = table(
+        '" > calling.f:output" = { tap = ["a", "b"] }\n" > f:input" = { tap = ["c", "d"] }'
+    )
+    run = recorded(tmp_path, lambda: calling.Twice(Out)(X), taps=rows)
+    assert [name for name, *_ in keys(run)] == ["a", "c", "b", "d"] or [
+        name for name, *_ in keys(run)
+    ] == ["c", "a", "d", "b"]
+
+
+def test_a_copy_of_a_model_that_graft_taps_looks_at_can_be_made(model, monkeypatch):
+    monkeypatch.setattr(survey, "write_report", lambda report: None)
+    seen = survey.Survey()
+    seen.on_root(model, model)
+    copy.deepcopy(model)(X)
+    torch.save(model, io.BytesIO())
+    model(X)
+    assert {one["calls"] for one in seen._found if one["name"]} <= {0, 1}
 
 
 def test_threads_that_call_a_model_first_lose_no_record(tmp_path, model):
@@ -774,10 +823,10 @@ def test_copies_of_copies_have_no_more_hooks(tmp_path, model):
     recorded(tmp_path, job, modules=["head"])
 
 
-def test_a_model_that_is_traced_is_as_it_was(tmp_path, model, capsys):
-    with pytest.warns(DeprecationWarning):
-        plain = torch.jit.trace(model.head, X, check_trace=False)
-    with Recorder(tmp_path / "run", modules=["head", "0"]), pytest.warns(DeprecationWarning):
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_model_that_is_traced_is_as_it_was(tmp_path, model):
+    plain = torch.jit.trace(model.head, X, check_trace=False)
+    with Recorder(tmp_path / "run", modules=["head", "0"]):
         model(X)
         traced = torch.jit.trace(model.head, X, check_trace=False)
     assert traced.code == plain.code and torch.equal(traced(X), plain(X))

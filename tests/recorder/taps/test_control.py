@@ -347,13 +347,18 @@ JOB = """
     print("there", flush=True)
     def work(name):
         n = 0
-        while True:
+        while not over.is_set():
             tap(name, torch.full((50,), n), n=n)
             n += 1
             time.sleep(0.0005)
-    for name in ("a", "b"):
-        threading.Thread(target=work, args=(name,), daemon=True).start()
+    over = threading.Event()
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
     sys.stdin.read()
+    over.set()  # Python ends a thread that is in torch's code by ending the process
+    for thread in threads:
+        thread.join()
     """
 
 
