@@ -189,6 +189,7 @@ def test_the_variable_has_them_one_behind_the_other():
 
 
 @pytest.mark.processes
+@pytest.mark.slow
 def test_the_commands_take_it_several_times(base, shell):
     assert Recording.open(base).manifest().height == 8
     shell.write(

@@ -52,6 +52,7 @@ def test_a_trial_can_be_repeated_and_prints_nothing(command, run, tmp_path, capf
     assert sorted(path.name for path in tmp_path.iterdir()) == ["job.py", "run"]
 
 
+@pytest.mark.slow
 def test_a_trial_tells_the_command_s_status_from_its_own(command, run):
     recorded(run, RecordSettings(), command(1))
     trial = replayed(

@@ -463,6 +463,7 @@ def test_the_status_follows(shell):
         assert "1 without effect" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_tensor_that_lives_to_the_very_end_says_nothing(shell):
     shell.write(
         "job.py",

@@ -422,6 +422,7 @@ def test_names_cannot_steer_the_terminal(shell, run):
         assert "\x1b" not in out and "a\\x1b[2J\\nb" in out
 
 
+@pytest.mark.slow
 def test_elastic_restart_under_the_wrapper(shell, run):
     shell.write(
         "elastic.py",

@@ -154,6 +154,7 @@ def test_wrong_usage_is_one_sentence_and_status_2(runs, words, said):
     assert "Traceback" not in done.output and not done.stdout
 
 
+@pytest.mark.slow
 def test_ranks_of_a_torchrun_share_the_work_and_give_the_same_table(shell, runs, tmp_path):
     shell.write("numpy.py", "raise ModuleNotFoundError('numpy')")  # which is no dependency
     words = ("diff", runs["A"], runs["fault"], "--by", "h", "--parquet")

@@ -203,6 +203,7 @@ def missed(seed, faults, in_=PLANTED_IN, times=4):
     return found
 
 
+@pytest.mark.slow
 def test_no_clean_pair_is_called_different(tmp_path_factory):
     found = wrong(tmp_path_factory, 0, is_quick=True)
     printed("clean, called different", found, CLEAN, "wanted: 0")
