@@ -61,10 +61,12 @@ def order(folder: Path, action: str, filter: Filter | None = None) -> Order:
         NotARecording: it is none of these.
         RecordingError: it cannot be written, or what was asked for before cannot be read.
     """
-    about = _about(folder)
+    if not folder.is_dir():
+        _about(folder)  # says what there is instead
     path = folder / control.FILE
     try:
         with disk.locked(folder):
+            about = _about(folder)  # not while another order is half written
             try:
                 before = control.read(folder)
             except ValueError as err:

@@ -40,6 +40,9 @@ def switch(run, action, expr=None):
     run.mkdir(exist_ok=True)
     done = order(run, action, Filter.coerce(expr))
     until(lambda: control.order_of(run) == done)
+    if run in control._watched:
+        with control._watched[run]._looking:  # held until the sessions have it too
+            pass
     return done
 
 
@@ -323,7 +326,7 @@ def test_a_fork_before_the_first_tap_is_one_of_a_process_without_threads(run, sh
                 time.sleep(0.01)
         assert any(t.name == "graft-control" for t in threading.enumerate())
         child = os.fork()
-        print("child" if child == 0 else "parent", flush=True)
+        os.write(1, b"child\n" if child == 0 else b"parent\n")
         wait(False)
         if child:
             assert os.waitpid(child, 0)[1] == 0
