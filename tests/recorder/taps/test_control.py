@@ -326,7 +326,7 @@ def test_a_fork_before_the_first_tap_is_one_of_a_process_without_threads(run, sh
                 time.sleep(0.01)
         assert any(t.name == "graft-control" for t in threading.enumerate())
         child = os.fork()
-        os.write(1, b"child\n" if child == 0 else b"parent\n")
+        os.write(1, b"child\\n" if child == 0 else b"parent\\n")
         wait(False)
         if child:
             assert os.waitpid(child, 0)[1] == 0
