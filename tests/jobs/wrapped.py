@@ -51,6 +51,7 @@ def main(how):
         optimizer.step()
         optimizer.zero_grad()
     print(f"loss {loss.item():.6f}")
+    dist.barrier()  # a rank that leaves first may keep the other from leaving
     dist.destroy_process_group()
 
 
