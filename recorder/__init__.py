@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .errors import GraftError
     from .filters import Filter
     from .mesh import declare_mesh, global_layer
-    from .modules.watch import attach
+    from .modules.attach import attach
     from .recording import Recording
     from .session import Recorder
     from .taps.tap import context, step, tap
@@ -21,7 +21,7 @@ _LAZY = {
     "GraftError": "recorder.errors",
     "Recorder": "recorder.session",
     "Recording": "recorder.recording",
-    "attach": "recorder.modules.watch",
+    "attach": "recorder.modules.attach",
     "context": "recorder.taps.tap",
     "declare_mesh": "recorder.mesh",
     "global_layer": "recorder.mesh",

@@ -31,7 +31,8 @@ from .job import Job
 from .logical import layout_of
 from .mailbox import write_report
 from .mesh import Mesh
-from .modules.watch import Request, begin
+from .modules.request import Request
+from .modules.watch import begin
 from .modules.watch import end as end_taps
 from .paths import Path as ModulePath
 from .progress import Progress, Publisher

@@ -39,7 +39,8 @@ from recorder.format.schema import rank_folder
 from recorder.job import Job
 from recorder.mailbox import write_report
 from recorder.mesh import FrozenMesh
-from recorder.modules.watch import Request, begin, end
+from recorder.modules.request import Request
+from recorder.modules.watch import begin, end
 from recorder.paths import Path as ModulePath
 from recorder.ranks import RankWatch
 from recorder.recording import Recording
