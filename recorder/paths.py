@@ -12,6 +12,7 @@ with `*.` fits at any depth. `{layer}` is one part or a piece of one, and become
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -125,7 +126,7 @@ class Path:
                 tags[tag] = int(text) - more
         return tags
 
-    @property
+    @functools.cached_property
     def _below(self) -> re.Pattern[str]:
         return re.compile(rf"(?:(?P<graft_base>.+?)\.)?{self._pattern.pattern}", re.DOTALL)
 

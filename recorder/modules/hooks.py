@@ -187,7 +187,7 @@ class Binding:
             value = call.value(place)
         except Absent as err:
             if not self.row.taps and not self.row.dims and not place.members:
-                self._fire_all(call)  # the path names the tap, and so it can the members
+                self._fire_each(call)  # the path names the tap, and so it can the members
             elif not err.is_quiet:
                 self._tell(str(err))
             elif not self.misfit:
@@ -204,7 +204,7 @@ class Binding:
             self.tags, self.site, forward=not place.is_gradient,
         )  # fmt: skip
 
-    def _fire_all(self, call: Call) -> None:
+    def _fire_each(self, call: Call) -> None:
         side = self.row.path.place.side
         found = call.all(side)
         if not found and not self.misfit:
