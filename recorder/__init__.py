@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .modules.attach import attach
     from .recording import Recording
     from .session import Recorder
-    from .taps.tap import context, step, tap
+    from .taps.around import context, rows
+    from .taps.tap import step, tap
 
 # Loaded when first asked for: a job that only taps, and the command line, need neither torch's
 # nor polars' import time; and torch itself loads this package, in programs that want none of it.
@@ -22,9 +23,10 @@ _LAZY = {
     "Recorder": "recorder.session",
     "Recording": "recorder.recording",
     "attach": "recorder.modules.attach",
-    "context": "recorder.taps.tap",
+    "context": "recorder.taps.around",
     "declare_mesh": "recorder.mesh",
     "global_layer": "recorder.mesh",
+    "rows": "recorder.taps.around",
     "step": "recorder.taps.tap",
     "tap": "recorder.taps.tap",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "context",
     "declare_mesh",
     "global_layer",
+    "rows",
     "step",
     "tap",
 ]

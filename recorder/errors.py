@@ -27,7 +27,7 @@ GraftError                     every expected failure; the command line prints i
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import Template
 
 _LIBRARIES = frozenset(
@@ -105,10 +105,10 @@ class RecordingExists(RecordingError):
 class UnsupportedVersion(RecordingError):
     """Written by a format that this version does not read."""
 
-    def __init__(self, path: object, got: object, expected: int) -> None:
+    def __init__(self, path: object, got: object, expected: Iterable[float]) -> None:
         self.path = path
         super().__init__(
-            f"{path} has format version {got!r}, expected {expected}; "
+            f"{path} has format version {got!r}, expected {' or '.join(map(str, expected))}; "
             "read it with the version of tensorgraft that wrote it, or record again"
         )
 

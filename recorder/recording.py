@@ -11,12 +11,13 @@ import json
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import DamagedRecording, NoSuchRecord, UsageError
 from .format.claims import ClaimData, checked_meshes
+from .format.ids import HeldIds
 from .format.index import Group, Index, nearest, whole_key
 from .format.members import (
     Incomplete,
@@ -28,6 +29,7 @@ from .format.members import (
 from .format.parts import Part, parts_of, read_part, read_sealed, shard_path
 from .format.rows import row_at, tag_columns
 from .format.schema import (
+    AUXILIARY,
     COLUMNS,
     Description,
     ManifestRow,
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
     import torch
 
     from .format.payload import Files
+    from .tokens.taken import Taken
 
+T = TypeVar("T")
 _HEADERS_KEPT = 256
 _TRIES = 20
 
@@ -71,6 +75,7 @@ class Recording:
         self._files: Files | None = None
         self._lock = threading.Lock()
         self._paths: dict[tuple[str, int], Path] = {}
+        self._held = HeldIds(self)
         self._checked: set[tuple[str, str, str]] = set()
         self._meshes: dict[tuple[int, int], list[tuple[int, FrozenMesh | None]]] | None = None
 
@@ -130,7 +135,7 @@ class Recording:
         return self._rows.filter(self._rows["attempt"] == attempt)
 
     def latest(self) -> pl.DataFrame:
-        """Return the rows of the job's latest attempt.
+        """Return the rows of the job's latest attempt, without those that hold the ids of rows.
 
         A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold; nor
         has one that had not begun when others had, after a restart.
@@ -138,6 +143,8 @@ class Recording:
         import polars as pl
 
         rows = self.rows()
+        if rows["kind"].is_in(AUXILIARY).any():
+            rows = rows.filter(~pl.col("kind").is_in(AUXILIARY))
         if not any(claim["attempt"] for claim in self._claims):
             return rows
         kept = pl.DataFrame(
@@ -257,7 +264,7 @@ class Recording:
             attempt: which attempt of a restarted job; by default each rank's latest.
             at: axis -> coordinate: take only ranks that stand there, as `{"dp": 0}`.
             replicas: where ranks that should hold the same block do not: an `error`, take the
-                `first`, or their `mean`.
+                `first`, the `last`, or their `mean`.
             **tags: every other tag of the tap.
 
         Returns:
@@ -338,32 +345,11 @@ class Recording:
             DamagedRecording: the bytes are not there, or not those that were written.
         """
         from .bits import plainly
-        from .format.payload import Files, parse_dtype, restore
+        from .format.payload import parse_dtype, restore
 
-        shard, tensor = row["shard"], row["tensor"]
-        if shard is None or tensor is None:
-            raise UsageError(self._why_no_tensor(row))
-        path = self._shard_path(shard, row["rank"])
-        place = self._place(shard, tensor, path)
-        if place.nbytes != row["nbytes"]:
-            raise DamagedRecording(
-                path,
-                f"tensor {tensor!r} has {place.nbytes} bytes, the manifest says {row['nbytes']}",
-            )
-        with self._lock:
-            if self._files is None:
-                self._files = Files()
-            files = self._files
-        # The second is the shard that is open; sealed between the two, it has the first name.
-        for is_open in (False, True, False):
-            try:
-                data = files.read(path.with_suffix(".partial") if is_open else path, place)
-                break
-            except FileNotFoundError:
-                continue
-        else:
-            raise DamagedRecording(path, "it is missing")
-        about = (shard, tensor, row["digest"])
+        path, place = self._found(row)
+        data = self._through_names(path, lambda file: self._opened().read(file, place))
+        about = (row["shard"] or "", row["tensor"] or "", row["digest"])
         if check and about not in self._checked:
             import xxhash
 
@@ -376,6 +362,67 @@ class Recording:
             self._checked.add(about)
         with plainly():
             return restore(data, parse_dtype(row["dtype"], path), row["shape"] or [], path)
+
+    def ids(self, row: ManifestRow, *, check: bool = True) -> tuple[Taken, ...]:
+        """Return the ids that the rows of a record have, () where it has none.
+
+        Args:
+            row: a row of `rows`, as a dict.
+            check: as of `read`.
+
+        Raises:
+            DamagedRecording: they are not there, or not those that were written.
+        """
+        return self._held.of(row, check=check)
+
+    def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Read runs of a payload's bytes into memory, without comparing them with its digest.
+
+        Args:
+            row: a row of `rows`, as a dict.
+            runs: where each begins in the payload, and what to fill with it.
+
+        Raises:
+            UsageError: the row holds no tensor.
+            DamagedRecording: the bytes are not there.
+        """
+        path, place = self._found(row)
+        if any(at < 0 or at + into.nbytes > place.nbytes for at, into in runs):
+            raise DamagedRecording(path, f"a run of bytes ends beyond those of {row['tensor']!r}")
+        found = [(place.offset + at, into) for at, into in runs]
+        self._through_names(path, lambda file: self._opened().read_runs(file, found))
+
+    def _found(self, row: ManifestRow) -> tuple[Path, Place]:
+        """Return the shard of a row's payload, and its place there."""
+        shard, tensor = row["shard"], row["tensor"]
+        if shard is None or tensor is None:
+            raise UsageError(self._why_no_tensor(row))
+        path = self._shard_path(shard, row["rank"])
+        place = self._place(shard, tensor, path)
+        if place.nbytes != row["nbytes"]:
+            raise DamagedRecording(
+                path,
+                f"tensor {tensor!r} has {place.nbytes} bytes, the manifest says {row['nbytes']}",
+            )
+        return path, place
+
+    def _opened(self) -> Files:
+        with self._lock:
+            if self._files is None:
+                from .format.payload import Files
+
+                self._files = Files()
+            return self._files
+
+    @staticmethod
+    def _through_names(path: Path, read: Callable[[Path], T]) -> T:
+        # The second is the shard that is open; sealed between the two, it has the first name.
+        for is_open in (False, True, False):
+            try:
+                return read(path.with_suffix(".partial") if is_open else path)
+            except FileNotFoundError:
+                continue
+        raise DamagedRecording(path, "it is missing")
 
     def _why_no_tensor(self, row: ManifestRow) -> str:
         what = f"{label(row['name'], row['tags'])} step={row['step']}"

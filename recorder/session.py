@@ -38,12 +38,15 @@ from .paths import Path as ModulePath
 from .progress import Progress, Publisher
 from .provenance import command_line
 from .ranks import Rank, RankWatch
+from .rowing import RowRecords
 from .settings import RecordSettings
 from .sizes import count, format_duration, format_size
 from .tags import text
 from .taps import tap
 from .taps.call import Call
+from .taps.firsts import RowsOfFirsts
 from .taps.gradients import GradientTaps
+from .taps.rows import Ids
 from .taps.selection import Selected, Selection, about_note, part_of
 from .taps.sessions import activate, end, ended, is_parked
 from .taps.values import classify, encode_extras, encode_value
@@ -119,6 +122,8 @@ class Recorder:
         self._claim: Claim | None = None
         self._standing = Standing(self._once)
         self._writer: Writer | None = None
+        self._rows: RowRecords | None = None
+        self._rows_of_firsts = RowsOfFirsts()
         self._claiming = self._starting = False
         self._closed = self._is_interrupted = False
         self._lazy = False
@@ -182,6 +187,7 @@ class Recorder:
         """End an iteration."""
         self._gradients.next_step()
         self._selection.next_step()
+        self._rows_of_firsts.next_step()
         is_empty, self._told = self._selection.selected == self._told, self._selection.selected
         if self._writer is not None and not (is_empty and is_parked(self)):
             self._writer.end_step(self._selection.step)
@@ -236,10 +242,11 @@ class Recorder:
             return
         kind = classify(value)
         if kind == "tensor":
+            ids = self._rows_of_firsts.of(call, selected)
             if selected.forward:
-                self._record(call, selected, value, "tensor")
+                self._record(call, selected, value, "tensor", ids)
             if selected.grad:
-                self._watch_gradient(call, selected)
+                self._watch_gradient(call, selected, ids)
         elif kind == "value":
             if selected.forward:
                 self._record_value(call, selected, value)
@@ -439,6 +446,12 @@ class Recorder:
                 on_full=self._tell_full,
                 on_progress=Publisher(self._rank.rank, self._say).publish,
             )
+            self._rows = RowRecords(
+                self._rank.rank,
+                self._writer.submit,
+                self._selection.next_seq,
+                is_ring=self.settings.keep_last is not None,
+            )
         except (OSError, MemoryError, RuntimeError, OverflowError) as err:
             room = format_size(self.settings.staging)
             reason = err.strerror if isinstance(err, OSError) and err.strerror else str(err)
@@ -488,6 +501,7 @@ class Recorder:
         selected: Selected,
         value: torch.Tensor,
         kind: str,
+        ids: tuple[Ids, ...],
         mesh: Mesh | None = None,
     ) -> None:
         try:
@@ -500,9 +514,24 @@ class Recorder:
                     row["dims"] = dims_text(row.get("dims") or "", snapshot.placements)
                 if "dims" in row:
                     self._note_layout(call, row, snapshot.local.dim(), mesh)
-                self._writer.submit(row, snapshot)
+                if not ids or self._has_noted(call, ids, row, snapshot.local.shape):
+                    self._writer.submit(row, snapshot)
         except CaptureError as err:
             self._warn(call, str(err))
+
+    def _has_noted(
+        self, call: Call, ids: tuple[Ids, ...], row: ManifestRow, shape: Sequence[int]
+    ) -> bool:
+        """Record the ids of a tap's rows; return whether it may be recorded itself."""
+        assert self._rows is not None  # with the writer
+        try:
+            digest = self._rows.note(ids, row, shape)
+        except LayoutError as err:
+            self._warn(call, str(err), "is recorded without its rows")
+            return True
+        if digest:
+            row["rows"] = digest
+        return digest != ""
 
     def _record_value(self, call: Call, selected: Selected, value: Any) -> None:
         try:
@@ -514,15 +543,17 @@ class Recorder:
         if self._writer is not None:
             self._writer.submit_value(row)
 
-    def _watch_gradient(self, call: Call, selected: Selected) -> None:
+    def _watch_gradient(self, call: Call, selected: Selected, ids: tuple[Ids, ...]) -> None:
         # Of the tap: backward() may come when another was declared.
         mesh = self._standing.current(self._selection.step)
+        with suppress(LayoutError):  # which the gradient will say
+            ids = tuple(one.kept() for one in ids)
 
         def arrived(grad: torch.Tensor, part: int) -> None:
             if self.state != "running":
                 return
             try:
-                self._record(call, part_of(selected, part), call.within(grad), "grad", mesh)
+                self._record(call, part_of(selected, part), call.within(grad), "grad", ids, mesh)
             except Exception as err:  # backward() is the job's
                 if is_from_the_job(err):
                     raise

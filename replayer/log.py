@@ -45,6 +45,14 @@ OF_OWN_ERROR = {
     "look": "String",
 }
 """Columns that a replay with `own_error` fills; see `OwnRow`."""
+OF_ROWS = {
+    "rows_found": "Int64",
+    "rows_missing": "Int64",
+    "rows_from": "List(Int64)",
+}
+"""Columns of a tap whose rows were matched one by one: how many of them were recorded, how many
+not, and which records have any of them, each as `rank << SEQ_BITS | seq`."""
+SEQ_BITS = 40
 
 WEIGHT = "weight"
 """The role of a parameter."""
@@ -60,6 +68,7 @@ COLUMNS = {
     "message": "String",
     "n_senders": "Int32",
     "senders": "List(Int64)",
+    **OF_ROWS,
     "rel_diff": "Float64",
     "max_abs": "Float64",
     "mean_abs": "Float64",
@@ -119,6 +128,9 @@ class LogRow(OwnRow, total=False):
     message: str
     n_senders: int
     senders: list[int | None]
+    rows_found: int
+    rows_missing: int
+    rows_from: list[int]
     rel_diff: float | None
     max_abs: float | None
     mean_abs: float | None
@@ -235,7 +247,7 @@ def _read_one(journal: Path) -> pl.DataFrame:
             return to_frame(_final(read_journal(journal)), COLUMNS)
         except FileNotFoundError:
             pass  # sealed in the meantime
-    return read_parquet([parquet], COLUMNS, optional=OF_OWN_ERROR)
+    return read_parquet([parquet], COLUMNS, optional=(*OF_OWN_ERROR, *OF_ROWS))
 
 
 def read_log(out: str | os.PathLike[str]) -> pl.DataFrame:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from recorder.taps.selection import Selected
 
 ORDER = "order"
+_OCCURRENCE = "occurrence"
 _EXPLAINING_SECONDS = 2.0  # every miss is logged, but a job with a million gets no million reasons
 _ALL: Group = ("", "")
 
@@ -48,11 +49,13 @@ class MatchOn:
             them; None for the whole key.
         order: pair by position instead.
         renamed: of those tags, what the target calls otherwise.
+        rows_use_occurrence: whether rows count the occurrence; all else does in any case.
     """
 
     tags: tuple[str, ...] | None = None
     order: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
+    rows_use_occurrence: bool = False
 
     @classmethod
     def parse(cls, text: str | None) -> MatchOn:
@@ -74,8 +77,15 @@ class MatchOn:
             )
         if ORDER in names:
             raise UsageError("--match-on order stands alone; it pairs by position, not by tags")
+        is_counted = _OCCURRENCE in names
+        names = tuple(name for name in names if name != _OCCURRENCE)
         given = [*names, *(other for _, other in renamed)]
-        wrong = [n for n in given if n in (RECOMPUTE, "rank", "occurrence", "seq", "kind")]
+        if not names or _OCCURRENCE in given:
+            raise UsageError(
+                "--match-on occurrence counts for rows, beside tags that count; name these too, as "
+                "in name,layer,step,occurrence"
+            )
+        wrong = [n for n in given if n in (RECOMPUTE, "rank", "seq", "kind")]
         if wrong:
             raise UsageError(
                 f"--match-on cannot use {wrong[0]!r}; name tags of the taps, `name` or `step`"
@@ -89,7 +99,7 @@ class MatchOn:
         others = [dict(renamed).get(name, name) for name in names]
         if len(set(names)) < len(names) or len(set(others)) < len(others):
             raise UsageError(f"--match-on {text!r} names a tag twice")
-        return cls(names, renamed=renamed)
+        return cls(names, renamed=renamed, rows_use_occurrence=is_counted)
 
     def check(self, texts: Collection[str], *, of_target: bool = False) -> None:
         """Refuse a tag that no tap carries: as None on both sides it would match everything.
@@ -121,6 +131,11 @@ class MatchOn:
     def use_step(self) -> bool:
         """Whether the step counts."""
         return not self.order and (self.tags is None or "step" in self.tags)
+
+    @property
+    def rows_use_step(self) -> bool:
+        """Whether the step counts for rows: only where it is named."""
+        return self.tags is not None and "step" in self.tags
 
     def group(self, name: str, tags: dict[str, TagValue]) -> Group:
         """Return what counts of the baseline's name and tags."""
@@ -210,7 +225,7 @@ class Matcher:
         """
         key = selected.key
         first = (kind, key.name, key.tags, key.step, key.occurrence)
-        selected = self._as_recorded(selected)
+        selected = self.as_recorded(selected)
         step = key.step + self.step_offset
         if not self.match_on.whole:
             with self._lock:
@@ -238,12 +253,12 @@ class Matcher:
 
     def has(self, selected: Selected, kind: str) -> bool:
         """Whether a key was recorded; False where not the whole key counts, and none is known."""
-        selected = self._as_recorded(selected)
+        selected = self.as_recorded(selected)
         key, step = selected.key, selected.key.step + self.step_offset
         group = key.name, key.tags
         return self.match_on.whole and bool(self.index.find(kind, group, step, key.occurrence))
 
-    def _as_recorded(self, selected: Selected) -> Selected:
+    def as_recorded(self, selected: Selected) -> Selected:
         """Return a tap under the name and the tags that the baseline has for it."""
         if not self.renames:
             return selected

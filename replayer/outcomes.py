@@ -125,7 +125,13 @@ class Outcomes:
         if changed is not None:
             row["changed"] = changed
         if made is not None and error is None:
-            row["numel"] = made.tensor.numel()
+            row["numel"] = made.tensor.numel() if made.numel is None else made.numel
+            if made.rows is not None:
+                senders = made.rows.senders
+                row["n_senders"] = sum(seq is not None for seq in senders)
+                row["senders"], row["rows_from"] = senders, made.rows.records
+                row["rows_found"] = len(made.rows.cells)
+                row["rows_missing"] = made.rows.missing
             if figures := made.figures:
                 row["rel_diff"], row["max_abs"] = figures.rel_diff, figures.max_abs
                 row["mean_abs"], row["changed"] = figures.mean_abs, figures.changed

@@ -21,10 +21,14 @@ from recorder.capture import dims_text
 from recorder.errors import TransformError, is_from_the_job
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
+from recorder.layouts.rowed import rowed
+from recorder.logical import layout_of
 from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.recording import Recording
+from recorder.sizes import count
 from recorder.taps.call import Call
+from recorder.taps.rows import Ids
 from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
@@ -35,6 +39,8 @@ from .match import Match, Matcher
 from .measuring.compare import Difference, difference
 from .own import Own
 from .relayout import Declared, Relayout
+from .rowing.aligned import Aligned, Made
+from .rowing.match import RowMatcher
 from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
@@ -73,12 +79,16 @@ class Replacement:
         note: what to know of how it was made, "" where there is nothing.
         figures: how the target differs from it; None where that is not asked for, or not known.
         own: where it differs, and how; {} likewise.
+        rows: where its rows come from, if they were matched one by one.
+        numel: how many of its elements were recorded, where not all were.
     """
 
     tensor: torch.Tensor
     note: str
     figures: Difference | None
     own: OwnRow = field(default_factory=OwnRow)
+    rows: Made | None = None
+    numel: int | None = None
 
 
 @dataclass
@@ -111,6 +121,7 @@ class Replacements:
         self._plans: dict[Any, Plan] = {}
         self._own = Own(self._frame)
         self._meshes = MeshWatch()
+        self._row_matcher = RowMatcher(self.recording, self.matcher, check=self.settings.check)
         self._numbered_anew: set[str] = set()  # names whose layers a later stage numbers from 0
 
     def find(self, selected: Selected, kind: str) -> Match:
@@ -185,6 +196,116 @@ class Replacements:
             self.warn(selected, stages, "stages")
         note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
         return Replacement(new, note, figures, own)
+
+    def aligned(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        placements: str,
+        mesh: FrozenMesh | None,
+        ids: Sequence[Ids],
+    ) -> Aligned | None:
+        """Return the rows of a tap beside the baseline's; None where not both sides have ids.
+
+        Args:
+            call: the tap.
+            selected: its key.
+            target: the tensor to be replaced, a DTensor's local part.
+            kind: `tensor` or `grad`.
+            placements: a DTensor's, as text.
+            mesh: where the rank stood at the tap.
+            ids: those that hold for it.
+
+        Raises:
+            LayoutError: the ids cannot be read, or are not as many as its rows.
+            ReplayError: taps are matched by order.
+            DamagedRecording: the baseline's ids are not there.
+        """
+        if not ids or not self._row_matcher.has_any:
+            return None
+        dims = layout_of(dims_text(call.dims, placements), kind)
+        groups = rowed(dims, target.shape, [one.taken() for one in ids])
+        if not groups:
+            return None
+        records = self._row_matcher.find(selected, kind, [group.names for group in groups])
+        if records is None:
+            return None
+        return Aligned(
+            self.recording,
+            records,
+            groups,
+            dims,
+            target,
+            mesh,
+            self.rank,
+            replicas=self.settings.replicas,
+            check=self.settings.check,
+        )
+
+    def of_rows(
+        self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
+    ) -> Replacement:
+        """Return the tensor to write over `target`, whose rows are matched one by one.
+
+        Raises:
+            MissingRecord: none of them was recorded.
+            ReplayError: as `make`, as all that follow.
+            LayoutError: see there.
+            DamagedRecording: see there.
+        """
+        if isinstance(self.transform, TransformError):
+            raise self.transform
+        with torch.no_grad():
+            own = aligned.own
+            if self.transform is None:
+                made = aligned.make()
+                here = own.index_select(0, made.cells.to(own.device))
+                new, note = graft.check_replacement(made.rows.to(target.device), here)
+            else:
+                made, received = aligned.received()
+                here = own.index_select(0, made.cells.to(own.device))
+                g = self._input_of_rows(call, selected, target, kind, received)
+                whole, note = graft.check_replacement(_apply(self.transform, g), target)
+                new = aligned.front(whole).index_select(0, made.cells.to(own.device))
+            figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
+            row = OwnRow()
+            if self.settings.own_error and len(made.cells):
+                record = aligned.first
+                is_gradient = kind == "grad"
+                row = self._own.columns(here, new, record, call.dims, None, is_gradient=is_gradient)
+            tensor = aligned.put(new, made.cells)
+        lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
+        message = joined(made.note, lost, note, unmeasured)
+        return Replacement(tensor, message, figures, row, made, new.numel())
+
+    def _input_of_rows(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        received: Sequence[tuple[ManifestRow, torch.Tensor]],
+    ) -> GraftInput:
+        tensors: list[torch.Tensor | None] = [None] * self.recording.world_size
+        extras: list[Any] = [None] * self.recording.world_size
+        for row, tensor in received:
+            tensors[row["rank"]] = tensor.to(target.device)
+            extras[row["rank"]] = json.loads(row["extras"] or "{}")
+        return GraftInput(
+            target=target,
+            tags={**selected.tags, "name": selected.key.name},
+            received_list=tensors,
+            received_extras_list=extras,
+            key=selected.key._replace(kind=kind),
+            rank=self.rank.rank,
+            world_size=self.rank.world_size,
+            sender_world_size=self.recording.world_size,
+            dims=call.dims,
+            sender_dims=received[0][0]["dims"] or "" if received else "",
+            is_rowed=True,
+        )
 
     def _untransformed(
         self, relayout: Relayout, rows: dict[int, ManifestRow], target: torch.Tensor

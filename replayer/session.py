@@ -48,7 +48,9 @@ from recorder.session import Recorder
 from recorder.tags import label
 from recorder.taps.call import Call
 from recorder.taps.checkpoints import repeat_to_the_end
+from recorder.taps.firsts import RowsOfFirsts
 from recorder.taps.gradients import GradientTaps
+from recorder.taps.rows import Ids
 from recorder.taps.selection import Selected, Selection, about_note
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.signals import let_interrupts_through
@@ -145,6 +147,7 @@ class Replayer:
         self.ignored = self._selection.ignored
         self._only = None if self.settings.only is None else Only(self.settings.only)
         self._gradients = GradientTaps()
+        self._rows_of_firsts = RowsOfFirsts()
         self._tapped: Request | None = None
         self._made: Replacements | None = None
         self._outcomes = Outcomes(self.settings, self._ranks, self._selection, self._distrust)
@@ -229,6 +232,7 @@ class Replayer:
         self._end_parts()
         self._sharing.next_step()
         self._selection.next_step()
+        self._rows_of_firsts.next_step()
         if self._made is not None:
             self._made.matcher.next_step()
 
@@ -297,15 +301,17 @@ class Replayer:
             return
         kind = classify(value)
         if kind == "tensor":
+            ids = self._rows_of_firsts.of(call, selected)
             if selected.forward:
-                self._attempt(call, selected, value, "tensor", start)
+                self._attempt(call, selected, value, "tensor", start, ids)
             if selected.grad:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
                 parts = Parts(selected)
+                kept = _kept(ids)
                 self._gradients.watch(
                     call.whole(),
                     call.name,
-                    lambda grad, part: self._on_gradient(call, parts, part, grad, mesh),
+                    lambda grad, part: self._on_gradient(call, parts, part, grad, mesh, kept),
                     lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
                 )
         elif kind == "value":
@@ -431,7 +437,13 @@ class Replayer:
         self._outcomes.once((about, of), f"tap {tap}: {warning}")
 
     def _attempt(
-        self, call: Call, selected: Selected, value: torch.Tensor, kind: str, start: float
+        self,
+        call: Call,
+        selected: Selected,
+        value: torch.Tensor,
+        kind: str,
+        start: float,
+        ids: tuple[Ids, ...],
     ) -> None:
         """Graft onto a tensor in place."""
         if self._is_passed_over(selected, kind):
@@ -446,10 +458,16 @@ class Replayer:
                 target, placements = local_part(value)
                 graft.check_target(target)
                 mesh = self._replacements.mesh(selected)
-                match = self._replacements.find(selected, kind)
-                made = self._replacements.make(
-                    call, selected, target, kind, placements, mesh, match
+                aligned = self._replacements.aligned(
+                    call, selected, target, kind, placements, mesh, ids
                 )
+                if aligned is not None:
+                    made = self._replacements.of_rows(call, selected, target, kind, aligned)
+                else:
+                    match = self._replacements.find(selected, kind)
+                    made = self._replacements.make(
+                        call, selected, target, kind, placements, mesh, match
+                    )
                 shared = self._sharing.overwrite(target, made.tensor, named(selected))
             repeat_to_the_end()
         except Exception as err:
@@ -495,7 +513,13 @@ class Replayer:
         )
 
     def _on_gradient(
-        self, call: Call, parts: Parts, number: int, grad: torch.Tensor, mesh: FrozenMesh | None
+        self,
+        call: Call,
+        parts: Parts,
+        number: int,
+        grad: torch.Tensor,
+        mesh: FrozenMesh | None,
+        ids: tuple[Ids, ...],
     ) -> torch.Tensor | None:
         """Return the gradient that replaces one, or a part of one; None to keep it."""
         if self.state != "running":
@@ -513,10 +537,16 @@ class Replayer:
             self._check_parts(parts, number)
             with plainly():
                 target, placements = local_part(call.within(copy))
-                match = self._replacements.find(selected, "grad")
-                made = self._replacements.make(
-                    call, selected, target, "grad", placements, mesh, match
+                aligned = self._replacements.aligned(
+                    call, selected, target, "grad", placements, mesh, ids
                 )
+                if aligned is not None:
+                    made = self._replacements.of_rows(call, selected, target, "grad", aligned)
+                else:
+                    match = self._replacements.find(selected, "grad")
+                    made = self._replacements.make(
+                        call, selected, target, "grad", placements, mesh, match
+                    )
                 graft.overwrite(target, made.tensor)
             replaced = copy
         except Exception as err:
@@ -604,6 +634,13 @@ class Replayer:
         return self._outcomes.finish(
             selected, kind, start, error, match, senders, made, note, changed
         )
+
+
+def _kept(ids: tuple[Ids, ...]) -> tuple[Ids, ...]:
+    """Return ids as they are now: the job may change them before a backward."""
+    with contextlib.suppress(LayoutError):  # which the gradient's graft will say
+        return tuple(one.kept() for one in ids)
+    return ids
 
 
 def _worded(err: Exception) -> GraftError:

@@ -89,8 +89,9 @@ class ReplaySettings(TapSettings):
     )
     replicas: str = option(
         "error",
-        "What to do where senders that should hold the same block do not: fail, take the first, or "
-        "take their mean.",
+        "What to do where senders that should hold the same block do not, or a row that was "
+        "recorded several times is not the same within rounding: fail, take the first, the last, "
+        "or their mean.",
         choices=REPLICAS,
     )
     overwrite: bool = option(False, "Replace the replay that is in OUT already.")

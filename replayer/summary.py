@@ -10,7 +10,7 @@ from recorder.format.rows import parse_tags, seen_in
 from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
-from .log import WITHOUT_EFFECT
+from .log import SEQ_BITS, WITHOUT_EFFECT
 from .match import MatchOn, selected_rows
 from .rename import oriented_to
 from .steps import forgotten_step
@@ -33,6 +33,8 @@ class Summary:
         steps: that one side counted no steps where records or taps are left over, or "".
         values: that values differ from the recorded ones, with the first, or "".
         renames: which renamings fit no tap of the target, a line each.
+        rows: how many rows of grafted taps were recorded, how many not, and of how many taps.
+        first_rows: the first of these taps, "" where there is none.
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -48,6 +50,8 @@ class Summary:
     steps: str = ""
     values: str = ""
     renames: tuple[str, ...] = ()
+    rows: tuple[int, int, int] = (0, 0, 0)
+    first_rows: str = ""
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -74,6 +78,11 @@ class Summary:
             found.append(
                 f"--strict: {count(unkept, 'graft')} had no effect, the first: {self.first_unkept}"
             )
+        if strict and self.rows[1]:
+            found.append(
+                f"--strict: {count(self.rows[1], 'row')} of {count(self.rows[2], 'tap')} had no "
+                f"record, the first: {self.first_rows}"
+            )
         if strict and refused:
             found.append(f"--strict: {count(refused, 'tap')} could not be judged, see above")
         if strict and self.unused:
@@ -97,7 +106,17 @@ class Summary:
     @property
     def notes(self) -> tuple[str, ...]:
         """What else to say of it, a line each."""
-        return tuple(filter(None, (self.values, self.steps, *self.renames)))
+        return tuple(filter(None, (self._rows_line, self.values, self.steps, *self.renames)))
+
+    @property
+    def _rows_line(self) -> str:
+        there, lost, taps = self.rows
+        if not lost:
+            return ""
+        return (
+            f"rows: {there} grafted, {lost} not recorded in {count(taps, 'tap')}, which kept their "
+            f"values, the first: {self.first_rows}"
+        )
 
     def line(self) -> str:
         """Return the counts as one line."""
@@ -143,7 +162,20 @@ def summarize(
         _steps(log, selected, settings) if has_rest else "",
         _values(log),
         _renames(log, records, settings),
+        *_rows(log),
     )
+
+
+def _rows(log: pl.DataFrame) -> tuple[tuple[int, int, int], str]:
+    import polars as pl
+
+    lacking = log.filter((pl.col("outcome") == "grafted") & (pl.col("rows_missing") > 0))
+    there, lost = (int(log[name].sum()) for name in ("rows_found", "rows_missing"))
+    if not lacking.height:
+        return (there, 0, 0), ""
+    row = lacking.sort("seq", "rank").row(0, named=True)
+    first = f"{label(row['name'], row['tags'])} step={row['step']} on rank {row['rank']}"
+    return (there, lost, lacking.height), first
 
 
 def _renames(log: pl.DataFrame, records: pl.DataFrame, settings: ReplaySettings) -> tuple[str, ...]:
@@ -185,6 +217,8 @@ def _used(log: pl.DataFrame) -> pl.DataFrame:
 
     lists = log["senders"].drop_nulls().to_list()
     pairs = {(rank, seq) for seqs in lists for rank, seq in enumerate(seqs) if seq is not None}
+    numbers = log["rows_from"].explode().drop_nulls().unique().to_list()
+    pairs |= {(number >> SEQ_BITS, number & (1 << SEQ_BITS) - 1) for number in numbers}
     return pl.DataFrame(sorted(pairs), schema={"rank": pl.Int32, "seq": pl.Int64}, orient="row")
 
 

@@ -58,6 +58,7 @@ class GraftInput:
         sender_dims: str = "",
         *,
         relayout: Relayout | None = None,
+        is_rowed: bool = False,
     ) -> None:
         self.tags = tags
         self.received_list = received_list
@@ -71,6 +72,7 @@ class GraftInput:
         self._given: torch.Tensor | None = target
         self._target: torch.Tensor | None = None
         self._relayout = relayout
+        self._is_rowed = is_rowed
 
     @property
     def target(self) -> torch.Tensor:
@@ -106,6 +108,11 @@ class GraftInput:
         return self._layouts().to_local(logical)
 
     def _layouts(self) -> Relayout:
+        if self._is_rowed and self._given is not None:
+            raise TransformError(
+                "of a tap whose rows are matched one by one there is no whole: g.received_list has "
+                "the rows as they stand in g.target"
+            )
         if self._relayout is None:
             raise TransformError(
                 "g.logical and g.to_local are there in a replay, until the transform has returned"

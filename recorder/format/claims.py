@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
-from ..errors import DamagedRecording, MixedRecordings, UnsupportedVersion
+from ..errors import DamagedRecording, MixedRecordings
 from ..mesh import MOST_AXES, MOST_RANKS, FrozenMesh, frozen
-from .schema import ATTEMPT, FORMAT_VERSION, RANK_FOLDER, Description, rank_folder, read_json
+from .schema import ATTEMPT, RANK_FOLDER, Description, check_version, rank_folder, read_json
 
 
 class MeshEntry(TypedDict):
@@ -23,7 +23,7 @@ class MeshEntry(TypedDict):
 class ClaimData(TypedDict, total=False):
     """What an attempt says of itself; of what comes from a file, nothing is sure to be there."""
 
-    format_version: int
+    format_version: float
     recording: str
     """The recording's id."""
     rank: int
@@ -121,8 +121,7 @@ def check_claim(path: Path, claim: ClaimData, rank: int, about: Description) -> 
         MixedRecordings: it is part of another recording.
         UnsupportedVersion: another version wrote it.
     """
-    if claim.get("format_version") != FORMAT_VERSION:
-        raise UnsupportedVersion(path, claim.get("format_version"), FORMAT_VERSION)
+    check_version(path, claim)
     if claim.get("rank") != rank:
         raise DamagedRecording(path, f"it is of rank {claim.get('rank')!r}, its folder of {rank}")
     if not isinstance(claim.get("state"), str) or not isinstance(claim.get("rows", 0), int):

@@ -16,7 +16,7 @@ from ..tags import MOST_TAG_BYTES
 from .inflation import check_claims
 from .journal import read_journal
 from .rows import parse_tags
-from .schema import COLUMNS, PART, polars_schema, rank_folder, stem
+from .schema import ADDED, COLUMNS, PART, polars_schema, rank_folder, stem
 from .shard import Place
 from .tables import read_parquet
 
@@ -103,7 +103,7 @@ def read_part(part: Part) -> tuple[pl.DataFrame, Places]:
         pass  # sealed since the folder was listed
     if found is None:
         try:
-            found = read_parquet([sealed.path], COLUMNS), {}
+            found = read_parquet([sealed.path], COLUMNS, optional=ADDED), {}
         except FileNotFoundError:
             raise DamagedRecording(sealed.path, "it is missing") from None
     frame, places = found
@@ -125,7 +125,7 @@ def read_sealed(parts: list[Part]) -> list[pl.DataFrame]:
             check_claims(paths)
         try:
             source = "\0part"  # no column of ours
-            frame = read_parquet(paths, COLUMNS, source, is_checked=True)
+            frame = read_parquet(paths, COLUMNS, source, is_checked=True, optional=ADDED)
             belongs = pl.DataFrame(
                 {source: [str(path) for path in paths]},
                 schema={source: pl.String},

@@ -54,18 +54,38 @@ class Files:
             FileNotFoundError: there is no such file.
         """
         try:
-            with self._lock:
-                file = self._open.get(path)
-                if file is None:
-                    file = _File(path)
-                    while len(self._open) >= _OPEN_FILES:
-                        self._open.pop(next(iter(self._open)), None)
-                    self._open[path] = file
-            return _read(file.number, path, place)
+            return _read(self._file(path).number, path, place)
         except FileNotFoundError:
             raise
         except OSError as err:
             raise DamagedRecording(path, err.strerror or str(err)) from err
+
+    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Read runs of bytes: where in the file each begins, and the memory to fill.
+
+        Raises:
+            DamagedRecording: the file is shorter than that, or cannot be read.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            file = self._file(path)
+            for at, into in runs:
+                if os.preadv(file.number, (into,), at) != into.nbytes:
+                    _fill(file.number, path, at, into)
+        except FileNotFoundError:
+            raise
+        except OSError as err:
+            raise DamagedRecording(path, err.strerror or str(err)) from err
+
+    def _file(self, path: Path) -> _File:
+        with self._lock:
+            file = self._open.get(path)
+            if file is None:
+                file = _File(path)
+                while len(self._open) >= _OPEN_FILES:
+                    self._open.pop(next(iter(self._open)), None)
+                self._open[path] = file
+        return file
 
 
 def _read(file: int, path: Path, place: Place) -> memoryview:
@@ -81,17 +101,20 @@ def _read(file: int, path: Path, place: Place) -> memoryview:
         )
         return memoryview(mapped)[start:]
     view = memoryview(bytearray(place.nbytes))
+    _fill(file, path, place.offset, view)
+    return view
+
+
+def _fill(file: int, path: Path, offset: int, view: memoryview) -> None:
     done = 0
-    while done < place.nbytes:
-        got = os.preadv(file, [view[done:] if done else view], place.offset + done)
+    while done < view.nbytes:
+        got = os.preadv(file, [view[done:] if done else view], offset + done)
         if got == 0:
             raise DamagedRecording(
                 path,
-                f"it ends at byte {place.offset + done}, a tensor in it at "
-                f"{place.offset + place.nbytes}",
+                f"it ends at byte {offset + done}, a tensor in it at {offset + view.nbytes}",
             )
         done += got
-    return view
 
 
 def parse_dtype(name: str, path: object) -> torch.dtype:

@@ -32,13 +32,22 @@ from . import disk
 if TYPE_CHECKING:
     import polars as pl
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1.1
+"""1.1 has the column `rows`."""
+READABLE = (1, FORMAT_VERSION)
 RECORDING = "recording.json"
 RANK_FOLDER = re.compile(r"rank-(\d{5,7})")
 PART = re.compile(r"a(\d{1,9})-(\d{5,9})\.(safetensors|parquet|partial|journal)")
 ATTEMPT = re.compile(r"attempt-(\d{1,9})\.json")
 _MAX_JSON = 4 << 20
 _MOST_ENTRIES = 1_000  # of a folder, that are looked at for recordings
+
+ROWS = "rows"
+"""The kind of a record that holds the ids of rows, and its name."""
+TOKENS = "tokens"
+"""The kind of a record that says which token each id is, and at which position."""
+AUXILIARY = (ROWS, TOKENS)
+"""Kinds of records that are no taps."""
 
 GRAFTS = "grafts"
 """The folder of a replay's logs."""
@@ -67,8 +76,12 @@ COLUMNS = {
     "nan_count": "Int64",
     "inf_count": "Int64",
     "time_ns": "Int64",
+    "rows": "String",
 }
 """The manifest's columns and their polars types."""
+
+ADDED = ("rows",)
+"""Those that an earlier version did not write."""
 
 STATISTICS = ("min", "max", "mean", "std", "l2", "nan_count", "inf_count")
 """The columns that follow in the journal when there is time."""
@@ -101,6 +114,7 @@ class ManifestRow(TypedDict, total=False):
     nan_count: int | None
     inf_count: int | None
     time_ns: int
+    rows: str | None
     attempt: int
     """Of the file that it is read from; no column there."""
     offset: int
@@ -119,7 +133,7 @@ class Ended(TypedDict):
 class Description(TypedDict, total=False):
     """What `recording.json` says."""
 
-    format_version: int
+    format_version: float
     id: str
     world_size: int
     job: str
@@ -194,6 +208,16 @@ def recordings_in(folder: Path) -> list[str]:
         return []
 
 
+def check_version(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse a description or a claim of a version that cannot be read.
+
+    Raises:
+        UnsupportedVersion: it is.
+    """
+    if data.get("format_version") not in READABLE:
+        raise UnsupportedVersion(path, data.get("format_version"), READABLE)
+
+
 def read_description(folder: Path) -> Description:
     """Return `recording.json`, its version checked.
 
@@ -210,8 +234,7 @@ def read_description(folder: Path) -> Description:
         close = difflib.get_close_matches(str(folder), beside, 3)
         raise NotARecording(folder, beside=close or beside)
     data = read_json(path)
-    if data.get("format_version") != FORMAT_VERSION:
-        raise UnsupportedVersion(path, data.get("format_version"), FORMAT_VERSION)
+    check_version(path, data)
     world = data.get("world_size")
     if type(world) is not int or not 1 <= world <= MAX_WORLD_SIZE:
         raise DamagedRecording(path, f"world_size is {world!r}, expected 1 to {MAX_WORLD_SIZE}")

@@ -54,7 +54,7 @@ def assemble(
         read: brings a sender's tensor.
         digest: of a sender's tensor; equal ones need not be read to be equal.
         replicas: what to do where ranks that should hold the same do not: an `error`, take the
-            `first`, or their `mean`.
+            `first`, the `last`, or their `mean`.
 
     Raises:
         LayoutError: the senders' dtypes differ, or cannot be reduced.
@@ -195,6 +195,8 @@ def _one(
         different.setdefault(digest(rank), rank)
     if len(different) == 1 or replicas == "first":
         return read(ranks[0], share)
+    if replicas == "last":
+        return read(ranks[-1], share)
     if replicas == "mean":
         return _mean(ranks, read)
     groups = [pair.senders for pair in plan.pairs]

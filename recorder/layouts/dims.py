@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 TOKENS = "t"
 """The name of a dim of flattened tokens, whose sequence lengths are in the extras."""
-REPLICAS = ("error", "first", "mean")
-"""What to do where ranks that should hold the same block do not."""
+REPLICAS = ("error", "first", "last", "mean")
+"""What to do where ranks that should hold the same block do not, or rows recorded twice differ."""
 
 
 @dataclass(frozen=True)

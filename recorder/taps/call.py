@@ -13,6 +13,7 @@ from ..tags import cut
 
 if TYPE_CHECKING:
     from .checkpoints import Place
+    from .rows import Ids
 
 UNKNOWN = object()
 
@@ -30,6 +31,7 @@ class Call:
         forward: whether the value itself is wanted, and not its gradient alone.
         about: equal for taps of equal name and tags: these, and the types of the tags, since 1,
             1.0 and True are equal but differ as JSON.
+        rows: the ids that hold for its dims.
     """
 
     __slots__ = (
@@ -43,6 +45,7 @@ class Call:
         "given",
         "grad",
         "name",
+        "rows",
         "tags",
     )
 
@@ -69,6 +72,7 @@ class Call:
         self._place: Any = UNKNOWN
         self._site = site
         self.forward = forward
+        self.rows: tuple[Ids, ...] = ()
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
@@ -99,6 +103,7 @@ class Call:
     def forget(self) -> None:
         """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
         self.given = self._value = self._place = None
+        self.rows = ()
 
     @property
     def shown(self) -> str:

@@ -1,7 +1,8 @@
-"""The line in the user's code: `tap`, `step`, `context`.
+"""The line in the user's code: `tap` and `step`.
 
 1. `tap` returns at once while no session is active.
-2. Otherwise `fire` merges the context's tags, and returns where no session wants to see the tap.
+2. Otherwise `fire` merges the tags and rows around (`around`), and returns where no session wants
+   to see the tap.
 3. `_dispatch` opens the sessions that `GRAFT_*` asks for, if that has not happened yet, and offers
    the tap to each, recorders first, so that a recording holds what the job computed before anything
    is grafted over it. Where the dims name several tensors, each is a tap (`_parts_of`).
@@ -11,27 +12,21 @@ A session that fails never fails the job, unless it was told to (`--on-error rai
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
-from ..diagnostics import call_site, say
 from ..errors import LayoutError, ReplayError, is_from_the_job
 from ..ranks import is_group_up
 from . import sessions
+from .around import rows_around, tags_around
 from .call import Call
+from .rows import Ids, over
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
-
-_around: ContextVar[_Around | None] = ContextVar("graft_context", default=None)
 
 
 def tap(
@@ -41,6 +36,7 @@ def tap(
     dims: str | None = None,
     extras: Mapping[str, Any] | None = None,
     grad: bool = False,
+    rows: Mapping[str, Any] | None = None,
     **tags: Any,
 ) -> T:
     """Name a tensor, so that it can be recorded and grafted; does nothing when nothing is active.
@@ -54,6 +50,8 @@ def tap(
             as in `"b s {q: (h*d) | k: g | v: g}"`, each is a tap of its name, and none of `name`.
         extras: small facts to go with the record, JSON-able; they reach the transform.
         grad: record and graft the gradient of `value` too, when it comes.
+        rows: which row is which along some of its dims, as in `{"n": ids[perm]}`; see `rows`, whose
+            ids for these dims give way.
         **tags: what tells this firing from others of the name: strings, numbers, booleans, None
             or lists of these.
 
@@ -65,7 +63,7 @@ def tap(
     """
     if not sessions.active:
         return value
-    fire(name, value, dims, extras, grad, tags)
+    fire(name, value, dims, extras, grad, tags, rows=rows)
     return value
 
 
@@ -73,118 +71,6 @@ def step() -> None:
     """End an iteration; call it on every rank. Steps count from 0."""
     if sessions.active or sessions.parked:
         _fire_step()
-
-
-@dataclass(frozen=True)
-class _Around:
-    """The tags of one `context`, those around it included; the way back is part of it."""
-
-    tags: Mapping[str, Any]
-    owner: context
-    outer: _Around | None
-
-
-class context:  # noqa: N801  # read as a verb at the call site
-    """Add tags to every tap inside: `with context(phase="prefill"): ...`.
-
-    Also a decorator, of coroutine functions and generators too. Contexts nest; the inner value of a
-    tag wins, and a tag at the call wins over both. A new thread starts without tags.
-    """
-
-    def __init__(self, **tags: Any) -> None:
-        self._new = tags
-
-    def __enter__(self) -> context:
-        if not sessions.active and _is_compiling():
-            return self  # nobody listens, and the compiler cannot follow what comes next
-        outer = _around.get()
-        tags = {**outer.tags, **self._new} if outer else self._new
-        _around.set(_Around(tags, self, outer))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if not sessions.active and _is_compiling():
-            return
-        around = _around.get()
-        if around is not None and around.owner is not self:
-            _tell_of_order()
-        while around is not None and around.owner is not self:
-            around = around.outer  # an inner one that was never left, as in a dropped generator
-        if around is not None:
-            _around.set(around.outer)
-
-    def __call__(self, function: F) -> F:
-        """Return `function` with these tags around each of its calls."""
-        if inspect.isasyncgenfunction(function):
-            raise TypeError("context cannot decorate an async generator; use `with` inside it")
-        if inspect.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def inner(*args: Any, **kwargs: Any) -> Any:
-                with self:
-                    return await function(*args, **kwargs)
-
-        elif inspect.isgeneratorfunction(function):
-
-            @functools.wraps(function)
-            def inner(*args: Any, **kwargs: Any) -> Any:
-                return self._drive(function(*args, **kwargs))
-
-        else:
-
-            @functools.wraps(function)
-            def inner(*args: Any, **kwargs: Any) -> Any:
-                with self:
-                    return function(*args, **kwargs)
-
-        return inner  # type: ignore[return-value]
-
-    def _drive(self, generator: Any) -> Any:
-        """Run a generator with the tags set while its own code runs, and not in between."""
-        resume, given = generator.send, None
-        while True:
-            try:
-                with self:
-                    item = resume(given)
-            except StopIteration as end:
-                return end.value
-            try:
-                resume, given = generator.send, (yield item)
-            except GeneratorExit:
-                generator.close()
-                raise
-            except BaseException as err:
-                resume, given = generator.throw, err
-
-
-_told: tuple[Any, ...] = ()
-
-
-def _tell_of_order() -> None:
-    """Say, once while the same sessions listen, that a context was left before one inside it."""
-    global _told
-    if not sessions.active or _told == sessions.active:
-        return
-    _told = sessions.active
-    say(
-        f"a context is left at {call_site()} while one that was entered later is not, as by "
-        "generators that are read in turn, so taps in between have each other's tags; give these "
-        "at the taps, or make context a decorator of the generators"
-    )
-
-
-def _is_compiling() -> bool:
-    """Whether the compiler is tracing; a constant in what it traces."""
-    if "torch" not in sys.modules:
-        return False
-    import torch
-
-    return torch.compiler.is_compiling()
 
 
 def fire(
@@ -196,6 +82,7 @@ def fire(
     tags: Mapping[str, Any],
     site: str = "",
     forward: bool = True,
+    rows: Mapping[str, Any] | None = None,
 ) -> None:
     """Fire a tap while a session is active; a hand-written one, or a module's.
 
@@ -208,10 +95,11 @@ def fire(
         tags: see `tap`.
         site: what to call the place in messages; "" for the caller's.
         forward: whether the value itself is meant, and not its gradient alone.
+        rows: see `tap`.
     """
-    around = _around.get()
+    around = tags_around()
     if around is not None:
-        tags = {**around.tags, **tags}
+        tags = {**around, **tags}
     values = tags.values()
     about = (name, *tags, *values, *map(type, values))
     try:
@@ -227,7 +115,7 @@ def fire(
         # else a tag that cannot be hashed or compared
     # The mark below makes a compiled caller break its graph here; this keeps the compiler from
     # tracing what we do with the tensor.
-    outside_dynamo(_dispatch)(name, value, dims, extras, grad, tags, about, site, forward)
+    outside_dynamo(_dispatch)(name, value, dims, extras, grad, tags, about, site, forward, rows)
 
 
 def _fire_step() -> None:
@@ -278,12 +166,15 @@ def _dispatch(
     about: tuple[Any, ...],
     site: str,
     forward: bool,
+    rows: Mapping[str, Any] | None,
 ) -> None:
     if sessions.active and sessions.active[0].order < 0:
         sessions.open_waiting()
     call = Call(name, value, dims, extras, grad, tags, about, site, forward)
     calls = [call]
     try:
+        if not _has_rows(call, rows):
+            return
         if _has_parts(dims):
             calls = _parts_of(call)
         for one in calls:
@@ -292,6 +183,20 @@ def _dispatch(
         for one in calls:
             one.forget()
         call.forget()
+
+
+def _has_rows(call: Call, given: Mapping[str, Any] | None) -> bool:
+    """Give a call the ids that hold for it; return whether those given at the tap can be read."""
+    around = rows_around() if call.dims else ()
+    try:
+        call.rows = over(around, Ids.given(given)) if given else around
+    except Exception as err:
+        if is_from_the_job(err):
+            raise
+        for session in sessions.active:
+            session.lost(call, str(err))
+        return False
+    return True
 
 
 def _has_parts(dims: Any) -> bool:

@@ -180,22 +180,24 @@ class Writer:
     def _refill(self) -> None:
         self._held_before, self._refilled = self._held, time.monotonic()
 
-    def submit(self, row: ManifestRow, snapshot: Snapshot) -> None:
+    def submit(self, row: ManifestRow, snapshot: Snapshot) -> bool:
         """Queue a row and a copy of its payload; the job may change the tensor afterwards.
 
         Args:
             row: manifest columns, without those that the payload decides.
             snapshot: the payload.
+
+        Returns:
+            Whether there was room for it.
         """
         local, bits, _ = snapshot
         if bits is None and local.nbytes <= self._staging.largest:
-            self._submit_few(row, local)
-            return
+            return self._submit_few(row, local)
         bits = as_bits(local) if bits is None else bits  # the ring is smaller than any sensible one
         with self._turn():
             nbytes = bits.numel() * bits.element_size()
             if self._closing or not self._is_in_time(nbytes):
-                return
+                return False
             payload = Payload(row, local.dtype, local.shape, nbytes)
             split = list(pieces(bits, self._staging.largest))
             for i, piece in enumerate(split):
@@ -203,18 +205,18 @@ class Writer:
                 hold = self._hold or i > 0
                 part = self._staging.put(piece, 1, hold=hold, within=self._within)
                 if not self._put(part, payload, i == 0, i == len(split) - 1):
-                    return
+                    return False
+        return True
 
-    def _submit_few(self, row: ManifestRow, tensor: torch.Tensor) -> None:
+    def _submit_few(self, row: ManifestRow, tensor: torch.Tensor) -> bool:
         nbytes = tensor.nbytes
         with self._turn():
-            if not self._closing and self._is_in_time(nbytes):
-                payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
-                address = tensor.data_ptr()
-                part = self._staging.put_bytes(
-                    address, nbytes, 1, hold=self._hold, within=self._within
-                )
-                self._put(part, payload)
+            if self._closing or not self._is_in_time(nbytes):
+                return False
+            payload = Payload(row, tensor.dtype, tensor.shape, nbytes)
+            address = tensor.data_ptr()
+            part = self._staging.put_bytes(address, nbytes, 1, hold=self._hold, within=self._within)
+            return self._put(part, payload)
 
     def submit_value(self, row: ManifestRow) -> None:
         """Queue a row without a payload."""

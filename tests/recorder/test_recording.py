@@ -55,7 +55,7 @@ def test_shards_are_plain_safetensors_and_the_manifest_plain_parquet(record, run
 def test_open_tells_world_size_ranks_and_meta(record):
     run = record(job, 3)
     assert run.world_size == 3 and run.ranks == [0, 1, 2]
-    assert run.meta["format_version"] == 1
+    assert run.meta["format_version"] == 1.1
     assert run.meta["options"] == {
         "modules": [],
         "taps": None,

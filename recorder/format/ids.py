@@ -1,0 +1,180 @@
+"""Ids of rows as records: one of kind `rows` for what the taps of some rows have in common.
+
+    kind   dims     payload, int64                        the column `rows`
+    rows   "b s"    ids [b, s], or [b, s, numbers]        null
+    rows   "b s,e"  ids along b s and ids along e, flat,  null
+                    a separator between; shapes in extras
+    tokens "b s"    [rows, 2]: position and token         the digest of the ids
+
+A tap's row has the digest of its rows' record in the column `rows`. Ids are in alphabetical order
+of the dims' names, so that taps whose dims stand in another order share them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import DamagedRecording
+from ..tags import label
+from ..tokens.taken import Taken
+from .rows import row_at
+from .schema import ROWS, TOKENS, ManifestRow, rank_folder
+
+if TYPE_CHECKING:
+    import polars as pl
+    import torch
+
+_SEPARATOR = -(1 << 63)
+_MOST_DIMS = 64
+_KEPT = 1_024
+_KEPT_BYTES = 256 << 20
+_WORDS = re.compile(r"[^\W\d]\w*")
+
+
+def packed(groups: Sequence[Taken]) -> tuple[torch.Tensor, ManifestRow]:
+    """Return ids as a payload, and the columns that say what it is."""
+    import torch
+
+    groups = sorted(groups, key=lambda one: one.names)
+    dims = ",".join(" ".join(one.names) for one in groups)
+    if len(groups) == 1:
+        return groups[0].ids, {"dims": dims}
+    parts = []
+    for one in groups:
+        parts += [one.ids.reshape(-1), torch.tensor([_SEPARATOR], device="cpu")]
+    extras = json.dumps({"shapes": [list(one.ids.shape) for one in groups]})
+    return torch.cat(parts[:-1]), {"dims": dims, "extras": extras}
+
+
+def unpacked(tensor: torch.Tensor, row: ManifestRow, path: object) -> tuple[Taken, ...]:
+    """Return the ids of a record of kind `rows`.
+
+    Raises:
+        DamagedRecording: it does not hold what it should.
+    """
+    import torch
+
+    names = [tuple(words.split()) for words in (row["dims"] or "").split(",")]
+    flat = [name for one in names for name in one]
+    is_wrong = tensor.dtype != torch.int64 or not all(names) or len(flat) > _MOST_DIMS
+    if is_wrong or len({*flat}) < len(flat):
+        raise DamagedRecording(path, f"a record of rows has the dims {row['dims']!r:.80}")
+    shapes = [list(tensor.shape)] if len(names) == 1 else _shapes(row["extras"], path)
+    sizes = [math.prod(shape) for shape in shapes]
+    fits = all(len(s) - len(n) in (0, 1) for s, n in zip(shapes, names, strict=False))
+    total = sum(sizes) + len(sizes) - 1
+    if len(shapes) != len(names) or not fits or total != tensor.numel():
+        raise DamagedRecording(path, f"a record of rows has the shapes {shapes!r:.80}")
+    found, at = [], 0
+    parts = tensor.reshape(-1)
+    for name, shape, size in zip(names, shapes, sizes, strict=True):
+        found.append(Taken(name, parts[at : at + size].view(shape)))
+        at += size + 1
+    return tuple(found)
+
+
+def _shapes(extras: str | None, path: object) -> list[list[int]]:
+    try:
+        shapes = json.loads(extras or "")["shapes"]
+        if all(type(n) is int and n >= 0 for shape in shapes for n in shape):
+            return [list(shape) for shape in shapes]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        pass
+    raise DamagedRecording(path, f"a record of rows has the extras {extras!r:.80}")
+
+
+class Source(Protocol):
+    """What ids are read from: a `Recording`."""
+
+    path: Path
+
+    def rows(self, attempt: int | None = None) -> pl.DataFrame:
+        """Return the manifest's rows."""
+
+    def read(self, row: ManifestRow, *, check: bool = True) -> torch.Tensor:
+        """Return the tensor of a manifest row."""
+
+
+class HeldIds:
+    """The ids that a recording holds; the latest are kept. Thread-safe."""
+
+    def __init__(self, recording: Source) -> None:
+        self._recording = recording
+        self._holders: dict[str, dict[str, list[int]]] | None = None
+        self._found: dict[str, tuple[Taken, ...]] = {}
+        self._nbytes = 0
+        self._lock = threading.RLock()
+
+    def of(self, row: ManifestRow, *, check: bool) -> tuple[Taken, ...]:
+        """Return the ids of a record's rows; see `Recording.ids`."""
+        digest = row.get("rows")
+        if not digest:
+            return ()
+        with self._lock:
+            found = self._found.get(digest)
+            if found is None or not _fit(found, row["dims"] or ""):
+                holder = self._holder(ROWS, digest, row["dims"] or "")
+                if holder is None:
+                    what = f"{label(row['name'], row['tags'])} step={row['step']}"
+                    fact = f"the ids of the rows of {what} are not there"
+                    raise DamagedRecording(self._recording.path / rank_folder(row["rank"]), fact)
+                tensor = self._recording.read(holder, check=check)
+                found = unpacked(tensor, holder, self._recording.path)
+                self._keep(digest, found, tensor.nbytes)
+        return found
+
+    def known(self, digest: str) -> torch.Tensor | None:
+        """Return position and token of each id of a record, [rows, 2]; None where nobody said.
+
+        Args:
+            digest: of ids along one group of dims.
+        """
+        with self._lock:
+            holder = self._holder(TOKENS, digest)
+        if holder is None:
+            return None
+        found = self._recording.read(holder)
+        if found.dim() != 2 or found.shape[1] != 2 or found.is_floating_point():
+            raise DamagedRecording(self._recording.path, "a record of tokens is none")
+        return found
+
+    def _keep(self, digest: str, found: tuple[Taken, ...], nbytes: int) -> None:
+        self._found.pop(digest, None)
+        while self._found and (len(self._found) >= _KEPT or self._nbytes + nbytes > _KEPT_BYTES):
+            oldest = self._found.pop(next(iter(self._found)))
+            self._nbytes -= sum(one.ids.nbytes for one in oldest)
+        self._found[digest] = found
+        self._nbytes += sum(one.ids.nbytes for one in found)
+
+    def _holder(self, kind: str, digest: str, dims: str = "") -> ManifestRow | None:
+        """Return the row of the record that holds ids, or says of ids which tokens they are.
+
+        The same numbers may be the ids along `t` and along `b s`: that counts which has a tap's
+        `dims`.
+        """
+        frame = self._recording.rows()
+        if self._holders is None:
+            numbered = frame.with_row_index("at")
+            self._holders = {}
+            for held, by in ((ROWS, "digest"), (TOKENS, "rows")):
+                found = numbered.filter(numbered["kind"] == held).unique([by, "dims", "shape"])
+                for one, at in found.sort("at").select(by, "at").iter_rows():
+                    self._holders.setdefault(held, {}).setdefault(one, []).append(at)
+        numbers = self._holders.get(kind, {}).get(digest, [])
+        rows = [row_at(frame, at) for at in numbers]
+        fitting = [row for row in rows if {*_WORDS.findall(row["dims"] or "")} <= _words(dims)]
+        return next(iter(fitting or rows), None)
+
+
+def _words(dims: str) -> set[str]:
+    return {*_WORDS.findall(dims)}
+
+
+def _fit(found: tuple[Taken, ...], dims: str) -> bool:
+    return {name for one in found for name in one.names} <= _words(dims)

@@ -1,0 +1,39 @@
+"""The ids of rows that a forward had, for its repetition by activation checkpointing."""
+
+from __future__ import annotations
+
+import threading
+
+from .call import Call
+from .rows import Ids
+from .selection import Selected
+
+_KEPT = 1 << 14
+
+
+class RowsOfFirsts:
+    """Remembers which ids held at the taps of two steps: where a backward repeats them, none do."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[object, ...], tuple[Ids, ...]] = {}
+        self._before: dict[tuple[object, ...], tuple[Ids, ...]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, call: Call, selected: Selected) -> tuple[Ids, ...]:
+        """Return the ids of a tap's rows: of a repetition, those of what it repeats."""
+        if not (call.rows or self._of or self._before):
+            return ()
+        first = selected.key[:4]
+        with self._lock:
+            if selected.recompute:
+                return self._of.get(first) or self._before.get(first) or call.rows
+            if call.rows:
+                while len(self._of) >= _KEPT:
+                    self._of.pop(next(iter(self._of)))
+                self._of[first] = call.rows
+        return call.rows
+
+    def next_step(self) -> None:
+        """Forget the step before; a backward may come after its own has ended."""
+        with self._lock:
+            self._before, self._of = self._of, {}

@@ -1,0 +1,135 @@
+"""Which records may hold the rows of a tap: those of its name and tags, of any step and rank."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from recorder.errors import ReplayError
+from recorder.format.rows import parse_tags, row_at
+from recorder.format.schema import AUXILIARY
+from recorder.recording import Recording
+from recorder.tags import is_recompute
+from recorder.taps.selection import Selected
+
+from ..match import Matcher, selected_rows
+from .places import Keys, Places
+from .records import Records
+
+if TYPE_CHECKING:
+    import polars as pl
+
+_MOST_KEPT = 256
+_Key = tuple[object, ...]
+
+
+class RowMatcher:
+    """Finds the records of rows. Thread-safe.
+
+    Args:
+        recording: the baseline's.
+        matcher: what counts of name and tags.
+        check: whether to hold ids against their digest.
+    """
+
+    def __init__(self, recording: Recording, matcher: Matcher, *, check: bool) -> None:
+        self._recording, self._matcher, self._check = recording, matcher, check
+        self._numbers: dict[_Key, list[int]] | None = None
+        self._frame: pl.DataFrame | None = None
+        self._kept: dict[_Key, Records] = {}
+        self._shared: dict[object, tuple[list[Places], list[Keys]]] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def has_any(self) -> bool:
+        """Whether any record has rows."""
+        return bool(self._by_key())
+
+    def find(
+        self, selected: Selected, kind: str, receivers: Sequence[tuple[str, ...]]
+    ) -> Records | None:
+        """Return the records of a tap; None where none of them has rows.
+
+        Args:
+            selected: the tap.
+            kind: `tensor` or `grad`.
+            receivers: the dims that its own rows are along, by group.
+
+        Raises:
+            ReplayError: it is matched by order, which says nothing of rows.
+            LayoutError: the records contradict each other.
+            DamagedRecording: ids are not there.
+        """
+        match_on = self._matcher.match_on
+        if not self.has_any:
+            return None
+        if match_on.order:
+            raise ReplayError(
+                "both sides say which row is which, and --match-on order pairs taps by their "
+                "place, whatever rows they have; match on tags, as in --match-on name,layer"
+            )
+        selected = self._matcher.as_recorded(selected)
+        key = selected.key
+        at: _Key = (kind, match_on.group_of_target(key.name, selected.tags))
+        at = (*at, key.step + self._matcher.step_offset if match_on.rows_use_step else None)
+        at = (*at, key.occurrence if match_on.rows_use_occurrence else None)
+        with self._lock:
+            numbers = self._by_key().get(at)
+            if numbers is None:
+                return None
+            known = (*at, tuple(receivers))
+            found = self._kept.get(known)
+            if found is None:
+                assert self._frame is not None  # `_by_key` made it
+                rows = [row_at(self._frame, number) for number in numbers]
+                found = Records.of(
+                    self._recording, rows, receivers, self._shared, check=self._check
+                )
+                while len(self._kept) >= _MOST_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[known] = found
+            return found
+
+    def _by_key(self) -> dict[_Key, list[int]]:
+        with self._lock:
+            if self._numbers is None:
+                self._numbers = self._numbered()
+            return self._numbers
+
+    def _numbered(self) -> dict[_Key, list[int]]:
+        """Return the rows of the frame by what counts of their keys, in the order they count."""
+        import polars as pl
+
+        matcher, match_on = self._matcher, self._matcher.match_on
+        frame = self._recording.rows().filter(
+            pl.col("rows").is_not_null() & ~pl.col("kind").is_in(AUXILIARY)
+        )
+        if not frame.height or match_on.order:
+            return {("",): [0]} if frame.height else {}
+        if not match_on.whole:
+            frame = selected_rows(
+                frame, matcher.filter, matcher.rank, matcher.step_offset, matcher.renames
+            ).drop("row")
+        # The latest attempt first; then as a job on one rank would have computed them.
+        frame = frame.sort(
+            "attempt", "step", "occurrence", "rank", "seq",
+            descending=[True, False, False, False, False], maintain_order=True,
+        )  # fmt: skip
+        self._frame = frame
+        numbered = frame.select("name", "tags", "kind", "step", "occurrence").with_row_index("at")
+        groups: dict[tuple[str, str], tuple[object, bool]] = {}
+        for name, text in numbered.select("name", "tags").unique().iter_rows():
+            tags = parse_tags(text)
+            groups[name, text] = match_on.group(name, tags), is_recompute(tags)
+        found: dict[_Key, list[int]] = {}
+        seconds: dict[_Key, list[int]] = {}
+        by = ["name", "tags", "kind"]
+        by += ["step"] * match_on.rows_use_step + ["occurrence"] * match_on.rows_use_occurrence
+        for values, part in numbered.group_by(by, maintain_order=True):
+            group, is_second = groups[values[0], values[1]]
+            given = dict(zip(by, values, strict=True))
+            key = (given["kind"], group, given.get("step"), given.get("occurrence"))
+            # A second forward computes nothing that its first has not.
+            (seconds if is_second else found).setdefault(key, []).extend(part["at"].to_list())
+        return {**seconds, **{key: sorted(numbers) for key, numbers in found.items()}}

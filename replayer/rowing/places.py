@@ -1,0 +1,118 @@
+"""Where each id was recorded: one sorted array, searched by bisection.
+
+`Keys` makes ids of several numbers one integer each, exactly; `Places` finds the places of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from recorder.errors import LayoutError
+from recorder.tokens.taken import real
+
+_UNKNOWN = -1
+
+
+class Keys:
+    """Ids as one integer each: equal for equal ids, `_UNKNOWN` for one of which nothing is known.
+
+    Args:
+        known: ids, [rows] or [rows, numbers], no padding among them.
+    """
+
+    def __init__(self, known: torch.Tensor) -> None:
+        self.numbers = 1 if known.dim() == 1 else int(known.shape[1])
+        self._levels: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        if self.numbers == 1:
+            return
+        codes = torch.zeros(len(known), dtype=torch.int64, device="cpu")
+        for column in known.unbind(1):
+            values, at = column.unique(return_inverse=True)
+            combined = codes * max(len(values), 1) + at
+            codes_known, codes = combined.unique(return_inverse=True)
+            self._levels.append((values, codes_known))
+
+    def of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the keys of ids, int64 [rows].
+
+        Raises:
+            LayoutError: an id is of another number of numbers.
+        """
+        numbers = 1 if ids.dim() == 1 else int(ids.shape[1])
+        if numbers != self.numbers:
+            raise LayoutError(
+                f"the baseline's rows are told apart by {self.numbers} numbers each, and the "
+                f"target's by {numbers}",
+                "give both the same ids",
+            )
+        if numbers == 1:
+            return ids
+        codes = torch.zeros(len(ids), dtype=torch.int64, device="cpu")
+        unknown = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
+        for column, (values, known) in zip(ids.unbind(1), self._levels, strict=True):
+            at, is_there = _found(values, column.contiguous())
+            assert known is not None
+            codes, is_known = _found(known, codes * max(len(values), 1) + at)
+            unknown |= ~is_there | ~is_known
+        return torch.where(unknown, _UNKNOWN, codes)
+
+
+def _found(values: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where sorted values have what is wanted, and whether they do."""
+    if not len(values):
+        return torch.zeros_like(wanted), torch.zeros(len(wanted), dtype=torch.bool, device="cpu")
+    at = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
+    return at, values[at] == wanted
+
+
+class Found(NamedTuple):
+    """The places of keys.
+
+    Attributes:
+        first: of each key the first of its places in `Places`, whatever where it has none.
+        times: how many it has.
+    """
+
+    first: torch.Tensor
+    times: torch.Tensor
+
+
+class Places:
+    """Of each key the records that have it, and at which row, in the order they were given.
+
+    Args:
+        keys: for each record the keys of its rows, padding left out.
+        rows: which rows these are.
+        records: the records' numbers.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[torch.Tensor],
+        rows: Sequence[torch.Tensor],
+        records: Sequence[int],
+    ) -> None:
+        counts = torch.tensor([len(one) for one in keys], dtype=torch.int64, device="cpu")
+        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+        every = torch.cat([nothing, *keys])
+        numbers = torch.tensor(records, dtype=torch.int32, device="cpu")
+        self.keys, order = every.sort(stable=True)
+        self.record = numbers.repeat_interleave(counts)[order]
+        self.row = torch.cat([nothing.to(torch.int32), *(one.to(torch.int32) for one in rows)])
+        self.row = self.row[order]
+
+    def find(self, keys: torch.Tensor) -> Found:
+        """Return the places of some keys."""
+        first = torch.searchsorted(self.keys, keys)
+        behind = torch.searchsorted(self.keys, keys, right=True)
+        count = behind - first
+        count[keys == _UNKNOWN] = 0
+        return Found(first, count)
+
+
+def real_rows(ids: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of the rows that are no padding."""
+    return real(ids).nonzero().flatten()

@@ -1,0 +1,268 @@
+"""The records that hold the rows of one name and tags, and which of these rows each holds.
+
+1. `Records.of` reads the ids of each record, and sees which of its other dims it holds a part of.
+2. Records that hold the same part (`Held`) share one array of `Places`. Layers whose records have
+   the same ids share it, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from recorder.errors import LayoutError
+from recorder.format.schema import ManifestRow
+from recorder.layouts.blocks import Block, coordinates
+from recorder.layouts.dims import Dim, Dims
+from recorder.layouts.rowed import Rowed, rowed
+from recorder.logical import layout_of
+from recorder.mesh import FrozenMesh
+from recorder.tokens.taken import Taken
+
+from .places import Keys, Places, real_rows
+
+_MOST_SHARED = 32
+
+
+class Source(Protocol):
+    """What records are read from: a `Recording`."""
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of the job that was recorded."""
+
+    def mesh_of(self, row: ManifestRow) -> FrozenMesh | None:
+        """Return where the rank of a manifest row stood; None where nobody said."""
+
+    def ids(self, row: ManifestRow, *, check: bool = True) -> tuple[Taken, ...]:
+        """Return the ids of a record's rows."""
+
+    def read(self, row: ManifestRow, *, check: bool = True) -> torch.Tensor:
+        """Return the tensor of a manifest row."""
+
+    def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Read runs of a payload's bytes into memory."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What some records hold of a row.
+
+    Attributes:
+        dims: the layout with one dim for each group of rows in front.
+        mesh: where their ranks stand on the axes over which parts differ.
+        shape: the sizes of the other dims.
+    """
+
+    dims: Dims = field(hash=False)
+    mesh: FrozenMesh
+    shape: tuple[int, ...]
+
+    @property
+    def world_size(self) -> int:
+        """How many parts there may be."""
+        total = 1
+        for _, (_, size) in self.mesh:
+            total *= size
+        return total
+
+    def block(self, rank: int, sizes: Sequence[int]) -> Block:
+        """Return it as the block of a rank, of so many rows along each group."""
+        return Block(rank, self.dims, (*sizes, *self.shape), self.mesh)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: its manifest row, its rows along each group, and the number of its part."""
+
+    row: ManifestRow
+    groups: tuple[Rowed, ...]
+    part: int
+
+
+def held_by(
+    dims: Dims,
+    groups: Sequence[Rowed],
+    shape: Sequence[int],
+    rank: int,
+    mesh: FrozenMesh | None,
+    world_size: int,
+) -> Held:
+    """Return which part of its rows a rank holds.
+
+    Cuts of the dims that have rows need not be known, since the ids say more.
+
+    Args:
+        dims: its layout.
+        groups: its rows.
+        shape: its sizes.
+        rank: the rank.
+        mesh: where it stands.
+        world_size: how many ranks its job has.
+
+    Raises:
+        LayoutError: nobody says where it stands.
+    """
+    front = {i for group in groups for i in group.at}
+    named = {name for group in groups for name in group.names}
+    rest = tuple(dim for i, dim in enumerate(dims.dims) if i not in front)
+    sizes = tuple(n for i, n in enumerate(shape) if i not in front)
+    own = replace(
+        dims,
+        dims=rest,
+        sizes={name: n for name, n in dims.sizes.items() if name not in named},
+        padded=dims.padded - named,
+        fills={name: fill for name, fill in dims.fills.items() if name not in named},
+    )
+    axes = dict.fromkeys(own.axes)
+    places = coordinates(Block(rank, own, sizes, mesh), world_size) if axes else {}
+    return Held(
+        replace(
+            own,
+            dims=(*(Dim((f"rows {g}",)) for g in range(len(groups))), *rest),
+            mesh=None,
+            shape=None,
+            aliases={},
+        ),
+        tuple(sorted((axis, places[axis]) for axis in axes)),
+        sizes,
+    )
+
+
+def paired(
+    senders: Sequence[tuple[str, ...]], receivers: Sequence[tuple[str, ...]]
+) -> list[tuple[int, int]]:
+    """Return which groups of rows belong together, by their names: one on each side do in any case.
+
+    Raises:
+        LayoutError: there are several, and none has a name of the other side's.
+    """
+    if len(senders) == len(receivers) == 1:
+        return [(0, 0)]
+    known = {names: i for i, names in enumerate(senders)}
+    found = [(known[names], j) for j, names in enumerate(receivers) if names in known]
+    if not found:
+        of_senders, of_receivers = (
+            " and ".join(" ".join(names) for names in side) for side in (senders, receivers)
+        )
+        raise LayoutError(
+            f"the baseline has rows along {of_senders}, and the target along {of_receivers}",
+            "call those that belong together the same on both sides",
+        )
+    return found
+
+
+class Records:
+    """The records of one name and tags.
+
+    Attributes:
+        every: the records, in the order in which they count.
+        parts: what they hold of their rows; the numbers in the records.
+        keys: what makes ids integers, for each group.
+        pairs: for each group, its number among the receiver's.
+    """
+
+    def __init__(
+        self,
+        every: Sequence[Record],
+        parts: Sequence[Held],
+        places: Sequence[Places],
+        keys: Sequence[Keys],
+        pairs: Sequence[int],
+    ) -> None:
+        self.every, self.parts, self.places = every, parts, places
+        self.keys, self.pairs = keys, pairs
+        self.checked: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        rows: Sequence[ManifestRow],
+        receivers: Sequence[tuple[str, ...]],
+        shared: dict[object, tuple[list[Places], list[Keys]]],
+        *,
+        check: bool = True,
+    ) -> Records:
+        """Return what records hold of some groups of rows.
+
+        Args:
+            source: what they are read from.
+            rows: their manifest rows, in the order in which they count.
+            receivers: the names of the groups that the other side has.
+            shared: places of other records, and to be added to.
+            check: whether to hold ids against their digest.
+
+        Raises:
+            LayoutError: they do not say what they hold, or not the same.
+            DamagedRecording: ids are not there.
+        """
+        layouts: dict[tuple[str, str], Dims] = {}
+        numbers: dict[Held, int] = {}
+        found: list[Record] = []
+        pairs: list[tuple[int, int]] | None = None
+        names: list[tuple[str, ...]] = []
+        for row in rows:
+            text = row["dims"] or "", row["kind"]
+            dims = layouts.get(text)
+            if dims is None:
+                dims = layouts[text] = layout_of(*text)
+            shape = tuple(row["shape"] or ())
+            groups = rowed(dims, shape, source.ids(row, check=check))
+            if pairs is None:
+                names = [group.names for group in groups]
+                pairs = paired(names, receivers)
+            if [group.names for group in groups] != names:
+                raise LayoutError(
+                    f"some records of {row['name']} have rows along "
+                    f"{' and '.join(map(' '.join, names))} and others along "
+                    f"{' and '.join(group.label for group in groups)}",
+                    "give all of them rows along the same dims",
+                )
+            chosen = tuple(groups[i] for i, _ in pairs)
+            mesh = source.mesh_of(row)
+            part = held_by(dims, chosen, shape, row["rank"], mesh, source.world_size)
+            number = numbers.setdefault(part, len(numbers))
+            found.append(Record(row, chosen, number))
+        about = tuple((one.row["rows"], one.row["dims"], one.part) for one in found)
+        known = shared.get((about, tuple(pairs or ())))
+        if known is None:
+            while len(shared) >= _MOST_SHARED:
+                shared.pop(next(iter(shared)))
+            known = shared[about, tuple(pairs or ())] = _placed(found, len(numbers))
+        places, keys = known
+        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()])
+
+
+def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:
+    """Return where the rows of records are, for each part, and what makes their ids integers."""
+    keys, kept = [], []
+    for g in range(len(found[0].groups)):
+        rows = [real_rows(one.groups[g].ids) for one in found]
+        ids = [one.groups[g].ids[at] for one, at in zip(found, rows, strict=True)]
+        if len({one.dim() for one in ids} | {one.shape[1:] for one in ids}) > 2:
+            raise LayoutError("records' rows are told apart by more numbers in some than in others")
+        keys.append(Keys(torch.cat(ids)))
+        if g == 0:
+            kept = [(keys[0].of(own), at) for own, at in zip(ids, rows, strict=True)]
+    places = []
+    for part in range(parts):
+        numbers = [i for i, one in enumerate(found) if one.part == part]
+        places.append(Places([kept[i][0] for i in numbers], [kept[i][1] for i in numbers], numbers))
+    return places, keys
+
+
+def seqs_of(records: Sequence[Record], world_size: int) -> list[int | None]:
+    """Return for each sender rank the `seq` of the first of some records, None without one."""
+    found: list[int | None] = [None] * world_size
+    for one in records:
+        rank = one.row["rank"]
+        if found[rank] is None:
+            found[rank] = one.row["seq"]
+    return found
+
+
+Shared = Mapping[object, tuple[list[Places], list[Keys]]]

@@ -1,0 +1,189 @@
+"""Whether rows that were recorded several times are the same, but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from recorder.bits import as_bits
+from recorder.errors import ReplicasDiffer
+from recorder.sizes import count
+from recorder.tags import label
+
+from .gather import Gathered
+from .places import Found
+from .records import Record, Records
+
+_CHUNK_BYTES = 32 << 20
+_NOT_YET = -1.0
+
+
+class Rounding(NamedTuple):
+    """How far two computations of one row may be apart: see `rounding`."""
+
+    whole: float
+    element: float
+
+
+def rounding(dtype: torch.dtype) -> Rounding:
+    """Return how far apart the same row may be, computed in another batch.
+
+    `whole` bounds the root mean square of the difference over that of the row, `element` the
+    greatest difference over the row's greatest element. Batches of other shapes add up in another
+    order, and that adds up from layer to layer: in float32 to some 50 units of rounding, in 16 bits
+    to a few, since sums are made in more.
+    """
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return Rounding(0.0, 0.0)
+    eps = float(torch.finfo(dtype).eps)
+    whole = (8.0 if eps > 1e-5 else 128.0) * eps
+    return Rounding(whole, 8.0 * whole)
+
+
+class Apart(NamedTuple):
+    """How far rows are from others: each an element a row.
+
+    Attributes:
+        whole: the root mean square of the difference over that of the row.
+        beyond: whether it is more than rounding.
+        most: the greatest absolute difference.
+    """
+
+    whole: torch.Tensor
+    beyond: torch.Tensor
+    most: torch.Tensor
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> Apart:
+    """Compare rows [rows, ...] of one shape and dtype."""
+    n = len(a)
+    x, y = a.reshape(n, -1), b.reshape(n, -1)
+    same = (as_bits(x) == as_bits(y)).all(1) if x.shape[1] else torch.ones(n, dtype=torch.bool)
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
+        far = (x.to(torch.float64) - y.to(torch.float64)).abs()
+        most = far.amax(1) if x.shape[1] else torch.zeros(n, dtype=torch.float64)
+        return Apart((~same).to(torch.float64), ~same, most)
+    if a.dtype.is_complex:
+        x, y = (torch.view_as_real(t).reshape(n, -1) for t in (x, y))
+    x, y = x.to(torch.float64), y.to(torch.float64)
+    equal = (x == y) | (x.isnan() & y.isnan())
+    off = torch.where(equal, 0.0, (x - y).abs())
+    size = torch.maximum(x.abs().nan_to_num(0, 0, 0), y.abs().nan_to_num(0, 0, 0))
+    if not x.shape[1]:
+        nothing = torch.zeros(n, dtype=torch.float64)
+        return Apart(nothing, ~same, nothing)
+    most, largest = off.amax(1), size.amax(1)
+    whole = off.square().mean(1).sqrt() / size.square().mean(1).sqrt().clamp_min(1e-300)
+    within = rounding(a.dtype)
+    fine = (whole <= within.whole) & (most <= within.element * largest)
+    return Apart(
+        whole.nan_to_num(torch.inf), ~(same | equal.all(1) | fine), most.nan_to_num(torch.inf)
+    )
+
+
+class Several(NamedTuple):
+    """Rows that were recorded several times.
+
+    Attributes:
+        rows: how many.
+        whole: their greatest difference, relative to the row; None where it was not measured.
+    """
+
+    rows: int = 0
+    whole: float | None = None
+
+    def note(self, which: str) -> str:
+        """Say it, "" where there are none."""
+        if not self.rows:
+            return ""
+        taken = {"last": "the last was taken", "mean": "their mean was taken"}
+        text = f"{count(self.rows, 'row')} recorded several times: "
+        text += taken.get(which, "the first was taken")
+        if self.whole:
+            text += f", others are off by {self.whole:.2g} of the row at most"
+        return text
+
+    def and_(self, other: Several) -> Several:
+        """Return both, of other parts of the same rows."""
+        known = [one.whole for one in (self, other) if one.whole is not None]
+        return Several(max(self.rows, other.rows), max(known, default=None))
+
+
+def check_same(records: Records, part: int, found: Found, gathered: Gathered) -> Several:
+    """Hold rows that were recorded several times against the first of them, each once.
+
+    Raises:
+        ReplicasDiffer: they are apart by more than rounding; names both places.
+    """
+    several = found.times > 1
+    if not bool(several.any()):
+        return Several()
+    places = records.places[part]
+    known = records.checked.get(part)
+    if known is None:
+        known = records.checked[part] = torch.full((len(places.keys),), _NOT_YET)
+    first, counts = found.first[several], found.times[several]
+    todo = known[first] == _NOT_YET
+    for one, other in _others(records, part, first[todo], counts[todo]):
+        a, b = (
+            gathered.rows(records.every, places.record[at], places.row[at]) for at in (one, other)
+        )
+        off = apart(a, b)
+        if bool(off.beyond.any()):
+            worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
+            raise _differ(records, part, int(one[worst]), int(other[worst]), off, worst)
+        known[one] = torch.maximum(known[one], off.whole.to(known.dtype))
+    known[first] = known[first].clamp_min(0.0)
+    return Several(int(several.sum()), float(known[first].max()))
+
+
+def _others(
+    records: Records, part: int, first: torch.Tensor, counts: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield places and those of the same keys that are to be compared with them, in pieces."""
+    places = records.places[part]
+    codes: dict[tuple[str, str], int] = {}
+    digests = [
+        codes.setdefault((one.row["digest"], one.row["dims"] or ""), len(codes))
+        for one in records.every
+    ]
+    code = torch.tensor(digests, dtype=torch.int64, device="cpu")
+    row = records.every[0].row
+    each = max(1, row["nbytes"] // max(1, len(records.every[0].groups[0].ids)))
+    size = max(1, _CHUNK_BYTES // each)
+    for j in range(1, int(counts.max()) if len(counts) else 0):
+        one = first[counts > j]
+        other = one + j
+        is_same = (code[places.record[one].long()] == code[places.record[other].long()]) & (
+            places.row[one] == places.row[other]
+        )
+        one, other = one[~is_same], other[~is_same]
+        yield from zip(one.split(size), other.split(size), strict=True)
+
+
+def _differ(
+    records: Records, part: int, one: int, other: int, off: Apart, at: int
+) -> ReplicasDiffer:
+    places = records.places[part]
+    where = [
+        place_text(records.every[int(places.record[p])], int(places.row[p])) for p in (one, other)
+    ]
+    first = records.every[int(places.record[one])].row
+    number = int(off.beyond.sum())
+    more = f" ({count(number, 'such row')})" if number > 1 else ""
+    return ReplicasDiffer(
+        f"a row of {label(first['name'], first['tags'])} was recorded at {where[0]} and at "
+        f"{where[1]}, and there it is off by {float(off.whole[at]):.3g} of its size, at most by "
+        f"{float(off.most[at]):.6g}, which is no rounding{more}",
+        "if something else was meant to differ, such as the weights of another step, match on it "
+        "too, as with --match-on name,step; if the ids leave something out, add it with salt",
+    )
+
+
+def place_text(record: Record, row: int) -> str:
+    """Return where a row was recorded, for messages."""
+    about = record.row
+    attempt = f" attempt={about['attempt']}" if about["attempt"] else ""
+    return f"step={about['step']} rank={about['rank']}{attempt} row {row}"
