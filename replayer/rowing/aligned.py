@@ -1,9 +1,8 @@
 """The rows of one receiver's tensor, from wherever the baseline computed them.
 
-1. `Aligned.of` puts the target's rows in front, and makes their ids keys.
-2. `Aligned.make` finds the places of each, in every part of the other dims that the receiver needs,
-   gathers them, and lets a `plan` put the parts together.
-3. What is not found, and padding, keeps the target's values: `Aligned.put` writes the others.
+1. `Aligned.make` makes keys of the target's ids, and lets `Joining` bring what was recorded.
+2. What is not found, and padding, keeps the target's values: `Aligned.put` writes the others.
+3. For a transform, `Aligned.received` brings the rows of each part as they stand in the target.
 """
 
 from __future__ import annotations
@@ -15,28 +14,21 @@ from dataclasses import dataclass, field
 import torch
 
 from recorder.bits import as_bits
-from recorder.errors import (
-    BlocksMissing,
-    LayoutError,
-    MissingRecord,
-    ReplicasDiffer,
-    TransformError,
-)
+from recorder.errors import MissingRecord, TransformError
 from recorder.format.payload import parse_dtype
 from recorder.format.schema import ManifestRow
-from recorder.layouts.assemble import assemble
 from recorder.layouts.dims import Dims
-from recorder.layouts.plan import Plan, plan
 from recorder.layouts.rowed import Rowed, moved, moved_back
 from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import SEQ_BITS
-from .gather import Gathered, rest_of
+from .gather import rest_of
+from .joining import Joining, records_at
 from .places import Found, real_rows
 from .records import Record, Records, Source, held_by, seqs_of
-from .same import Several, apart, check_same, place_text
+from .same import Several
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,6 @@ class Made:
         rows: [rows, other dims of the receiver]: what was recorded, on the CPU.
         cells: which of the tensor's rows these are, padding counted: [rows].
         missing: how many rows were not found.
-        padding: how many are padding.
         senders: for each sender rank the `seq` of the first record that was used.
         records: those that have one of the rows, as in the log's column `rows_from`.
         note: what to know of it.
@@ -56,7 +47,6 @@ class Made:
     rows: torch.Tensor = field(repr=False)
     cells: torch.Tensor = field(repr=False)
     missing: int
-    padding: int
     senders: list[int | None]
     records: list[int]
     note: str
@@ -90,26 +80,29 @@ class Aligned:
         replicas: str,
         check: bool,
     ) -> None:
-        self._source, self._records = source, records
+        self._records, self._target, self._world = records, target, source.world_size
         self._groups = [groups[j] for j in records.pairs]
-        self._target, self._replicas = target, replicas
-        self._part = held_by(dims, self._groups, target.shape, rank.rank, mesh, rank.world_size)
-        self._gathered = Gathered(source, check=check)
+        own = held_by(dims, self._groups, target.shape, rank.rank, mesh, rank.world_size)
+        self._joining = Joining(source, records, own, replicas=replicas, check=check)
 
     @property
     def own(self) -> torch.Tensor:
         """The target's rows, padding too: [rows, other dims]."""
         return self.front(self._target.detach())
 
-    def front(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor of the target's shape by rows, as `own` is."""
-        made = moved(tensor, [group.at for group in self._groups])
-        return made.reshape(-1, *made.shape[len(self._groups) :])
-
     @property
     def first(self) -> ManifestRow:
         """The manifest row of the first record that may have its rows."""
         return self._records.every[0].row
+
+    def front(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the target's shape by rows, as `own` is."""
+        made = moved(tensor, [group.at for group in self._groups])
+        return made.reshape(math.prod(made.shape[: len(self._groups)]), *self._rest)
+
+    @property
+    def _rest(self) -> tuple[int, ...]:
+        return self._joining.receiver.shape
 
     def put(self, rows: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Return the target with other rows in some places.
@@ -134,46 +127,29 @@ class Aligned:
             DamagedRecording: a record cannot be read.
         """
         real = [real_rows(group.ids) for group in self._groups]
-        keys = [
-            make.of(group.ids[at])
+        wanted = math.prod(map(len, real))
+        if not wanted:
+            rows = torch.empty((0, *self._rest), dtype=self._target.dtype, device="cpu")
+            nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+            return Made(rows, nothing, 0, [None] * self._world, [], "all of its rows are padding")
+        unique = [
+            make.of(group.ids[at]).unique(return_inverse=True)
             for make, group, at in zip(self._records.keys, self._groups, real, strict=True)
         ]
-        wanted = math.prod(len(at) for at in real)
-        padding = math.prod(len(group.ids) for group in self._groups) - wanted
-        unique = [one.unique(return_inverse=True) for one in keys]
-        if not wanted:
-            rest = self.own.shape[1:]
-            dtype = self._target.dtype
-            nothing = torch.empty((0, *rest), dtype=dtype, device="cpu")
-            cells = torch.empty(0, dtype=torch.int64, device="cpu")
-            senders: list[int | None] = [None] * self._source.world_size
-            return Made(nothing, cells, 0, padding, senders, [], "all of its rows are padding")
-        sizes = [len(values) for values, _ in unique]
-        needed = self._needed(sizes)
-        if len(self._groups) == 1:
-            made, is_found, used, several = self._of_one(unique[0][0], needed)
-        else:
-            made, is_found, used, several = self._of_grid([u for u, _ in unique], needed)
-        # Where each of the target's rows stands among the unique ones, and among all of its own.
+        cells = self._joining.find([values for values, _ in unique])
+        # Where each of the target's rows stands among the distinct ones, and among all of its own.
         at = torch.zeros(1, dtype=torch.int64, device="cpu")
         cell = torch.zeros(1, dtype=torch.int64, device="cpu")
         for (values, inverse), own, group in zip(unique, real, self._groups, strict=True):
             at = (at[:, None] * len(values) + inverse).flatten()
             cell = (cell[:, None] * len(group.ids) + own).flatten()
-        there = is_found[at]
+        there = cells.is_found[at]
         if not bool(there.any()):
             raise MissingRecord(self._why_none(wanted))
-        number = is_found.to(torch.int64).cumsum(0) - 1
-        rows = made.index_select(0, number[at[there]])
-        return Made(
-            rows,
-            cell[there],
-            int((~there).sum()),
-            padding,
-            seqs_of(used, self._source.world_size),
-            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in used}),
-            self._note(several),
-        )
+        several = self._joining.check(cells)
+        number = cells.is_found.to(torch.int64).cumsum(0) - 1
+        rows = self._joining.rows(cells).index_select(0, number[at[there]])
+        return self._made(rows, cell[there], wanted, cells.records, several)
 
     def received(self) -> tuple[Made, list[tuple[ManifestRow, torch.Tensor]]]:
         """Return what was found, and of each part the rows as they stand in the target, for a
@@ -193,30 +169,37 @@ class Aligned:
         group, records = self._groups[0], self._records
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
-        every = range(len(records.parts))
-        found = {part: records.places[part].find(keys) for part in every}
+        found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
         there = torch.stack([one.times > 0 for one in found.values()]).all(0)
-        if not bool(there.any()) and len(own):
+        if len(own) and not bool(there.any()):
             raise MissingRecord(self._why_none(len(own)))
-        several, result = Several(), []
-        used: set[int] = set()
-        for part, one in found.items():
-            one = _of(one, there)
-            several = several.and_(self._several(part, one))
-            used |= {*_records_at(records, part, one).tolist()}
+        several, received, used = Several(), [], set()
+        for part, every in found.items():
+            one = every.of(there)
+            several = several.and_(self._joining.check_part(part, one))
+            used |= {*records_at(records, part, one).tolist()}
             first = next(record for record in records.every if record.part == part)
-            result.append((first.row, self._as_received(first, part, one, own[there])))
+            received.append((first.row, self._as_received(first, part, one, own[there])))
         chosen = [records.every[i] for i in sorted(used)]
-        made = Made(
-            torch.empty(0),
-            own[there],
-            len(own) - int(there.sum()),
-            len(group.ids) - len(own),
-            seqs_of(chosen, self._source.world_size),
-            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in chosen}),
-            self._note(several),
+        nothing = torch.empty((0, *self._rest), device="cpu")
+        return self._made(nothing, own[there], len(own), chosen, several), received
+
+    def _made(
+        self,
+        rows: torch.Tensor,
+        cells: torch.Tensor,
+        wanted: int,
+        used: Sequence[Record],
+        several: Several,
+    ) -> Made:
+        return Made(
+            rows,
+            cells,
+            wanted - len(cells),
+            seqs_of(used, self._world),
+            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in used}),
+            "; ".join(self._joining.notes(several)),
         )
-        return made, result
 
     def _as_received(
         self, first: Record, part: int, found: Found, cells: torch.Tensor
@@ -227,19 +210,12 @@ class Aligned:
         sizes = [self._target.shape[i] for i in group.at]
         made = torch.zeros((math.prod(sizes), *rest_of(first)), dtype=dtype, device="cpu")
         if len(cells):
-            as_bits(made).index_copy_(0, cells, as_bits(self._taken(part, found)))
+            as_bits(made).index_copy_(0, cells, as_bits(self._joining.of_part(part, found)))
         made = made.reshape(*sizes, *made.shape[1:])
         at = first.groups[0].at
         before = sum(i not in at for i in range(min(at)))
         rows, rest = range(len(sizes)), range(len(sizes), made.dim())
         return made.permute([*rest[:before], *rows, *rest[before:]])
-
-    def _note(self, several: Several) -> str:
-        notes = [several.note(self._replicas)]
-        if self._gathered.in_part:
-            number = count(len(self._gathered.in_part), "record")
-            notes.append(f"{number} read in part, without their digests")
-        return "; ".join(filter(None, notes))
 
     def _why_none(self, wanted: int) -> str:
         every = self._records.every
@@ -249,201 +225,3 @@ class Aligned:
             f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "
             "ids with another salt?"
         )
-
-    def _needed(self, sizes: Sequence[int]) -> list[int]:
-        """Return the parts that the receiver's block is made of."""
-        found = self._plan(sizes)
-        needed = sorted({rank for move in found.moves for ranks in move.ranks for rank in ranks})
-        return needed or [0]
-
-    def _plan(self, sizes: Sequence[int]) -> Plan:
-        parts = self._records.parts
-        blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
-        world = max(len(parts), *(part.world_size for part in parts))
-        try:
-            return plan(blocks, world, self._part.block(0, sizes), self._part.world_size)
-        except BlocksMissing as err:
-            raise BlocksMissing(
-                f"not all parts of these rows were recorded: {self._parts_text()}",
-                err.advice,
-            ) from None
-
-    def _parts_text(self) -> str:
-        parts = self._records.parts
-        axes = [axis for axis, _ in parts[0].mesh]
-        there = ", ".join(
-            " ".join(f"{axis}={dict(part.mesh)[axis][0]}" for axis in axes) or "one"
-            for part in parts[:8]
-        )
-        sizes = " ".join(f"{axis} of {n}" for axis, (_, n) in parts[0].mesh)
-        return f"of {parts[0].dims.text!r:.200} over {sizes}, there is {there}"
-
-    def _assembled(self, tensors: dict[int, torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
-        """Return the parts as the receiver's: [*sizes, other dims]."""
-        shape = (*sizes, *self._part.shape)
-        if len(tensors) == 1 and self._is_plain():
-            return next(iter(tensors.values()))
-        parts = self._records.parts
-        blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
-        receiver = self._part.block(0, sizes)
-        made = assemble(
-            self._plan(sizes), blocks, receiver, lambda rank, share: tensors[rank], lambda r: ""
-        )
-        return made.reshape(shape)
-
-    def _is_plain(self) -> bool:
-        """Whether both sides hold the same of each row, in the same order."""
-        one, other = self._records.parts[0], self._part
-        if len(self._records.parts) > 1 or one.mesh or other.mesh:
-            return False
-        names = [[dim.names for dim in part.dims.dims] for part in (one, other)]
-        plain = not (one.dims.sizes or other.dims.sizes or one.dims.padded or other.dims.padded)
-        return plain and names[0] == names[1] and one.shape == other.shape
-
-    def _of_one(
-        self, keys: torch.Tensor, needed: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Record], Several]:
-        """Return rows that were found, which they are of some keys, their records."""
-        records = self._records
-        found = {part: records.places[part].find(keys) for part in needed}
-        is_found = torch.ones(len(keys), dtype=torch.bool, device="cpu")
-        for one in found.values():
-            is_found &= one.times > 0
-        used: set[int] = set()
-        for part, one in found.items():
-            used |= {*_records_at(records, part, _of(one, is_found)).tolist()}
-        for part in {*range(len(records.parts))} - {*needed}:  # they are not asked for, but known
-            other = records.places[part].find(keys)
-            there = _of(other, is_found & (other.times > 0))
-            used |= {*_records_at(records, part, there).tolist()}
-        several = Several()
-        tensors: dict[int, torch.Tensor] = {}
-        if bool(is_found.any()):
-            for part, one in found.items():
-                one = _of(one, is_found)
-                several = several.and_(self._several(part, one))
-                tensors[part] = self._taken(part, one)
-        chosen = [records.every[i] for i in sorted(used)]
-        if not tensors:
-            empty = torch.empty((0, *self._part.shape), dtype=self._target.dtype, device="cpu")
-            return empty, is_found, chosen, several
-        made = self._assembled(tensors, [int(is_found.sum())])
-        return made, is_found, chosen, several
-
-    def _several(self, part: int, found: Found) -> Several:
-        if self._replicas == "error":
-            return check_same(self._records, part, found, self._gathered)
-        return Several(int((found.times > 1).sum()))
-
-    def _taken(self, part: int, found: Found) -> torch.Tensor:
-        """Return the rows at places, [rows, other dims]; of several the one that was asked for."""
-        places, every = self._records.places[part], self._records.every
-        at = found.first if self._replicas != "last" else found.first + found.times - 1
-        taken = self._gathered.rows(every, places.record[at], places.row[at])
-        if self._replicas != "mean" or not bool((found.times > 1).any()):
-            return taken
-        if not (taken.dtype.is_floating_point or taken.dtype.is_complex):
-            raise LayoutError(f"rows of {taken.dtype} have no mean", "take the first of them")
-        wide = torch.complex128 if taken.dtype.is_complex else torch.float64
-        total = taken.to(wide)
-        for j in range(1, int(found.times.max())):
-            which = (found.times > j).nonzero().flatten()
-            at = found.first[which] + j
-            total[which] += self._gathered.rows(every, places.record[at], places.row[at]).to(wide)
-        counts = found.times.view(-1, *[1] * (total.dim() - 1))
-        return (total / counts).to(taken.dtype)
-
-    def _of_grid(
-        self, keys: Sequence[torch.Tensor], needed: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[Record], Several]:
-        """Return rows along several groups, each of which is a combination, as `_of_one` does."""
-        records, sizes = self._records, [len(one) for one in keys]
-        tensors: dict[int, torch.Tensor] = {}
-        is_found = torch.ones(sizes, dtype=torch.bool, device="cpu")
-        used: list[Record] = []
-        several = Several()
-        for part in needed:
-            found = records.places[part].find(keys[0])
-            numbers = _records_at(records, part, _of(found, found.times > 0)).tolist()
-            there = [records.every[i] for i in sorted(numbers)]
-            used += there
-            made, filled, own = self._grid(there, keys)
-            tensors[part] = made
-            is_found &= filled
-            several = several.and_(own)
-        made = self._assembled(tensors, sizes)
-        flat = made.reshape(-1, *made.shape[len(sizes) :])
-        is_found = is_found.flatten()
-        return flat[is_found], is_found, used, several
-
-    def _grid(
-        self, there: Sequence[Record], keys: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, Several]:
-        """Return what records of one part have of some combinations, and which these are."""
-        sizes = [len(one) for one in keys]
-        rest = rest_of(there[0]) if there else list(self._records.parts[0].shape)
-        made: torch.Tensor | None = None
-        filled = torch.zeros(sizes, dtype=torch.bool, device="cpu")
-        again, worst = torch.zeros(sizes, dtype=torch.bool, device="cpu"), 0.0
-        order = reversed(there) if self._replicas == "last" else there
-        for record in order:
-            into, out_of = [], []
-            for g, wanted in enumerate(keys):
-                rows = real_rows(record.groups[g].ids)
-                own = self._records.keys[g].of(record.groups[g].ids[rows])
-                at = torch.searchsorted(wanted, own).clamp_(max=max(len(wanted) - 1, 0))
-                has = (wanted[at] == own) & (own != -1) if len(wanted) else own < own
-                into.append(at[has])
-                out_of.append(rows[has])
-            if not all(map(len, into)):
-                continue
-            tensor = self._gathered.whole(record)
-            if made is None:
-                made = torch.zeros((*sizes, *rest), dtype=tensor.dtype, device="cpu")
-            if made.dtype != tensor.dtype:
-                raise LayoutError(f"records of {made.dtype} and {tensor.dtype} under one name")
-            source, target = _mesh(out_of), _mesh(into)
-            values, before = as_bits(tensor)[source], filled[target]
-            if bool(before.any()):
-                again[target] |= before
-                held = as_bits(made)[target][before].view(made.dtype)
-                off = apart(held, values[before].view(made.dtype))
-                if self._replicas == "error" and bool(off.beyond.any()):
-                    raise ReplicasDiffer(
-                        f"a row of {record.row['name']} was recorded at {place_text(record, 0)} "
-                        f"and before, off by {float(off.whole.max()):.3g} of its size",
-                        "match on what differs, as with --match-on name,step",
-                    )
-                worst = max(worst, float(off.whole.max()))
-            kept = as_bits(made)[target]
-            kept[~before] = values[~before]
-            as_bits(made)[target] = kept
-            filled[target] = True
-        if made is None:
-            made = torch.zeros((*sizes, *rest), dtype=self._target.dtype, device="cpu")
-        return made, filled, Several(int(again.sum()), worst)
-
-
-def _mesh(places: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    n = len(places)
-    return tuple(
-        one.to(torch.int64).view([-1 if i == g else 1 for i in range(n)])
-        for g, one in enumerate(places)
-    )
-
-
-def _of(found: Found, which: torch.Tensor) -> Found:
-    return Found(found.first[which], found.times[which])
-
-
-def _records_at(records: Records, part: int, found: Found) -> torch.Tensor:
-    """Return the numbers of all records that have some keys."""
-    places = records.places[part]
-    if not len(found.times):
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    starts = found.first.repeat_interleave(found.times)
-    within = torch.arange(len(starts), device="cpu")
-    ends = found.times.cumsum(0) - found.times
-    within -= ends.repeat_interleave(found.times)
-    found_at: torch.Tensor = places.record[starts + within].unique()
-    return found_at
