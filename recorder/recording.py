@@ -375,6 +375,13 @@ class Recording:
         """
         return self._held.of(row, check=check)
 
+    def known(self, digest: str) -> torch.Tensor | None:
+        """Return position and token of each of the ids of a column `rows`: [rows, 2].
+
+        None where nobody said.
+        """
+        return self._held.known(digest)
+
     def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
         """Read runs of a payload's bytes into memory, without comparing them with its digest.
 

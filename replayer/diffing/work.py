@@ -28,15 +28,20 @@ from recorder.layouts.plan import Plan
 from ..measuring.elements import unravelled
 from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
 from ..pairing.blocks import by_layout, replicas_apart
-from ..pairing.pairs import LAYOUT, RANK, Pairs
+from ..pairing.pairs import LAYOUT, RANK, ROWS, Pairs
+from ..pairing.rows import Common, Shared, TwoOfRows
 from ..pairing.tensors import Two, by_rank
 from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
+from .tokens import facts_of, first_off
 
 REPLICAS = "replicas"
+ROWS_APART = "rows apart"
 SIDES = ("A", "B")
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
+MISSING_ROWS = 0.5
+"""The share of a side's rows that may be on that side alone, by default."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class Task:
 
     Attributes:
         pair: its number in the pairs' table.
-        how: `rank` or `layout`; `replicas` where the pair is equal, and only whether the baseline's
-            ranks agree among themselves is to be seen; `A` or `B` where that side's recomputed
-            forward is held against its first.
+        how: `rank`, `layout` or `rows`; `replicas` where the pair is equal, and only whether the
+            baseline's ranks agree among themselves is to be seen; `A` or `B` where that side's
+            recomputed forward is held against its first.
         a: the baseline's rows; of a recomputed forward, the first's.
         b: the target's rows; of a recomputed forward, its own.
     """
@@ -74,6 +79,7 @@ class Options:
         check: hold what is read against its digest.
         workers: threads; None for one a core.
         memory: bytes of tensors at once.
+        missing_rows: the share of a side's rows that may be on that side alone.
         progress: called with the bytes of each pair that is done.
     """
 
@@ -83,6 +89,7 @@ class Options:
     check: bool = True
     workers: int | None = None
     memory: int = MEMORY
+    missing_rows: float = MISSING_ROWS
     progress: Callable[[int], None] = field(default=lambda nbytes: None)
 
 
@@ -148,13 +155,18 @@ class Crew:
     def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         # Blocks are read, and put together into as much again.
         nbytes = task.nbytes * (2 if task.how in (LAYOUT, REPLICAS) else 1)
+        if task.how == ROWS:  # which come in pieces
+            nbytes = min(task.nbytes, self._options.memory)
         with self._room.of(nbytes):
             found: list[DiffRow] = []
             is_gradient = task.a[0]["kind"] == "grad"
             about: DiffRow = {}
             try:
-                for two in self.twos(task):
-                    found += self._measured(two, is_gradient, run)
+                if task.how == ROWS:
+                    found += self._of_rows(task, is_gradient, run)
+                else:
+                    for two in self.twos(task):
+                        found += self._measured(two, is_gradient, run)
                 about["about"] = task.how if task.how in SIDES else REPLICAS
                 for two in self._within(task):
                     figures = self._figures(two, is_gradient, run)
@@ -172,6 +184,34 @@ class Crew:
             yield by_rank(a, task.a[0], b, task.b[0], check=check)
         elif task.how == LAYOUT:
             yield from by_layout(a, task.a, b, task.b, check=check, plans=self._plans())
+        elif task.how == ROWS:
+            yield from self._common(task).twos(self._options.memory)
+
+    def _common(self, task: Task) -> Common:
+        """Return the rows that both sides of a pair have."""
+        a, b = self._pairs.a.recording, self._pairs.b.recording
+        shared: tuple[Shared, Shared] = self._of_thread.__dict__.setdefault("shared", ({}, {}))
+        check = self._options.check
+        return Common.of(a, task.a, b, task.b, check=check, shared=shared)
+
+    def _of_rows(
+        self, task: Task, is_gradient: bool, run: Callable[..., Iterator[Any]]
+    ) -> list[DiffRow]:
+        """Return the rows of a pair that is compared row by row, and what is said of each side."""
+        common = self._common(task)
+        counts: DiffRow = {
+            "rows": common.both, "rows_a": common.only_a, "rows_b": common.only_b,
+        }  # fmt: skip
+        if not common.both:
+            return [row_of(_failed(LayoutError(common.why_none)), counts)]
+        found: list[DiffRow] = []
+        for two in common.twos(self._options.memory):
+            found += [row_of(row, counts) for row in self._measured(two, is_gradient, run)]
+        found += [{"about": ROWS_APART, "failed": "rows", "message": said} for said in common.apart]
+        alone = common.said_alone(self._options.missing_rows)
+        if alone:
+            found.append({"about": ROWS, "failed": "rows", "message": alone})
+        return found
 
     def _within(self, task: Task) -> Iterator[Two]:
         """Yield tensors of one side that should be the same and are not."""
@@ -180,7 +220,7 @@ class Crew:
         if task.how in SIDES:
             side = a if task.how == "A" else b
             yield by_rank(side, task.a[0], side, task.b[0], check=check)
-        elif task.how != RANK:
+        elif task.how not in (RANK, ROWS):
             plans = self._plans()[0]
             yield from replicas_apart(a, task.a, b, task.b, check=check, plans=plans)
 
@@ -200,10 +240,18 @@ class Crew:
         row = self._whole(two, found)
         if found.bitwise:
             return [row]
+        if isinstance(two, TwoOfRows):
+            row = row_of(row, first_off(two, found))
         row["parts"] = list(_parts(two, figures))
         if self._options.by is None:
             return [row]
-        return [row, *rows_of_index(two, self._options.by, found, row)]
+        by = rows_of_index(two, self._options.by, found, row)
+        if isinstance(two, TwoOfRows) and by and by[0]["by"] == two.dim_names[0]:
+            by = [
+                one if one["bitwise"] else row_of(one, facts_of(two, one["index"] or 0))
+                for one in by
+            ]
+        return [row, *by]
 
     def _figures(
         self, two: Two, is_gradient: bool, run: Callable[..., Iterator[Any]]

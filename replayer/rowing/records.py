@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -182,7 +182,7 @@ class Records:
         cls,
         source: Source,
         rows: Sequence[ManifestRow],
-        receivers: Sequence[tuple[str, ...]],
+        choose: Callable[[list[tuple[str, ...]]], list[tuple[int, int]]],
         shared: dict[object, tuple[list[Places], list[Keys]]],
         *,
         check: bool = True,
@@ -192,7 +192,8 @@ class Records:
         Args:
             source: what they are read from.
             rows: their manifest rows, in the order in which they count.
-            receivers: the names of the groups that the other side has.
+            choose: of the names of the records' groups of rows, which belong to the other side's:
+                their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
             check: whether to hold ids against their digest.
 
@@ -214,7 +215,7 @@ class Records:
             groups = rowed(dims, shape, source.ids(row, check=check))
             if pairs is None:
                 names = [group.names for group in groups]
-                pairs = paired(names, receivers)
+                pairs = choose(names)
             if [group.names for group in groups] != names:
                 raise LayoutError(
                     f"some records of {row['name']} have rows along "
@@ -263,6 +264,3 @@ def seqs_of(records: Sequence[Record], world_size: int) -> list[int | None]:
         if found[rank] is None:
             found[rank] = one.row["seq"]
     return found
-
-
-Shared = Mapping[object, tuple[list[Places], list[Keys]]]
