@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .recording import Recording
     from .session import Recorder
     from .taps.tap import context, step, tap
+    from .tokens.book import TokenBook
+    from .tokens.rows import token_rows
 
 # Loaded when first asked for: a job that only taps, and the command line, need neither torch's
 # nor polars' import time; and torch itself loads this package, in programs that want none of it.
@@ -21,12 +23,14 @@ _LAZY = {
     "GraftError": "recorder.errors",
     "Recorder": "recorder.session",
     "Recording": "recorder.recording",
+    "TokenBook": "recorder.tokens.book",
     "attach": "recorder.modules.attach",
     "context": "recorder.taps.tap",
     "declare_mesh": "recorder.mesh",
     "global_layer": "recorder.mesh",
     "step": "recorder.taps.tap",
     "tap": "recorder.taps.tap",
+    "token_rows": "recorder.tokens.rows",
 }
 
 __all__ = [
@@ -34,12 +38,14 @@ __all__ = [
     "GraftError",
     "Recorder",
     "Recording",
+    "TokenBook",
     "attach",
     "context",
     "declare_mesh",
     "global_layer",
     "step",
     "tap",
+    "token_rows",
 ]
 
 
