@@ -162,7 +162,7 @@ def seeds_of(salt: Salt | None, count: int, of: str) -> list[int | None] | int |
         return None
     if isinstance(salt, torch.Tensor):
         salt = integers(salt, "salt").tolist()
-    if isinstance(salt, str) or not isinstance(salt, Iterable):
+    if isinstance(salt, (str, bytes)) or not isinstance(salt, Iterable):
         return _seed(salt)
     salts = list(salt)
     if len(salts) != count:
