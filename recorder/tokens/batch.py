@@ -80,24 +80,23 @@ def positioned(
     """
     places = beside(positions, "position_ids", tokens).to(tokens.device, torch.int64).reshape(-1)
     own, kept, width = copied(tokens.reshape(-1)), None, tokens.shape[-1]
+    rows = torch.arange(0, len(own), max(width, 1), device=own.device)
     if mask is not None:
         kept = mask_of(mask, tokens).reshape(-1).nonzero().view(-1)
         own, places = own.index_select(0, kept), places.index_select(0, kept)
-    total = len(own)
+        rows = torch.searchsorted(kept, rows)
+        rows = rows[rows < len(own)]
     starts = places == 0
     firsts = starts.nonzero().view(-1)
-    ends = torch.full((1,), total, device=own.device)
-    lengths = torch.cat([firsts, ends]).diff()
+    lengths = torch.cat([firsts, firsts.new_full((1,), len(own))]).diff()
     seeds = seeds_of(salt, len(firsts), "sequence of position_ids")
-    # Each is 0 or one more than that in front of it; and 0 is where a row begins.
-    after = torch.cat([ends.new_full((1,), -1), places[:-1]])[:total] + 1
-    at = kept if kept is not None else torch.arange(total, device=own.device)
-    rows = at.div(max(width, 1), rounding_mode="floor")
-    after[1:] *= rows.diff() == 0
-    wrong = ~(starts | (places == after))
+    # Each is 0, or one more than that in front of it, which in a row's first place it cannot be.
+    after = places.roll(1).add_(1).index_fill_(0, rows, 0)
+    wrong = (places != after).logical_and_(starts.logical_not())
     if bool(wrong.any()):
         first = int(wrong.nonzero()[0])
-        raise UsageError(_misplaced(first, int(at[first]), places, after, width, tokens.dim()))
+        place = first if kept is None else int(kept[first])
+        raise UsageError(_misplaced(first, place, places, after, width, tokens.dim()))
     return _run_on(tokens, own, lengths, seeds, kept)
 
 
