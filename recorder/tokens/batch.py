@@ -6,7 +6,7 @@ import torch
 
 from ..errors import UsageError
 from .hashing import named, numbered
-from .inputs import Salt, beside, lengths_of, mask_of, seeds_of
+from .inputs import Salt, beside, first_of, lengths_of, mask_of, seeds_of
 from .known import with_known
 from .memory import listed
 from .sums import at_places, run_on
@@ -93,8 +93,8 @@ def positioned(
     # Each is 0, or one more than that in front of it, which in a row's first place it cannot be.
     after = places.roll(1).add_(1).index_fill_(0, rows, 0)
     wrong = (places != after).logical_and_(starts.logical_not())
-    if bool(wrong.any()):
-        first = int(wrong.nonzero()[0])
+    first = first_of(wrong)
+    if first is not None:
         place = first if kept is None else int(kept[first])
         raise UsageError(_misplaced(first, place, places, after, width, tokens.dim()))
     return _run_on(tokens, own, lengths, seeds, kept)

@@ -1,10 +1,5 @@
 """What a server's requests have had so far, so that the next step of each can go on from there.
 
-The sums of a request's prefixes lie in one block of `Memory`: first that of the empty prefix, which
-is its salt's seed, then one for each token. Where the last one lies, how many tokens there are, and
-what to go back to, are all said by three numbers: where the block begins, where it ends, where the
-last sum is.
-
 1. `TokenBook._appended` takes any step: new requests, chunks, positions.
 2. `TokenBook._decoded` takes the usual one, a token more of each of many requests: what it needs to
    know of them is planned once and holds while the requests are the same.
@@ -23,9 +18,9 @@ import torch
 from ..errors import UsageError
 from .chunks import Chunks
 from .hashing import named, numbered
-from .inputs import Integers, Request, Requests, Salt, check_names, integers, seeds_of
+from .inputs import Integers, Request, Requests, Salt, check_names, first_of, integers, seeds_of
 from .known import with_known
-from .memory import Memory, grown, listed, room_for
+from .memory import Memory, listed
 from .sums import run_on
 
 T = TypeVar("T")
@@ -74,9 +69,7 @@ class TokenBook:
         """Forget all requests, and free their memory."""
         with self._lock:
             self._slots: dict[Any, int] = {}
-            self._free: list[int] = []
             self._memory = Memory()
-            self._base, self._at, self._end = room_for(64), room_for(64), room_for(64)
             self._plan: _Plan | None = None
 
     def __contains__(self, request: object) -> bool:
@@ -90,16 +83,12 @@ class TokenBook:
 
     def __getitem__(self, request: Request) -> tuple[int, int]:
         with self._lock:
-            slot = self._slots[request]
-            base, at = int(self._base[slot]), int(self._at[slot])
-            return int(self._memory.sums[at]) % _WORD, at - base
+            total, count = self._memory.last(self._slots[request])
+            return total % _WORD, count
 
     def __delitem__(self, request: Request) -> None:
         with self._lock:
-            slot = self._slots.pop(request)
-            base, end = int(self._base[slot]), int(self._end[slot])
-            self._memory.give(base, end - base)
-            self._free.append(slot)
+            self._memory.close(self._slots.pop(request))
             self._plan = None
 
     def pop(self, request: Request, *default: T) -> tuple[int, int] | T:
@@ -143,41 +132,9 @@ class TokenBook:
         with self._lock:
             self.forget(request)
             seed = seeds[0] if isinstance(seeds, list) else seeds
-            self._open([request], [seed], [len(own) + 1])
+            [self._slots[request]] = self._memory.open([seed or 0], [len(own) + 1])
             if len(own):
                 self._appended(Chunks([request], listed([len(own)]), own, None, None))
-
-    def _open(self, names: list[Any], seeds: list[int | None], sizes: list[int]) -> None:
-        """Make place for requests that are not here."""
-        slots, blocks = [], []
-        for name, size in zip(names, sizes, strict=True):
-            slot = self._free.pop() if self._free else len(self._slots)
-            self._slots[name] = slot
-            slots.append(slot)
-            blocks.append(self._memory.take(size))
-        most = max(slots) + 1
-        if most > len(self._base):
-            tables = (grown(one, most) for one in (self._base, self._at, self._end))
-            self._base, self._at, self._end = tables
-        index, begins = listed(slots), listed([begin for begin, _ in blocks])
-        self._base[index] = begins
-        self._at[index] = begins
-        self._end[index] = listed([sum(block) for block in blocks])
-        self._memory.sums[begins] = listed([one or 0 for one in seeds])
-
-    def _grow(self, slots: torch.Tensor, least: torch.Tensor) -> None:
-        """Give requests room for at least so many sums, [requests], and keep what they have."""
-        held = torch.stack([one[slots] for one in (self._base, self._at, self._end)], 1)
-        begins, ats, ends = [], [], []
-        for (base, at, end), room in zip(held.tolist(), least.tolist(), strict=True):
-            begin, size = self._memory.take(room)
-            used = at + 1 - base
-            self._memory.sums[begin : begin + used] = self._memory.sums[base : at + 1]
-            self._memory.give(base, end - base)
-            begins.append(begin)
-            ats.append(begin + used - 1)
-            ends.append(begin + size)
-        self._base[slots], self._at[slots], self._end[slots] = map(listed, (begins, ats, ends))
 
     def _appended(self, chunks: Chunks) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the tokens of a step; return each one's number from 1, and the sum of its prefix.
@@ -186,41 +143,42 @@ class TokenBook:
             UsageError: the step does not go on from here; the book is as it was.
         """
         with self._lock:
-            names, counts = chunks.names, chunks.counts
+            names, counts, memory = chunks.names, chunks.counts, self._memory
             new = [i for i, name in enumerate(names) if name not in self._slots]
             begins = self._begins(chunks, new)
             self._plan = None
             seeds = chunks.seeds or [None] * len(names)
             if new:
                 sizes = (counts[new] + 1).tolist()
-                self._open([names[i] for i in new], [seeds[i] for i in new], sizes)
+                opened = memory.open([seeds[i] or 0 for i in new], sizes)
+                self._slots.update(zip([names[i] for i in new], opened, strict=True))
             slots = listed([self._slots[name] for name in names])
-            base = self._base[slots]
+            base = memory.base[slots]
             if chunks.begins is not None:
                 for i in (begins == 0).nonzero().view(-1).tolist():
                     if seeds[i] is not None:  # else it begins anew with the one it has
-                        self._memory.sums[base[i]] = seeds[i]
-            lacking = self._end[slots] - base <= begins + counts
+                        memory.sums[base[i]] = seeds[i]
+            lacking = memory.end[slots] - base <= begins + counts
             if bool(lacking.any()):
-                self._grow(slots[lacking], (begins + counts + 1)[lacking])
-                base = self._base[slots]
-            sums = self._memory.sums
+                memory.grow(slots[lacking], (begins + counts + 1)[lacking])
+                base = memory.base[slots]
             at = base + begins
-            numbers, found = run_on(chunks.tokens, counts, begins, sums[at])
+            numbers, found = run_on(chunks.tokens, counts, begins, memory.sums[at])
             places = base.repeat_interleave(counts, output_size=len(found)).add_(numbers)
-            sums.index_copy_(0, places, found)
-            self._at.index_copy_(0, slots, at + counts)
+            memory.sums.index_copy_(0, places, found)
+            memory.at.index_copy_(0, slots, at + counts)
             return numbers, found
 
     def _begins(self, chunks: Chunks, new: list[int]) -> torch.Tensor:
         """Return at which position each chunk begins, [chunks], if the step can be added."""
         absent = set(new)
         slots = listed([self._slots.get(one, 0) for one in chunks.names])
-        lengths = self._at[slots] - self._base[slots]
+        lengths = self._memory.at[slots] - self._memory.base[slots]
         if new:
             lengths[new] = 0
         begins = lengths if chunks.begins is None else chunks.begins
-        for i in (begins > lengths).nonzero().view(-1).tolist():
+        i = first_of(begins > lengths)
+        if i is not None:
             raise UsageError(chunks.gap(i, int(lengths[i]), i in absent))
         if chunks.seeds is not None:
             self._check_salts(chunks, slots, absent)
@@ -228,7 +186,7 @@ class TokenBook:
 
     def _check_salts(self, chunks: Chunks, slots: torch.Tensor, absent: set[int]) -> None:
         """Refuse a salt where a request goes on that began with another."""
-        held = self._memory.sums[self._base[slots]].tolist()
+        held = self._memory.sums[self._memory.base[slots]].tolist()
         anew = [False] * len(held) if chunks.begins is None else (chunks.begins == 0).tolist()
         for i, seed in enumerate(chunks.seeds or ()):
             if seed not in (None, held[i]) and not anew[i] and i not in absent:
@@ -258,7 +216,8 @@ class TokenBook:
                 plan = self._plan = self._planned(requests)
                 if plan is None:
                     return None
-            at = self._at.index_select(0, plan.slots)
+            memory = self._memory
+            at = memory.at.index_select(0, plan.slots)
             numbers = at - plan.before
             if salt is not None and not self._is_salt(plan, salt):
                 return None
@@ -267,11 +226,11 @@ class TokenBook:
             tokens = given.clone() if given.is_cpu else given.cpu()
             if tokens.dtype != torch.int64:
                 tokens = tokens.to(torch.int64)
-            found = self._memory.sums.index_select(0, at)
+            found = memory.sums.index_select(0, at)
             found.add_(numbered(tokens, numbers, plan.spare))
             at.add_(1)
-            self._memory.sums.index_copy_(0, at, found)
-            self._at.index_copy_(0, plan.slots, at)
+            memory.sums.index_copy_(0, at, found)
+            memory.at.index_copy_(0, plan.slots, at)
             plan.left -= 1
             named(found, plan.spare)
         return with_known(found, numbers.sub_(1), tokens)
@@ -281,7 +240,7 @@ class TokenBook:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # what it holds is written in any mode
                 return self._planned(requests)
-        many = len(requests)
+        many, memory = len(requests), self._memory
         try:
             held = itemgetter(*requests, *requests[:1])(self._slots)
         except (KeyError, TypeError):
@@ -289,12 +248,12 @@ class TokenBook:
         if len(set(held)) != many:
             return None
         slots = listed(held[:many])
-        left = self._end.index_select(0, slots).sub_(self._at.index_select(0, slots))
+        left = memory.end.index_select(0, slots).sub_(memory.at.index_select(0, slots))
         if (least := int(left.min()) - 1) < 1:
             few = slots[left <= _SOON]  # all that will be full soon, not one at each step
-            self._grow(few, 2 * (self._end[few] - self._base[few]))
-            least = int((self._end[slots] - self._at[slots]).min()) - 1
-        before = self._base.index_select(0, slots).sub_(1)
+            memory.grow(few, 2 * (memory.end[few] - memory.base[few]))
+            least = int((memory.end[slots] - memory.at[slots]).min()) - 1
+        before = memory.base.index_select(0, slots).sub_(1)
         return _Plan(requests[:], slots, before, least, None, torch.empty_like(slots))
 
     def _is_salt(self, plan: _Plan, salt: Salt) -> bool:

@@ -72,6 +72,11 @@ def _line(err: Exception) -> str:
     return str(err).partition("\n")[0].rstrip(".")
 
 
+def first_of(wrong: torch.Tensor) -> int | None:
+    """Return the first index, of [n], at which something is True; None where nothing is."""
+    return int(wrong.nonzero()[0]) if bool(wrong.any()) else None
+
+
 def beside(given: object, name: str, tokens: torch.Tensor, or_bools: bool = False) -> torch.Tensor:
     """Return an argument that says something of each token.
 
@@ -130,8 +135,8 @@ def lengths_of(given: object, tokens: int) -> torch.Tensor:
     first, last = int(bounds[0]), int(bounds[-1])
     if first != 0:
         raise UsageError(f"cu_seqlens begins with {first}; let it begin with 0")
-    if len(lengths) and int(lengths.min()) < 0:
-        at = int(lengths.lt(0).nonzero()[0])
+    at = first_of(lengths < 0)
+    if at is not None:
         raise UsageError(
             f"cu_seqlens goes back from {int(bounds[at])} to {int(bounds[at + 1])}; give the "
             "running total of the lengths, such as [0, *itertools.accumulate(lengths)]"

@@ -19,6 +19,7 @@ from .inputs import (
     Salt,
     beside,
     check_names,
+    first_of,
     lengths_of,
     mask_of,
     names_of,
@@ -95,11 +96,11 @@ def _kept(
     kept = None if places is None else places >= 0
     if real is not None:
         real = real.reshape(-1).cpu()
-        kept = real if kept is None else kept.logical_and_(real)
+        kept = real if kept is None else kept & real
     total = size if lengths is None else int(lengths.sum())
     if total < size:
         inside = torch.arange(size, device="cpu") < total
-        kept = inside if kept is None else kept.logical_and_(inside)
+        kept = inside if kept is None else kept & inside
     return None if kept is None or bool(kept.all()) else kept.nonzero().view(-1)
 
 
@@ -153,7 +154,8 @@ def _chunks(
         firsts = counts.cumsum(0) - counts
         begins = places.index_select(0, firsts)
         due = torch.arange(len(places), device="cpu") + (begins - firsts).index_select(0, which)
-        for i in (places != due).nonzero().view(-1).tolist():
+        i = first_of(places != due)
+        if i is not None:
             raise UsageError(
                 f"request {list(number)[int(which[i])]!r} has a token at position {int(places[i])} "
                 f"where {int(due[i])} comes next; give the tokens of a request in their order"
@@ -183,10 +185,10 @@ def _appended(
     state: MutableMapping[Any, tuple[int, int]], chunks: Chunks
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do as `TokenBook._appended`, with a dict of the last sum and the number of tokens."""
-    begins = [None] * len(chunks.names) if chunks.begins is None else chunks.begins.tolist()
-    lengths, sums = [], []
-    for i, (name, begin) in enumerate(zip(chunks.names, begins, strict=True)):
-        seed = (chunks.seeds or {i: None})[i]
+    unsaid = [None] * len(chunks.names)
+    begins = unsaid if chunks.begins is None else chunks.begins.tolist()
+    seeds, lengths, sums = chunks.seeds or unsaid, [], []
+    for i, (name, begin, seed) in enumerate(zip(chunks.names, begins, seeds, strict=True)):
         total, length = _held(state, name) if name in state else (seed or 0, 0)
         if begin == 0 and length:
             total, length = seed or 0, 0

@@ -264,7 +264,7 @@ def test_memory_is_used_again():
         book.begin(i, tokens=[1] * 50)
         if i >= 3:
             del book[i - 3]
-    assert len(book._memory.sums) <= 1024 and len(book._base) == 64
+    assert len(book._memory.sums) <= 1024 and len(book._memory.base) == 64
 
 
 def test_many_requests_at_once():

@@ -8,7 +8,7 @@ import pytest
 import token_oracle as oracle
 import torch
 
-from recorder import token_rows
+from recorder import TokenBook, token_rows
 from recorder.tokens.known import known_of
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
@@ -221,6 +221,37 @@ def test_what_is_known_belongs_to_one_tensor_and_to_the_tokens_of_then():
     assert known_of(ids).positions.tolist() == [0, 1, 2]
     assert known_of(ids[:2]) is None and known_of(ids.clone()) is None
     assert known_of(tokens) is None
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"attention_mask": torch.tensor([0, 1, 1]) > 0},
+        {"attention_mask": torch.tensor([0, 1, 1])},
+        {"cu_seqlens": torch.tensor([0, 1, 2]), "salt": torch.tensor([3, 4])},
+        {"position_ids": torch.tensor([0, 1, 0])},
+        {"position_ids": torch.tensor([5, 0, 1]), "attention_mask": torch.tensor([0, 1, 1]) > 0},
+        {"requests": torch.tensor([1, 2, 1]), "positions": torch.tensor([0, -1, 1])},
+        {"requests": torch.tensor([1, 2, 3]), "positions": torch.tensor([0, 0, 0])},
+        {
+            "requests": torch.tensor([1, 1]),
+            "cu_seqlens": torch.tensor([0, 1, 2]),
+            "attention_mask": torch.tensor([1, 1, 1]) > 0,
+            "positions": torch.tensor([0, 1, 2]),
+        },
+    ],
+)
+def test_what_is_given_stays_as_it_is(more):
+    given = {"input_ids": torch.tensor([7, 8, 9]), **more}
+    before = {name: one.clone() for name, one in given.items()}
+    state = {"state": TokenBook()} if "requests" in more else {}
+    for _ in range(2):
+        found = token_rows(**given, **state)
+    assert all(torch.equal(one, before[name]) for name, one in given.items())
+    for one in (found, known_of(found).tokens, known_of(found).positions):
+        one.zero_()
+    assert all(torch.equal(one, before[name]) for name, one in given.items())
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
