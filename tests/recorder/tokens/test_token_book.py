@@ -275,23 +275,40 @@ def test_many_requests_at_once():
     assert len(book) == 1000
 
 
-def test_a_book_of_inference_mode_goes_on_outside_it():
-    """And grows there, or in it, in steps of any form."""
-    for first, second in ((True, False), (False, True)):
-        book, had, step = TokenBook(), [], 0
-        for inside in (first, second, first, second):
-            with torch.inference_mode(inside):
-                for form in ("plain", "plain", "places", "chunk"):
-                    for _ in range(40):
-                        new = [step % 7] * (2 if form == "chunk" else 1)
-                        places = torch.tensor([len(had)]) if form == "places" else None
-                        had += new
-                        names = ["a"] * len(new)
-                        found = token_rows(
-                            torch.tensor(new), requests=names, state=book, positions=places
-                        )
-                        step += 1
-                    assert found[-1] == oracle.ids(had)[-1]
+@pytest.mark.parametrize("begins_inside", [False, True])
+@pytest.mark.parametrize("form", ["plain", "places", "chunk"])
+def test_a_book_of_inference_mode_goes_on_outside_it(begins_inside, form):
+    """And the other way round, and grows in both."""
+    had = []
+    with torch.inference_mode(begins_inside):
+        book = TokenBook()
+    for inside in (begins_inside, not begins_inside, begins_inside):
+        with torch.inference_mode(inside):
+            for step in range(70):
+                new = [step % 7] * (30 if form == "chunk" else 1)
+                places = torch.tensor([len(had)]) if form == "places" else None
+                had += new
+                found = token_rows(
+                    torch.tensor(new), requests=["a"] * len(new), state=book, positions=places
+                )
+            assert found[-1] == oracle.ids(had)[-1]
+
+
+def test_each_account_of_padding_counts():
+    more = {"attention_mask": [1, 0, 1, 1, 1], "positions": [0, 1, -1, 1, 2], "cu_seqlens": [0, 4]}
+    book = TokenBook()
+    found = token_rows([1, 2, 3, 4, 5], requests=["a"], state=book, **more)
+    assert found.tolist() == [oracle.ids([1])[0], -1, -1, oracle.ids([1, 4])[1], -1]
+    assert book["a"][1] == 2
+    more["attention_mask"] = [0] * 5
+    assert token_rows([1] * 5, requests=["a"], state=book, **more).tolist() == [-1] * 5
+
+
+def test_a_dict_begins_anew_at_position_0():
+    state = {}
+    token_rows([1, 2], requests=["a"] * 2, state=state)
+    found = token_rows([1, 3], requests=["a"] * 2, state=state, positions=[0, 1], salt="x")
+    assert found.tolist() == oracle.ids([1, 3], "x") and state["a"][1] == 2
 
 
 def test_threads_share_a_book():
