@@ -105,8 +105,8 @@ def mask_of(given: object, tokens: torch.Tensor) -> torch.Tensor:
     found = found.to(tokens.device, non_blocking=True)
     if found.dtype == torch.bool:
         return found
-    wide = found.to(torch.int64)
-    if wide.numel() and bool(wide.bitwise_and(~1).any()):
+    least, most = found.to(torch.int64).aminmax() if found.numel() else (found.sum(),) * 2
+    if bool((least < 0) | (most > 1)):
         raise UsageError(
             "attention_mask holds numbers other than 0 and 1; give 1 for tokens and 0 for padding, "
             "and say where packed sequences begin with cu_seqlens or position_ids"

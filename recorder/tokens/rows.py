@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import FunctionType, ModuleType
+
 import torch
 
 from ..bits import never_compiled
 from ..errors import UsageError
-from . import batch
+from . import batch, book, chunks, hashing, inputs, known, memory, stepping, sums
 from .book import TokenBook
 from .inputs import Integers, Requests, Salt, integers
 from .stepping import State, stepped
@@ -89,4 +92,16 @@ def token_rows(
     return batch.padded(tokens, attention_mask, salt)
 
 
+def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    """Yield a file's functions, and those of its classes."""
+    for one in vars(module).values():
+        inside = vars(one).values() if isinstance(one, type) else [one]
+        for function in inside:
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                yield function
+
+
+# Up to torch 2.6 the compiler looks at each function that runs below a compiled one.
+for _module in (batch, book, chunks, hashing, inputs, known, memory, stepping, sums):
+    never_compiled(*_functions(_module))
 never_compiled(token_rows)

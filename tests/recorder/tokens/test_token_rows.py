@@ -292,8 +292,16 @@ def test_a_compiled_function_calls_it_as_it_is():
     def forward(tokens):
         return token_rows(tokens * 1), tokens + 1
 
-    tokens = torch.tensor([1, 2, 3])
+    @torch.compile(backend="eager")
+    def step(tokens, requests, positions):
+        return token_rows(tokens * 1, requests=requests, state=book, positions=positions)
+
+    tokens, book = torch.tensor([1, 2, 3]), TokenBook()
     ids, more = forward(tokens)
     assert ids.tolist() == oracle.ids([1, 2, 3]) and more.tolist() == [2, 3, 4]
     assert known_of(ids).tokens.tolist() == [1, 2, 3]
+    for i in range(20):
+        new = torch.tensor([1])
+        assert step(new, ["a"], None)[0] == oracle.ids([1] * (2 * i + 1))[-1]
+        assert step(new, ["a"], torch.tensor([2 * i + 1]))[0] == oracle.ids([1] * (2 * i + 2))[-1]
     torch._dynamo.reset()
