@@ -30,9 +30,9 @@ def _requested(model: object, settings: TapSettings, called: str) -> Request:
             request.following.load()
         found = request.on_root(model, None)
         is_tapped = found is not None and bool(found.bindings)
-        if request.following is not None and not request.following.models:
-            raise UsageError("; ".join(lines([request.report()], settings)))
-        if not is_tapped and (settings.modules or settings.taps):
+        wants_taps = bool(settings.modules or settings.taps)
+        is_unfollowed = request.following is not None and found is None
+        if is_unfollowed or request.unfollowed or (wants_taps and not is_tapped):
             raise UsageError("; ".join(lines([request.report()], settings)))
     except BaseException:
         request.detach()

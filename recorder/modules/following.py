@@ -49,7 +49,7 @@ class Following:
         session: which session's environment asks for it, "" for none.
 
     Attributes:
-        models: the classes of models that are followed.
+        models: the classes of models that were called, and whose calls are read.
     """
 
     def __init__(self, rows: str | Function, session: str = "") -> None:
@@ -100,7 +100,6 @@ class Following:
         for one, its_system in models:
             if id(one) not in seen:
                 seen[id(one)] = _Model(self, one, its_system)
-                self.models[type(one).__name__] = None
         if not seen:
             return False
         for model in seen.values():
@@ -189,6 +188,7 @@ class _Model:
     def read(self, module: Any, args: tuple[Any, ...], kwargs: Any, by_hand: bool = False) -> None:
         """Make a run of a call, unless it is part of the one that runs."""
         outer = runs.current()
+        self._following.models[type(module).__name__] = None
         if self.system == "":
             if outer is None:
                 ids = self._following.by_function(module, args, kwargs)
@@ -306,9 +306,10 @@ class _Within:
         if is_called or self._turns.next(frame, 1) != 0:
             return
         run, held = runs.current(), model.module()
-        if run is None or run.module() is not held or run.by_hand:
-            with plainly():
-                model.read(held, (), _locals_of(frame), by_hand=True)
+        if run is not None and run.by_hand and run.module() is held:
+            run.holders = 0  # it ended, and is called again
+        with plainly():
+            model.read(held, (), _locals_of(frame), by_hand=True)
 
 
 def _locals_of(frame: Any) -> Mapping[str, Any]:

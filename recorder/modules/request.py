@@ -127,7 +127,8 @@ class Request:
         assert self.following is not None  # asked for
         if self.following.attach(found, named(root), called):
             return True
-        self.unfollowed[found.label] = None
+        if called is root or root._modules:  # not each activation that somebody has made
+            self.unfollowed[found.label] = None
         return False
 
     def _number(self, model: weakref.ref[torch.nn.Module]) -> int:

@@ -275,7 +275,8 @@ def _whole(
     seeds = listed([seed(one) for one in named(last.clone()).tolist()])
     if types is not None:
         ends = (numbered(types, numbers) * own).sum(1) + seeds
-        seeds = listed([seed(one) for one in named(ends).tolist()])
+        typed = listed([seed(one) for one in named(ends).tolist()])
+        seeds = torch.where((types * own).any(1), typed, seeds)
     return seeds
 
 
