@@ -46,10 +46,11 @@ def _rows(reports: list[ModelReport], settings: TapSettings) -> list[str]:
         return []
     seen = list(dict.fromkeys(name for one in reports for name in one["unfollowed"]))
     models = f"the models seen are {', '.join(seen)}" if seen else "no model was called"
-    known = "transformers, vllm and sglang are recognised"
+    rows = settings.described()["rows"]
     return [
-        f"--rows {settings.rows}: no row is told from another: {models}; {known}; say which row is "
-        "which by a function, as in --rows PKG.MOD.FN, or with recorder.rows"
+        f"--rows {rows}: no row is told from another: {models}; transformers, vllm and sglang are "
+        "recognised; say which row is which by a function, as in --rows PKG.MOD.FN, or with "
+        "recorder.rows"
     ]
 
 
