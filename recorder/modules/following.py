@@ -27,6 +27,7 @@ from ..mailbox import write_report
 from ..systems import choose, missed
 from ..systems.calls import NoRows, arguments
 from ..systems.heads import NOTHING
+from ..systems.servers import LAST
 from ..taps import sessions
 from ..taps.checkpoints import is_in_backward
 from ..taps.rows import Ids
@@ -197,7 +198,7 @@ class _Model:
         given = _given(module, args, kwargs)
         if outer is not None and self._is_part(outer, module, args, kwargs):
             inner = Run(module, outer.ids, given, by_hand=by_hand)
-            inner.shape, inner.kept = outer.shape, outer.kept
+            inner.shape, inner.kept, inner.after = outer.shape, outer.kept, outer.after
             inner.ended = outer.ended if outer.by_hand else None
             inner.begin()
             return
@@ -206,6 +207,7 @@ class _Model:
             begun = choose.reader(self.system)(module, arguments(module, args, kwargs), self._tell)
             run.ids = Ids.given(begun.rows)
             run.shape, run.kept, run.ended = begun.shape, begun.kept, begun.ended
+            run.after = tuple(one for one in run.ids if one.names == (LAST,))
         except NoRows as err:
             if not err.is_quiet and outer is None:
                 self._tell(str(err))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from ..systems import missed, servers
+from ..systems import missed
 from ..taps.around import from_here_on
 from ..taps.rows import Ids
 from .hooks import innermost
@@ -82,7 +82,6 @@ class Run:
         self.holders -= 1
         if self.holders > 0:
             return
-        self.after = tuple(one for one in self.ids if one.names == (servers.LAST,))
         if not self.stays:
             self.ids = ()
         ended, self.ended, self.kept, self.of = self.ended, None, None, ()

@@ -1,7 +1,7 @@
 """Which system a model is of, and what reads its calls.
 
-1. `models_in` finds the models below a root whose calls can be read: by their class with `auto`,
-   else by what their forward takes.
+1. `models_in` finds the models below a root whose calls can be read: by their class as a
+   rule, else by what their forward takes.
 2. `reader` is what reads them; `head_of` and `logits_in` find the modules that have
    the rows of some tokens only.
 """

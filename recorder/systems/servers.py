@@ -24,11 +24,13 @@ class Served:
     Attributes:
         step: its tokens.
         size: how many rows there are; those behind the tokens fill a captured batch up.
+        requests: how many requests, those that fill it up included.
         cache: which of the model's caches the places are of.
     """
 
     step: Step
     size: int
+    requests: int
     cache: str = ""
 
 
@@ -43,7 +45,7 @@ def begun(module: torch.nn.Module, served: Served, say: Say) -> Begun:
         )
     last = step.counts.cumsum(0) - 1
     rows = told(ids, positions, step.tokens, served.size)
-    ends = told(ids[last], positions[last], step.tokens[last], len(last))
+    ends = told(ids[last], positions[last], step.tokens[last], served.requests)
     return Begun({DIMS: lambda: rows, LAST: lambda: ends}, None, (served.size,))
 
 

@@ -41,6 +41,40 @@ def _served(module: torch.nn.Module, given: Arguments) -> Served:
     mode = rows_at(batch, "forward_mode")
     if mode.is_idle():
         raise NoRows("it has no requests", is_quiet=True)
+    _check(module, batch)
+    tokens, at = (
+        rows_at(batch, name) if given.get(name) is None else given[name]
+        for name in ("input_ids", "positions")
+    )
+    own, at = on_host(tokens).view(-1), on_host(at)
+    if at.dim() != 1:
+        raise NoRows("its positions are those of images, which its tokens do not say")
+    virtual = getattr(batch, "out_cache_loc_virtual", None)
+    places = on_host(rows_at(batch, "out_cache_loc") if virtual is None else virtual)
+    places, requests = places[: len(own)], on_host(rows_at(batch, "req_pool_indices"))
+    counts = _counts(batch, mode, len(requests), places)
+    # The first place of a cache is where the tokens go that fill a captured batch up.
+    request = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+    real = (places[: len(request)] > 0).nonzero().view(-1)
+    used = counts[: int(request[real[-1]]) + 1 if len(real) else 0].nonzero().view(-1)
+    every, counts, requests = len(counts), counts[used], requests[used]
+    firsts, total = counts.cumsum(0) - counts, int(counts.sum())
+    own, at, places = own[:total], at[:total], places[:total]
+    places = places.masked_fill(places == 0, -1)
+    begins, table = at[firsts], _pool(batch).req_to_token
+    which = torch.arange(len(used), device="cpu").repeat_interleave(counts)
+    due = torch.arange(total, device="cpu") + (begins - firsts)[which]
+    wrong = (at != due) | (on_host(_at(table, requests[which], due)) != places)
+    known = torch.zeros_like(counts).index_add_(0, which, wrong.to(torch.int64)) == 0
+    if images := getattr(batch, "mm_inputs", None):
+        known &= torch.tensor([images[i] is None for i in used.tolist()], device="cpu")
+    before = on_host(_at(table, requests, (begins - 1).clamp_min(0)))
+    step = Step(own, counts, begins, before, places, _seeds(batch, used), known)
+    return Served(step, tokens.numel(), every)
+
+
+def _check(module: torch.nn.Module, batch: Any) -> None:
+    """Refuse a batch whose rows depend on more than the tokens in front of them."""
     servers.check(module)
     for name in ("input_embeds", "replace_embeds", "encoder_lens", "token_type_ids"):
         if getattr(batch, name, None) is not None:
@@ -48,48 +82,21 @@ def _served(module: torch.nn.Module, given: Arguments) -> Served:
     for name in ("attn_cp_metadata", "attn_dcp_metadata"):
         if getattr(batch, name, None) is not None:
             raise NoRows("its requests are cut over ranks")
-    if filled := _filled():
-        raise NoRows(f"its cache is filled by others too; serve without {filled}")
-    tokens = given.get("input_ids")
-    tokens = rows_at(batch, "input_ids") if tokens is None else tokens
-    own = on_host(tokens).view(-1)
-    requests = on_host(rows_at(batch, "req_pool_indices"))
-    at = given.get("positions")
-    at = on_host(rows_at(batch, "positions") if at is None else at)
-    if at.dim() != 1:
-        raise NoRows("its positions are those of images, which its tokens do not say")
-    virtual = getattr(batch, "out_cache_loc_virtual", None)
-    places = on_host(rows_at(batch, "out_cache_loc") if virtual is None else virtual)
-    places = places[: len(own)]
+    if others := _others():
+        raise NoRows(f"its cache is filled by others too; serve without {others}")
+
+
+def _counts(batch: Any, mode: Any, requests: int, places: torch.Tensor) -> torch.Tensor:
+    """Return how many tokens of the step each request has, [requests]."""
     lengths = getattr(batch, "extend_seq_lens", None)
-    if lengths is None or mode.is_decode():
-        counts = torch.full_like(requests, len(places) // max(1, len(requests)))
-    else:
+    if lengths is not None and not mode.is_decode():
         counts = on_host(lengths)
-    requests, total = requests[: len(counts)], int(counts.sum())
-    if total > len(places) or total > len(own):
+    else:
+        each = len(places) // max(1, requests)
+        counts = torch.full((requests,), each, dtype=torch.int64, device="cpu")
+    if len(counts) > requests or int(counts.sum()) > len(places):
         raise NoRows("its batch is not that of its tokens")
-    used = (counts > 0).nonzero().view(-1)
-    requests, counts = requests[used], counts[used]
-    firsts = counts.cumsum(0) - counts
-    which = torch.arange(len(used), device="cpu").repeat_interleave(counts)
-    own, at, places = own[:total], at[:total], places[:total]
-    begins = at[firsts]
-    table = _pool(batch).req_to_token
-    due = torch.arange(total, device="cpu") + (begins - firsts)[which]
-    is_wrong = at != due
-    # The first place of a cache is where the tokens go that fill a captured batch up.
-    places = places.masked_fill(places == 0, -1)
-    is_wrong |= (places >= 0) & (on_host(_at(table, requests[which], due)) != places)
-    is_wrong |= places < 0
-    known = torch.zeros_like(counts).index_add_(0, which, is_wrong.to(torch.int64)) == 0
-    images = getattr(batch, "mm_inputs", None)
-    if images:
-        with_images = [i for i, one in enumerate(used.tolist()) if images[one] is not None]
-        known[with_images] = False
-    before = on_host(_at(table, requests, (begins - 1).clamp_min(0)))
-    step = Step(own, counts, begins, before, places, _seeds(batch, used), known)
-    return Served(step, tokens.numel())
+    return counts
 
 
 def _at(table: torch.Tensor, requests: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -118,7 +125,7 @@ def _seeds(batch: Any, used: torch.Tensor) -> torch.Tensor | None:
     return listed([0 if one is None else seed(str(one)) for one in chosen])
 
 
-def _filled() -> str:
+def _others() -> str:
     """Return the option that has others write to the cache, "" where there is none."""
     args = _server_args()
     for name in _FILLED:

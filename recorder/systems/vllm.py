@@ -77,7 +77,8 @@ def _served(module: torch.nn.Module, given: Arguments) -> Served:
     last = (begins - 1).clamp_min(0)
     before = table[torch.arange(len(used), device="cpu"), last // block] * block + last % block
     own = on_host(tokens).view(-1)[:total]
-    return Served(Step(own, counts, begins, before, places, None, known), size, name)
+    step = Step(own, counts, begins, before, places, None, known)
+    return Served(step, size, len(used), name)
 
 
 def _context() -> Any:
