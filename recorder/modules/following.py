@@ -35,6 +35,7 @@ from . import runs
 from .attached import Attached
 from .hooks import Turns, innermost, is_traced
 from .runs import Run
+from .tree import every
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Following:
 
     Attributes:
         models: the classes of models that were called, and whose calls are read.
+        is_ended: whether it follows no more.
     """
 
     def __init__(self, rows: str | Function, session: str = "") -> None:
@@ -60,7 +62,7 @@ class Following:
         self._rows, self._session = rows, session
         self._function: Function | None = None if isinstance(rows, str) else rows
         self._told: set[str] = set()
-        self._is_failed = self._is_ended = False
+        self.is_ended = self._is_failed = False
 
     @property
     def has_function(self) -> bool:
@@ -117,8 +119,8 @@ class Following:
     def end(self) -> None:
         """Leave torch and the systems as they were, once nobody follows rows."""
         global _users
-        if not self._is_ended:
-            self._is_ended = True
+        if not self.is_ended:
+            self.is_ended = True
             _users -= 1
             if not _users:
                 choose.leave()
@@ -161,6 +163,7 @@ class _Model:
     def __init__(self, following: Following, module: Any, system: str) -> None:
         self.module, self.system = weakref.ref(module), system
         self._following = following
+        self._in: dict[int, tuple[weakref.ref[Any], bool]] = {}
 
     def attach(self, found: Attached) -> None:
         """Hook it."""
@@ -188,21 +191,22 @@ class _Model:
 
     def read(self, module: Any, args: tuple[Any, ...], kwargs: Any, by_hand: bool = False) -> None:
         """Make a run of a call, unless it is part of the one that runs."""
-        outer = runs.current()
+        outer = runs.around(self._is_in)
         self._following.models[type(module).__name__] = None
         if self.system == "":
             if outer is None:
                 ids = self._following.by_function(module, args, kwargs)
-                Run(module, ids, _given(module, args, kwargs), stays=True, by_hand=by_hand).begin()
+                given = _given(module, args, kwargs)
+                Run(module, ids, given, self._following, stays=True, by_hand=by_hand).begin()
             return
         given = _given(module, args, kwargs)
         if outer is not None and self._is_part(outer, module, args, kwargs):
-            inner = Run(module, outer.ids, given, by_hand=by_hand)
+            inner = Run(module, outer.ids, given, self._following, by_hand=by_hand)
             inner.shape, inner.kept, inner.after = outer.shape, outer.kept, outer.after
             inner.ended = outer.ended if outer.by_hand else None
             inner.begin()
             return
-        run = Run(module, (), given, by_hand=by_hand)
+        run = Run(module, (), given, self._following, by_hand=by_hand)
         try:
             begun = choose.reader(self.system)(module, arguments(module, args, kwargs), self._tell)
             run.ids = Ids.given(begun.rows)
@@ -224,7 +228,16 @@ class _Model:
         self._following.tell("a model" if module is None else type(module).__name__, reason)
 
     def _is_of(self, run: Run, args: tuple[Any, ...], kwargs: Any) -> bool:
-        return run.of == tuple(map(id, _given(self.module(), args, kwargs)))
+        return run.is_given(_given(self.module(), args, kwargs))
+
+    def _is_in(self, model: Any) -> bool:
+        """Whether it is one of the modules that a model holds, and not that itself."""
+        known = self._in.get(id(model))
+        if known is None or known[0]() is not model:
+            module = self.module()
+            is_in = module is not model and any(one is module for one in every(model))
+            known = self._in[id(model)] = weakref.ref(model), is_in
+        return known[1]
 
     def _is_part(self, outer: Run, module: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
         """Whether a call is given what the model around it is given, or embeddings of that."""
@@ -283,7 +296,7 @@ def _before_logits(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any)
         return
     ids, run.after = run.after, ()
     if ids:
-        Run(module, ids).begin()
+        Run(module, ids, (), run.follower).begin()
 
 
 class _Within:

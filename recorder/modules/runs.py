@@ -1,7 +1,8 @@
 """One call of a model whose rows are followed, and which of them a tap is in.
 
 Runs lie in one another as calls do. None is taken away as a call ends: it says that it is over, and
-what is around it holds again, so that a hook that never fires does no harm.
+what is around it holds again, so that a hook that never fires does no harm. One whose end nobody
+saw, as where a forward was interrupted, is given up as something outside of its model is called.
 """
 
 from __future__ import annotations
@@ -10,12 +11,23 @@ import sys
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 from ..systems import missed
 from ..taps.around import from_here_on
 from ..taps.rows import Ids
 from .hooks import innermost
+
+
+class Follower(Protocol):
+    """Who follows rows.
+
+    Attributes:
+        is_ended: whether it does no more.
+    """
+
+    is_ended: bool
+
 
 _current: ContextVar[Run | None] = ContextVar("graft_run", default=None)
 
@@ -26,28 +38,38 @@ class Run:
     Attributes:
         module: the model.
         ids: the ids that hold in it.
-        of: what the call is given that tells it from others: its tokens, its mask, its cache.
         shape: that of its tokens, () where they are not known.
         kept: what returns the ids of what the model's head gets, None where that is all.
         ended: is given the model's output.
         after: of a server, the ids of the tokens of which logits are made once it has ended.
         holders: how many hooks have seen it begin, and not end.
+        follower: who follows rows, which may end before the call does.
         stays: whether its ids hold until the next call, and not only while it runs.
         by_hand: whether the job calls the forward itself, so that no hook sees its end.
+
+    Args:
+        module: see above, as all that follow.
+        ids: see above.
+        given: what tells the call from others: its tokens, its mask, its cache. Held weakly.
+        follower: see above.
+        stays: see above.
+        by_hand: see above.
     """
 
     def __init__(
         self,
         module: Any,
         ids: tuple[Ids, ...],
-        of: tuple[Any, ...] = (),
+        given: tuple[Any, ...],
+        follower: Follower,
         *,
         stays: bool = False,
         by_hand: bool = False,
     ) -> None:
         self.module = weakref.ref(module)
         self.ids = ids
-        self.of = tuple(map(id, of))
+        self._given = tuple(map(_held, given))
+        self.follower = follower
         self.shape: tuple[int, ...] = ()
         self.kept: Callable[[], Any] | None = None
         self.ended: Callable[[Any], None] | None = None
@@ -61,7 +83,13 @@ class Run:
         """Whether the call has not ended."""
         if self.by_hand and self.holders and not self._is_on_stack():
             self.holders = 0
-        return self.holders > 0
+        return self.holders > 0 and not self.follower.is_ended
+
+    def is_given(self, given: tuple[Any, ...]) -> bool:
+        """Whether it is a call that is given the very same."""
+        return len(given) == len(self._given) and all(
+            held() is one for held, one in zip(self._given, given, strict=True)
+        )
 
     @property
     def outer(self) -> Run | None:
@@ -84,7 +112,7 @@ class Run:
             return
         if not self.stays:
             self.ids = ()
-        ended, self.ended, self.kept, self.of = self.ended, None, None, ()
+        ended, self.ended, self.kept, self._given = self.ended, None, None, ()
         missed.is_running(self.outer is not None)
         if ended is not None and output is not None:
             ended(output)
@@ -109,11 +137,31 @@ def latest() -> Run | None:
     return _current.get()
 
 
+def around(is_in: Callable[[Any], bool]) -> Run | None:
+    """Return the run that a call is in, having given up those whose end nobody saw.
+
+    Args:
+        is_in: whether what is called is inside of a model.
+    """
+    run = current()
+    while run is not None and not is_in(run.module()):
+        run.holders = 0
+        run = run.outer
+    return run
+
+
 def _rows() -> tuple[Ids, ...]:
     """Return the ids that hold where a tap fires."""
     run = _current.get()
-    while run is not None:
-        if run.stays or run.is_running:
-            return run.ids
-        run = run.outer
-    return ()
+    if run is not None and run.stays and not run.follower.is_ended:
+        return run.ids
+    run = current()
+    return () if run is None else run.ids
+
+
+def _held(one: Any) -> Callable[[], Any]:
+    """Return what returns something for as long as it is there."""
+    try:
+        return weakref.ref(one)
+    except TypeError:  # a number, or nothing
+        return lambda: one

@@ -31,6 +31,8 @@ from .past import Past
 
 DIMS = "b s"
 _MASKS = "transformers.masking_utils"
+_STATES = ("cache_params", "mems", "state", "past_buckets_states", "layer_past")
+"""What models of other kinds go on from."""
 _HARMLESS = ("attention_mask", "labels", "head_mask", "cache_position")
 """Arguments that may be floats, and of which a row is no other for that."""
 
@@ -62,9 +64,15 @@ def begun(module: torch.nn.Module, given: Arguments, say: Say) -> Begun:
                 f"it is given {name}, on which its rows depend beside their tokens; say which row "
                 "is which by a function, as in --rows PKG.MOD.FN"
             )
+    for name in _STATES:
+        if name in given:
+            raise NoRows(
+                f"it goes on from its {name}, which does not say what it holds; say which row is "
+                "which by a function, as in --rows PKG.MOD.FN"
+            )
     cache = given.get("past_key_values", given.get("cache"))
     batch = _packed(module, given, tokens, cache) or _padded(module, given, tokens, cache, say)
-    if not isinstance(batch, _Batch) and not is_causal(module):
+    if isinstance(batch, _Packed) and not is_causal(module):
         raise NoRows("it sees tokens that come later, of sequences that lie in one row")
 
     def ended(output: Any) -> None:
@@ -81,30 +89,44 @@ def begun(module: torch.nn.Module, given: Arguments, say: Say) -> Begun:
 
 
 class _Once:
-    """Something that is computed when it is first asked for, whoever asks."""
+    """Ids that are computed when they are first asked for, whoever asks."""
 
-    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
-        self._make, self._lock = make, threading.RLock()
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._made: torch.Tensor | None = None
 
     def ids(self) -> torch.Tensor:
-        """Return it."""
+        """Return the ids, [rows, tokens]."""
         with self._lock:
             if self._made is None:
-                self._made = self._make()
+                self._made = self._compute()
             return self._made
+
+    def _compute(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _Packed(_Once):
+    """Those of sequences that lie one behind the other."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self._make = make
+
+    def _compute(self) -> torch.Tensor:
+        return self._make()
 
 
 def _packed(
     module: torch.nn.Module, given: Arguments, tokens: torch.Tensor, cache: Any
-) -> _Once | None:
+) -> _Packed | None:
     """Return the ids of sequences that lie one behind the other; None where they do not."""
     config = getattr(module, "config", None)
     is_flash = "flash" in str(getattr(config, "_attn_implementation", ""))
     own, bounds = tokens.detach().clone(), given.get("cu_seq_lens_q")
     if is_flash and isinstance(bounds, torch.Tensor) and cache is None:
         ends = bounds.detach().clone()
-        return _Once(lambda: packed(own, ends, None))
+        return _Packed(lambda: packed(own, ends, None))
     places = given.get("position_ids")
     if given.get("attention_mask") is not None or not isinstance(places, torch.Tensor):
         return None
@@ -119,7 +141,7 @@ def _packed(
             "use_cache=False, or pad it and give attention_mask"
         )
     at = places.detach().expand(tokens.shape).clone()
-    return _Once(lambda: positioned(own, at, None, None))
+    return _Packed(lambda: positioned(own, at, None, None))
 
 
 def _padded(
@@ -193,7 +215,7 @@ class _Batch(_Once):
         is_whole: bool,
         say: Say,
     ) -> None:
-        super().__init__(self._compute)
+        super().__init__()
         self._tokens, self._real, self._positions = tokens, real, positions
         self._before, self._say, self.is_whole = past, say, is_whole
         self._types = types.detach().clone() if isinstance(types, torch.Tensor) else None
@@ -251,6 +273,8 @@ class _Batch(_Once):
                 Past.of(sums, after, own) if before is None else before.then(sums, after, own)
             )
         places = (numbers - 1).masked_fill_(~shown, -1)
+        del self._tokens, self._real, self._positions, self._types  # copies, perhaps on a device
+        self._before = None
         return with_known(ids, places, tokens.masked_fill(~shown, -1))
 
     def _fit(

@@ -112,6 +112,8 @@ def test_what_a_function_says_holds_until_the_next_call(tmp_path):
         other.start()
         other.join()
         assert found == [()]
+    with recording(tmp_path):
+        assert rows_around() == ()  # nobody follows it any more
 
 
 def test_rows_of_a_function_are_replayed(tmp_path):

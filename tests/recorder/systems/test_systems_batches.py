@@ -549,6 +549,48 @@ def test_ids_do_not_hold_once_a_model_has_raised(tmp_path, model):
         assert rows_around() == ()
 
 
+def test_a_forward_that_was_interrupted_is_given_up(tmp_path, model):
+    """No hook hears of an interrupt: the next call is none within that one."""
+    seen = []
+    handle = model.model.norm.register_forward_hook(
+        lambda *_: seen.append([one.taken().ids.tolist() for one in rows_around()])
+    )
+    tokens = torch.tensor([[5, 6, 7]])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with recording(tmp_path), follow_rows(model):
+        stop = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens)
+        stop.remove()
+        tokens.copy_(torch.tensor([[1, 2, 3]]))
+        model(tokens)
+        assert rows_around() == ()
+        stop = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(tokens)
+        stop.remove()
+    handle.remove()
+    assert seen == [[[oracle.ids([1, 2, 3])]]]
+    with recording(tmp_path):
+        assert rows_around() == ()
+
+
+def test_a_state_that_is_no_cache_gives_no_ids(tmp_path, model, capsys):
+    class Recurrent(type(model)):
+        def forward(self, input_ids=None, cache_params=None):
+            return self.model.embed_tokens(input_ids)
+
+    recurrent = Recurrent(model.config)
+    with followed(tmp_path, recurrent, at=recurrent.model.embed_tokens) as seen:
+        recurrent(torch.tensor([[5, 6]]))
+        recurrent(torch.tensor([[7]]), cache_params=object())
+    assert seen == [{"b s": [oracle.ids([5, 6])]}, {}]
+    assert "it goes on from its cache_params" in capsys.readouterr().err
+
+
 def test_ids_of_a_block_hold_before_those_of_the_calls(tmp_path, model):
     with followed(tmp_path, model) as seen:
         with rows({"b s": [[1, 2, 3]]}):
