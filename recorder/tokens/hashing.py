@@ -76,6 +76,34 @@ def named(sums: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor
     return sums
 
 
+def before(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the two ids that a prefix can have without its last token; the hash goes backwards.
+
+    An id has lost one bit of the sum that it is made of, so one of the two is that of the prefix,
+    and the other is nothing's but by chance. Of a prefix of one token neither means anything.
+
+    Args:
+        ids: [n], int64.
+        tokens: [n], the last token of each.
+        positions: [n], that token's place in its sequence, from 0.
+
+    Returns:
+        [2, n], int64.
+    """
+    terms = numbered(tokens, positions + 1)
+    found = torch.stack([ids * 2, ids * 2 + 1])
+    _unmix_(found)
+    return named((found - terms).contiguous())
+
+
+def _unmix_(of: torch.Tensor) -> None:
+    """Undo `_mix_`, in place."""
+    for by, factor in ((31, _SECOND), (27, _FIRST), (30, 1)):
+        once = (of >> by) & ((1 << (64 - by)) - 1)
+        twice = (of >> 2 * by) & ((1 << (64 - 2 * by)) - 1)
+        of.bitwise_xor_(once).bitwise_xor_(twice).mul_(signed(pow(factor, -1, _WORD)))
+
+
 def _in_pieces(
     work: Callable[[torch.Tensor, torch.Tensor], None],
     of: torch.Tensor,

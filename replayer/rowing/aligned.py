@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -65,6 +66,10 @@ class Aligned:
         rank: its rank.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+
+    Attributes:
+        groups: those of its rows that are matched.
+        cells: which of its rows were found by the latest `make`.
     """
 
     def __init__(
@@ -80,9 +85,11 @@ class Aligned:
         replicas: str,
         check: bool,
     ) -> None:
+        self._source, self._replicas, self._check = source, replicas, check
         self._records, self._target, self._world = records, target, source.world_size
-        self._groups = [groups[j] for j in records.pairs]
-        own = held_by(dims, self._groups, target.shape, rank.rank, mesh, rank.world_size)
+        self.cells = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.groups = [groups[j] for j in records.pairs]
+        own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
         self._joining = Joining(source, records, own, replicas=replicas, check=check)
 
     @property
@@ -97,8 +104,8 @@ class Aligned:
 
     def front(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the target's shape by rows, as `own` is."""
-        made = moved(tensor, [group.at for group in self._groups])
-        return made.reshape(math.prod(made.shape[: len(self._groups)]), *self._rest)
+        made = moved(tensor, [group.at for group in self.groups])
+        return made.reshape(math.prod(made.shape[: len(self.groups)]), *self._rest)
 
     @property
     def _rest(self) -> tuple[int, ...]:
@@ -113,8 +120,8 @@ class Aligned:
         """
         made = self.own.clone()
         as_bits(made).index_copy_(0, cells.to(made.device), as_bits(rows))
-        sizes = [len(group.ids) for group in self._groups]
-        at = [group.at for group in self._groups]
+        sizes = [len(group.ids) for group in self.groups]
+        at = [group.at for group in self.groups]
         return moved_back(made.reshape(*sizes, *made.shape[1:]), self._target.shape, at)
 
     def make(self) -> Made:
@@ -126,7 +133,7 @@ class Aligned:
             ReplicasDiffer: a row was recorded several times, and differently.
             DamagedRecording: a record cannot be read.
         """
-        real = [real_rows(group.ids) for group in self._groups]
+        real = [real_rows(group.ids) for group in self.groups]
         wanted = math.prod(map(len, real))
         if not wanted:
             rows = torch.empty((0, *self._rest), dtype=self._target.dtype, device="cpu")
@@ -134,13 +141,13 @@ class Aligned:
             return Made(rows, nothing, 0, [None] * self._world, [], "all of its rows are padding")
         unique = [
             make.of(group.ids[at]).unique(return_inverse=True)
-            for make, group, at in zip(self._records.keys, self._groups, real, strict=True)
+            for make, group, at in zip(self._records.keys, self.groups, real, strict=True)
         ]
         cells = self._joining.find([values for values, _ in unique])
         # Where each of the target's rows stands among the distinct ones, and among all of its own.
         at = torch.zeros(1, dtype=torch.int64, device="cpu")
         cell = torch.zeros(1, dtype=torch.int64, device="cpu")
-        for (values, inverse), own, group in zip(unique, real, self._groups, strict=True):
+        for (values, inverse), own, group in zip(unique, real, self.groups, strict=True):
             at = (at[:, None] * len(values) + inverse).flatten()
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = cells.is_found[at]
@@ -150,6 +157,19 @@ class Aligned:
         number = cells.is_found.to(torch.int64).cumsum(0) - 1
         rows = self._joining.rows(cells).index_select(0, number[at[there]])
         return self._made(rows, cell[there], wanted, cells.records, several)
+
+    def of_others(self, records: Records) -> Made:
+        """Return what other records, of other tags, have of the same rows; as `make`."""
+        other = copy(self)
+        other._records = records
+        other._joining = Joining(
+            self._source,
+            records,
+            self._joining.receiver,
+            replicas=self._replicas,
+            check=self._check,
+        )
+        return other.make()
 
     def received(self) -> tuple[Made, list[tuple[ManifestRow, torch.Tensor]]]:
         """Return what was found, and of each part the rows as they stand in the target, for a
@@ -161,12 +181,12 @@ class Aligned:
             TransformError: rows along several dims that have ids of their own.
             MissingRecord: as `make`, as all others.
         """
-        if len(self._groups) > 1:
+        if len(self.groups) > 1:
             raise TransformError(
                 "rows along several dims, with ids of their own, cannot be handed to a transform; "
                 "declare dims on both sides and name none"
             )
-        group, records = self._groups[0], self._records
+        group, records = self.groups[0], self._records
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
         found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
@@ -192,6 +212,7 @@ class Aligned:
         used: Sequence[Record],
         several: Several,
     ) -> Made:
+        self.cells = cells
         return Made(
             rows,
             cells,
@@ -205,7 +226,7 @@ class Aligned:
         self, first: Record, part: int, found: Found, cells: torch.Tensor
     ) -> torch.Tensor:
         """Return a part's rows with the target's dims of rows in place of the records'."""
-        group = self._groups[0]
+        group = self.groups[0]
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         sizes = [self._target.shape[i] for i in group.at]
         made = torch.zeros((math.prod(sizes), *rest_of(first)), dtype=dtype, device="cpu")
