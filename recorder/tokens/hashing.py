@@ -37,7 +37,7 @@ def _constant(word: int) -> torch.Tensor:
 # Integers have a sign in torch, and a shift to the right repeats it: the mask takes it off.
 _SHIFTS = tuple((_constant(by), _constant((1 << (64 - by)) - 1)) for by in (30, 27, 31))
 _BY_FIRST, _BY_SECOND = _constant(_FIRST), _constant(_SECOND)
-_ONE, _NO_SIGN = _constant(1), _constant((1 << 63) - 1)
+ONE, _NO_SIGN = _constant(1), _constant((1 << 63) - 1)
 
 
 def mix(word: int) -> int:
@@ -103,4 +103,4 @@ def _mix_(of: torch.Tensor, spare: torch.Tensor) -> None:
 
 def _mix_and_halve_(of: torch.Tensor, spare: torch.Tensor) -> None:
     _mix_(of, spare)
-    of.bitwise_right_shift_(_ONE).bitwise_and_(_NO_SIGN)
+    of.bitwise_right_shift_(ONE).bitwise_and_(_NO_SIGN)
