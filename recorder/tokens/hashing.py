@@ -37,7 +37,8 @@ def _constant(word: int) -> torch.Tensor:
 # Integers have a sign in torch, and a shift to the right repeats it: the mask takes it off.
 _SHIFTS = tuple((_constant(by), _constant((1 << (64 - by)) - 1)) for by in (30, 27, 31))
 _BY_FIRST, _BY_SECOND = _constant(_FIRST), _constant(_SECOND)
-_ONE, _NO_SIGN = _constant(1), _constant((1 << 63) - 1)
+_BY_STEP = signed(_STEP)
+ONE, _NO_SIGN = _constant(1), _constant((1 << 63) - 1)
 
 
 def mix(word: int) -> int:
@@ -65,7 +66,7 @@ def numbered(
         numbers: which token of its sequence each is, from 1; int64, of a shape that broadcasts.
         spare: int64 of the result's shape, whose elements are lost; None to make one.
     """
-    found = torch.add(tokens, numbers, alpha=signed(_STEP)).contiguous()
+    found = torch.add(tokens, numbers, alpha=_BY_STEP).contiguous()
     _in_pieces(_mix_, found, spare)
     return found
 
@@ -131,4 +132,4 @@ def _mix_(of: torch.Tensor, spare: torch.Tensor) -> None:
 
 def _mix_and_halve_(of: torch.Tensor, spare: torch.Tensor) -> None:
     _mix_(of, spare)
-    of.bitwise_right_shift_(_ONE).bitwise_and_(_NO_SIGN)
+    of.bitwise_right_shift_(ONE).bitwise_and_(_NO_SIGN)
