@@ -160,7 +160,8 @@ def _others(
             places.row[one] == places.row[other]
         )
         one, other = one[~is_same], other[~is_same]
-        yield from zip(one.split(size), other.split(size), strict=True)
+        if len(one):  # nothing is still split into one piece
+            yield from zip(one.split(size), other.split(size), strict=True)
 
 
 def _differ(
