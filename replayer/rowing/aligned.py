@@ -267,13 +267,26 @@ class Aligned:
                 f"not all parts of these rows were recorded: {self._parts_text()}",
                 err.advice,
             ) from None
+        except LayoutError as err:
+            raise self._of_parts(err) from None
+
+    def _of_parts(self, err: LayoutError) -> LayoutError:
+        """Return an error of the layouts' said of parts, whose numbers are no ranks'."""
+        parts = range(len(self._records.parts))
+        firsts = [next(one for one in self._records.every if one.part == i) for i in parts]
+        where = [
+            f"part {i} is rank {one.row['rank']}'s at step {one.row['step']}"
+            for i, one in enumerate(firsts)
+        ]
+        found = err.of("", {"rank": "part"})
+        if "part " in found.fact or "parts " in found.fact:
+            found = type(found)(f"{found.fact} ({', '.join(where[:8])})", found.advice)
+        return found
 
     def _parts_text(self) -> str:
         parts = self._records.parts
-        axes = [axis for axis, _ in parts[0].mesh]
         there = ", ".join(
-            " ".join(f"{axis}={dict(part.mesh)[axis][0]}" for axis in axes) or "one"
-            for part in parts[:8]
+            " ".join(f"{axis}={at}" for axis, (at, _) in part.mesh) or "one" for part in parts[:8]
         )
         sizes = " ".join(f"{axis} of {n}" for axis, (_, n) in parts[0].mesh)
         return f"of {parts[0].dims.text!r:.200} over {sizes}, there is {there}"

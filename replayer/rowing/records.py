@@ -122,6 +122,7 @@ def held_by(
     return Held(
         replace(
             own,
+            text=" ".join(map(str, rest)),  # the same however the dims of rows are written
             dims=(*(Dim((f"rows {g}",)) for g in range(len(groups))), *rest),
             mesh=None,
             shape=None,
