@@ -19,7 +19,6 @@ from recorder.errors import (
     BlocksMissing,
     LayoutError,
     MissingRecord,
-    ReplicasDiffer,
     TransformError,
 )
 from recorder.format.payload import parse_dtype
@@ -34,9 +33,10 @@ from recorder.sizes import count
 
 from ..log import SEQ_BITS
 from .gather import Gathered, rest_of
+from .grid import Grid
 from .places import Found, real_rows
 from .records import Record, Records, Source, held_by, seqs_of
-from .same import Several, apart, check_same, place_text
+from .same import Several, check_same
 
 
 @dataclass(frozen=True)
@@ -250,11 +250,13 @@ class Aligned:
             "ids with another salt?"
         )
 
-    def _needed(self, sizes: Sequence[int]) -> list[int]:
-        """Return the parts that the receiver's block is made of."""
+    def _needed(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the parts that the receiver's block is made of, those that are the same together.
+
+        Ranks that share a head hold the same of each row, and so do their parts.
+        """
         found = self._plan(sizes)
-        needed = sorted({rank for move in found.moves for ranks in move.ranks for rank in ranks})
-        return needed or [0]
+        return sorted({ranks for move in found.moves for ranks in move.ranks}) or [(0,)]
 
     def _plan(self, sizes: Sequence[int]) -> Plan:
         parts = self._records.parts
@@ -314,28 +316,32 @@ class Aligned:
         return plain and names[0] == names[1] and one.shape == other.shape
 
     def _of_one(
-        self, keys: torch.Tensor, needed: Sequence[int]
+        self, keys: torch.Tensor, needed: Sequence[tuple[int, ...]]
     ) -> tuple[torch.Tensor, torch.Tensor, list[Record], Several]:
         """Return rows that were found, which they are of some keys, their records."""
         records = self._records
-        found = {part: records.places[part].find(keys) for part in needed}
+        found = {}
+        for parts in needed:
+            part = records.together(parts)
+            found[parts[0]] = part, records.places[part].find(keys)
         is_found = torch.ones(len(keys), dtype=torch.bool, device="cpu")
-        for one in found.values():
+        for _, one in found.values():
             is_found &= one.times > 0
         used: set[int] = set()
-        for part, one in found.items():
+        for part, one in found.values():
             used |= {*_records_at(records, part, _of(one, is_found)).tolist()}
-        for part in {*range(len(records.parts))} - {*needed}:  # they are not asked for, but known
+        others = {*range(len(records.parts))} - {part for parts in needed for part in parts}
+        for part in others:  # they are not asked for, but known
             other = records.places[part].find(keys)
             there = _of(other, is_found & (other.times > 0))
             used |= {*_records_at(records, part, there).tolist()}
         several = Several()
         tensors: dict[int, torch.Tensor] = {}
         if bool(is_found.any()):
-            for part, one in found.items():
+            for first, (part, one) in found.items():
                 one = _of(one, is_found)
                 several = several.and_(self._several(part, one))
-                tensors[part] = self._taken(part, one)
+                tensors[first] = self._taken(part, one)
         chosen = [records.every[i] for i in sorted(used)]
         if not tensors:
             empty = torch.empty((0, *self._part.shape), dtype=self._target.dtype, device="cpu")
@@ -367,7 +373,7 @@ class Aligned:
         return (total / counts).to(taken.dtype)
 
     def _of_grid(
-        self, keys: Sequence[torch.Tensor], needed: Sequence[int]
+        self, keys: Sequence[torch.Tensor], needed: Sequence[tuple[int, ...]]
     ) -> tuple[torch.Tensor, torch.Tensor, list[Record], Several]:
         """Return rows along several groups, each of which is a combination, as `_of_one` does."""
         records, sizes = self._records, [len(one) for one in keys]
@@ -375,74 +381,20 @@ class Aligned:
         is_found = torch.ones(sizes, dtype=torch.bool, device="cpu")
         used: list[Record] = []
         several = Several()
-        for part in needed:
+        for parts in needed:
+            part = records.together(parts)
             found = records.places[part].find(keys[0])
             numbers = _records_at(records, part, _of(found, found.times > 0)).tolist()
-            there = [records.every[i] for i in sorted(numbers)]
-            used += there
-            made, filled, own = self._grid(there, keys)
-            tensors[part] = made
-            is_found &= filled
-            several = several.and_(own)
+            grid = Grid(keys, records.keys, self._gathered, self._replicas)
+            used += [one for one in (records.every[i] for i in sorted(numbers)) if grid.add(one)]
+            first = next(one for one in records.every if one.part == parts[0])
+            tensors[parts[0]] = grid.made(first)
+            is_found &= grid.filled
+            several = several.and_(grid.several)
         made = self._assembled(tensors, sizes)
         flat = made.reshape(-1, *made.shape[len(sizes) :])
         is_found = is_found.flatten()
         return flat[is_found], is_found, used, several
-
-    def _grid(
-        self, there: Sequence[Record], keys: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, Several]:
-        """Return what records of one part have of some combinations, and which these are."""
-        sizes = [len(one) for one in keys]
-        rest = rest_of(there[0]) if there else list(self._records.parts[0].shape)
-        made: torch.Tensor | None = None
-        filled = torch.zeros(sizes, dtype=torch.bool, device="cpu")
-        again, worst = torch.zeros(sizes, dtype=torch.bool, device="cpu"), 0.0
-        order = reversed(there) if self._replicas == "last" else there
-        for record in order:
-            into, out_of = [], []
-            for g, wanted in enumerate(keys):
-                rows = real_rows(record.groups[g].ids)
-                own = self._records.keys[g].of(record.groups[g].ids[rows])
-                at = torch.searchsorted(wanted, own).clamp_(max=max(len(wanted) - 1, 0))
-                has = (wanted[at] == own) & (own != -1) if len(wanted) else own < own
-                into.append(at[has])
-                out_of.append(rows[has])
-            if not all(map(len, into)):
-                continue
-            tensor = self._gathered.whole(record)
-            if made is None:
-                made = torch.zeros((*sizes, *rest), dtype=tensor.dtype, device="cpu")
-            if made.dtype != tensor.dtype:
-                raise LayoutError(f"records of {made.dtype} and {tensor.dtype} under one name")
-            source, target = _mesh(out_of), _mesh(into)
-            values, before = as_bits(tensor)[source], filled[target]
-            if bool(before.any()):
-                again[target] |= before
-                held = as_bits(made)[target][before].view(made.dtype)
-                off = apart(held, values[before].view(made.dtype))
-                if self._replicas == "error" and bool(off.beyond.any()):
-                    raise ReplicasDiffer(
-                        f"a row of {record.row['name']} was recorded at {place_text(record, 0)} "
-                        f"and before, off by {float(off.whole.max()):.3g} of its size",
-                        "match on what differs, as with --match-on name,step",
-                    )
-                worst = max(worst, float(off.whole.max()))
-            kept = as_bits(made)[target]
-            kept[~before] = values[~before]
-            as_bits(made)[target] = kept
-            filled[target] = True
-        if made is None:
-            made = torch.zeros((*sizes, *rest), dtype=self._target.dtype, device="cpu")
-        return made, filled, Several(int(again.sum()), worst)
-
-
-def _mesh(places: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    n = len(places)
-    return tuple(
-        one.to(torch.int64).view([-1 if i == g else 1 for i in range(n)])
-        for g, one in enumerate(places)
-    )
 
 
 def _of(found: Found, which: torch.Tensor) -> Found:

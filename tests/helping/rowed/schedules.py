@@ -121,9 +121,7 @@ class Server:
     def put_off(self, number):
         tokens = self.running.pop(number)[0]
         self.waiting.append((number, tokens))
-        needed = {
-            tuple(other[: i + 1]) for other, at in self.running.values() for i in range(at)
-        }
+        needed = {tuple(other[: i + 1]) for other, at in self.running.values() for i in range(at)}
         for i in range(self.random.randrange(len(tokens)), len(tokens)):
             if tuple(tokens[: i + 1]) not in needed:
                 for cache in self.model.cache:
@@ -222,7 +220,7 @@ def expert_parallel(ep=2):
 
 
 def data_parallel(dp=2):
-    """The requests dealt out to ranks one by one, in micro-batches of two, each one sequence long."""
+    """The requests dealt out to ranks one by one, in micro-batches of two."""
 
     def play(rank, log, salt):
         model = Decoder()

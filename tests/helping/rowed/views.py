@@ -68,7 +68,9 @@ class Log:
         self.step += 1
         self.counts = {}
 
-    def tap(self, name, tensor, dims, ids, rows, cut=None, place=(0, 1), many=1, grad=False, **tags):
+    def tap(
+        self, name, tensor, dims, ids, rows, cut=None, place=(0, 1), many=1, grad=False, **tags
+    ):
         """Tap a tensor whose first `many` dims are rows, padding marked as such."""
         is_padding = [one is None for one in ids]
         if any(is_padding):
@@ -143,7 +145,13 @@ class View:
             local = local.clone()
             lead = lead.replace("zigzag]", "zigzag,tp]")
         tapped = self._tap(
-            name, local, f"{lead} {' '.join(words)}", ids, cut if place[1] > 1 else None, place, tags
+            name,
+            local,
+            f"{lead} {' '.join(words)}",
+            ids,
+            cut if place[1] > 1 else None,
+            place,
+            tags,
         )
         return self.back(tapped, x) if local.shape == (*self.shape, *x.shape[1:]) else x
 

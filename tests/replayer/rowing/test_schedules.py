@@ -6,13 +6,10 @@ What each row has to be is held against plain dictionaries of what the baseline'
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 
 import pytest
-import torch
-from rowed.oracle import Oracle, same
-from rowed.schedules import SCHEDULES, Server, padded, server
-from rowed.views import Log
+from rowed.oracle import Oracle
+from rowed.schedules import SCHEDULES, server
 
 from recorder import Recorder
 from replayer import Replayer
