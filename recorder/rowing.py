@@ -15,7 +15,7 @@ from .format.ids import packed
 from .format.schema import ROWS, TOKENS, ManifestRow
 from .layouts.rowed import rowed
 from .logical import layout_of
-from .taps.rows import Ids
+from .taps.rows import Ids, check_meant
 from .tokens.taken import Taken
 
 Submit = Callable[[ManifestRow, Snapshot], bool]
@@ -58,6 +58,7 @@ class RowRecords:
         taken = [one.taken() for one in ids]
         dims = layout_of(row.get("dims") or "", row["kind"])
         names = {one.names for one in rowed(dims, shape, taken)}
+        check_meant(ids, names, row.get("dims") or "")
         meant = tuple(one for one in taken if one.names in names)
         if not meant:
             return None
