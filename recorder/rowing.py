@@ -15,7 +15,7 @@ from .format.ids import packed
 from .format.schema import ROWS, TOKENS, ManifestRow
 from .layouts.rowed import rowed
 from .logical import layout_of
-from .taps.rows import Ids
+from .taps.rows import Ids, check_meant
 from .tokens.taken import Taken
 
 Submit = Callable[[ManifestRow, Snapshot], bool]
@@ -36,7 +36,8 @@ class RowRecords:
         self, rank: int, submit: Submit, next_seq: Callable[[], int], *, is_ring: bool
     ) -> None:
         self._rank, self._submit, self._next_seq, self._is_ring = rank, submit, next_seq, is_ring
-        self._noted: dict[tuple[int, ...], None] = {}
+        self._noted: dict[tuple[int, int], None] = {}
+        self._forms: dict[int, tuple[object, ...]] = {}
         self._latest: tuple[tuple[Taken, ...], int, str] = ((), -1, "")
         self._lock = threading.RLock()
 
@@ -58,6 +59,7 @@ class RowRecords:
         taken = [one.taken() for one in ids]
         dims = layout_of(row.get("dims") or "", row["kind"])
         names = {one.names for one in rowed(dims, shape, taken)}
+        check_meant(ids, names, row.get("dims") or "")
         meant = tuple(one for one in taken if one.names in names)
         if not meant:
             return None
@@ -79,16 +81,21 @@ class RowRecords:
         payload, about = packed(meant)
         raw = payload.contiguous()
         digest = xxhash.xxh3_128_hexdigest(bytes_of(raw))
-        key = (hash((digest, about["dims"], *raw.shape)), kept)
+        form = about["dims"], *raw.shape
+        if self._forms.setdefault(hash(digest), form) != form:
+            raw, about = packed(meant, is_coded=True)
+            digest = xxhash.xxh3_128_hexdigest(bytes_of(raw))
+        key = hash(digest), kept
         if key in self._noted:
             return digest
         if not self._queue(raw, {**about, "kind": ROWS}, step):
             return ""
         for one in meant:
             if one.known is not None:
-                own = xxhash.xxh3_128_hexdigest(bytes_of(one.ids.contiguous()))
                 names = " ".join(one.names)
-                self._queue(one.known, {"kind": TOKENS, "dims": names, "rows": own}, step)
+                self._queue(one.known, {"kind": TOKENS, "dims": names, "rows": digest}, step)
+        while len(self._forms) > _REMEMBERED:
+            self._forms.pop(next(iter(self._forms)))
         while len(self._noted) >= _REMEMBERED:
             self._noted.pop(next(iter(self._noted)))
         self._noted[key] = None

@@ -29,7 +29,7 @@ from recorder.recording import Recording
 from recorder.sizes import count
 from recorder.tags import canonical, key_tags, label
 from recorder.taps.call import Call
-from recorder.taps.rows import Ids
+from recorder.taps.rows import Ids, check_meant
 from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
@@ -229,6 +229,7 @@ class Replacements:
             return None
         dims = layout_of(dims_text(call.dims, placements), kind)
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
+        check_meant(ids, [group.names for group in groups], call.dims)
         if not groups:
             return None
         records = self._row_matcher.find(selected, kind, [group.names for group in groups])

@@ -50,7 +50,7 @@ from recorder.taps.call import Call
 from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.firsts import RowsOfFirsts
 from recorder.taps.gradients import GradientTaps
-from recorder.taps.rows import Ids
+from recorder.taps.rows import Ids, as_they_are
 from recorder.taps.selection import Selected, Selection, about_note
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.signals import let_interrupts_through
@@ -307,7 +307,7 @@ class Replayer:
             if selected.grad:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
                 parts = Parts(selected)
-                kept = _kept(ids)
+                kept = as_they_are(ids)
                 self._gradients.watch(
                     call.whole(),
                     call.name,
@@ -634,13 +634,6 @@ class Replayer:
         return self._outcomes.finish(
             selected, kind, start, error, match, senders, made, note, changed
         )
-
-
-def _kept(ids: tuple[Ids, ...]) -> tuple[Ids, ...]:
-    """Return ids as they are now: the job may change them before a backward."""
-    with contextlib.suppress(LayoutError):  # which the gradient's graft will say
-        return tuple(one.kept() for one in ids)
-    return ids
 
 
 def _worded(err: Exception) -> GraftError:

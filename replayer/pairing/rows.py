@@ -69,7 +69,7 @@ class _Side:
     def place(self, cells: Cells, at: int) -> Place:
         """Return where a cell that was found was recorded first."""
         part, found = next(iter(cells.found.items()))
-        places = self.records.places[part]
+        places = self.records.places[cells.numbers[part]]
         number = int(found.first[at])
         record = self.records.every[int(places.record[number])]
         return Place(record.row["step"], record.row["rank"], int(places.row[number]))
@@ -336,7 +336,7 @@ class Common:
         self._order = torch.arange(int(both.sum()), device="cpu")
         self._known = None
         made = [
-            Cells(both, {}, one.records, grid, one.several)
+            Cells(both, {}, one.records, {}, grid, one.several)
             for one, grid in zip(cells, grids, strict=True)
         ]
         return made[0], made[1]
@@ -374,20 +374,18 @@ def _kept(cells: Cells, has: torch.Tensor) -> Cells:
     """Return some of the cells that were found, of one group of rows."""
     which = (cells.is_found.to(torch.int64).cumsum(0) - 1)[has]
     found = {part: places.of(which) for part, places in cells.found.items()}
-    return Cells(has, found, cells.records)
+    return Cells(has, found, cells.records, cells.numbers)
 
 
 def _facts_of(side: _Side) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ids and what is known of them, once for each record of ids."""
-    for digest in {one.row.get("rows"): None for one in side.records.every}:
-        known = side.source.known(digest) if digest else None
-        if known is None:
-            continue
-        row = next(one.row for one in side.records.every if one.row.get("rows") == digest)
-        (first, *others) = side.source.ids(row)
-        ids = first.ids.reshape(-1)
-        if not others and len(ids) == len(known):
-            yield ids, known
+    rows = {(one.row["rows"], one.row["rank"]): one.row for one in side.records.every}
+    for row in rows.values():
+        for taken in side.source.ids(row)[:1]:
+            known = side.source.known(row, taken.names)
+            ids = taken.ids.reshape(-1)
+            if known is not None and len(ids) == len(known):
+                yield ids, known
 
 
 def _names(source: Recording, row: ManifestRow) -> list[tuple[str, ...]]:

@@ -108,6 +108,18 @@ class Places:
         self.row = torch.cat([nothing.to(torch.int32), *(one.to(torch.int32) for one in rows)])
         self.row = self.row[order]
 
+    @classmethod
+    def merged(cls, several: Sequence[Places]) -> Places:
+        """Return several as one, in the order of the records' numbers."""
+        found = cls((), (), ())
+        record, row, keys = (
+            torch.cat([getattr(one, name) for one in several]) for name in ("record", "row", "keys")
+        )
+        order = record.argsort(stable=True)
+        found.keys, by_key = keys[order].sort(stable=True)
+        found.record, found.row = record[order][by_key], row[order][by_key]
+        return found
+
     def find(self, keys: torch.Tensor) -> Found:
         """Return the places of some keys."""
         first = torch.searchsorted(self.keys, keys)

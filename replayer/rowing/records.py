@@ -122,6 +122,7 @@ def held_by(
     return Held(
         replace(
             own,
+            text=" ".join(map(str, rest)),  # the same however the dims of rows are written
             dims=(*(Dim((f"rows {g}",)) for g in range(len(groups))), *rest),
             mesh=None,
             shape=None,
@@ -163,6 +164,7 @@ class Records:
         parts: what they hold of their rows; the numbers in the records.
         keys: what makes ids integers, for each group.
         pairs: for each group, its number among the receiver's.
+        places: for each part, and for some of them together, the places of its rows.
     """
 
     def __init__(
@@ -173,9 +175,20 @@ class Records:
         keys: Sequence[Keys],
         pairs: Sequence[int],
     ) -> None:
-        self.every, self.parts, self.places = every, parts, places
+        self.every, self.parts, self.places = every, parts, list(places)
         self.keys, self.pairs = keys, pairs
         self.checked: dict[int, torch.Tensor] = {}
+        self._together: dict[tuple[int, ...], int] = {}
+
+    def together(self, parts: tuple[int, ...]) -> int:
+        """Return the number in `places` of parts that hold the same of their rows."""
+        if len(parts) == 1:
+            return parts[0]
+        number = self._together.get(parts)
+        if number is None:
+            number = self._together[parts] = len(self.places)
+            self.places.append(Places.merged([self.places[part] for part in parts]))
+        return number
 
     @classmethod
     def of(
