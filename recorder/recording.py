@@ -347,7 +347,7 @@ class Recording:
         from .bits import plainly
         from .format.payload import parse_dtype, restore
 
-        path, place = self._found(row)
+        path, place = self.place_of(row)
         data = self._through_names(path, lambda file: self._opened().read(file, place))
         about = (row["shard"] or "", row["tensor"] or "", row["digest"])
         if check and about not in self._checked:
@@ -386,25 +386,28 @@ class Recording:
         """
         return self._held.known(row, names)
 
-    def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
-        """Read runs of a payload's bytes into memory, without comparing them with its digest.
+    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Read runs of a shard's bytes into memory, without comparing them with any digest.
+
+        Args:
+            path: the shard, of `place_of`.
+            runs: where each begins in the file, and what to fill with it.
+
+        Raises:
+            DamagedRecording: the bytes are not there.
+        """
+        self._through_names(path, lambda file: self._opened().read_runs(file, runs))
+
+    def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
+        """Return the shard of a row's payload, and where in it that lies.
 
         Args:
             row: a row of `rows`, as a dict.
-            runs: where each begins in the payload, and what to fill with it.
 
         Raises:
             UsageError: the row holds no tensor.
-            DamagedRecording: the bytes are not there.
+            DamagedRecording: the shard does not say where, or otherwise than the manifest.
         """
-        path, place = self._found(row)
-        if any(at < 0 or at + into.nbytes > place.nbytes for at, into in runs):
-            raise DamagedRecording(path, f"a run of bytes ends beyond those of {row['tensor']!r}")
-        found = [(place.offset + at, into) for at, into in runs]
-        self._through_names(path, lambda file: self._opened().read_runs(file, found))
-
-    def _found(self, row: ManifestRow) -> tuple[Path, Place]:
-        """Return the shard of a row's payload, and its place there."""
         shard, tensor = row["shard"], row["tensor"]
         if shard is None or tensor is None:
             raise UsageError(self._why_no_tensor(row))

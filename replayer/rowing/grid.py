@@ -12,9 +12,9 @@ from recorder.errors import LayoutError, ReplicasDiffer
 from recorder.format.payload import parse_dtype
 from recorder.tags import label
 
-from .gather import Gathered, rest_of
+from .gather import Gathered
 from .places import Keys, real_rows
-from .records import Record
+from .records import Record, rest_of
 from .same import APART, Several, apart, place_text
 
 _Rows = tuple[torch.Tensor, ...]

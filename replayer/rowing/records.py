@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,6 +24,11 @@ from recorder.mesh import FrozenMesh
 from recorder.tokens.taken import Taken
 
 from .places import Keys, Places, real_rows
+
+if TYPE_CHECKING:
+    from recorder.format.shard import Place
+
+    from .where import Where
 
 _MOST_SHARED = 32
 
@@ -43,8 +49,11 @@ class Source(Protocol):
     def read(self, row: ManifestRow, *, check: bool = True) -> torch.Tensor:
         """Return the tensor of a manifest row."""
 
-    def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
-        """Read runs of a payload's bytes into memory."""
+    def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
+        """Return the shard of a row's payload, and where in it that lies."""
+
+    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Read runs of a shard's bytes into memory."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,7 @@ class Records:
         keys: what makes ids integers, for each group.
         pairs: for each group, its number among the receiver's.
         places: for each part, and for some of them together, the places of its rows.
+        where: where their payloads lie; for who reads them to fill in.
     """
 
     def __init__(
@@ -178,6 +188,7 @@ class Records:
         self.every, self.parts, self.places = every, parts, list(places)
         self.keys, self.pairs = keys, pairs
         self.checked: dict[int, torch.Tensor] = {}
+        self.where: Where | None = None
         self._together: dict[tuple[int, ...], int] = {}
 
     def together(self, parts: tuple[int, ...]) -> int:
@@ -267,6 +278,12 @@ def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Key
         numbers = [i for i, one in enumerate(found) if one.part == part]
         places.append(Places([kept[i][0] for i in numbers], [kept[i][1] for i in numbers], numbers))
     return places, keys
+
+
+def rest_of(record: Record) -> list[int]:
+    """Return the sizes of a record's dims that have no rows."""
+    front = {i for group in record.groups for i in group.at}
+    return [n for i, n in enumerate(record.row["shape"] or []) if i not in front]
 
 
 def seqs_of(records: Sequence[Record], world_size: int) -> list[int | None]:

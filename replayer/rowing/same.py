@@ -142,9 +142,7 @@ def check_same(records: Records, part: int, found: Found, gathered: Gathered) ->
     first, counts = found.first[several], found.times[several]
     todo = known[first] == _NOT_YET
     for one, other in _others(records, part, first[todo], counts[todo]):
-        a, b = (
-            gathered.rows(records.every, places.record[at], places.row[at]) for at in (one, other)
-        )
+        a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
         if bool(off.beyond.any()):
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
