@@ -189,6 +189,7 @@ class Replacements:
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
+            routed = self._routed(selected, target, new) if is_choice(target) else ""
             own = OwnRow()
             if self.settings.own_error:
                 own, why = self._own_of(target, new, declared, list(rows.values()))
@@ -196,7 +197,7 @@ class Replacements:
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
+        note = joined(match.warning, assumed, stages, cast_note, scaled, routed, unmeasured)
         return Replacement(new, note, figures, own)
 
     def aligned(
@@ -292,6 +293,14 @@ class Replacements:
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
         message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
+
+    def _routed(self, selected: Selected, target: torch.Tensor, new: torch.Tensor) -> str:
+        """Return what to know of integers that may be a router's choices; say it, if amiss."""
+        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
+        said, aloud = routing.said_of(target, new, None, nothing, lambda: iter(()))
+        if aloud:
+            self.warn(selected, aloud, "routing")
+        return said
 
     def _near(
         self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
