@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,7 +49,7 @@ class Made:
         missing: how many rows were not found.
         padding: how many are padding.
         senders: for each sender rank the `seq` of the first record that was used.
-        records: those that have one of the rows, as in the log's column `rows_from`.
+        records: those that have one of the rows, or none at all, as in the log's `rows_from`.
         note: what to know of it.
     """
 
@@ -104,7 +104,8 @@ class Aligned:
     def front(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the target's shape by rows, as `own` is."""
         made = moved(tensor, [group.at for group in self._groups])
-        return made.reshape(-1, *made.shape[len(self._groups) :])
+        n = math.prod(made.shape[: len(self._groups)])
+        return made.reshape(n, *made.shape[len(self._groups) :])
 
     @property
     def first(self) -> ManifestRow:
@@ -147,7 +148,8 @@ class Aligned:
             nothing = torch.empty((0, *rest), dtype=dtype, device="cpu")
             cells = torch.empty(0, dtype=torch.int64, device="cpu")
             senders: list[int | None] = [None] * self._source.world_size
-            return Made(nothing, cells, 0, padding, senders, [], "all of its rows are padding")
+            note = "all of its rows are padding" if padding else "it has no rows"
+            return Made(nothing, cells, 0, padding, senders, self._numbers(()), note)
         sizes = [len(values) for values, _ in unique]
         needed = self._needed(sizes)
         if len(self._groups) == 1:
@@ -162,7 +164,7 @@ class Aligned:
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = is_found[at]
         if not bool(there.any()):
-            raise MissingRecord(self._why_none(wanted))
+            raise MissingRecord(self._why_none(wanted, [values for values, _ in unique]))
         number = is_found.to(torch.int64).cumsum(0) - 1
         rows = made.index_select(0, number[at[there]])
         return Made(
@@ -170,8 +172,8 @@ class Aligned:
             cell[there],
             int((~there).sum()),
             padding,
-            seqs_of(used, self._source.world_size),
-            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in used}),
+            seqs_of(self._latest(used), self._source.world_size),
+            self._numbers(used),
             self._note(several),
         )
 
@@ -197,7 +199,7 @@ class Aligned:
         found = {part: records.places[part].find(keys) for part in every}
         there = torch.stack([one.times > 0 for one in found.values()]).all(0)
         if not bool(there.any()) and len(own):
-            raise MissingRecord(self._why_none(len(own)))
+            raise MissingRecord(self._why_none(len(own), [keys]))
         several, result = Several(), []
         used: set[int] = set()
         for part, one in found.items():
@@ -212,8 +214,8 @@ class Aligned:
             own[there],
             len(own) - int(there.sum()),
             len(group.ids) - len(own),
-            seqs_of(chosen, self._source.world_size),
-            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in chosen}),
+            seqs_of(self._latest(chosen), self._source.world_size),
+            self._numbers(chosen),
             self._note(several),
         )
         return made, result
@@ -234,6 +236,16 @@ class Aligned:
         rows, rest = range(len(sizes)), range(len(sizes), made.dim())
         return made.permute([*rest[:before], *rows, *rest[before:]])
 
+    def _latest(self, used: Iterable[Record]) -> list[Record]:
+        """Return those of the latest attempt: another's `seq` is that of something else."""
+        latest = self._records.latest
+        return [one for one in used if latest.get(one.row["rank"]) == one.row["attempt"]]
+
+    def _numbers(self, used: Iterable[Record]) -> list[int]:
+        """Return records as in the log; those without rows too, which no tap has more use for."""
+        every = self._latest((*used, *self._records.bare))
+        return sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in every})
+
     def _note(self, several: Several) -> str:
         notes = [several.note(self._replicas)]
         if self._gathered.in_part:
@@ -241,9 +253,16 @@ class Aligned:
             notes.append(f"{number} read in part, without their digests")
         return "; ".join(filter(None, notes))
 
-    def _why_none(self, wanted: int) -> str:
-        every = self._records.every
-        known = sum(len(places.keys) for places in self._records.places)
+    def _why_none(self, wanted: int, keys: Sequence[torch.Tensor]) -> str:
+        every, parts = self._records.every, self._records.parts
+        places = self._records.places[: len(parts)]
+        there = sum(bool((one.find(keys[0]).times > 0).any()) for one in places)
+        if there and len(keys) == 1 and len(parts) > 1:
+            return (
+                f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
+                f"{self._parts_text()}, and only {there} of these have any; record all ranks"
+            )
+        known = sum(len(one.keys) for one in places)
         return (
             f"no row in common: none of its {count(wanted, 'row')} is among the {known} that "
             f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "
@@ -392,7 +411,7 @@ class Aligned:
             is_found &= grid.filled
             several = several.and_(grid.several)
         made = self._assembled(tensors, sizes)
-        flat = made.reshape(-1, *made.shape[len(sizes) :])
+        flat = made.reshape(math.prod(sizes), *made.shape[len(sizes) :])
         is_found = is_found.flatten()
         return flat[is_found], is_found, used, several
 
