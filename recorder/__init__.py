@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .session import Recorder
     from .taps.around import context, rows
     from .taps.tap import step, tap
+    from .tokens.book import TokenBook
+    from .tokens.rows import token_rows
 
 # Loaded when first asked for: a job that only taps, and the command line, need neither torch's
 # nor polars' import time; and torch itself loads this package, in programs that want none of it.
@@ -22,6 +24,7 @@ _LAZY = {
     "GraftError": "recorder.errors",
     "Recorder": "recorder.session",
     "Recording": "recorder.recording",
+    "TokenBook": "recorder.tokens.book",
     "attach": "recorder.modules.attach",
     "context": "recorder.taps.around",
     "declare_mesh": "recorder.mesh",
@@ -29,6 +32,7 @@ _LAZY = {
     "rows": "recorder.taps.around",
     "step": "recorder.taps.tap",
     "tap": "recorder.taps.tap",
+    "token_rows": "recorder.tokens.rows",
 }
 
 __all__ = [
@@ -36,6 +40,7 @@ __all__ = [
     "GraftError",
     "Recorder",
     "Recording",
+    "TokenBook",
     "attach",
     "context",
     "declare_mesh",
@@ -43,6 +48,7 @@ __all__ = [
     "rows",
     "step",
     "tap",
+    "token_rows",
 ]
 
 

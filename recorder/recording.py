@@ -375,6 +375,17 @@ class Recording:
         """
         return self._held.of(row, check=check)
 
+    def known(self, row: ManifestRow, names: Sequence[str]) -> torch.Tensor | None:
+        """Return position and token of each of the ids of a record's rows: [rows, 2].
+
+        None where nobody said.
+
+        Args:
+            row: a row of `rows`, as a dict.
+            names: of the dims that they are along, in alphabetical order.
+        """
+        return self._held.known(row, names)
+
     def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
         """Read runs of a payload's bytes into memory, without comparing them with its digest.
 

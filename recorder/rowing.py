@@ -37,6 +37,7 @@ class RowRecords:
     ) -> None:
         self._rank, self._submit, self._next_seq, self._is_ring = rank, submit, next_seq, is_ring
         self._noted: dict[tuple[int, int], None] = {}
+        self._forms: dict[int, tuple[object, ...]] = {}
         self._latest: tuple[tuple[Taken, ...], int, str] = ((), -1, "")
         self._lock = threading.RLock()
 
@@ -80,6 +81,10 @@ class RowRecords:
         payload, about = packed(meant)
         raw = payload.contiguous()
         digest = xxhash.xxh3_128_hexdigest(bytes_of(raw))
+        form = about["dims"], *raw.shape
+        if self._forms.setdefault(hash(digest), form) != form:
+            raw, about = packed(meant, is_coded=True)
+            digest = xxhash.xxh3_128_hexdigest(bytes_of(raw))
         key = hash(digest), kept
         if key in self._noted:
             return digest
@@ -87,9 +92,10 @@ class RowRecords:
             return ""
         for one in meant:
             if one.known is not None:
-                own = xxhash.xxh3_128_hexdigest(bytes_of(one.ids.contiguous()))
                 names = " ".join(one.names)
-                self._queue(one.known, {"kind": TOKENS, "dims": names, "rows": own}, step)
+                self._queue(one.known, {"kind": TOKENS, "dims": names, "rows": digest}, step)
+        while len(self._forms) > _REMEMBERED:
+            self._forms.pop(next(iter(self._forms)))
         while len(self._noted) >= _REMEMBERED:
             self._noted.pop(next(iter(self._noted)))
         self._noted[key] = None

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ import torch
 
 from recorder.bits import dtype_name
 from recorder.capture import dims_text
-from recorder.errors import TransformError, is_from_the_job
+from recorder.errors import GraftError, TransformError, is_from_the_job
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
@@ -27,15 +27,17 @@ from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.recording import Recording
 from recorder.sizes import count
+from recorder.tags import canonical, key_tags, label
 from recorder.taps.call import Call
 from recorder.taps.rows import Ids, check_meant
 from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
-from . import graft, transforms
+from . import graft, routing, transforms
 from .casts import is_unsupported, of_scaled
 from .log import OwnRow, joined
 from .match import Match, Matcher
+from .measuring.choice import is_choice
 from .measuring.compare import Difference, difference
 from .own import Own
 from .relayout import Declared, Relayout
@@ -271,6 +273,16 @@ class Replacements:
                 whole, note = graft.check_replacement(_apply(self.transform, g), target)
                 new = aligned.front(whole).index_select(0, made.cells.to(own.device))
             figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
+            said = ""
+            if is_choice(target) and len(made.cells):
+                group = aligned.groups[0]
+                known = None if group.known is None else group.known[made.cells]
+                ids = group.ids[made.cells] if len(aligned.groups) == 1 else group.ids[:0]
+                said, aloud = routing.said_of(
+                    here, new, known, ids, lambda: self._near(call, selected, target, kind, aligned)
+                )
+                if aloud:
+                    self.warn(selected, aloud, "routing")
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
                 record = aligned.first
@@ -278,8 +290,26 @@ class Replacements:
                 row = self._own.columns(here, new, record, call.dims, None, is_gradient=is_gradient)
             tensor = aligned.put(new, made.cells)
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, lost, note, unmeasured)
+        message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
+
+    def _near(
+        self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what was recorded for the same rows under tags that are off by one."""
+        for tags in routing.neighbours(selected.tags):
+            key = selected.key._replace(tags=key_tags(tags))
+            other = selected._replace(key=key, tags=tags, text=canonical(tags))
+            names = [group.names for group in aligned.groups]
+            try:
+                records = self._row_matcher.find(other, kind, names)
+                if records is None:
+                    continue
+                made = aligned.of_others(records)
+            except GraftError:
+                continue
+            if torch.equal(made.cells, aligned.cells):
+                yield label(key.name, key.tags), made.rows.to(target.device)
 
     def _input_of_rows(
         self,

@@ -13,6 +13,7 @@ from recorder.tags import is_recompute, label
 from .log import SEQ_BITS, WITHOUT_EFFECT
 from .match import MatchOn, selected_rows
 from .rename import oriented_to
+from .routing import without_weights
 from .steps import forgotten_step
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Summary:
         renames: which renamings fit no tap of the target, a line each.
         rows: how many rows of grafted taps were recorded, how many not, and of how many taps.
         first_rows: the first of these taps, "" where there is none.
+        weights: that a router's indices were grafted, and not their weights, or "".
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -52,6 +54,7 @@ class Summary:
     renames: tuple[str, ...] = ()
     rows: tuple[int, int, int] = (0, 0, 0)
     first_rows: str = ""
+    weights: str = ""
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -106,7 +109,8 @@ class Summary:
     @property
     def notes(self) -> tuple[str, ...]:
         """What else to say of it, a line each."""
-        return tuple(filter(None, (self._rows_line, self.values, self.steps, *self.renames)))
+        rest = (self._rows_line, self.weights, self.values, self.steps, *self.renames)
+        return tuple(filter(None, rest))
 
     @property
     def _rows_line(self) -> str:
@@ -163,6 +167,7 @@ def summarize(
         _values(log),
         _renames(log, records, settings),
         *_rows(log),
+        without_weights(log, records),
     )
 
 

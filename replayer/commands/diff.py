@@ -106,7 +106,14 @@ class _OfRecordings(click.Command):
 @click.option(
     "--ignore-missing",
     is_flag=True,
-    help="Report keys that are on one side only, but do not count them as a difference.",
+    help="Report keys and rows that are on one side only, but do not count them as a difference.",
+)
+@click.option(
+    "--missing-rows",
+    type=float,
+    metavar="SHARE",
+    help="Where rows are matched one by one: the share of a side's rows that may be on that side "
+    "only (default: 0.5).",
 )
 @count_option("--limit", 20, "Rows of the table on the terminal.")
 @click.option(
@@ -150,6 +157,7 @@ def diff(
     floor_factor: float | None,
     by: str | None,
     ignore_missing: bool,
+    missing_rows: float | None,
     limit: int,
     sort: str,
     as_json: bool,
@@ -197,8 +205,8 @@ def diff(
             a, run, filter=filter, match_on=match_on, step_offset=step_offset, rename=rename,
             manifest_only=manifest_only, rtol=rtol, atol=atol, threshold=threshold, floor=floor,
             floor_factor=floor_factor, by=by,
-            ignore_missing=ignore_missing, check=check, workers=workers, memory=memory,
-            spread=True, bar=bar,
+            ignore_missing=ignore_missing, missing_rows=missing_rows, check=check,
+            workers=workers, memory=memory, spread=True, bar=bar,
         )  # fmt: skip
 
     with _told_of_waiting(rank), group(rank):

@@ -25,7 +25,7 @@ from recorder.recording import Recording
 from recorder.sizes import count
 
 from ..match import MatchOn
-from ..pairing.pairs import Pairs, pair
+from ..pairing.pairs import ROWS, Pairs, pair
 from ..pairing.tensors import Two
 from ..rename import Rename
 from ..rules import Rules, floors_of
@@ -36,7 +36,7 @@ from .indices import MOST_INDICES
 from .nothing import over_nothing, why_nothing
 from .spread import ALONE, gathered, group, launched, share
 from .table import assembled, base_of, fingerprint, tasks_of, values_of
-from .work import MEMORY, Crew, Options, Task
+from .work import MEMORY, MISSING_ROWS, Crew, Options, Task
 
 GOOD = ("equal", "close")
 _MISSING = ("only_a", "only_b")
@@ -163,7 +163,8 @@ class Diff:
         is_grafted &= pl.lit(False) if last is None else pl.col("pair") < last
         wrong = self.pairs.filter(pl.col("outcome").is_in(bad) & ~is_grafted).height
         wrong += self.is_incomplete and not self.is_missing_fine
-        wrong += self.pairs["apart"].is_not_null().any()
+        fine = [ROWS] if self.is_missing_fine else []
+        wrong += self.pairs.filter(~pl.col("apart").is_in(fine))["apart"].is_not_null().any()
         return 0 if self.compared > self.over_nothing.height and not wrong else 1
 
     def tensors(self, row: Mapping[str, Any]) -> Two | None:
@@ -198,6 +199,7 @@ def diff(
     floor_factor: float | None = None,
     by: str | None = None,
     ignore_missing: bool = False,
+    missing_rows: float | None = None,
     check: bool = True,
     workers: int | None = None,
     memory: int | None = None,
@@ -220,7 +222,8 @@ def diff(
         floor: further runs of the baseline, whose differences from it are noise.
         floor_factor: how many times the noise is still noise; 3 by default.
         by: a dim, by name or number, whose indices get rows of their own where a pair differs.
-        ignore_missing: keys on one side alone are no difference.
+        ignore_missing: keys and rows on one side alone are no difference.
+        missing_rows: the share of a side's rows that may be on that side alone; 0.5 by default.
         check: hold what is read against its digest.
         workers: threads; by default one a core.
         memory: bytes of tensors in memory at once, by default 2 GiB; a pair of more goes alone.
@@ -238,6 +241,8 @@ def diff(
     run_a, run_b = _opened(a), _opened(b)
     noise = [_opened(one) for one in _listed(floor)]
     _check(rtol, atol, floor_factor, step_offset, workers, memory)
+    if missing_rows is not None and not 0 <= missing_rows <= 1:
+        raise UsageError(f"--missing-rows is {missing_rows}; give a share from 0 to 1")
     if manifest_only and (noise or by is not None):
         what = "--floor" if noise else "--by"
         raise UsageError(f"{what} needs the tensors; leave --manifest-only out")
@@ -249,7 +254,15 @@ def diff(
     rules = Rules(rtol, atol, thresholds)
     if floor_factor is not None:
         rules = replace(rules, factor=floor_factor)
-    options = Options(rtol, atol, by, check, workers, MEMORY if memory is None else memory)
+    options = Options(
+        rtol,
+        atol,
+        by,
+        check,
+        workers,
+        MEMORY if memory is None else memory,
+        MISSING_ROWS if missing_rows is None else missing_rows,
+    )
     rank = launched(os.environ) if spread else ALONE
     comparison = _Comparison(options, manifest_only, bar or _no_bar, rank)
     with group(rank):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from ..log import FOLDER, read_log
-from ..pairing.pairs import LAYOUT, Side
+from ..pairing.pairs import OF_SEVERAL, Side
 
 _KEY = ("rank", "kind", "name_0", "tags_0", "step", "occurrence")
 
@@ -41,7 +41,7 @@ def grafted(side: Side, table: pl.DataFrame, step_offset: int) -> pl.Series:
         .join(by_row, on="b", how="left", maintain_order="left")
         .join(of_key, on="key", how="left", maintain_order="left")
     )
-    is_layout = pl.col("how") == LAYOUT
+    is_of_several = pl.col("how").is_in(OF_SEVERAL)
     return found.select(
-        grafted=pl.when(is_layout).then("of_key").otherwise("grafted").fill_null(False)
+        grafted=pl.when(is_of_several).then("of_key").otherwise("grafted").fill_null(False)
     )["grafted"]

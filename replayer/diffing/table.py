@@ -20,7 +20,20 @@ from recorder.format.rows import parse_tags, row_at
 from recorder.format.schema import STATISTICS
 
 from ..measuring.measures import measure
-from ..pairing.pairs import EQUAL, LAYOUT, SHAPE, TODO, UNALIGNED, UNDIVIDED, VALUE, Pairs
+from ..pairing.marked import in_order
+from ..pairing.pairs import (
+    EQUAL,
+    LAYOUT,
+    OF_SEVERAL,
+    RANK,
+    ROWS,
+    SHAPE,
+    TODO,
+    UNALIGNED,
+    UNDIVIDED,
+    VALUE,
+    Pairs,
+)
 from ..rules import History, Rules, odd_place
 from . import bounds
 from .columns import COLUMNS, DiffRow, figures_of, row_of
@@ -37,6 +50,7 @@ _UNKNOWN = (
     "the layouts differ, and only the tensors can tell; compare them without --manifest-only, of "
     "recordings made with --level tensors"
 )
+_SAID_BEFORE = pl.when(pl.col("message") != "").then("message")
 _OF_BOTH = ("rank", "step", "name", "tags", "occurrence", "kind", "dtype", "shape", "value")
 _REPLACED = ("rank", "ranks_a", "ranks_b", "shape_a", "shape_b")
 """Columns in which what was measured has the last word."""
@@ -54,7 +68,7 @@ def base_of(pairs: Pairs) -> pl.DataFrame:
         frame = side.frame.with_row_index(which).select(which, *columns, *own)
         table = table.join(frame, on=which, how="left", maintain_order="left")
     by_rank, has_a, has_b = (
-        pl.col("how") != LAYOUT, pl.col("a").is_not_null(), pl.col("b").is_not_null(),
+        pl.col("how") == RANK, pl.col("a").is_not_null(), pl.col("b").is_not_null(),
     )  # fmt: skip
     own_b = {
         "name": pl.col("name_own_b"),
@@ -97,10 +111,12 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
     todo = table.filter(pl.col("state") == TODO)
     found = tasks_within(pairs, table)
     unread = 0
-    layouts = todo.filter(pl.col("how") == LAYOUT)["key"].unique()
+    layouts = todo.filter(pl.col("how").is_in(OF_SEVERAL))["key"].unique()
     of_key = [rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
     for number, how, key, a, b in todo.select("pair", "how", "key", "a", "b").iter_rows():
-        if how == LAYOUT:
+        if how == ROWS:
+            rows = [in_order(known[key]) for known in of_key]
+        elif how == LAYOUT:
             rows = [known[key] for known in of_key]
         else:
             rows = [[row_at(pairs.a.frame, a)], [row_at(pairs.b.frame, b)]]
@@ -163,7 +179,7 @@ def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
         for which, side in (("a", pairs.a), ("b", pairs.b))
     )
     by_rank = (
-        table.filter(pl.col("how") != LAYOUT)
+        table.filter(pl.col("how") == RANK)
         .select("pair", "a", "b")
         .join(left, on="a")
         .join(right.drop("key"), on="b", suffix="_b")
@@ -264,7 +280,7 @@ def assembled(
     made = made.with_columns(
         apart=pl.when(is_apart).then("what"),
         message=pl.when(is_apart)
-        .then(pl.concat_str("message", "said", separator="; ", ignore_nulls=True))
+        .then(pl.concat_str(_SAID_BEFORE, "said", separator="; ", ignore_nulls=True))
         .otherwise("message"),
     )
     cut = _pairs_of_blocks(pairs, table)

@@ -14,10 +14,10 @@ import polars as pl
 from recorder.format.rows import parse_tags, row_at, rows_of
 from recorder.format.schema import ManifestRow
 
-from ..pairing.pairs import EQUAL, LAYOUT, Pairs
+from ..pairing.pairs import EQUAL, LAYOUT, RANK, ROWS, Pairs
 from ..rules import Rules
 from .columns import DiffRow, row_of
-from .work import REPLICAS, Task
+from .work import REPLICAS, ROWS_APART, Task
 
 RECOMPUTED = "recompute"
 _SAID = {
@@ -68,7 +68,7 @@ def _of_seconds(pairs: Pairs, table: pl.DataFrame) -> list[Task]:
         apart = apart.filter(pl.col("digest") != pl.col("digest_first"))
         if not apart.height:
             continue
-        by_rank = table.filter(pl.col("how") != LAYOUT).select("pair", column)
+        by_rank = table.filter(pl.col("how") == RANK).select("pair", column)
         whole = table.filter(pl.col("how") == LAYOUT).select("key", whole="pair")
         apart = apart.join(by_rank, on=column, how="left").join(whole, on="key", how="left")
         numbers = apart.select(
@@ -90,7 +90,10 @@ def said_within(table: pl.DataFrame, rows: Sequence[DiffRow], rules: Rules) -> p
         if judged["outcome"] in ("equal", "close"):
             continue
         what = REPLICAS if row["about"] == REPLICAS else RECOMPUTED
-        if row.get("failed") is not None:
+        if row["about"] in (ROWS, ROWS_APART):
+            what = ROWS if row["about"] == ROWS else REPLICAS
+            text = row["message"] or ""
+        elif row.get("failed") is not None:
             text = _FAILED[what].format(side=row["about"], why=row["message"])
         else:
             one, other = (

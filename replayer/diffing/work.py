@@ -24,19 +24,29 @@ from recorder.bits import as_bits
 from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
+from recorder.tags import label
 
+from ..log import joined
+from ..measuring.choice import is_choice
 from ..measuring.elements import unravelled
 from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
 from ..pairing.blocks import by_layout, replicas_apart
-from ..pairing.pairs import LAYOUT, RANK, Pairs
+from ..pairing.pairs import LAYOUT, RANK, ROWS, Pairs
+from ..pairing.rows import Common, Shared, TwoOfRows
 from ..pairing.tensors import Two, by_rank
+from .beside import Beside
+from .choices import fitting, flips
 from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
+from .tokens import FEWER, MOSTLY, facts_of, first_off, rows_off
 
 REPLICAS = "replicas"
+ROWS_APART = "rows apart"
 SIDES = ("A", "B")
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
+MISSING_ROWS = 0.5
+"""The share of a side's rows that may be on that side alone, by default."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,9 @@ class Task:
 
     Attributes:
         pair: its number in the pairs' table.
-        how: `rank` or `layout`; `replicas` where the pair is equal, and only whether the baseline's
-            ranks agree among themselves is to be seen; `A` or `B` where that side's recomputed
-            forward is held against its first.
+        how: `rank`, `layout` or `rows`; `replicas` where the pair is equal, and only whether the
+            baseline's ranks agree among themselves is to be seen; `A` or `B` where that side's
+            recomputed forward is held against its first.
         a: the baseline's rows; of a recomputed forward, the first's.
         b: the target's rows; of a recomputed forward, its own.
     """
@@ -74,6 +84,7 @@ class Options:
         check: hold what is read against its digest.
         workers: threads; None for one a core.
         memory: bytes of tensors at once.
+        missing_rows: the share of a side's rows that may be on that side alone.
         progress: called with the bytes of each pair that is done.
     """
 
@@ -83,6 +94,7 @@ class Options:
     check: bool = True
     workers: int | None = None
     memory: int = MEMORY
+    missing_rows: float = MISSING_ROWS
     progress: Callable[[int], None] = field(default=lambda nbytes: None)
 
 
@@ -118,6 +130,7 @@ class Crew:
         self._pairs, self._options = pairs, options
         self._of_thread = threading.local()
         self._room = _Room(options.memory)
+        self._beside = Beside(pairs.a.frame)
 
     def measure(self, tasks: Sequence[Task]) -> Iterator[list[DiffRow]]:
         """Yield the rows of each pair, in order.
@@ -148,13 +161,20 @@ class Crew:
     def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         # Blocks are read, and put together into as much again.
         nbytes = task.nbytes * (2 if task.how in (LAYOUT, REPLICAS) else 1)
+        if task.how == ROWS:  # which come in pieces
+            nbytes = min(task.nbytes, self._options.memory)
         with self._room.of(nbytes):
             found: list[DiffRow] = []
             is_gradient = task.a[0]["kind"] == "grad"
             about: DiffRow = {}
             try:
-                for two in self.twos(task):
-                    found += self._measured(two, is_gradient, run)
+                if task.how == ROWS:
+                    found += self._of_rows(task, is_gradient, run)
+                else:
+                    for two in self.twos(task):
+                        found += self._measured(
+                            two, is_gradient, run, lambda two: self._scores(task, two)
+                        )
                 about["about"] = task.how if task.how in SIDES else REPLICAS
                 for two in self._within(task):
                     figures = self._figures(two, is_gradient, run)
@@ -172,6 +192,65 @@ class Crew:
             yield by_rank(a, task.a[0], b, task.b[0], check=check)
         elif task.how == LAYOUT:
             yield from by_layout(a, task.a, b, task.b, check=check, plans=self._plans())
+        elif task.how == ROWS:
+            yield from self._common(task).twos(self._options.memory)
+
+    def _common(self, task: Task) -> Common:
+        """Return the rows that both sides of a pair have."""
+        a, b = self._pairs.a.recording, self._pairs.b.recording
+        shared: tuple[Shared, Shared] = self._of_thread.__dict__.setdefault("shared", ({}, {}))
+        check = self._options.check
+        return Common.of(a, task.a, b, task.b, check=check, shared=shared)
+
+    def _of_rows(
+        self, task: Task, is_gradient: bool, run: Callable[..., Iterator[Any]]
+    ) -> list[DiffRow]:
+        """Return the rows of a pair that is compared row by row, and what is said of each side."""
+        common = self._common(task)
+        counts: DiffRow = {
+            "rows": common.both, "rows_a": common.only_a, "rows_b": common.only_b,
+        }  # fmt: skip
+        if not common.both:
+            return [row_of(_failed(LayoutError(common.why_none)), counts)]
+        found: list[DiffRow] = []
+        for two in common.twos(self._options.memory):
+            rows = self._measured(two, is_gradient, run, lambda two: self._scores(task, two))
+            if rows[0]["bitwise"] is False:
+                said = self._said_of(task, two)
+                rows[0] = row_of(rows[0], {"message": joined(rows[0]["message"], said)})
+            found += [row_of(row, counts) for row in rows]
+        found += [{"about": ROWS_APART, "failed": "rows", "message": said} for said in common.apart]
+        alone = common.said_alone(self._options.missing_rows)
+        if alone:
+            found.append({"about": ROWS, "failed": "rows", "message": alone})
+        return found
+
+    def _scores(self, task: Task, two: Two) -> torch.Tensor | None:
+        """Return the baseline's scores by which a choice may have been made; None if not known."""
+        if task.how not in (RANK, ROWS):
+            return None
+        first = task.a[0]
+        for rows in self._beside.of(first, by_rows=task.how == ROWS):
+            if not fitting(rows[0]["shape"], first["shape"]):
+                continue
+            if isinstance(two, TwoOfRows):
+                return two.common.also(rows, two.start, len(two.a))
+            return self._pairs.a.recording.read(rows[0], check=self._options.check)
+        return None
+
+    def _said_of(self, task: Task, two: TwoOfRows) -> str:
+        """Say of rows that differ what other rows of the baseline they are, "" if none."""
+        off = rows_off(two.a, two.b)
+        most = FEWER * off
+        if off < MOSTLY:
+            return ""
+        if by := two.common.shift(two, most):
+            return f"each row of B is A's of the token {'before' if by < 0 else 'behind'} it"
+        for tags, rows in self._beside.near(task.a[0]):
+            other = two.common.also(rows, two.start, len(two.a))
+            if other is not None and other.shape == two.b.shape and rows_off(other, two.b) < most:
+                return f"B's rows are those of {label(task.a[0]['name'], tags)} in A"
+        return ""
 
     def _within(self, task: Task) -> Iterator[Two]:
         """Yield tensors of one side that should be the same and are not."""
@@ -180,7 +259,7 @@ class Crew:
         if task.how in SIDES:
             side = a if task.how == "A" else b
             yield by_rank(side, task.a[0], side, task.b[0], check=check)
-        elif task.how != RANK:
+        elif task.how not in (RANK, ROWS):
             plans = self._plans()[0]
             yield from replicas_apart(a, task.a, b, task.b, check=check, plans=plans)
 
@@ -191,7 +270,11 @@ class Crew:
         return plans
 
     def _measured(
-        self, two: Two | LayoutError, is_gradient: bool, run: Callable[..., Iterator[Any]]
+        self,
+        two: Two | LayoutError,
+        is_gradient: bool,
+        run: Callable[..., Iterator[Any]],
+        scores: Callable[[Two], torch.Tensor | None] = lambda two: None,
     ) -> list[DiffRow]:
         if isinstance(two, LayoutError):
             return [_failed(two)]
@@ -200,10 +283,21 @@ class Crew:
         row = self._whole(two, found)
         if found.bitwise:
             return [row]
+        if isinstance(two, TwoOfRows):
+            row = row_of(row, first_off(two, found))
+        if is_choice(two.a) and is_choice(two.b):
+            told = flips(two.a, two.b, scores(two))
+            row = row_of(row, told, {"message": joined(row["message"], told.get("message"))})
         row["parts"] = list(_parts(two, figures))
         if self._options.by is None:
             return [row]
-        return [row, *rows_of_index(two, self._options.by, found, row)]
+        by = rows_of_index(two, self._options.by, found, row)
+        if isinstance(two, TwoOfRows) and by and by[0]["by"] == two.dim_names[0]:
+            by = [
+                one if one["bitwise"] else row_of(one, facts_of(two, one["index"] or 0))
+                for one in by
+            ]
+        return [row, *by]
 
     def _figures(
         self, two: Two, is_gradient: bool, run: Callable[..., Iterator[Any]]

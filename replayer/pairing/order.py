@@ -61,7 +61,13 @@ def _positions(frame: pl.DataFrame) -> tuple[pl.DataFrame, bool]:
 
 def _moved_on_ranks(left: pl.DataFrame, right: pl.DataFrame) -> list[int]:
     """Return the keys that any rank ran in another order than the same rank of the other side."""
-    left, right = (frame.select("rank", "key", "seq") for frame in (left, right))
+    # Of what is compared row by row, a rank's first record stands for all.
+    left, right = (
+        frame.select("rank", "key", "seq").unique(
+            ["rank", "key"], keep="first", maintain_order=True
+        )
+        for frame in (left, right)
+    )
     both = left.join(right, on=["rank", "key"], suffix="_b", maintain_order="left")
     later = (pl.col("seq") < pl.col("seq").shift(1)) & (pl.col("rank") == pl.col("rank").shift(1))
     if both.select(later.any()).item():

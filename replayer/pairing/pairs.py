@@ -4,7 +4,8 @@
    makes that one number, equal for equal keys.
 2. `pair` puts rows of one key together: rank by rank, or all ranks' blocks of a key at once where
    both sides declare a layout, and says of each pair what the manifests alone decide.
-3. `order.in_order` puts the pairs in the baseline's execution order and finds what was reordered.
+3. Where both sides say which row is which, all records of a name and tags are one pair (`marked`).
+4. `order.in_order` puts the pairs in the baseline's execution order and finds what was reordered.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from recorder.tags import canonical, is_recompute, key_tags, label
 
 from ..match import MatchOn
 from ..rename import Rename, oriented, renamed
+from .marked import marked
 from .order import in_order
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ RANK = "rank"
 """A pair is one rank's record against another's."""
 LAYOUT = "layout"
 """A pair is one tensor against another, each of all ranks' blocks."""
+ROWS = "rows"
+"""A pair is the rows that both sides have of one name and tags, of whatever step or batch."""
+OF_SEVERAL = (LAYOUT, ROWS)
+"""How pairs of several records are compared."""
 
 EQUAL, TODO, SHAPE, UNALIGNED, ONLY_A, ONLY_B, VALUE = (
     "equal",
@@ -127,7 +133,7 @@ def pair(
             frames, ([], kept), (match_on.group, match_on.group_of_target), strict=True
         )
     ]
-    keyed = _keyed(*sides)
+    keyed = _keyed(*marked(sides[0], sides[1], match_on))
     left, right = Side(a, keyed[0]), Side(b, keyed[1])
     alike = _standing_alike(left, right)
     table = in_order(
@@ -261,7 +267,10 @@ def _with_firings(left: pl.DataFrame, right: pl.DataFrame) -> list[pl.DataFrame]
     return done
 
 
-_HELD = ("key", "rank", "kind", "digest", "value", "dtype", "shape", "dims", "extras", "own")
+_HELD = (
+    "key", "rank", "kind", "digest", "value", "dtype", "shape", "dims", "extras", "own", "rows",
+    "by_rows",
+)  # fmt: skip
 
 
 def _paired(a: Side, b: Side, alike: list[int]) -> pl.DataFrame:
@@ -280,6 +289,7 @@ def _paired(a: Side, b: Side, alike: list[int]) -> pl.DataFrame:
             state=_state(pl.lit(SHAPE if same else UNALIGNED, pl.String))
         ),
         _by_layout(keys, left, right, alike, same),
+        _by_rows(keys, left, right),
     ]
     return pl.concat(part.select("key", "a", "b", "how", "state") for part in parts)
 
@@ -300,6 +310,7 @@ def _keys(left: pl.DataFrame, right: pl.DataFrame, a_world: int, b_world: int) -
                 f"{name}_dims"
             ),
             (same.n_unique() == 1).alias(f"{name}_one"),
+            pl.col("by_rows").any().alias(f"{name}_rows"),
             pl.col("kind").first().alias(f"{name}_kind"),
         )
         for name, frame in (("a", left), ("b", right))
@@ -310,8 +321,11 @@ def _keys(left: pl.DataFrame, right: pl.DataFrame, a_world: int, b_world: int) -
     a_whole = pl.col("a_dims").fill_null(True) | (a_world == 1)
     b_whole = pl.col("b_dims").fill_null(True) | (b_world == 1)
     declared = pl.col("a_dims").fill_null(False) | pl.col("b_dims").fill_null(False)
+    by_rows = pl.col("a_rows").fill_null(False) | pl.col("b_rows").fill_null(False)
     how = (
-        pl.when(a_whole & b_whole & declared & ~is_value)
+        pl.when(by_rows)
+        .then(pl.lit(ROWS))
+        .when(a_whole & b_whole & declared & ~is_value)
         .then(pl.lit(LAYOUT))
         .otherwise(pl.lit(RANK))
     )
@@ -325,6 +339,25 @@ def _keys(left: pl.DataFrame, right: pl.DataFrame, a_world: int, b_world: int) -
         .then(pl.lit("b"))
     )
     return keys.with_columns(how=how, one=one)
+
+
+def _by_rows(keys: pl.DataFrame, left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
+    """Return a pair a key of those that are compared row by row, equal where all records are."""
+    keys = keys.filter(pl.col("how") == ROWS)
+    about = ["key", "rank", "rows", "digest", "dims", "dtype", "shape"]
+    one, other = (
+        frame.filter(pl.col("how") == ROWS).group_by(about).len() for frame in (left, right)
+    )
+    met = one.join(other, on=[*about, "len"], how="full", coalesce=False, suffix="_b")
+    alone = pl.col("key").is_null() | pl.col("key_b").is_null()
+    same = met.group_by(pl.coalesce("key", "key_b").alias("key")).agg(same=(~alone).all())
+    return keys.join(same, on="key", how="left").select(
+        "key",
+        "a",
+        "b",
+        "how",
+        state=pl.when("same").then(pl.lit(EQUAL)).otherwise(pl.lit(TODO)),
+    )
 
 
 def _by_rank(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
@@ -445,8 +478,15 @@ def _skipped(name: str, side: Side) -> list[str]:
     Fewer than most may be a stage of a pipeline, which is no fault.
     """
     ranks = side.frame["rank"].unique()
-    by_key = side.frame.group_by("key").agg(
-        pl.col("rank").unique(), pl.col("name").first(), pl.col("tags").first(), pl.col("seq").min()
+    by_key = (
+        side.frame.filter(~pl.col("by_rows"))
+        .group_by("key")
+        .agg(
+            pl.col("rank").unique(),
+            pl.col("name").first(),
+            pl.col("tags").first(),
+            pl.col("seq").min(),
+        )
     )
     n = pl.col("rank").list.len()
     some = by_key.filter((n < len(ranks)) & (n * 2 > len(ranks))).sort("seq")

@@ -15,7 +15,7 @@ from recorder.taps.selection import Selected
 
 from ..match import Matcher, selected_rows
 from .places import Keys, Places
-from .records import Records
+from .records import Records, paired
 
 if TYPE_CHECKING:
     import polars as pl
@@ -87,7 +87,12 @@ class RowMatcher:
                 assert self._frame is not None  # `_by_key` made it
                 rows = [row_at(self._frame, number) for number in numbers]
                 found = Records.of(
-                    self._recording, rows, receivers, self._shared, self._latest, check=self._check
+                    self._recording,
+                    rows,
+                    lambda own: paired(own, receivers),
+                    self._shared,
+                    latest=self._latest,
+                    check=self._check,
                 )
                 while len(self._kept) >= _MOST_KEPT:
                     self._kept.pop(next(iter(self._kept)))

@@ -81,6 +81,10 @@ class Found(NamedTuple):
     first: torch.Tensor
     times: torch.Tensor
 
+    def of(self, which: torch.Tensor) -> Found:
+        """Return those of some keys."""
+        return Found(self.first[which], self.times[which])
+
 
 class Places:
     """Of each key the records that have it, and at which row, in the order they were given.

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -202,10 +202,10 @@ class Records:
         cls,
         source: Source,
         rows: Sequence[ManifestRow],
-        receivers: Sequence[tuple[str, ...]],
+        choose: Callable[[list[tuple[str, ...]]], list[tuple[int, int]]],
         shared: dict[object, tuple[list[Places], list[Keys]]],
-        latest: Mapping[int, int],
         *,
+        latest: Mapping[int, int] | None = None,
         check: bool = True,
     ) -> Records:
         """Return what records hold of some groups of rows.
@@ -213,9 +213,10 @@ class Records:
         Args:
             source: what they are read from.
             rows: their manifest rows, in the order in which they count.
-            receivers: the names of the groups that the other side has.
+            choose: of the names of the records' groups of rows, which belong to the other side's:
+                their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
-            latest: the latest attempt of each rank.
+            latest: the latest attempt of each rank; None where that does not matter.
             check: whether to hold ids against their digest.
 
         Raises:
@@ -236,9 +237,10 @@ class Records:
             groups = rowed(dims, shape, source.ids(row, check=check))
             if pairs is None:
                 names = [group.names for group in groups]
-                pairs = paired(names, receivers)
-            is_one = len(groups) == len(names) == len(receivers) == 1  # called what it likes
-            if not is_one and [group.names for group in groups] != names:
+                pairs = choose(names)
+            own = [group.names for group in groups]
+            is_one = len(own) == len(names) == 1  # may be called otherwise, if that pairs it alike
+            if own != names and not (is_one and choose(own) == pairs):
                 raise LayoutError(
                     f"some records of {row['name']} have rows along "
                     f"{' and '.join(map(' '.join, names))} and others along "
@@ -257,7 +259,7 @@ class Records:
                 shared.pop(next(iter(shared)))
             known = shared[about, tuple(pairs or ())] = _placed(found, len(numbers))
         places, keys = known
-        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()], latest)
+        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()], latest or {})
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:
@@ -290,6 +292,3 @@ def seqs_of(records: Sequence[Record], world_size: int) -> list[int | None]:
         if found[rank] is None:
             found[rank] = one.row["seq"]
     return found
-
-
-Shared = Mapping[object, tuple[list[Places], list[Keys]]]

@@ -53,15 +53,23 @@ class Apart(NamedTuple):
         whole: the root mean square of the difference over that of the row.
         beyond: whether it is more than rounding.
         most: the greatest absolute difference.
+        changed: whether any bit differs.
     """
 
     whole: torch.Tensor
     beyond: torch.Tensor
     most: torch.Tensor
+    changed: torch.Tensor
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> Apart:
-    """Compare rows [rows, ...] of one shape and dtype."""
+def apart(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> Apart:
+    """Compare rows [rows, ...] of one shape and dtype.
+
+    Args:
+        a: some rows.
+        b: others.
+        dtype: which they were rounded to, if that is another than theirs.
+    """
     n = len(a)
     x, y = a.reshape(n, -1), b.reshape(n, -1)
     same = (
@@ -72,7 +80,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> Apart:
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         far = (x.to(torch.float64) - y.to(torch.float64)).abs()
         most = far.amax(1) if x.shape[1] else torch.zeros(n, dtype=torch.float64)
-        return Apart((~same).to(torch.float64), ~same, most)
+        return Apart((~same).to(torch.float64), ~same, most, ~same)
     if a.dtype.is_complex:
         x, y = (torch.view_as_real(t).reshape(n, -1) for t in (x, y))
     x, y = x.to(torch.float64), y.to(torch.float64)
@@ -81,14 +89,13 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> Apart:
     size = torch.maximum(x.abs().nan_to_num(0, 0, 0), y.abs().nan_to_num(0, 0, 0))
     if not x.shape[1]:
         nothing = torch.zeros(n, dtype=torch.float64)
-        return Apart(nothing, ~same, nothing)
+        return Apart(nothing, ~same, nothing, ~same)
     most, largest = off.amax(1), size.amax(1)
     whole = off.square().mean(1).sqrt() / size.square().mean(1).sqrt().clamp_min(1e-300)
-    within = rounding(a.dtype)
+    within = rounding(dtype or a.dtype)
     fine = (whole <= within.whole) & (most <= within.element * largest)
-    return Apart(
-        whole.nan_to_num(torch.inf), ~(same | equal.all(1) | fine), most.nan_to_num(torch.inf)
-    )
+    beyond = ~(same | equal.all(1) | fine)
+    return Apart(whole.nan_to_num(torch.inf), beyond, most.nan_to_num(torch.inf), ~same)
 
 
 class Several(NamedTuple):

@@ -18,6 +18,7 @@ from recorder.tags import label
 
 from ..diffing.columns import DiffRow, rows_of
 from ..diffing.diff import Diff
+from ..pairing.pairs import ROWS
 from .output import written
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _WORDS = {
     "error": "not comparable",
 }
 _SIDES = {"only_a": "only in A", "only_b": "only in B"}
-_DROPPED = ("p99", "cosine", "mismatched", "max_abs", "times_floor")
+_DROPPED = ("p99", "cosine", "margin", "mismatched", "max_abs", "times_floor")
 """Columns that a narrow terminal goes without, the first of them first."""
 _BY_ROWS = 5
 _LONG = 60  # characters of a value
@@ -42,9 +43,24 @@ _OUTSTANDING = 4.0  # times the median row's error
 def title(row: DiffRow) -> str:
     """Return what a row is about: name, tags, step and rank, and what else tells it apart."""
     kind = "" if row["kind"] == "tensor" else f" ({row['kind']})"
+    if row["how"] == ROWS:
+        return f"{label(row['name'], row['tags'])}{kind}{token(row)}"
     times = f" occurrence={row['occurrence']}" if row["occurrence"] else ""
     rank = "" if row["rank"] is None else f" rank={row['rank']}"
     return f"{label(row['name'], row['tags'])}{kind} step={row['step']}{times}{rank}"
+
+
+def token(row: DiffRow) -> str:
+    """Say which row is off first in a pair that is compared row by row, "" where none is."""
+    known = [] if row["token"] is None else [f"token {row['token']} at position {row['position']}"]
+    if not known and row["row"]:
+        known = [f"the row with the id {','.join(map(str, row['row']))}"]
+    places = [
+        f"step={at[0]} rank={at[1]} row {at[2]} in {side}"
+        for side, at in (("A", row["at_a"]), ("B", row["at_b"]))
+        if at
+    ]
+    return "".join(f" {what}" for what in known) + (f" ({', '.join(places)})" if places else "")
 
 
 def figures(row: DiffRow) -> str:
@@ -62,7 +78,9 @@ def figures(row: DiffRow) -> str:
         return "the bytes differ" + (f", max_abs at least {least:.3g}" if least else "")
     facts = [f"rel_diff {_text(row['rel_diff'])}", f"max_abs {_text(row['max_abs'])}"]
     if row["max_abs_a"] is not None:
-        at = f"at {row['max_abs_at']} " if row["max_abs_at"] is not None else ""
+        # Rows that were matched one by one have no index of their own.
+        is_known = row["max_abs_at"] is not None and row["how"] != ROWS
+        at = f"at {row['max_abs_at']} " if is_known else ""
         facts[1] += f" {at}({row['max_abs_a']:.7g} in A, {row['max_abs_b']:.7g} in B)"
     elements = f"{row['mismatched']} of {count(row['numel'], 'element')}"
     if row["outcome"] == "close":
@@ -71,7 +89,8 @@ def figures(row: DiffRow) -> str:
     else:
         facts.append(f"{elements} beyond tolerance")
     if row["outcome"] != "close" and row["max_beyond_at"] not in (None, row["max_abs_at"]):
-        facts[-1] += f", the farthest by {_text(row['max_beyond'])} at {row['max_beyond_at']}"
+        facts[-1] += f", the farthest by {_text(row['max_beyond'])}"
+        facts[-1] += f" at {row['max_beyond_at']}" if row["how"] != ROWS else ""
     facts += filter(None, [shape_of_error(row)])
     odd = [
         f"{n} {what} alone"
@@ -83,9 +102,13 @@ def figures(row: DiffRow) -> str:
         )
         if n
     ]
-    if odd and row["odd_at"] is not None:
+    if odd and row["odd_at"] is not None and row["how"] != ROWS:
         odd[-1] += f", the first at {row['odd_at']}"
     facts += odd
+    if row["flips"]:
+        facts.append(chosen(row))
+    if row["rows"] is not None:
+        facts.append(rows_compared(row))
     if row["times_floor"] is not None:
         facts.append(f"{_text(row['times_floor'])} times the noise floor")
     if row["ranks_differ"] and len(row["ranks_b"] or ()) > 1:
@@ -96,6 +119,24 @@ def figures(row: DiffRow) -> str:
     if row["message"]:
         facts.append(row["message"])
     return ", ".join(facts)
+
+
+def chosen(row: DiffRow) -> str:
+    """Say how many rows of a router's chose others, and by what margin."""
+    text = f"{count(row['flips'] or 0, 'row')} another choice"
+    if row["margin"] is None:
+        return text
+    return (
+        f"{text}, {row['ties']} of them near ties, by the baseline's scores apart by "
+        f"{_text(row['margin_typical'])} in the median and {_text(row['margin'])} at most"
+    )
+
+
+def rows_compared(row: DiffRow) -> str:
+    """Say how many rows both sides have, and how many each has alone."""
+    sides = (("A", row["rows_a"]), ("B", row["rows_b"]))
+    alone = [f"{n} only in {side}" for side, n in sides if n]
+    return f"over {count(row['rows'] or 0, 'row')} in common" + "".join(f", {one}" for one in alone)
 
 
 def shape_of_error(row: DiffRow) -> str:
@@ -112,6 +153,7 @@ def shape_of_error(row: DiffRow) -> str:
     if row["error_row"] < _OUTSTANDING * typical:
         return ""
     where = _place(row["error_row_at"], row["dim_names"])
+    where = where if row["how"] != ROWS else " of the worst row"
     return f"the error{where} is {row['error_row']:.3g} of its size, that of others {typical:.2g}"
 
 
@@ -177,7 +219,11 @@ def findings(diff: Diff) -> list[str]:
             found.append(f"first divergence {words}: {title(row)}: {facts}")
     found += lines_of_grafts(diff)
     found += _accumulated(diff)
-    for what, words in (("replicas", "replicas apart"), ("recompute", "recomputed otherwise")):
+    for what, words in (
+        ("replicas", "replicas apart"),
+        ("recompute", "recomputed otherwise"),
+        ("rows", "rows on one side alone"),
+    ):
         rows = diff.pairs.filter(pl.col("apart") == what)
         if rows.height:
             first = next(rows_of(rows))
@@ -321,10 +367,12 @@ def _cells(row: DiffRow) -> dict[str, str]:
     return {
         "": mark,
         "tap": label(row["name"], row["tags"]) + kind + ("*" if row["reordered"] else ""),
-        "step": str(row["step"]),
+        "step": "" if row["how"] == ROWS else str(row["step"]),
         "occ": str(row["occurrence"]) if row["occurrence"] else "",
         "rank": "" if row["rank"] is None else str(row["rank"]),
         "outcome": row["outcome"],
+        "flips": str(row["flips"]) if row["flips"] else "",
+        "margin": cell_of(row["margin"]),
         "rel_diff": cell_of(row["rel_diff"]),
         "max_abs": cell_of(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
         "mismatched": _share(mismatched / numel) if is_beyond and mismatched and numel else "",
@@ -373,8 +421,7 @@ def _print_by(console: Console, diff: Diff, rows: pl.DataFrame) -> None:
             worse, words = detailed.filter(pl.col("changed") > 0), "not equal"
         shown = worse.sort("rel_diff", descending=True, nulls_last=False).head(_BY_ROWS)
         indices = ", ".join(
-            f"{one['index']} (rel_diff {_text(one['rel_diff'])})"
-            for one in shown.iter_rows(named=True)
+            f"{_index(one)} (rel_diff {_text(one['rel_diff'])})" for one in rows_of(shown)
         )
         more = ", ..." if worse.height > _BY_ROWS else ""
         console.print(
@@ -385,6 +432,10 @@ def _print_by(console: Console, diff: Diff, rows: pl.DataFrame) -> None:
             ),
             soft_wrap=True,
         )
+
+
+def _index(row: DiffRow) -> str:
+    return token(row).strip() if row["at_a"] else str(row["index"])
 
 
 def rows_by(detail: pl.DataFrame, row: DiffRow) -> pl.DataFrame:

@@ -28,6 +28,7 @@ import modules
 import recording
 import replaying
 import taps
+import tokens
 from harness import Result
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +40,8 @@ BENCHMARKS = {
     "large": taps.large,
     "modules-unselected": modules.unselected,
     "module-tap": modules.module_tap,
+    "tokens-batches": tokens.batches,
+    "tokens-steps": tokens.steps,
     "throughput": recording.throughput,
     "repeats": recording.repeats,
     "memory": recording.memory,

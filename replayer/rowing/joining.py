@@ -1,0 +1,277 @@
+"""Rows of records, the parts of their other dims put together as one side wants them.
+
+1. `Joining.find` says which keys were recorded, in every part that is needed for them.
+2. `Joining.rows` brings them, and lets a `plan` put the parts together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from recorder.errors import BlocksMissing, LayoutError
+from recorder.layouts.assemble import assemble
+from recorder.layouts.plan import Plan, plan, whole
+from recorder.sizes import count
+
+from .gather import Gathered
+from .grid import Grid
+from .places import Found
+from .records import Held, Record, Records, Source
+from .same import Several, check_same
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Which combinations of some keys were recorded; with one group of rows, which keys.
+
+    Attributes:
+        is_found: of all of them, the last group's the fastest: bool, flat.
+        found: for each part that is needed the places of those, where there is one group.
+        records: those that have any of them.
+        numbers: for each of these parts that of its places, which several may share.
+        grids: for each part what was recorded of all combinations, where there are several groups.
+        several: those that were recorded several times.
+    """
+
+    is_found: torch.Tensor
+    found: dict[int, Found]
+    records: list[Record]
+    numbers: dict[int, int] = field(default_factory=dict)
+    grids: dict[int, torch.Tensor] = field(default_factory=dict)
+    several: Several = field(default_factory=Several)
+
+
+class Joining:
+    """Makes rows of records.
+
+    Args:
+        source: the recording.
+        records: those of some name and tags.
+        receiver: what is wanted of each row.
+        replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
+        check: whether to hold what is read against its digest.
+    """
+
+    def __init__(
+        self, source: Source, records: Records, receiver: Held, *, replicas: str, check: bool
+    ) -> None:
+        self.source, self.records, self.receiver = source, records, receiver
+        self.replicas = replicas
+        self._gathered = Gathered(source, check=check)
+
+    def notes(self, several: Several) -> list[str]:
+        """Return what to know of rows, a clause each."""
+        notes = [several.note(self.replicas)]
+        if self._gathered.in_part:
+            number = count(len(self._gathered.in_part), "record")
+            notes.append(f"{number} read in part, without their digests")
+        return [note for note in notes if note]
+
+    def find(self, keys: Sequence[torch.Tensor]) -> Cells:
+        """Return which keys were recorded, for each group of rows; all of them distinct.
+
+        Raises:
+            LayoutError: the layouts contradict each other, or a part was not recorded.
+            ReplicasDiffer: with several groups, combinations that were recorded several times and
+                differ.
+        """
+        needed = self._needed([len(one) for one in keys])
+        if len(keys) > 1:
+            return self._grids(keys, needed)
+        records = self.records
+        found: dict[int, Found] = {}
+        numbers: dict[int, int] = {}
+        is_found = torch.ones(len(keys[0]), dtype=torch.bool, device="cpu")
+        for parts in needed:
+            number = numbers[parts[0]] = records.together(parts)
+            found[parts[0]] = records.places[number].find(keys[0])
+            is_found &= found[parts[0]].times > 0
+        used: set[int] = set()
+        for part in range(len(records.parts)):  # those that are not asked for are known, too
+            places = records.places[part].find(keys[0])
+            used |= {*records_at(records, part, places.of(is_found & (places.times > 0))).tolist()}
+        found = {part: one.of(is_found) for part, one in found.items()}
+        return Cells(is_found, found, [records.every[i] for i in sorted(used)], numbers)
+
+    def check(self, cells: Cells) -> Several:
+        """Hold rows that were recorded several times against the first of them.
+
+        Raises:
+            ReplicasDiffer: they are apart by more than rounding, and that is an error.
+            DamagedRecording: a record cannot be read.
+        """
+        several = cells.several
+        for part, found in cells.found.items():
+            several = several.and_(self.check_part(cells.numbers[part], found))
+        return several
+
+    def check_part(self, number: int, found: Found) -> Several:
+        """As `check`, of one part's rows, by the number of its places."""
+        if self.replicas == "error":
+            return check_same(self.records, number, found, self._gathered)
+        return Several(int((found.times > 1).sum()))
+
+    def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
+        """Return what was recorded of the cells that were found: [cells, other dims], on the CPU.
+
+        Args:
+            cells: of `find`.
+            which: some of them.
+
+        Raises:
+            LayoutError: records of several dtypes, or parts that cannot be put together.
+            DamagedRecording: a record cannot be read.
+        """
+        if cells.grids:
+            sizes = next(iter(cells.grids.values())).shape[: len(self.records.keys)]
+            made = self._assembled(cells.grids, sizes)
+            flat = made.reshape(math.prod(sizes), *made.shape[len(sizes) :])
+            return flat[cells.is_found][which]
+        tensors = {
+            part: self.of_part(cells.numbers[part], Found(one.first[which], one.times[which]))
+            for part, one in cells.found.items()
+        }
+        return self._assembled(tensors, [len(next(iter(tensors.values())))])
+
+    def of_part(self, number: int, found: Found) -> torch.Tensor:
+        """Return a part's rows: [rows, other dims]; of several the one that was asked for."""
+        places, every = self.records.places[number], self.records.every
+        at = found.first if self.replicas != "last" else found.first + found.times - 1
+        taken = self._gathered.rows(every, places.record[at], places.row[at])
+        if self.replicas != "mean" or not bool((found.times > 1).any()):
+            return taken
+        if not (taken.dtype.is_floating_point or taken.dtype.is_complex):
+            raise LayoutError(f"rows of {taken.dtype} have no mean", "take the first of them")
+        wide = torch.complex128 if taken.dtype.is_complex else torch.float64
+        total = taken.to(wide)
+        for j in range(1, int(found.times.max())):
+            which = (found.times > j).nonzero().flatten()
+            at = found.first[which] + j
+            total[which] += self._gathered.rows(every, places.record[at], places.row[at]).to(wide)
+        counts = found.times.view(-1, *[1] * (total.dim() - 1))
+        return (total / counts).to(taken.dtype)
+
+    def _needed(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the parts that the receiver's block is made of, those that are the same together.
+
+        Ranks that share a head hold the same of each row, and so do their parts.
+        """
+        if 0 in sizes:
+            return [(0,)]
+        found = self._plan(sizes)
+        return sorted({ranks for move in found.moves for ranks in move.ranks}) or [(0,)]
+
+    def _plan(self, sizes: Sequence[int]) -> Plan:
+        parts, receiver = self.records.parts, self.receiver
+        blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
+        try:
+            return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
+        except BlocksMissing as err:
+            raise BlocksMissing(
+                f"not all parts of these rows were recorded: {parts_text(parts)}", err.advice
+            ) from None
+        except LayoutError as err:
+            raise of_parts(self.records, err) from None
+
+    def _assembled(self, tensors: dict[int, torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+        """Return the parts as the receiver's: [*sizes, other dims]."""
+        shape = (*sizes, *self.receiver.shape)
+        if len(tensors) == 1 and self._is_plain():
+            return next(iter(tensors.values()))
+        if 0 in sizes:
+            return next(iter(tensors.values())).new_empty(shape)
+        blocks = [part.block(i, sizes) for i, part in enumerate(self.records.parts)]
+        receiver = self.receiver.block(0, sizes)
+        made = assemble(
+            self._plan(sizes),
+            blocks,
+            receiver,
+            lambda rank, share: tensors[rank if rank in tensors else next(iter(tensors))],
+            lambda rank: "",
+        )
+        return made.reshape(shape)
+
+    def _is_plain(self) -> bool:
+        """Whether both sides hold the same of each row, in the same order."""
+        one, other = self.records.parts[0], self.receiver
+        if len(self.records.parts) > 1 or one.mesh or other.mesh:
+            return False
+        names = [[dim.names for dim in held.dims.dims] for held in (one, other)]
+        plain = not (one.dims.sizes or other.dims.sizes or one.dims.padded or other.dims.padded)
+        return plain and names[0] == names[1] and one.shape == other.shape
+
+    def _grids(self, keys: Sequence[torch.Tensor], needed: Sequence[tuple[int, ...]]) -> Cells:
+        records = self.records
+        grids: dict[int, torch.Tensor] = {}
+        is_found = torch.ones([len(one) for one in keys], dtype=torch.bool, device="cpu")
+        used: list[Record] = []
+        several = Several()
+        for parts in needed:
+            number = records.together(parts)
+            found = records.places[number].find(keys[0])
+            there = records_at(records, number, found.of(found.times > 0)).tolist()
+            grid = Grid(keys, records.keys, self._gathered, self.replicas)
+            used += [one for one in (records.every[i] for i in sorted(there)) if grid.add(one)]
+            first = next(one for one in records.every if one.part == parts[0])
+            grids[parts[0]] = grid.made(first)
+            is_found &= grid.filled
+            several = several.and_(grid.several)
+        return Cells(is_found.flatten(), {}, used, {}, grids, several)
+
+
+def whole_of(records: Records) -> Held:
+    """Return all of a row that the parts are parts of, in the order of their dims.
+
+    Raises:
+        LayoutError: they contradict each other, or do not say enough.
+    """
+    groups = len(records.keys)
+    blocks = [part.block(i, [1] * groups) for i, part in enumerate(records.parts)]
+    try:
+        found = whole(blocks, world_of(records.parts))
+    except LayoutError as err:
+        raise of_parts(records, err) from None
+    return Held(found.dims, (), found.shape[groups:])
+
+
+def world_of(parts: Sequence[Held]) -> int:
+    """Return how many ranks a job has of which each holds a part of its own."""
+    return max(len(parts), *(part.world_size for part in parts))
+
+
+def parts_text(parts: Sequence[Held]) -> str:
+    """Say which parts of rows there are."""
+    there = ", ".join(
+        " ".join(f"{axis}={at}" for axis, (at, _) in part.mesh) or "one" for part in parts[:8]
+    )
+    sizes = " ".join(f"{axis} of {n}" for axis, (_, n) in parts[0].mesh)
+    return f"of {parts[0].dims.text!r:.200} over {sizes}, there is {there}"
+
+
+def of_parts(records: Records, err: LayoutError) -> LayoutError:
+    """Return an error of the layouts' said of parts, whose numbers are no ranks'."""
+    firsts = [
+        next(one for one in records.every if one.part == i) for i in range(len(records.parts))
+    ]
+    where = [
+        f"part {i} is rank {one.row['rank']}'s at step {one.row['step']}"
+        for i, one in enumerate(firsts)
+    ]
+    found = err.of("", {"rank": "part"})
+    if "part " in found.fact or "parts " in found.fact:
+        found = type(found)(f"{found.fact} ({', '.join(where[:8])})", found.advice)
+    return found
+
+
+def records_at(records: Records, part: int, found: Found) -> torch.Tensor:
+    """Return the numbers of all records that have some keys."""
+    places = records.places[part]
+    starts = found.first.repeat_interleave(found.times)
+    within = torch.arange(len(starts), device="cpu")
+    within -= (found.times.cumsum(0) - found.times).repeat_interleave(found.times)
+    found_at: torch.Tensor = places.record[starts + within].unique()
+    return found_at
