@@ -36,6 +36,7 @@ class Summary:
         renames: which renamings fit no tap of the target, a line each.
         rows: how many rows of grafted taps were recorded, how many not, and of how many taps.
         first_rows: the first of these taps, "" where there is none.
+        bare: how many grafted taps have no rows to graft, but padding.
         weights: that a router's indices were grafted, and not their weights, or "".
         selected: records that the filter selects.
         unused: those of them that no tap was given.
@@ -70,14 +71,15 @@ class Summary:
                 f"{count(self.outcomes['error'], 'graft')} failed, the first: {self.first_error}"
             )
         unkept = self.outcomes.get(WITHOUT_EFFECT, 0)
-        if not self.outcomes.get("grafted"):
+        has_any = self.outcomes.get("grafted", 0) > self.bare
+        if not has_any:
             found.append("nothing was grafted" + self._why_nothing(status))
         elif strict and self.outcomes.get("missing"):
             found.append(
                 f"--strict: {count(self.outcomes['missing'], 'selected tap')} had no record, "
                 f"the first: {self.first_missing}"
             )
-        if strict and unkept and self.outcomes.get("grafted"):
+        if strict and unkept and has_any:
             found.append(
                 f"--strict: {count(unkept, 'graft')} had no effect, the first: {self.first_unkept}"
             )
@@ -102,6 +104,8 @@ class Summary:
             return f": no selected tap has a record, the first: {self.first_missing}"
         if not self.outcomes and status:
             return f": COMMAND ended with {status} before it made a tap that was selected"
+        if self.bare:
+            return f": all rows of {count(self.bare, 'tap')} are padding"
         if not self.outcomes:
             return ": no tap was selected; see --filter, and graft doctor in the command's place"
         return ""
