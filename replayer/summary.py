@@ -36,8 +36,8 @@ class Summary:
         renames: which renamings fit no tap of the target, a line each.
         rows: how many rows of grafted taps were recorded, how many not, and of how many taps.
         first_rows: the first of these taps, "" where there is none.
-        bare: how many grafted taps have no rows to graft, but padding.
         weights: that a router's indices were grafted, and not their weights, or "".
+        bare: how many grafted taps have no rows to graft, but padding.
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -56,6 +56,7 @@ class Summary:
     rows: tuple[int, int, int] = (0, 0, 0)
     first_rows: str = ""
     weights: str = ""
+    bare: int = 0
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -172,6 +173,7 @@ def summarize(
         _renames(log, records, settings),
         *_rows(log),
         without_weights(log, records),
+        log.filter((log["outcome"] == "grafted") & (log["rows_found"] == 0)).height,
     )
 
 
