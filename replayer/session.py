@@ -224,7 +224,10 @@ class Replayer:
     def summary(self) -> Summary:
         """Return what the replay came to on this rank."""
         world, settings = self._ranks.current.world_size, self.settings
-        return summarize(self.log(), self._frame, settings, world)
+        records = self._frame
+        if world > 1:  # whose rows the others may have
+            records = records.filter(records["rows"].is_null())
+        return summarize(self.log(), records, settings, world)
 
     def on_step(self) -> None:
         """End an iteration."""

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import SEQ_BITS
-from .joining import Joining, records_at
+from .joining import Joining, parts_text, records_at
 from .places import Found, real_rows
 from .records import Record, Records, Source, held_by, rest_of, seqs_of
 from .same import Several
@@ -40,7 +40,7 @@ class Made:
         cells: which of the tensor's rows these are, padding counted: [rows].
         missing: how many rows were not found.
         senders: for each sender rank the `seq` of the first record that was used.
-        records: those that have one of the rows, as in the log's column `rows_from`.
+        records: those that have one of the rows, or none at all, as in the log's `rows_from`.
         note: what to know of it.
     """
 
@@ -137,7 +137,9 @@ class Aligned:
         if not wanted:
             rows = torch.empty((0, *self._rest), dtype=self._target.dtype, device="cpu")
             nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-            return Made(rows, nothing, 0, [None] * self._world, [], "all of its rows are padding")
+            is_empty = not all(len(group.ids) for group in self.groups)
+            note = "it has no rows" if is_empty else "all of its rows are padding"
+            return Made(rows, nothing, 0, [None] * self._world, self._numbers(()), note)
         unique = [
             _distinct(make.of(group.ids[at]), is_sorted=len(self.groups) > 1)
             for make, group, at in zip(self._records.keys, self.groups, real, strict=True)
@@ -151,7 +153,7 @@ class Aligned:
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = cells.is_found[at]
         if not bool(there.any()):
-            raise MissingRecord(self._why_none(wanted))
+            raise MissingRecord(self._why_none(wanted, [values for values, _ in unique]))
         several = self._joining.check(cells)
         rows = self._joining.rows(cells)
         number = (cells.is_found.to(torch.int64).cumsum(0) - 1)[at[there]]
@@ -193,7 +195,7 @@ class Aligned:
         found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
         there = torch.stack([one.times > 0 for one in found.values()]).all(0)
         if len(own) and not bool(there.any()):
-            raise MissingRecord(self._why_none(len(own)))
+            raise MissingRecord(self._why_none(len(own), [keys]))
         several, received, used = Several(), [], set()
         for part, every in found.items():
             one = every.of(there)
@@ -218,8 +220,8 @@ class Aligned:
             rows,
             cells,
             wanted - len(cells),
-            seqs_of(used, self._world),
-            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in used}),
+            seqs_of(self._latest(used), self._world),
+            self._numbers(used),
             "; ".join(self._joining.notes(several)),
         )
 
@@ -239,9 +241,26 @@ class Aligned:
         rows, rest = range(len(sizes)), range(len(sizes), made.dim())
         return made.permute([*rest[:before], *rows, *rest[before:]])
 
-    def _why_none(self, wanted: int) -> str:
-        every = self._records.every
-        known = sum(len(places.keys) for places in self._records.places)
+    def _latest(self, used: Iterable[Record]) -> list[Record]:
+        """Return those of the latest attempt: another's `seq` is that of something else."""
+        latest = self._records.latest
+        return [one for one in used if latest.get(one.row["rank"]) == one.row["attempt"]]
+
+    def _numbers(self, used: Iterable[Record]) -> list[int]:
+        """Return records as in the log; those without rows too, which no tap has more use for."""
+        every = self._latest((*used, *self._records.bare))
+        return sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in every})
+
+    def _why_none(self, wanted: int, keys: Sequence[torch.Tensor]) -> str:
+        every, parts = self._records.every, self._records.parts
+        places = self._records.places[: len(parts)]
+        there = sum(bool((one.find(keys[0]).times > 0).any()) for one in places)
+        if there and len(keys) == 1 and len(parts) > 1:
+            return (
+                f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
+                f"{parts_text(parts)}, and only {there} of these have any; record all ranks"
+            )
+        known = sum(len(one.keys) for one in places)
         return (
             f"no row in common: none of its {count(wanted, 'row')} is among the {known} that "
             f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "

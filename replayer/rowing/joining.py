@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -128,7 +129,7 @@ class Joining:
         if cells.grids:
             sizes = next(iter(cells.grids.values())).shape[: len(self.records.keys)]
             made = self._assembled(cells.grids, sizes)
-            flat = made.reshape(-1, *made.shape[len(sizes) :])
+            flat = made.reshape(math.prod(sizes), *made.shape[len(sizes) :])
             return flat[cells.is_found][which]
         tensors = {
             part: self.of_part(cells.numbers[part], Found(one.first[which], one.times[which]))

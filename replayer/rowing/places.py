@@ -42,6 +42,8 @@ class Keys:
             LayoutError: an id is of another number of numbers.
         """
         numbers = 1 if ids.dim() == 1 else int(ids.shape[1])
+        if not len(ids):
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         if numbers != self.numbers:
             raise LayoutError(
                 f"the baseline's rows are told apart by {self.numbers} numbers each, and the "

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -21,7 +21,7 @@ from recorder.layouts.dims import Dim, Dims
 from recorder.layouts.rowed import Rowed, rowed
 from recorder.logical import layout_of
 from recorder.mesh import FrozenMesh
-from recorder.tokens.taken import Taken
+from recorder.tokens.taken import Taken, real
 
 from .places import Keys, Places, real_rows
 
@@ -175,6 +175,9 @@ class Records:
         pairs: for each group, its number among the receiver's.
         places: for each part, and for some of them together, the places of its rows.
         where: where their payloads lie; for who reads them to fill in.
+        bare: those that have no row at all, but padding.
+        latest: the latest attempt of each rank, the others' records being those of no tap that
+            could be asked for by its key.
     """
 
     def __init__(
@@ -184,9 +187,13 @@ class Records:
         places: Sequence[Places],
         keys: Sequence[Keys],
         pairs: Sequence[int],
+        latest: Mapping[int, int],
     ) -> None:
         self.every, self.parts, self.places = every, parts, list(places)
-        self.keys, self.pairs = keys, pairs
+        self.keys, self.pairs, self.latest = keys, pairs, latest
+        self.bare = [
+            one for one in every if not all(bool(real(group.ids).any()) for group in one.groups)
+        ]
         self.checked: dict[int, torch.Tensor] = {}
         self.where: Where | None = None
         self._together: dict[tuple[int, ...], int] = {}
@@ -209,6 +216,7 @@ class Records:
         choose: Callable[[list[tuple[str, ...]]], list[tuple[int, int]]],
         shared: dict[object, tuple[list[Places], list[Keys]]],
         *,
+        latest: Mapping[int, int] | None = None,
         check: bool = True,
     ) -> Records:
         """Return what records hold of some groups of rows.
@@ -219,6 +227,7 @@ class Records:
             choose: of the names of the records' groups of rows, which belong to the other side's:
                 their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
+            latest: the latest attempt of each rank; None where that does not matter.
             check: whether to hold ids against their digest.
 
         Raises:
@@ -240,7 +249,9 @@ class Records:
             if pairs is None:
                 names = [group.names for group in groups]
                 pairs = choose(names)
-            if [group.names for group in groups] != names:
+            own = [group.names for group in groups]
+            is_one = len(own) == len(names) == 1  # may be called otherwise, if that pairs it alike
+            if own != names and not (is_one and choose(own) == pairs):
                 raise LayoutError(
                     f"some records of {row['name']} have rows along "
                     f"{' and '.join(map(' '.join, names))} and others along "
@@ -259,7 +270,7 @@ class Records:
                 shared.pop(next(iter(shared)))
             known = shared[about, tuple(pairs or ())] = _placed(found, len(numbers))
         places, keys = known
-        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()])
+        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()], latest or {})
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:
@@ -268,8 +279,12 @@ def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Key
     for g in range(len(found[0].groups)):
         rows = [real_rows(one.groups[g].ids) for one in found]
         ids = [one.groups[g].ids[at] for one, at in zip(found, rows, strict=True)]
-        if len({one.dim() for one in ids} | {one.shape[1:] for one in ids}) > 2:
+        several = {one.shape[1:] for one in ids if len(one)}
+        if len(several) > 1:
             raise LayoutError("records' rows are told apart by more numbers in some than in others")
+        # Of ids of which there are none nobody knows how many numbers each would be.
+        shape = (0, *next(iter(several), ids[0].shape[1:]))
+        ids = [one if len(one) else one.reshape(shape) for one in ids]
         keys.append(Keys(torch.cat(ids)))
         if g == 0:
             kept = [(keys[0].of(own), at) for own, at in zip(ids, rows, strict=True)]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import xxhash
+import functools
+
+import torch
+
+from recorder import token_rows
 
 
 def prefix_ids(tokens, salt=0):
-    """Return an id for each token: of 63 bits, for the whole prefix that ends there."""
-    return [
-        xxhash.xxh3_64_intdigest(repr((salt, *tokens[: n + 1])).encode()) >> 1
-        for n in range(len(tokens))
-    ]
+    """Return an id for each token, for the whole prefix that ends there."""
+    return [*_ids(tuple(tokens), salt)]
+
+
+@functools.cache
+def _ids(tokens, salt):
+    return token_rows(torch.tensor(tokens, dtype=torch.int64), salt=salt).tolist()

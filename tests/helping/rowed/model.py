@@ -121,7 +121,8 @@ class Decoder:
         y = norm(x)
         logits = view.tokens("router_logits", y @ w["router"].T, "e", layer=layer)
         weight, chosen = logits.softmax(-1).topk(TOP, -1)
-        chosen = view.tokens("topk_ids", chosen, "k", layer=layer)
+        # A copy: autograd goes back to where topk found them.
+        chosen = view.tokens("topk_ids", chosen.clone(), "k", layer=layer)
         weight = view.tokens("topk_weights", weight, "k", layer=layer)
         x = x + self.experts(layer, y, chosen, weight, view)
         return view.tokens("hidden", x, "h", sequence_parallel=True, layer=layer)

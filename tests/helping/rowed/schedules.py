@@ -79,12 +79,12 @@ def padded(left=False, at_taps=True):
     return Schedule(play)
 
 
-def packed(tail=3):
+def packed(tail=3, requests=REQUESTS):
     """All tokens one behind the other, with a tail of padding."""
 
     def play(rank, log, salt):
         flat, segments = [], []
-        for tokens in reversed(REQUESTS):
+        for tokens in reversed(requests):
             segments.append(Segment(tokens, 0, len(flat)))
             flat += prefix_ids(tokens, salt)
         flat += [-1] * tail
@@ -122,7 +122,7 @@ class Server:
         tokens = self.running.pop(number)[0]
         self.waiting.append((number, tokens))
         needed = {tuple(other[: i + 1]) for other, at in self.running.values() for i in range(at)}
-        for i in range(self.random.randrange(len(tokens)), len(tokens)):
+        for i in range(self.random.randrange(4), len(tokens)):
             if tuple(tokens[: i + 1]) not in needed:
                 for cache in self.model.cache:
                     cache.pop(tuple(tokens[: i + 1]), None)
@@ -137,8 +137,8 @@ class Server:
         if self.waiting and (not self.running or self.random.random() < 0.7):
             number, tokens = self.waiting.pop(0)
             self.running[number] = tokens, self.known(tokens)
-        if len(self.running) > 1 and self.random.random() < 0.3:
-            self.put_off(self.random.choice([*self.running]))
+        if len(self.running) > 1 and self.random.random() < 0.4:
+            self.put_off(max(self.running, key=lambda number: self.running[number][1]))
         segments, ids, last = [], [], []
         for number in self.random.sample([*self.running], min(2, len(self.running))):
             tokens, at = self.running[number]

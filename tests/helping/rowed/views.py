@@ -31,6 +31,8 @@ class Fired:
         cut: which of the dims behind those of rows tensor parallelism cuts, `sum` for a partial
             one, None where all ranks hold it whole.
         place: (rank, size) among the tensor-parallel ranks, (0, 1) of what they do not cut.
+        many: how many dims of rows there are.
+        gradients: those that came to it, [rows, ...]: as they were, and as they went on.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Fired:
     cut: Any = None
     place: tuple = (0, 1)
     many: int = 1
+    gradients: list = field(default_factory=list)
 
     @property
     def after(self):
@@ -80,13 +83,27 @@ class Log:
         occurrence = self.counts.get((name, text), 0)
         self.counts[name, text] = occurrence + 1
         before = rows_of(tensor, many).clone()
-        tap(name, tensor, dims=dims, rows=rows, grad=grad, **tags)
+        seen: list = []
+        hooked = grad and tensor.requires_grad
+        if hooked:
+            tensor.register_hook(lambda grad: self._came(grad, seen, is_padding, many))
+        tap(name, tensor, dims=dims, rows=rows, grad=grad and tensor.is_floating_point(), **tags)
+        if hooked:
+            tensor.register_hook(lambda grad: seen[-1].append(rows_of(grad, many).clone()))
         self.fired.append(
             Fired(
-                name, text, self.step, occurrence, self.rank, ids, before, tensor, cut, place, many
+                name, text, self.step, occurrence, self.rank, ids, before, tensor, cut, place, many,
+                seen,
             )
-        )
+        )  # fmt: skip
         return tensor
+
+    def _came(self, grad, seen, is_padding, many):
+        """Mark the padding of a gradient before the tap's own hook sees it."""
+        grad = grad.clone()
+        grad.flatten(0, many - 1)[torch.tensor(is_padding)] = PADDED
+        seen.append([rows_of(grad, many).clone()])
+        return grad
 
 
 class View:
@@ -191,7 +208,7 @@ class View:
         real = [None if one == -1 else (one, expert) for one, expert in ids.tolist()]
         is_all = len(own) == len(rows)
         local = x if is_all else x[own]
-        self.log.tap(name, local, "n h", real, {"n": ids}, **tags)
+        self.log.tap(name, local, "n h", real, {"n": ids}, grad=self.grads, **tags)
         return x
 
     def _tap(self, name, local, dims, ids, cut, place, tags):
