@@ -140,11 +140,13 @@ class Recording:
         A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold; nor
         has one that had not begun when others had, after a restart.
         """
+        rows = self.rows()
+        is_auxiliary = rows["kind"].is_in(AUXILIARY)
+        return self._of_latest(rows.filter(~is_auxiliary) if is_auxiliary.any() else rows)
+
+    def _of_latest(self, rows: pl.DataFrame) -> pl.DataFrame:
         import polars as pl
 
-        rows = self.rows()
-        if rows["kind"].is_in(AUXILIARY).any():
-            rows = rows.filter(~pl.col("kind").is_in(AUXILIARY))
         if not any(claim["attempt"] for claim in self._claims):
             return rows
         kept = pl.DataFrame(
@@ -309,7 +311,7 @@ class Recording:
 
     def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:
         if attempt not in self._indices:
-            frame = self.latest() if attempt is None else self.rows(attempt)
+            frame = self.rows(attempt) if attempt is not None else self._of_latest(self.rows())
             self._indices[attempt] = frame, Index.build(frame)
         return self._indices[attempt]
 

@@ -25,9 +25,10 @@ from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import SEQ_BITS
+from .held import Record, Source, held_by, rest_of, seqs_of
 from .joining import Joining, parts_text, records_at
 from .places import Found, real_rows
-from .records import Record, Records, Source, held_by, rest_of, seqs_of
+from .records import Records
 from .same import Several
 
 

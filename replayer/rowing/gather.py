@@ -16,8 +16,8 @@ from recorder.errors import LayoutError
 from recorder.format.payload import parse_dtype
 from recorder.layouts.rowed import moved
 
-from .records import Record, Records, Source, rest_of
-from .where import Where
+from .held import Record, Source, rest_of
+from .records import Records
 
 _READ_WHOLE = 1 << 16
 """A record of fewer bytes is read, and checked, in one go; so is one of which half is needed."""
@@ -36,8 +36,7 @@ class Gathered:
 
     def __init__(self, source: Source, records: Records, *, check: bool) -> None:
         self._source, self._every, self._check = source, records.every, check
-        self._where = records.where if records.where is not None else Where(records.every)
-        records.where = self._where
+        self._where = records.where
         self.in_part: set[int] = set()
 
     def rows(self, record: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

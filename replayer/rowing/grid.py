@@ -13,8 +13,8 @@ from recorder.format.payload import parse_dtype
 from recorder.tags import label
 
 from .gather import Gathered
+from .held import Record, rest_of
 from .places import Keys, real_rows
-from .records import Record, rest_of
 from .same import APART, Several, apart, place_text
 
 _Rows = tuple[torch.Tensor, ...]

@@ -19,8 +19,9 @@ from recorder.sizes import count
 
 from .gather import Gathered
 from .grid import Grid
+from .held import Held, Record, Source
 from .places import Found
-from .records import Held, Record, Records, Source
+from .records import Records
 from .same import Several, check_same
 
 

@@ -13,8 +13,9 @@ from recorder.sizes import count
 from recorder.tags import label
 
 from .gather import Gathered
+from .held import Record
 from .places import Found
-from .records import Record, Records
+from .records import Records
 
 APART = (
     "if something else was meant to differ, such as the weights of another step, match on it too, "

@@ -12,7 +12,7 @@ import torch
 from recorder.errors import DamagedRecording
 from recorder.format.payload import parse_dtype
 
-from .records import Record, Source
+from .held import Record, Source
 
 
 class Where:
