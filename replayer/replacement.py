@@ -275,14 +275,7 @@ class Replacements:
             figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
             said = ""
             if is_choice(target) and len(made.cells):
-                group = aligned.groups[0]
-                known = None if group.known is None else group.known[made.cells]
-                ids = group.ids[made.cells] if len(aligned.groups) == 1 else group.ids[:0]
-                said, aloud = routing.said_of(
-                    here, new, known, ids, lambda: self._near(call, selected, target, kind, aligned)
-                )
-                if aloud:
-                    self.warn(selected, aloud, "routing")
+                said = self._said_of_choices(selected, here, new, kind, aligned, made.cells)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
                 record = aligned.first
@@ -293,8 +286,33 @@ class Replacements:
         message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
+    def _said_of_choices(
+        self,
+        selected: Selected,
+        here: torch.Tensor,
+        new: torch.Tensor,
+        kind: str,
+        aligned: Aligned,
+        cells: torch.Tensor,
+    ) -> str:
+        """Return a note on choices that are grafted; what it is about is never worth a graft."""
+        group, is_one = aligned.groups[0], len(aligned.groups) == 1
+        known = group.known[cells] if is_one and group.known is not None else None
+        ids = group.ids[cells] if is_one else group.ids[:0]
+        try:
+            said, aloud = routing.said_of(
+                here, new, known, ids, lambda: self._near(selected, here.device, kind, aligned)
+            )
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            return f"its choices are not judged: {type(err).__name__}: {err}"
+        if aloud:
+            self.warn(selected, aloud, "routing")
+        return said
+
     def _near(
-        self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
+        self, selected: Selected, device: torch.device, kind: str, aligned: Aligned
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what was recorded for the same rows under tags that are off by one."""
         for tags in routing.neighbours(selected.tags):
@@ -302,14 +320,14 @@ class Replacements:
             other = selected._replace(key=key, tags=tags, text=canonical(tags))
             names = [group.names for group in aligned.groups]
             try:
-                records = self._row_matcher.find(other, kind, names)
+                records = self._row_matcher.find(other, kind, names, fires=False)
                 if records is None:
                     continue
                 made = aligned.of_others(records)
             except GraftError:
                 continue
             if torch.equal(made.cells, aligned.cells):
-                yield label(key.name, key.tags), made.rows.to(target.device)
+                yield label(key.name, key.tags), made.rows.to(device)
 
     def _input_of_rows(
         self,
