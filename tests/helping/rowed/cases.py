@@ -216,6 +216,7 @@ def make(seed, number, meshes, steps, *, most=8, **fixed):
         ]
         plans.append(sorted(plan, key=lambda one: one.step))
     gaps = {i for i in range(len(plans[0])) if meshes[0].tp > 1 and r.random() < 0.1}
+    gaps = set() if layouts[0].is_fused else gaps  # else nobody knows how large the whole is
     noise = fixed.get("noise") or r.choice(["none", "none", "rounding", "beyond"])
     dtypes = dtype, fixed.get("to", other)
     return Case(number, seed, dtypes, layouts, tuple(plans), noise, gaps, numbers)
