@@ -216,7 +216,8 @@ def make(seed, number, meshes, steps, *, most=8, **fixed):
         ]
         plans.append(sorted(plan, key=lambda one: one.step))
     gaps = {i for i in range(len(plans[0])) if meshes[0].tp > 1 and r.random() < 0.1}
-    gaps = set() if layouts[0].is_fused else gaps  # else nobody knows how large the whole is
+    if any(layout.is_fused for layout in layouts):  # then a gap leaves the whole's size open
+        gaps = set()
     noise = fixed.get("noise") or r.choice(["none", "none", "rounding", "beyond"])
     dtypes = dtype, fixed.get("to", other)
     return Case(number, seed, dtypes, layouts, tuple(plans), noise, gaps, numbers)
