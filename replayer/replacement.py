@@ -189,7 +189,9 @@ class Replacements:
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
-            routed = self._routed(selected, target, new) if is_choice(target) else ""
+            routed = ""
+            if is_choice(target):
+                routed = self._said_of_choices(selected, target, new, kind)
             own = OwnRow()
             if self.settings.own_error:
                 own, why = self._own_of(target, new, declared, list(rows.values()))
@@ -276,14 +278,7 @@ class Replacements:
             figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
             said = ""
             if is_choice(target) and len(made.cells):
-                group = aligned.groups[0]
-                known = None if group.known is None else group.known[made.cells]
-                ids = group.ids[made.cells] if len(aligned.groups) == 1 else group.ids[:0]
-                said, aloud = routing.said_of(
-                    here, new, known, ids, lambda: self._near(call, selected, target, kind, aligned)
-                )
-                if aloud:
-                    self.warn(selected, aloud, "routing")
+                said = self._said_of_choices(selected, here, new, kind, aligned)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
                 record = aligned.first
@@ -294,16 +289,37 @@ class Replacements:
         message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
-    def _routed(self, selected: Selected, target: torch.Tensor, new: torch.Tensor) -> str:
-        """Return what to know of integers that may be a router's choices; say it, if amiss."""
-        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-        said, aloud = routing.said_of(target, new, None, nothing, lambda: iter(()))
+    def _said_of_choices(
+        self,
+        selected: Selected,
+        here: torch.Tensor,
+        new: torch.Tensor,
+        kind: str,
+        aligned: Aligned | None = None,
+    ) -> str:
+        """Return a note on choices that are grafted; what it is about is never worth a graft."""
+        known, ids = None, torch.empty(0, dtype=torch.int64, device="cpu")
+        if aligned is not None and len(aligned.groups) == 1:
+            group = aligned.groups[0]
+            known = None if group.known is None else group.known[aligned.cells]
+            ids = group.ids[aligned.cells]
+
+        def near() -> Iterator[tuple[str, torch.Tensor]]:
+            if aligned is not None:
+                yield from self._near(selected, here.device, kind, aligned)
+
+        try:
+            said, aloud = routing.said_of(here, new, known, ids, near)
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            return f"its choices are not judged: {type(err).__name__}: {err}"
         if aloud:
             self.warn(selected, aloud, "routing")
         return said
 
     def _near(
-        self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
+        self, selected: Selected, device: torch.device, kind: str, aligned: Aligned
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what was recorded for the same rows under tags that are off by one."""
         for tags in routing.neighbours(selected.tags):
@@ -311,14 +327,14 @@ class Replacements:
             other = selected._replace(key=key, tags=tags, text=canonical(tags))
             names = [group.names for group in aligned.groups]
             try:
-                records = self._row_matcher.find(other, kind, names)
+                records = self._row_matcher.find(other, kind, names, fires=False)
                 if records is None:
                     continue
                 made = aligned.of_others(records)
             except GraftError:
                 continue
             if torch.equal(made.cells, aligned.cells):
-                yield label(key.name, key.tags), made.rows.to(target.device)
+                yield label(key.name, key.tags), made.rows.to(device)
 
     def _input_of_rows(
         self,

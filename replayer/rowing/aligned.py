@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from recorder.bits import as_bits
-from recorder.errors import MissingRecord, TransformError
+from recorder.errors import LayoutError, MissingRecord, TransformError
 from recorder.format.payload import parse_dtype
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
@@ -164,6 +164,8 @@ class Aligned:
 
     def of_others(self, records: Records) -> Made:
         """Return what other records, of other tags, have of the same rows; as `make`."""
+        if records.pairs != [*range(len(self.groups))]:
+            raise LayoutError("they have rows along other dims")
         other = copy(self)
         other._records = records
         other._joining = Joining(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,9 +16,27 @@ from recorder.tags import label
 from .gather import Gathered
 from .held import Record, rest_of
 from .places import Keys, real_rows
-from .same import APART, Several, apart, place_text
+from .same import APART, Apart, Several, apart, place_text
 
 _Rows = tuple[torch.Tensor, ...]
+
+
+class _Apart(NamedTuple):
+    """Cells of which a record has what an earlier one has not.
+
+    Attributes:
+        cells: along each group.
+        off: how far they are apart.
+        earlier: the numbers of the records that had them first.
+        later: the number of the record.
+        rows: its rows along the first group.
+    """
+
+    cells: _Rows
+    off: Apart
+    earlier: torch.Tensor
+    later: int
+    rows: torch.Tensor
 
 
 class Grid:
@@ -49,11 +68,27 @@ class Grid:
         self._from = torch.zeros(self.filled.shape, dtype=torch.int64, device="cpu")
         self._records: list[Record] = []
         self._worst = 0.0
+        self._apart: list[_Apart] = []
 
-    @property
-    def several(self) -> Several:
-        """How many cells were recorded several times, and how far they are apart."""
-        return Several(int((self._times > 1).sum()), self._worst)
+    def checked(self, found: torch.Tensor) -> Several:
+        """Return how many cells were recorded several times, and how far they are apart.
+
+        Args:
+            found: which of them all parts have: those alone are taken.
+
+        Raises:
+            ReplicasDiffer: one was recorded differently, and that is an error.
+            LayoutError: they have no mean.
+        """
+        for one in self._apart:
+            there = found[one.cells]
+            if bool(there.any()):
+                raise self._differ(one, int(torch.where(there, one.off.whole, -1.0).argmax()))
+        several = int(((self._times > 1) & found).sum())
+        made = self._made
+        if several and self._replicas == "mean" and self._total is None and made is not None:
+            raise LayoutError(f"rows of {made.dtype} have no mean", "take the first of them")
+        return Several(several, self._worst)
 
     def made(self, first: Record) -> torch.Tensor:
         """Return the cells, zeros where none was found: [*groups, other dims].
@@ -74,8 +109,7 @@ class Grid:
         """Take a record's cells, the next in the order in which they count; whether it has any.
 
         Raises:
-            LayoutError: it is of another dtype, or of one that has no mean.
-            ReplicasDiffer: a cell was recorded before, and differently.
+            LayoutError: it is of another dtype.
             DamagedRecording: it cannot be read.
         """
         into, out_of = [], []
@@ -109,7 +143,7 @@ class Grid:
         if len(again[0]):
             self._compare(cells, _taken(held, again), _taken(values, again), again, rows)
         if self._replicas == "mean":
-            self._add_up(cells, values, bool(before.any()))
+            self._add_up(cells, values)
         new = torch.ones_like(before) if self._replicas == "last" else ~before
         bits = as_bits(held)
         bits[new] = as_bits(values)[new]
@@ -125,24 +159,26 @@ class Grid:
         self._worst = max(self._worst, float(off.whole.max()))
         if self._replicas != "error" or not bool(off.beyond.any()):
             return
-        worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
-        place = tuple(int(one[worst]) for one in at)
-        earlier = self._records[int(self._from[cells][place])]
-        later = self._records[-1]
-        raise ReplicasDiffer(
+        where = [one[off.beyond] for one in at]
+        whole = tuple(own.flatten()[one] for own, one in zip(cells, where, strict=True))
+        off = Apart(*(one[off.beyond] for one in off))
+        earlier = self._from[whole]
+        self._apart.append(_Apart(whole, off, earlier, len(self._records) - 1, rows[where[0]]))
+
+    def _differ(self, one: _Apart, at: int) -> ReplicasDiffer:
+        earlier, later = self._records[int(one.earlier[at])], self._records[one.later]
+        return ReplicasDiffer(
             f"a row of {label(later.row['name'], later.row['tags'])} was recorded at "
-            f"{place_text(earlier, None)} and at {place_text(later, int(rows[place[0]]))}, and "
-            f"there it is off by {float(off.whole[worst]):.3g} of its size, at most by "
-            f"{float(off.most[worst]):.6g}, which is no rounding",
+            f"{place_text(earlier, None)} and at {place_text(later, int(one.rows[at]))}, and there "
+            f"it is off by {float(one.off.whole[at]):.3g} of its size, at most by "
+            f"{float(one.off.most[at]):.6g}, which is no rounding",
             APART,
         )
 
-    def _add_up(self, cells: _Rows, values: torch.Tensor, has_several: bool) -> None:
+    def _add_up(self, cells: _Rows, values: torch.Tensor) -> None:
         assert self._made is not None
         if not (values.dtype.is_floating_point or values.dtype.is_complex):
-            if has_several:
-                raise LayoutError(f"rows of {values.dtype} have no mean", "take the first of them")
-            return
+            return  # which has no mean, and needs none where each cell comes once
         wide = torch.complex128 if values.dtype.is_complex else torch.float64
         if self._total is None:
             self._total = torch.zeros(self._made.shape, dtype=wide, device="cpu")

@@ -64,6 +64,12 @@ class Held:
             total *= size
         return total
 
+    def with_sums(self) -> Held:
+        """Return what the rank holds that holds the sums of partial results."""
+        axes = {axis for axis, _ in self.dims.partial}
+        places = ((axis, (0 if axis in axes else at, n)) for axis, (at, n) in self.mesh)
+        return replace(self, mesh=tuple(places))
+
     def block(self, rank: int, sizes: Sequence[int]) -> Block:
         """Return it as the block of a rank, of so many rows along each group."""
         return Block(rank, self.dims, (*sizes, *self.shape), self.mesh)

@@ -163,11 +163,15 @@ class Joining:
         """
         if 0 in sizes:
             return [(0,)]
-        found = self._plan(sizes)
-        return sorted({ranks for move in found.moves for ranks in move.ranks}) or [(0,)]
+        moves = self._plan(sizes, self.receiver).moves
+        if (
+            not moves
+        ):  # of a sum that another rank holds: zeros here, where all of it is found there
+            moves = self._plan(sizes, self.receiver.with_sums()).moves
+        return sorted({ranks for move in moves for ranks in move.ranks}) or [(0,)]
 
-    def _plan(self, sizes: Sequence[int]) -> Plan:
-        parts, receiver = self.records.parts, self.receiver
+    def _plan(self, sizes: Sequence[int], receiver: Held) -> Plan:
+        parts = self.records.parts
         blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
         try:
             return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
@@ -188,7 +192,7 @@ class Joining:
         blocks = [part.block(i, sizes) for i, part in enumerate(self.records.parts)]
         receiver = self.receiver.block(0, sizes)
         made = assemble(
-            self._plan(sizes),
+            self._plan(sizes, self.receiver),
             blocks,
             receiver,
             lambda rank, share: tensors[rank if rank in tensors else next(iter(tensors))],
@@ -210,7 +214,7 @@ class Joining:
         grids: dict[int, torch.Tensor] = {}
         is_found = torch.ones([len(one) for one in keys], dtype=torch.bool, device="cpu")
         used: list[Record] = []
-        several = Several()
+        every: list[Grid] = []
         for parts in needed:
             number = records.together(parts)
             found = records.places[number].find(keys[0])
@@ -220,7 +224,10 @@ class Joining:
             first = next(one for one in records.every if one.part == parts[0])
             grids[parts[0]] = grid.made(first)
             is_found &= grid.filled
-            several = several.and_(grid.several)
+            every.append(grid)
+        several = Several()
+        for grid in every:
+            several = several.and_(grid.checked(is_found))
         return Cells(is_found.flatten(), {}, used, {}, grids, several)
 
 

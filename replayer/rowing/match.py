@@ -49,7 +49,12 @@ class RowMatcher:
         return bool(self._by_key())
 
     def find(
-        self, selected: Selected, kind: str, receivers: Sequence[tuple[str, ...]]
+        self,
+        selected: Selected,
+        kind: str,
+        receivers: Sequence[tuple[str, ...]],
+        *,
+        fires: bool = True,
     ) -> Records | None:
         """Return the records of a tap; None where none of them has rows.
 
@@ -57,6 +62,7 @@ class RowMatcher:
             selected: the tap.
             kind: `tensor` or `grad`.
             receivers: the dims that its own rows are along, by group.
+            fires: whether it does, and is counted as one that did.
 
         Raises:
             ReplayError: it is matched by order, which says nothing of rows.
@@ -81,7 +87,8 @@ class RowMatcher:
             numbers = self._by_key().get(at)
             if numbers is None:
                 return None
-            self._matcher.pass_over(selected, kind)
+            if fires:
+                self._matcher.pass_over(selected, kind)
             known = (*at, tuple(receivers))
             found = self._kept.get(known)
             if found is None:

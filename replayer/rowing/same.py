@@ -142,15 +142,17 @@ def check_same(records: Records, part: int, found: Found, gathered: Gathered) ->
         known = records.checked[part] = torch.full((len(places.keys),), _NOT_YET)
     first, counts = found.first[several], found.times[several]
     todo = known[first] == _NOT_YET
+    measured = known.clone() if bool(todo.any()) else known  # all of it, or none counts
     for one, other in _others(records, part, first[todo], counts[todo]):
         a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
         if bool(off.beyond.any()):
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
             raise _differ(records, part, int(one[worst]), int(other[worst]), off, worst)
-        known[one] = torch.maximum(known[one], off.whole.to(known.dtype))
-    known[first] = known[first].clamp_min(0.0)
-    return Several(int(several.sum()), float(known[first].max()))
+        measured[one] = torch.maximum(measured[one], off.whole.to(known.dtype))
+    measured[first] = measured[first].clamp_min(0.0)
+    records.checked[part] = measured
+    return Several(int(several.sum()), float(measured[first].max()))
 
 
 def _others(
