@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,6 +40,7 @@ class RowRecords:
         self._noted: dict[tuple[int, int], None] = {}
         self._forms: dict[int, tuple[object, ...]] = {}
         self._latest: tuple[tuple[Taken, ...], int, str] = ((), -1, "")
+        self._step, self._occurrences = -1, Counter[str]()
         self._lock = threading.RLock()
 
     def note(self, ids: Sequence[Ids], row: ManifestRow, shape: Sequence[int]) -> str | None:
@@ -102,12 +104,16 @@ class RowRecords:
         return digest
 
     def _queue(self, payload: torch.Tensor, about: ManifestRow, step: int) -> bool:
+        if step != self._step:
+            self._step, self._occurrences = step, Counter()
+        kind = about["kind"]
+        number, self._occurrences[kind] = self._occurrences[kind], self._occurrences[kind] + 1
         row: ManifestRow = {
             "rank": self._rank,
             "seq": self._next_seq(),
             "step": step,
             "name": ROWS,
-            "occurrence": 0,
+            "occurrence": number,
             "tags": "{}",
             "time_ns": time.time_ns(),
             **about,

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -189,6 +190,7 @@ class Replacements:
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
+            routed = self._routed(selected, target, new) if is_choice(target) else ""
             own = OwnRow()
             if self.settings.own_error:
                 own, why = self._own_of(target, new, declared, list(rows.values()))
@@ -196,7 +198,7 @@ class Replacements:
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
+        note = joined(match.warning, assumed, stages, cast_note, scaled, routed, unmeasured)
         return Replacement(new, note, figures, own)
 
     def aligned(
@@ -275,7 +277,7 @@ class Replacements:
             figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
             said = ""
             if is_choice(target) and len(made.cells):
-                said = self._said_of_choices(selected, here, new, kind, aligned, made.cells)
+                said = self._said_of_rows(selected, here, new, kind, aligned, made.cells)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
                 record = aligned.first
@@ -286,7 +288,7 @@ class Replacements:
         message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
-    def _said_of_choices(
+    def _said_of_rows(
         self,
         selected: Selected,
         here: torch.Tensor,
@@ -295,14 +297,29 @@ class Replacements:
         aligned: Aligned,
         cells: torch.Tensor,
     ) -> str:
-        """Return a note on choices that are grafted; what it is about is never worth a graft."""
+        """Return what to know of choices of some rows; say it, if amiss."""
         group, is_one = aligned.groups[0], len(aligned.groups) == 1
         known = group.known[cells] if is_one and group.known is not None else None
         ids = group.ids[cells] if is_one else group.ids[:0]
+        near = functools.partial(self._near, selected, here.device, kind, aligned)
+        return self._routed(selected, here, new, known, ids, near)
+
+    def _routed(
+        self,
+        selected: Selected,
+        target: torch.Tensor,
+        new: torch.Tensor,
+        known: torch.Tensor | None = None,
+        ids: torch.Tensor | None = None,
+        near: routing.Near = lambda: iter(()),
+    ) -> str:
+        """Return what to know of integers that may be a router's choices; say it, if amiss.
+
+        It is never worth a graft.
+        """
+        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
         try:
-            said, aloud = routing.said_of(
-                here, new, known, ids, lambda: self._near(selected, here.device, kind, aligned)
-            )
+            said, aloud = routing.said_of(target, new, known, nothing if ids is None else ids, near)
         except Exception as err:
             if is_from_the_job(err):
                 raise

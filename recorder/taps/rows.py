@@ -6,6 +6,7 @@ taps that share them.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -107,6 +108,7 @@ def over(outer: tuple[Ids, ...], new: tuple[Ids, ...]) -> tuple[Ids, ...]:
     return (*(one for one in outer if named.isdisjoint(one.names)), *new)
 
 
+@functools.lru_cache(maxsize=1024)
 def _names(key: Any) -> tuple[str, ...]:
     """Return the dims that a key names: `t`, `b s`, or `(b*s)`."""
     words = re.split(r"[\s*]+", key.strip().strip("()").strip()) if isinstance(key, str) else []

@@ -9,6 +9,7 @@ import polars as pl
 
 from recorder.format.rows import parse_tags, rows_of
 from recorder.format.schema import ManifestRow
+from recorder.recording import Recording
 from recorder.tags import canonical
 
 from ..pairing.marked import in_order
@@ -17,14 +18,14 @@ _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 class Beside:
-    """Finds them in the baseline's frame of a diff. Thread-safe.
+    """Finds them, whatever the diff's filter leaves out. Thread-safe.
 
     Args:
-        frame: the baseline's rows, with `by_rows` and `key`.
+        recording: the baseline.
     """
 
-    def __init__(self, frame: pl.DataFrame) -> None:
-        self._frame = frame
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
         self._known: dict[tuple[object, ...], pl.DataFrame] | None = None
         self._lock = threading.Lock()
 
@@ -40,7 +41,9 @@ class Beside:
             floats = floats.filter(
                 *(pl.col(name) == row[name] for name in ("rank", "step", "occurrence", "attempt"))
             )
-        for _, part in floats.filter(by_rows=by_rows).group_by("name", maintain_order=True):
+        if by_rows:
+            floats = floats.filter(pl.col("rows").is_not_null())
+        for _, part in floats.group_by("name", maintain_order=True):
             yield in_order(list(rows_of(part)))
 
     def near(self, row: ManifestRow) -> Iterator[tuple[str, list[ManifestRow]]]:
@@ -55,14 +58,17 @@ class Beside:
             for by in (1, -1):
                 other = canonical({**tags, tag: value + by})
                 found = self._of_tags(other).filter(
-                    pl.col("by_rows"), pl.col("name") == row["name"], pl.col("kind") == row["kind"]
+                    pl.col("rows").is_not_null(),
+                    pl.col("name") == row["name"],
+                    pl.col("kind") == row["kind"],
                 )
                 if found.height:
                     yield other, in_order(list(rows_of(found)))
 
     def _of_tags(self, tags: str) -> pl.DataFrame:
         with self._lock:
+            frame = self._recording.latest()
             if self._known is None:
-                by = self._frame.filter(pl.col("kind").is_in(["tensor", "grad"]))
+                by = frame.filter(pl.col("kind").is_in(["tensor", "grad"]))
                 self._known = dict(by.partition_by("tags", as_dict=True, maintain_order=True))
-            return self._known.get((tags,), self._frame.clear())
+            return self._known.get((tags,), frame.clear())

@@ -130,7 +130,7 @@ class Crew:
         self._pairs, self._options = pairs, options
         self._of_thread = threading.local()
         self._room = _Room(options.memory)
-        self._beside = Beside(pairs.a.frame)
+        self._beside = Beside(pairs.a.recording)
 
     def measure(self, tasks: Sequence[Task]) -> Iterator[list[DiffRow]]:
         """Yield the rows of each pair, in order.

@@ -20,9 +20,10 @@ from recorder.logical import layout_of
 from recorder.recording import Recording
 from recorder.tokens.hashing import before
 
+from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
 from ..rowing.places import Keys, Places, real_rows
-from ..rowing.records import Held, Records, paired
+from ..rowing.records import Records
 from ..rowing.same import apart
 from .tensors import Two
 

@@ -25,10 +25,10 @@ from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import SEQ_BITS
-from .gather import rest_of
+from .held import Record, Source, held_by, rest_of, seqs_of
 from .joining import Joining, parts_text, records_at
 from .places import Found, real_rows
-from .records import Record, Records, Source, held_by, seqs_of
+from .records import Records
 from .same import Several
 
 
@@ -142,7 +142,7 @@ class Aligned:
             note = "it has no rows" if is_empty else "all of its rows are padding"
             return Made(rows, nothing, 0, [None] * self._world, self._numbers(()), note)
         unique = [
-            make.of(group.ids[at]).unique(return_inverse=True)
+            _distinct(make.of(group.ids[at]), is_sorted=len(self.groups) > 1)
             for make, group, at in zip(self._records.keys, self.groups, real, strict=True)
         ]
         cells = self._joining.find([values for values, _ in unique])
@@ -156,8 +156,10 @@ class Aligned:
         if not bool(there.any()):
             raise MissingRecord(self._why_none(wanted, [values for values, _ in unique]))
         several = self._joining.check(cells)
-        number = cells.is_found.to(torch.int64).cumsum(0) - 1
-        rows = self._joining.rows(cells).index_select(0, number[at[there]])
+        rows = self._joining.rows(cells)
+        number = (cells.is_found.to(torch.int64).cumsum(0) - 1)[at[there]]
+        if len(number) != len(rows) or not torch.equal(number, torch.arange(len(rows))):
+            rows = rows.index_select(0, number)
         return self._made(rows, cell[there], wanted, cells.records, several)
 
     def of_others(self, records: Records) -> Made:
@@ -267,3 +269,11 @@ class Aligned:
             f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "
             "ids with another salt?"
         )
+
+
+def _distinct(keys: torch.Tensor, *, is_sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys, each once, and for each of them all its number among these."""
+    values, inverse = keys.unique(return_inverse=True)
+    if is_sorted or len(values) < len(keys):
+        return values, inverse
+    return keys, torch.arange(len(keys), device="cpu")  # as they stand: nothing needs moving then

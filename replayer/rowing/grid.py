@@ -13,9 +13,9 @@ from recorder.errors import LayoutError, ReplicasDiffer
 from recorder.format.payload import parse_dtype
 from recorder.tags import label
 
-from .gather import Gathered, rest_of
+from .gather import Gathered
+from .held import Record, rest_of
 from .places import Keys, real_rows
-from .records import Record
 from .same import APART, Apart, Several, apart, place_text
 
 _Rows = tuple[torch.Tensor, ...]

@@ -19,8 +19,9 @@ from recorder.sizes import count
 
 from .gather import Gathered
 from .grid import Grid
+from .held import Held, Record, Source
 from .places import Found
-from .records import Held, Record, Records, Source
+from .records import Records
 from .same import Several, check_same
 
 
@@ -61,7 +62,7 @@ class Joining:
     ) -> None:
         self.source, self.records, self.receiver = source, records, receiver
         self.replicas = replicas
-        self._gathered = Gathered(source, check=check)
+        self._gathered = Gathered(source, records, check=check)
 
     def notes(self, several: Several) -> list[str]:
         """Return what to know of rows, a clause each."""
@@ -139,9 +140,9 @@ class Joining:
 
     def of_part(self, number: int, found: Found) -> torch.Tensor:
         """Return a part's rows: [rows, other dims]; of several the one that was asked for."""
-        places, every = self.records.places[number], self.records.every
+        places = self.records.places[number]
         at = found.first if self.replicas != "last" else found.first + found.times - 1
-        taken = self._gathered.rows(every, places.record[at], places.row[at])
+        taken = self._gathered.rows(places.record[at], places.row[at])
         if self.replicas != "mean" or not bool((found.times > 1).any()):
             return taken
         if not (taken.dtype.is_floating_point or taken.dtype.is_complex):
@@ -151,7 +152,7 @@ class Joining:
         for j in range(1, int(found.times.max())):
             which = (found.times > j).nonzero().flatten()
             at = found.first[which] + j
-            total[which] += self._gathered.rows(every, places.record[at], places.row[at]).to(wide)
+            total[which] += self._gathered.rows(places.record[at], places.row[at]).to(wide)
         counts = found.times.view(-1, *[1] * (total.dim() - 1))
         return (total / counts).to(taken.dtype)
 

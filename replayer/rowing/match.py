@@ -14,8 +14,9 @@ from recorder.tags import is_recompute
 from recorder.taps.selection import Selected
 
 from ..match import Matcher, selected_rows
+from .held import paired
 from .places import Keys, Places
-from .records import Records, paired
+from .records import Records
 
 if TYPE_CHECKING:
     import polars as pl

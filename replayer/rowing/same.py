@@ -13,8 +13,9 @@ from recorder.sizes import count
 from recorder.tags import label
 
 from .gather import Gathered
+from .held import Record
 from .places import Found
-from .records import Record, Records
+from .records import Records
 
 APART = (
     "if something else was meant to differ, such as the weights of another step, match on it too, "
@@ -143,9 +144,7 @@ def check_same(records: Records, part: int, found: Found, gathered: Gathered) ->
     todo = known[first] == _NOT_YET
     measured = known.clone() if bool(todo.any()) else known  # all of it, or none counts
     for one, other in _others(records, part, first[todo], counts[todo]):
-        a, b = (
-            gathered.rows(records.every, places.record[at], places.row[at]) for at in (one, other)
-        )
+        a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
         if bool(off.beyond.any()):
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
