@@ -470,6 +470,7 @@ class TestNotMeant:
             ("t h", {"h": [2, 1, 0]}, "its rows along h have 3 ids, and the tensor 2 places there"),
             ("t h", {"t": [2.0, 1.0, 0.0]}, "the ids of rows along t are torch.float32"),
             ("t h", {"t": [True, False, True]}, "the ids of rows along t are torch.bool"),
+            ("t h", {"t": lambda: 1 // 0}, "the callable of the ids of rows along t raised Zero"),
             ("t h", {"t": 1}, "the ids of rows along t have the shape []"),
             ("t h", {"t": "abc"}, "the ids of rows along t cannot be read"),
             ("t h", {"t": [[0, 1], [1, 2], [2, 3]]}, "are told apart by 1 numbers each"),
