@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -190,7 +189,9 @@ class Replacements:
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
-            routed = self._routed(selected, target, new) if is_choice(target) else ""
+            routed = ""
+            if is_choice(target):
+                routed = self._said_of_choices(selected, target, new, kind)
             own = OwnRow()
             if self.settings.own_error:
                 own, why = self._own_of(target, new, declared, list(rows.values()))
@@ -277,7 +278,7 @@ class Replacements:
             figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
             said = ""
             if is_choice(target) and len(made.cells):
-                said = self._said_of_rows(selected, here, new, kind, aligned, made.cells)
+                said = self._said_of_choices(selected, here, new, kind, aligned)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
                 record = aligned.first
@@ -288,38 +289,27 @@ class Replacements:
         message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
-    def _said_of_rows(
+    def _said_of_choices(
         self,
         selected: Selected,
         here: torch.Tensor,
         new: torch.Tensor,
         kind: str,
-        aligned: Aligned,
-        cells: torch.Tensor,
+        aligned: Aligned | None = None,
     ) -> str:
-        """Return what to know of choices of some rows; say it, if amiss."""
-        group, is_one = aligned.groups[0], len(aligned.groups) == 1
-        known = group.known[cells] if is_one and group.known is not None else None
-        ids = group.ids[cells] if is_one else group.ids[:0]
-        near = functools.partial(self._near, selected, here.device, kind, aligned)
-        return self._routed(selected, here, new, known, ids, near)
+        """Return a note on choices that are grafted; what it is about is never worth a graft."""
+        known, ids = None, torch.empty(0, dtype=torch.int64, device="cpu")
+        if aligned is not None and len(aligned.groups) == 1:
+            group = aligned.groups[0]
+            known = None if group.known is None else group.known[aligned.cells]
+            ids = group.ids[aligned.cells]
 
-    def _routed(
-        self,
-        selected: Selected,
-        target: torch.Tensor,
-        new: torch.Tensor,
-        known: torch.Tensor | None = None,
-        ids: torch.Tensor | None = None,
-        near: routing.Near = lambda: iter(()),
-    ) -> str:
-        """Return what to know of integers that may be a router's choices; say it, if amiss.
+        def near() -> Iterator[tuple[str, torch.Tensor]]:
+            if aligned is not None:
+                yield from self._near(selected, here.device, kind, aligned)
 
-        It is never worth a graft.
-        """
-        nothing = torch.empty(0, dtype=torch.int64, device="cpu")
         try:
-            said, aloud = routing.said_of(target, new, known, nothing if ids is None else ids, near)
+            said, aloud = routing.said_of(here, new, known, ids, near)
         except Exception as err:
             if is_from_the_job(err):
                 raise

@@ -45,8 +45,9 @@ ROWS_APART = "rows apart"
 SIDES = ("A", "B")
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
-MISSING_ROWS = 0.5
-"""The share of a side's rows that may be on that side alone, by default."""
+MISSING_ROWS = 1.0
+"""The share of a side's rows that may be on that side alone, by default: a server computes logits
+of few tokens, and has prefixes from a cache."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,10 @@ def test_rows_on_one_side_alone_are_counted_and_beyond_a_share_a_difference(tmp_
     assert "12 of 40 rows of A are not in B" in found.pairs["message"][0]
     assert diff(tmp_path / "a", tmp_path / "b", missing_rows=0.2, ignore_missing=True).status == 0
     server(tmp_path / "c", layers(1), drop=(0, 1, 2))
-    printed = graft("diff", tmp_path / "a", tmp_path / "c")
+    assert diff(tmp_path / "a", tmp_path / "c").status == 0
+    printed = graft("diff", tmp_path / "a", tmp_path / "c", "--missing-rows", 0.9)
+    assert printed.exit_code == 0
+    printed = graft("diff", tmp_path / "a", tmp_path / "c", "--missing-rows", 0.5)
     assert printed.exit_code == 1
     assert "rows on one side alone: 1 pair, the first h layer=0" in printed.stdout
     with pytest.raises(UsageError, match="--missing-rows is 1.5; give a share from 0 to 1"):
