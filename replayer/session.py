@@ -489,7 +489,8 @@ class Replayer:
                 (selected.key.name, "sharing"), f"tap {named(selected)} was grafted: {shared}"
             )
         row = self._finish(selected, kind, start, error, match, made, note)
-        if error is None and target is not None and target.numel():
+        has_any = made is not None and made.numel != 0
+        if error is None and has_any and target is not None and target.numel():
             self._watch_for_effect(call, row, value, target)
 
     def _watch_for_effect(

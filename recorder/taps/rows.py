@@ -58,10 +58,10 @@ class Ids:
         """Return the ids, as they are when first asked for, or since they were last written to.
 
         Raises:
-            LayoutError: they are no integers, or not one dim for each name.
+            LayoutError: they are no integers, or not one dim for each name, or the callable failed.
         """
         if self._given is None:
-            self._given = self.of() if callable(self.of) else self.of
+            self._given = self._called() if callable(self.of) else self.of
         version = _version(self._given)
         if self._taken is None or version is None or version != self._version:
             taken = _taken(self.names, self._given)
@@ -69,6 +69,16 @@ class Ids:
                 self._taken = taken
             self._version = version
         return self._taken
+
+    def _called(self) -> Any:
+        try:
+            return self.of()
+        except Exception as err:
+            label = " ".join(self.names)
+            fact = (
+                f"the callable of the ids of rows along {label} raised {type(err).__name__}: {err}"
+            )
+            raise LayoutError(fact) from err
 
     def kept(self) -> Ids:
         """Return these ids as they are now, whatever the job does to them.

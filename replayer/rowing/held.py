@@ -128,6 +128,8 @@ def held_by(
             mesh=None,
             shape=None,
             aliases={},
+            replicated=frozenset(),  # as all axes are here that cut none of the other dims
+            data=frozenset(),
         ),
         tuple(sorted((axis, places[axis]) for axis in axes)),
         sizes,
