@@ -140,11 +140,13 @@ class Recording:
         A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold; nor
         has one that had not begun when others had, after a restart.
         """
+        rows = self.rows()
+        is_auxiliary = rows["kind"].is_in(AUXILIARY)
+        return self._of_latest(rows.filter(~is_auxiliary) if is_auxiliary.any() else rows)
+
+    def _of_latest(self, rows: pl.DataFrame) -> pl.DataFrame:
         import polars as pl
 
-        rows = self.rows()
-        if rows["kind"].is_in(AUXILIARY).any():
-            rows = rows.filter(~pl.col("kind").is_in(AUXILIARY))
         if not any(claim["attempt"] for claim in self._claims):
             return rows
         kept = pl.DataFrame(
@@ -309,7 +311,7 @@ class Recording:
 
     def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:
         if attempt not in self._indices:
-            frame = self.latest() if attempt is None else self.rows(attempt)
+            frame = self.rows(attempt) if attempt is not None else self._of_latest(self.rows())
             self._indices[attempt] = frame, Index.build(frame)
         return self._indices[attempt]
 
@@ -347,7 +349,7 @@ class Recording:
         from .bits import plainly
         from .format.payload import parse_dtype, restore
 
-        path, place = self._found(row)
+        path, place = self.place_of(row)
         data = self._through_names(path, lambda file: self._opened().read(file, place))
         about = (row["shard"] or "", row["tensor"] or "", row["digest"])
         if check and about not in self._checked:
@@ -375,32 +377,39 @@ class Recording:
         """
         return self._held.of(row, check=check)
 
-    def known(self, digest: str) -> torch.Tensor | None:
-        """Return position and token of each of the ids of a column `rows`: [rows, 2].
+    def known(self, row: ManifestRow, names: Sequence[str]) -> torch.Tensor | None:
+        """Return position and token of each of the ids of a record's rows: [rows, 2].
 
         None where nobody said.
-        """
-        return self._held.known(digest)
-
-    def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
-        """Read runs of a payload's bytes into memory, without comparing them with its digest.
 
         Args:
             row: a row of `rows`, as a dict.
-            runs: where each begins in the payload, and what to fill with it.
+            names: of the dims that they are along, in alphabetical order.
+        """
+        return self._held.known(row, names)
+
+    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+        """Read runs of a shard's bytes into memory, without comparing them with any digest.
+
+        Args:
+            path: the shard, of `place_of`.
+            runs: where each begins in the file, and what to fill with it.
+
+        Raises:
+            DamagedRecording: the bytes are not there.
+        """
+        self._through_names(path, lambda file: self._opened().read_runs(file, runs))
+
+    def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
+        """Return the shard of a row's payload, and where in it that lies.
+
+        Args:
+            row: a row of `rows`, as a dict.
 
         Raises:
             UsageError: the row holds no tensor.
-            DamagedRecording: the bytes are not there.
+            DamagedRecording: the shard does not say where, or otherwise than the manifest.
         """
-        path, place = self._found(row)
-        if any(at < 0 or at + into.nbytes > place.nbytes for at, into in runs):
-            raise DamagedRecording(path, f"a run of bytes ends beyond those of {row['tensor']!r}")
-        found = [(place.offset + at, into) for at, into in runs]
-        self._through_names(path, lambda file: self._opened().read_runs(file, found))
-
-    def _found(self, row: ManifestRow) -> tuple[Path, Place]:
-        """Return the shard of a row's payload, and its place there."""
         shard, tensor = row["shard"], row["tensor"]
         if shard is None or tensor is None:
             raise UsageError(self._why_no_tensor(row))

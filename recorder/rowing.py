@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from .format.ids import packed
 from .format.schema import ROWS, TOKENS, ManifestRow
 from .layouts.rowed import rowed
 from .logical import layout_of
-from .taps.rows import Ids
+from .taps.rows import Ids, check_meant
 from .tokens.taken import Taken
 
 Submit = Callable[[ManifestRow, Snapshot], bool]
@@ -36,8 +37,10 @@ class RowRecords:
         self, rank: int, submit: Submit, next_seq: Callable[[], int], *, is_ring: bool
     ) -> None:
         self._rank, self._submit, self._next_seq, self._is_ring = rank, submit, next_seq, is_ring
-        self._noted: dict[tuple[int, ...], None] = {}
+        self._noted: dict[tuple[int, int], None] = {}
+        self._forms: dict[int, tuple[object, ...]] = {}
         self._latest: tuple[tuple[Taken, ...], int, str] = ((), -1, "")
+        self._step, self._occurrences = -1, Counter[str]()
         self._lock = threading.RLock()
 
     def note(self, ids: Sequence[Ids], row: ManifestRow, shape: Sequence[int]) -> str | None:
@@ -58,6 +61,7 @@ class RowRecords:
         taken = [one.taken() for one in ids]
         dims = layout_of(row.get("dims") or "", row["kind"])
         names = {one.names for one in rowed(dims, shape, taken)}
+        check_meant(ids, names, row.get("dims") or "")
         meant = tuple(one for one in taken if one.names in names)
         if not meant:
             return None
@@ -79,28 +83,37 @@ class RowRecords:
         payload, about = packed(meant)
         raw = payload.contiguous()
         digest = xxhash.xxh3_128_hexdigest(bytes_of(raw))
-        key = (hash((digest, about["dims"], *raw.shape)), kept)
+        form = about["dims"], *raw.shape
+        if self._forms.setdefault(hash(digest), form) != form:
+            raw, about = packed(meant, is_coded=True)
+            digest = xxhash.xxh3_128_hexdigest(bytes_of(raw))
+        key = hash(digest), kept
         if key in self._noted:
             return digest
         if not self._queue(raw, {**about, "kind": ROWS}, step):
             return ""
         for one in meant:
             if one.known is not None:
-                own = xxhash.xxh3_128_hexdigest(bytes_of(one.ids.contiguous()))
                 names = " ".join(one.names)
-                self._queue(one.known, {"kind": TOKENS, "dims": names, "rows": own}, step)
+                self._queue(one.known, {"kind": TOKENS, "dims": names, "rows": digest}, step)
+        while len(self._forms) > _REMEMBERED:
+            self._forms.pop(next(iter(self._forms)))
         while len(self._noted) >= _REMEMBERED:
             self._noted.pop(next(iter(self._noted)))
         self._noted[key] = None
         return digest
 
     def _queue(self, payload: torch.Tensor, about: ManifestRow, step: int) -> bool:
+        if step != self._step:
+            self._step, self._occurrences = step, Counter()
+        kind = about["kind"]
+        number, self._occurrences[kind] = self._occurrences[kind], self._occurrences[kind] + 1
         row: ManifestRow = {
             "rank": self._rank,
             "seq": self._next_seq(),
             "step": step,
             "name": ROWS,
-            "occurrence": 0,
+            "occurrence": number,
             "tags": "{}",
             "time_ns": time.time_ns(),
             **about,

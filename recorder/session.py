@@ -46,7 +46,7 @@ from .taps import tap
 from .taps.call import Call
 from .taps.firsts import RowsOfFirsts
 from .taps.gradients import GradientTaps
-from .taps.rows import Ids
+from .taps.rows import Ids, as_they_are
 from .taps.selection import Selected, Selection, about_note, part_of
 from .taps.sessions import activate, end, ended, is_parked
 from .taps.values import classify, encode_extras, encode_value
@@ -547,8 +547,7 @@ class Recorder:
     def _watch_gradient(self, call: Call, selected: Selected, ids: tuple[Ids, ...]) -> None:
         # Of the tap: backward() may come when another was declared.
         mesh = self._standing.current(self._selection.step)
-        with suppress(LayoutError):  # which the gradient will say
-            ids = tuple(one.kept() for one in ids)
+        ids = as_they_are(ids)
 
         def arrived(grad: torch.Tensor, part: int) -> None:
             if self.state != "running":

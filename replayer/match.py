@@ -197,6 +197,8 @@ class Matcher:
     _counts: Counter[Any] = field(default_factory=Counter)
     _firsts: dict[Any, Match | None] = field(default_factory=dict)  # None: it had no record
     _before: dict[Any, Match | None] = field(default_factory=dict)  # those of the step before
+    _numbers: dict[Any, int] = field(default_factory=dict)  # of what was passed over
+    _numbers_before: dict[Any, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _explaining: float = 0.0
     _advised: set[str] = field(default_factory=set)
@@ -286,10 +288,48 @@ class Matcher:
         key = selected.key._replace(name=name, tags=new[1])
         return selected._replace(key=key, tags=tags, text=canonical(tags))
 
+    def upcoming(self, selected: Selected, kind: str) -> int:
+        """Return which firing of what counts a tap is, before it is found or passed over.
+
+        Args:
+            selected: the tap, as the baseline has it.
+            kind: `tensor` or `grad`.
+        """
+        key = selected.key
+        if self.match_on.whole:
+            return key.occurrence
+        first = (kind, key.name, key.tags, key.step, key.occurrence)
+        with self._lock:
+            for known in (self._numbers, self._numbers_before):
+                if selected.recompute and first in known:
+                    return known[first]
+            group = self.match_on.group_of_target(key.name, selected.tags)
+            return self._counts[kind, group, selected.recompute]
+
+    def pass_over(self, selected: Selected, kind: str) -> None:
+        """Count a tap, as `find` does, whose rows are matched one by one.
+
+        Args:
+            selected: the tap, as the baseline has it.
+            kind: `tensor` or `grad`.
+        """
+        key = selected.key
+        if self.match_on.whole:
+            return
+        first = (kind, key.name, key.tags, key.step, key.occurrence)
+        with self._lock:
+            if selected.recompute and (first in self._numbers or first in self._numbers_before):
+                return
+        _, number = self._counted(selected, kind)
+        with self._lock:
+            self._numbers[first] = number
+            self._firsts[first] = None  # nor is its repetition to be found by its place
+
     def next_step(self) -> None:
         """Forget the firsts of the step before; a backward may come after the step has ended."""
         with self._lock:
             self._before, self._firsts = self._firsts, {}
+            self._numbers_before, self._numbers = self._numbers, {}
             if self.match_on.use_step:
                 self._counts.clear()
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ import torch
 
 from recorder.bits import dtype_name
 from recorder.capture import dims_text
-from recorder.errors import TransformError, is_from_the_job
+from recorder.errors import GraftError, TransformError, is_from_the_job
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
@@ -27,15 +27,17 @@ from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.recording import Recording
 from recorder.sizes import count
+from recorder.tags import canonical, key_tags, label
 from recorder.taps.call import Call
-from recorder.taps.rows import Ids
+from recorder.taps.rows import Ids, check_meant
 from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
-from . import graft, transforms
+from . import graft, routing, transforms
 from .casts import is_unsupported, of_scaled
 from .log import OwnRow, joined
 from .match import Match, Matcher
+from .measuring.choice import is_choice
 from .measuring.compare import Difference, difference
 from .own import Own
 from .relayout import Declared, Relayout
@@ -187,6 +189,9 @@ class Replacements:
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
             figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
+            routed = ""
+            if is_choice(target):
+                routed = self._said_of_choices(selected, target, new, kind)
             own = OwnRow()
             if self.settings.own_error:
                 own, why = self._own_of(target, new, declared, list(rows.values()))
@@ -194,7 +199,7 @@ class Replacements:
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        note = joined(match.warning, assumed, stages, cast_note, scaled, unmeasured)
+        note = joined(match.warning, assumed, stages, cast_note, scaled, routed, unmeasured)
         return Replacement(new, note, figures, own)
 
     def aligned(
@@ -227,6 +232,7 @@ class Replacements:
             return None
         dims = layout_of(dims_text(call.dims, placements), kind)
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
+        check_meant(ids, [group.names for group in groups], call.dims)
         if not groups:
             return None
         records = self._row_matcher.find(selected, kind, [group.names for group in groups])
@@ -270,6 +276,9 @@ class Replacements:
                 whole, note = graft.check_replacement(_apply(self.transform, g), target)
                 new = aligned.front(whole).index_select(0, made.cells.to(own.device))
             figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
+            said = ""
+            if is_choice(target) and len(made.cells):
+                said = self._said_of_choices(selected, here, new, kind, aligned)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
                 record = aligned.first
@@ -277,8 +286,55 @@ class Replacements:
                 row = self._own.columns(here, new, record, call.dims, None, is_gradient=is_gradient)
             tensor = aligned.put(new, made.cells)
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, lost, note, unmeasured)
+        message = joined(made.note, lost, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
+
+    def _said_of_choices(
+        self,
+        selected: Selected,
+        here: torch.Tensor,
+        new: torch.Tensor,
+        kind: str,
+        aligned: Aligned | None = None,
+    ) -> str:
+        """Return a note on choices that are grafted; what it is about is never worth a graft."""
+        known, ids = None, torch.empty(0, dtype=torch.int64, device="cpu")
+        if aligned is not None and len(aligned.groups) == 1:
+            group = aligned.groups[0]
+            known = None if group.known is None else group.known[aligned.cells]
+            ids = group.ids[aligned.cells]
+
+        def near() -> Iterator[tuple[str, torch.Tensor]]:
+            if aligned is not None:
+                yield from self._near(selected, here.device, kind, aligned)
+
+        try:
+            said, aloud = routing.said_of(here, new, known, ids, near)
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            return f"its choices are not judged: {type(err).__name__}: {err}"
+        if aloud:
+            self.warn(selected, aloud, "routing")
+        return said
+
+    def _near(
+        self, selected: Selected, device: torch.device, kind: str, aligned: Aligned
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what was recorded for the same rows under tags that are off by one."""
+        for tags in routing.neighbours(selected.tags):
+            key = selected.key._replace(tags=key_tags(tags))
+            other = selected._replace(key=key, tags=tags, text=canonical(tags))
+            names = [group.names for group in aligned.groups]
+            try:
+                records = self._row_matcher.find(other, kind, names, fires=False)
+                if records is None:
+                    continue
+                made = aligned.of_others(records)
+            except GraftError:
+                continue
+            if torch.equal(made.cells, aligned.cells):
+                yield label(key.name, key.tags), made.rows.to(device)
 
     def _input_of_rows(
         self,

@@ -50,7 +50,7 @@ from recorder.taps.call import Call
 from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.firsts import RowsOfFirsts
 from recorder.taps.gradients import GradientTaps
-from recorder.taps.rows import Ids
+from recorder.taps.rows import Ids, as_they_are
 from recorder.taps.selection import Selected, Selection, about_note
 from recorder.taps.sessions import activate, deactivate
 from recorder.taps.signals import let_interrupts_through
@@ -225,7 +225,10 @@ class Replayer:
     def summary(self) -> Summary:
         """Return what the replay came to on this rank."""
         world, settings = self._ranks.current.world_size, self.settings
-        return summarize(self.log(), self._frame, settings, world)
+        records = self._frame
+        if world > 1:  # whose rows the others may have
+            records = records.filter(records["rows"].is_null())
+        return summarize(self.log(), records, settings, world)
 
     def on_step(self) -> None:
         """End an iteration."""
@@ -308,7 +311,7 @@ class Replayer:
             if selected.grad:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
                 parts = Parts(selected)
-                kept = _kept(ids)
+                kept = as_they_are(ids)
                 self._gradients.watch(
                     call.whole(),
                     call.name,
@@ -487,7 +490,8 @@ class Replayer:
                 (selected.key.name, "sharing"), f"tap {named(selected)} was grafted: {shared}"
             )
         row = self._finish(selected, kind, start, error, match, made, note)
-        if error is None and target is not None and target.numel():
+        has_any = made is not None and made.numel != 0
+        if error is None and has_any and target is not None and target.numel():
             self._watch_for_effect(call, row, value, target)
 
     def _watch_for_effect(
@@ -635,13 +639,6 @@ class Replayer:
         return self._outcomes.finish(
             selected, kind, start, error, match, senders, made, note, changed
         )
-
-
-def _kept(ids: tuple[Ids, ...]) -> tuple[Ids, ...]:
-    """Return ids as they are now: the job may change them before a backward."""
-    with contextlib.suppress(LayoutError):  # which the gradient's graft will say
-        return tuple(one.kept() for one in ids)
-    return ids
 
 
 def _worded(err: Exception) -> GraftError:

@@ -13,6 +13,7 @@ from recorder.tags import is_recompute, label
 from .log import SEQ_BITS, WITHOUT_EFFECT
 from .match import MatchOn, selected_rows
 from .rename import oriented_to
+from .routing import without_weights
 from .steps import forgotten_step
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Summary:
         renames: which renamings fit no tap of the target, a line each.
         rows: how many rows of grafted taps were recorded, how many not, and of how many taps.
         first_rows: the first of these taps, "" where there is none.
+        weights: that a router's indices were grafted, and not their weights, or "".
+        bare: how many grafted taps have no rows to graft, but padding.
         selected: records that the filter selects.
         unused: those of them that no tap was given.
         unused_names: names and tags of some of these, most frequent first.
@@ -52,6 +55,8 @@ class Summary:
     renames: tuple[str, ...] = ()
     rows: tuple[int, int, int] = (0, 0, 0)
     first_rows: str = ""
+    weights: str = ""
+    bare: int = 0
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -67,14 +72,15 @@ class Summary:
                 f"{count(self.outcomes['error'], 'graft')} failed, the first: {self.first_error}"
             )
         unkept = self.outcomes.get(WITHOUT_EFFECT, 0)
-        if not self.outcomes.get("grafted"):
+        has_any = self.outcomes.get("grafted", 0) > self.bare
+        if not has_any:
             found.append("nothing was grafted" + self._why_nothing(status))
         elif strict and self.outcomes.get("missing"):
             found.append(
                 f"--strict: {count(self.outcomes['missing'], 'selected tap')} had no record, "
                 f"the first: {self.first_missing}"
             )
-        if strict and unkept and self.outcomes.get("grafted"):
+        if strict and unkept and has_any:
             found.append(
                 f"--strict: {count(unkept, 'graft')} had no effect, the first: {self.first_unkept}"
             )
@@ -99,6 +105,8 @@ class Summary:
             return f": no selected tap has a record, the first: {self.first_missing}"
         if not self.outcomes and status:
             return f": COMMAND ended with {status} before it made a tap that was selected"
+        if self.bare:
+            return f": all rows of {count(self.bare, 'tap')} are padding"
         if not self.outcomes:
             return ": no tap was selected; see --filter, and graft doctor in the command's place"
         return ""
@@ -106,7 +114,8 @@ class Summary:
     @property
     def notes(self) -> tuple[str, ...]:
         """What else to say of it, a line each."""
-        return tuple(filter(None, (self._rows_line, self.values, self.steps, *self.renames)))
+        rest = (self._rows_line, self.weights, self.values, self.steps, *self.renames)
+        return tuple(filter(None, rest))
 
     @property
     def _rows_line(self) -> str:
@@ -163,6 +172,8 @@ def summarize(
         _values(log),
         _renames(log, records, settings),
         *_rows(log),
+        without_weights(log, records),
+        log.filter((log["outcome"] == "grafted") & (log["rows_found"] == 0)).height,
     )
 
 

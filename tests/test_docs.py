@@ -20,6 +20,7 @@ ROOT_README = (ROOT / "README.md").read_text()
 PLACES = (
     "README.md",
     "recorder/README.md",
+    "recorder/tokens/README.md",
     "replayer/README.md",
     "replayer/finding/README.md",
     "tests/benchmarks/README.md",

@@ -25,11 +25,13 @@ class Rowed:
         names: of these dims, in alphabetical order.
         at: the dims by position, in the order in which the ids go over them.
         ids: [rows] or [rows, numbers], int64 on the CPU.
+        known: position and token of each row, [rows, 2]; None where nobody said.
     """
 
     names: tuple[str, ...]
     at: tuple[int, ...]
     ids: torch.Tensor = field(repr=False)
+    known: torch.Tensor | None = field(default=None, repr=False)
 
     @property
     def label(self) -> str:
@@ -79,7 +81,11 @@ def rowed(dims: Dims, shape: Sequence[int], given: Iterable[Taken]) -> list[Rowe
             )
         rest = range(len(names), one.ids.dim())
         ids = one.ids.permute([*places, *rest]).reshape(-1, *one.ids.shape[len(names) :])
-        found.append(Rowed(one.names, tuple(at), ids))
+        known = one.known
+        if known is not None:
+            own = known.reshape(*(one.ids.shape[i] for i in range(len(names))), 2)
+            known = own.permute([*places, len(names)]).reshape(-1, 2)
+        found.append(Rowed(one.names, tuple(at), ids, known))
     return found
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 
 from .call import Call
-from .rows import Ids
+from .rows import Ids, as_they_are
 from .selection import Selected
 
-_KEPT = 1 << 14
+_KEPT = 1 << 17
 
 
 class RowsOfFirsts:
@@ -30,7 +30,7 @@ class RowsOfFirsts:
             if call.rows:
                 while len(self._of) >= _KEPT:
                     self._of.pop(next(iter(self._of)))
-                self._of[first] = call.rows
+                self._of[first] = as_they_are(call.rows)  # the job may use their memory anew
         return call.rows
 
     def next_step(self) -> None:

@@ -6,14 +6,17 @@ taps that share them.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import LayoutError, UsageError
 from ..tokens.taken import Taken
 
 _MOST_NUMBERS = 64  # that make one id
+_KEPT = object()
+"""Stands for ids that nobody can write to."""
 
 
 class Ids:
@@ -21,25 +24,28 @@ class Ids:
 
     Attributes:
         names: of the dims, in the order of the ids' own.
-        of: the ids, or a callable that returns them.
+        of: the ids, or a callable that returns them, which is called once.
+        at_tap: whether they were given at the tap itself, for dims that it has to have.
     """
 
-    __slots__ = ("_taken", "_version", "names", "of")
+    __slots__ = ("_given", "_taken", "_version", "at_tap", "names", "of")
 
-    def __init__(self, names: tuple[str, ...], of: Any) -> None:
+    def __init__(self, names: tuple[str, ...], of: Any, *, at_tap: bool = False) -> None:
         self.names = names
         self.of = of
+        self.at_tap = at_tap
+        self._given: Any = None
         self._taken: Taken | None = None
-        self._version = -1
+        self._version: int | None = -1
 
     @classmethod
-    def given(cls, mapping: Mapping[str, Any]) -> tuple[Ids, ...]:
-        """Return what `rows` was given.
+    def given(cls, mapping: Mapping[str, Any], *, at_tap: bool = False) -> tuple[Ids, ...]:
+        """Return what `rows`, or a tap, was given.
 
         Raises:
             UsageError: no dims are named, or one twice.
         """
-        found = tuple(cls(_names(key), value) for key, value in mapping.items())
+        found = tuple(cls(_names(key), value, at_tap=at_tap) for key, value in mapping.items())
         every = [name for one in found for name in one.names]
         if not found:
             raise UsageError("rows names no dim; write rows(t=ids) or rows({'b s': ids})")
@@ -52,13 +58,27 @@ class Ids:
         """Return the ids, as they are when first asked for, or since they were last written to.
 
         Raises:
-            LayoutError: they are no integers, or not one dim for each name.
+            LayoutError: they are no integers, or not one dim for each name, or the callable failed.
         """
-        version = _version(self.of)
-        if self._taken is None or version != self._version:
-            of = self.of() if callable(self.of) else self.of
-            self._taken, self._version = _taken(self.names, of), version
+        if self._given is None:
+            self._given = self._called() if callable(self.of) else self.of
+        version = _version(self._given)
+        if self._taken is None or version is None or version != self._version:
+            taken = _taken(self.names, self._given)
+            if self._taken is None or not self._taken.equals(taken):
+                self._taken = taken
+            self._version = version
         return self._taken
+
+    def _called(self) -> Any:
+        try:
+            return self.of()
+        except Exception as err:
+            label = " ".join(self.names)
+            fact = (
+                f"the callable of the ids of rows along {label} raised {type(err).__name__}: {err}"
+            )
+            raise LayoutError(fact) from err
 
     def kept(self) -> Ids:
         """Return these ids as they are now, whatever the job does to them.
@@ -66,9 +86,30 @@ class Ids:
         Raises:
             LayoutError: as `taken`.
         """
-        found = Ids(self.names, None)
-        found._taken, found._version = self.taken(), _version(None)
+        found = Ids(self.names, None, at_tap=self.at_tap)
+        found._taken, found._given, found._version = self.taken(), _KEPT, _version(_KEPT)
         return found
+
+
+def check_meant(ids: Iterable[Ids], names: Iterable[tuple[str, ...]], dims: str) -> None:
+    """Refuse ids that a tap was given for dims that it does not have.
+
+    Args:
+        ids: those that hold for it.
+        names: for each of these that its dims have, the names in alphabetical order.
+        dims: its layout as declared.
+
+    Raises:
+        LayoutError: there are such.
+    """
+    known = {*names}
+    for one in ids:
+        if one.at_tap and tuple(sorted(one.names)) not in known:
+            named = f"its dims are {dims!r:.200}" if dims else "it declares no dims"
+            raise LayoutError(
+                f"it was given rows along {' '.join(one.names)}, and {named}",
+                "name the dims that have these rows in both",
+            )
 
 
 def over(outer: tuple[Ids, ...], new: tuple[Ids, ...]) -> tuple[Ids, ...]:
@@ -77,6 +118,7 @@ def over(outer: tuple[Ids, ...], new: tuple[Ids, ...]) -> tuple[Ids, ...]:
     return (*(one for one in outer if named.isdisjoint(one.names)), *new)
 
 
+@functools.lru_cache(maxsize=1024)
 def _names(key: Any) -> tuple[str, ...]:
     """Return the dims that a key names: `t`, `b s`, or `(b*s)`."""
     words = re.split(r"[\s*]+", key.strip().strip("()").strip()) if isinstance(key, str) else []
@@ -88,12 +130,22 @@ def _names(key: Any) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _version(given: Any) -> int:
-    """Return what changes when a tensor is written to."""
+def as_they_are(ids: tuple[Ids, ...]) -> tuple[Ids, ...]:
+    """Return ids as they are now, for what comes to them later; as given where that cannot be."""
+    try:
+        return tuple(one.kept() for one in ids)
+    except LayoutError:  # which whoever takes them will say
+        return ids
+
+
+def _version(given: Any) -> int | None:
+    """Return what changes when ids are written to; None where nothing tells."""
+    if given is _KEPT:
+        return 0
     try:
         return int(given._version)
-    except (AttributeError, RuntimeError):  # no tensor, or one made in inference mode
-        return 0
+    except (AttributeError, RuntimeError):  # a list, or a tensor made in inference mode
+        return None
 
 
 def _taken(names: tuple[str, ...], given: Any) -> Taken:

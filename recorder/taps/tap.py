@@ -189,7 +189,7 @@ def _has_rows(call: Call, given: Mapping[str, Any] | None) -> bool:
     """Give a call the ids that hold for it; return whether those given at the tap can be read."""
     around = rows_around() if call.dims else ()
     try:
-        call.rows = over(around, Ids.given(given)) if given else around
+        call.rows = over(around, Ids.given(given, at_tap=True)) if given else around
     except Exception as err:
         if is_from_the_job(err):
             raise

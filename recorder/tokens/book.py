@@ -17,7 +17,7 @@ import torch
 
 from ..errors import UsageError
 from .chunks import Chunks
-from .hashing import named, numbered
+from .hashing import ONE, named, numbered
 from .inputs import Integers, Request, Requests, Salt, check_names, first_of, integers, seeds_of
 from .known import with_known
 from .memory import Memory, listed
@@ -228,12 +228,12 @@ class TokenBook:
                 tokens = tokens.to(torch.int64)
             found = memory.sums.index_select(0, at)
             found.add_(numbered(tokens, numbers, plan.spare))
-            at.add_(1)
+            at.add_(ONE)
             memory.sums.index_copy_(0, at, found)
             memory.at.index_copy_(0, plan.slots, at)
             plan.left -= 1
             named(found, plan.spare)
-        return with_known(found, numbers.sub_(1), tokens)
+        return with_known(found, numbers.sub_(ONE), tokens)
 
     def _planned(self, requests: list[Any]) -> _Plan | None:
         """Return a plan for requests of which each is here, and once in the step; else None."""

@@ -37,7 +37,8 @@ def _constant(word: int) -> torch.Tensor:
 # Integers have a sign in torch, and a shift to the right repeats it: the mask takes it off.
 _SHIFTS = tuple((_constant(by), _constant((1 << (64 - by)) - 1)) for by in (30, 27, 31))
 _BY_FIRST, _BY_SECOND = _constant(_FIRST), _constant(_SECOND)
-_ONE, _NO_SIGN = _constant(1), _constant((1 << 63) - 1)
+_BY_STEP = signed(_STEP)
+ONE, _NO_SIGN = _constant(1), _constant((1 << 63) - 1)
 
 
 def mix(word: int) -> int:
@@ -65,7 +66,7 @@ def numbered(
         numbers: which token of its sequence each is, from 1; int64, of a shape that broadcasts.
         spare: int64 of the result's shape, whose elements are lost; None to make one.
     """
-    found = torch.add(tokens, numbers, alpha=signed(_STEP)).contiguous()
+    found = torch.add(tokens, numbers, alpha=_BY_STEP).contiguous()
     _in_pieces(_mix_, found, spare)
     return found
 
@@ -74,6 +75,34 @@ def named(sums: torch.Tensor, spare: torch.Tensor | None = None) -> torch.Tensor
     """Turn the sum of each prefix into its id, in place: int64, at least 0; contiguous."""
     _in_pieces(_mix_and_halve_, sums, spare)
     return sums
+
+
+def before(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the two ids that a prefix can have without its last token; the hash goes backwards.
+
+    An id has lost one bit of the sum that it is made of, so one of the two is that of the prefix,
+    and the other is nothing's but by chance. Of a prefix of one token neither means anything.
+
+    Args:
+        ids: [n], int64.
+        tokens: [n], the last token of each.
+        positions: [n], that token's place in its sequence, from 0.
+
+    Returns:
+        [2, n], int64.
+    """
+    terms = numbered(tokens, positions + 1)
+    found = torch.stack([ids * 2, ids * 2 + 1])
+    _unmix_(found)
+    return named((found - terms).contiguous())
+
+
+def _unmix_(of: torch.Tensor) -> None:
+    """Undo `_mix_`, in place."""
+    for by, factor in ((31, _SECOND), (27, _FIRST), (30, 1)):
+        once = (of >> by) & ((1 << (64 - by)) - 1)
+        twice = (of >> 2 * by) & ((1 << (64 - 2 * by)) - 1)
+        of.bitwise_xor_(once).bitwise_xor_(twice).mul_(signed(pow(factor, -1, _WORD)))
 
 
 def _in_pieces(
@@ -103,4 +132,4 @@ def _mix_(of: torch.Tensor, spare: torch.Tensor) -> None:
 
 def _mix_and_halve_(of: torch.Tensor, spare: torch.Tensor) -> None:
     _mix_(of, spare)
-    of.bitwise_right_shift_(_ONE).bitwise_and_(_NO_SIGN)
+    of.bitwise_right_shift_(ONE).bitwise_and_(_NO_SIGN)

@@ -27,6 +27,16 @@ class Taken:
     ids: torch.Tensor
     known: torch.Tensor | None = None
 
+    def equals(self, other: Taken) -> bool:
+        """Whether they are the same ids, of which the same is known."""
+        a, b = self.known, other.known
+        return bool(
+            self.names == other.names
+            and self.ids.shape == other.ids.shape
+            and (self.ids == other.ids).all()
+            and (a is b or (a is not None and b is not None and bool((a == b).all())))
+        )
+
 
 def real(ids: torch.Tensor) -> torch.Tensor:
     """Return which rows are no padding: bool, one for each of [rows] or [rows, numbers]."""

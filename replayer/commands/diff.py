@@ -113,7 +113,7 @@ class _OfRecordings(click.Command):
     type=float,
     metavar="SHARE",
     help="Where rows are matched one by one: the share of a side's rows that may be on that side "
-    "only (default: 0.5).",
+    "only before that is a difference (default: 1).",
 )
 @count_option("--limit", 20, "Rows of the table on the terminal.")
 @click.option(

@@ -37,6 +37,7 @@ COLUMNS: dict[str, Any] = {
     "error_element": pl.Float64, "factor": pl.Float64, "offset": pl.Float64,
     "fits_at": pl.List(pl.Int64), "growth": pl.Float64, "apart": pl.String,
     "rows": pl.Int64, "rows_a": pl.Int64, "rows_b": pl.Int64, "row": pl.List(pl.Int64),
+    "flips": pl.Int64, "ties": pl.Int64, "margin": pl.Float64, "margin_typical": pl.Float64,
     "position": pl.Int64, "token": pl.Int64, "at_a": pl.List(pl.Int64), "at_b": pl.List(pl.Int64),
     "at_least": pl.Float64,
     "floor_rel_diff": pl.Float64, "floor_max_abs": pl.Float64, "times_floor": pl.Float64,
@@ -125,6 +126,10 @@ class DiffRow(TypedDict, total=False):
     rows_a: int | None
     rows_b: int | None
     row: list[int] | None
+    flips: int | None
+    ties: int | None
+    margin: float | None
+    margin_typical: float | None
     position: int | None
     token: int | None
     at_a: list[int] | None

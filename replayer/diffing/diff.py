@@ -223,7 +223,7 @@ def diff(
         floor_factor: how many times the noise is still noise; 3 by default.
         by: a dim, by name or number, whose indices get rows of their own where a pair differs.
         ignore_missing: keys and rows on one side alone are no difference.
-        missing_rows: the share of a side's rows that may be on that side alone; 0.5 by default.
+        missing_rows: the share of a side's rows that may be on that side alone; 1 by default.
         check: hold what is read against its digest.
         workers: threads; by default one a core.
         memory: bytes of tensors in memory at once, by default 2 GiB; a pair of more goes alone.

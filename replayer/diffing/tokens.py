@@ -11,6 +11,16 @@ from ..rowing.same import apart
 from .columns import DiffRow
 
 _CHUNK_BYTES = 64 << 20
+MOSTLY, FEWER = 0.5, 0.6
+"""Of a pair's rows: from when on it is asked which others they are; how many times as many may be
+off then."""
+
+
+def rows_off(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the share of rows that are apart by more than rounding; 1 if that cannot be told."""
+    if a.dtype != b.dtype or not len(a):
+        return 1.0
+    return float(apart(a, b).beyond.to(torch.float64).mean())
 
 
 def facts_of(two: TwoOfRows, at: int) -> DiffRow:

@@ -24,24 +24,30 @@ from recorder.bits import as_bits
 from recorder.errors import DamagedRecording, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.plan import Plan
+from recorder.tags import label
 
+from ..log import joined
+from ..measuring.choice import is_choice
 from ..measuring.elements import unravelled
 from ..measuring.measures import SEGMENT, Incomparable, Measures, measure
 from ..pairing.blocks import by_layout, replicas_apart
 from ..pairing.pairs import LAYOUT, RANK, ROWS, Pairs
 from ..pairing.rows import Common, Shared, TwoOfRows
 from ..pairing.tensors import Two, by_rank
+from .beside import Beside
+from .choices import fitting, flips
 from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
-from .tokens import facts_of, first_off
+from .tokens import FEWER, MOSTLY, facts_of, first_off, rows_off
 
 REPLICAS = "replicas"
 ROWS_APART = "rows apart"
 SIDES = ("A", "B")
 MEMORY = 2 << 30
 """Bytes of tensors at once, by default; a pair that needs more goes alone."""
-MISSING_ROWS = 0.5
-"""The share of a side's rows that may be on that side alone, by default."""
+MISSING_ROWS = 1.0
+"""The share of a side's rows that may be on that side alone, by default: a server computes logits
+of few tokens, and has prefixes from a cache."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class Crew:
         self._pairs, self._options = pairs, options
         self._of_thread = threading.local()
         self._room = _Room(options.memory)
+        self._beside = Beside(pairs.a.recording)
 
     def measure(self, tasks: Sequence[Task]) -> Iterator[list[DiffRow]]:
         """Yield the rows of each pair, in order.
@@ -166,7 +173,9 @@ class Crew:
                     found += self._of_rows(task, is_gradient, run)
                 else:
                     for two in self.twos(task):
-                        found += self._measured(two, is_gradient, run)
+                        found += self._measured(
+                            two, is_gradient, run, lambda two: self._scores(task, two)
+                        )
                 about["about"] = task.how if task.how in SIDES else REPLICAS
                 for two in self._within(task):
                     figures = self._figures(two, is_gradient, run)
@@ -206,12 +215,43 @@ class Crew:
             return [row_of(_failed(LayoutError(common.why_none)), counts)]
         found: list[DiffRow] = []
         for two in common.twos(self._options.memory):
-            found += [row_of(row, counts) for row in self._measured(two, is_gradient, run)]
+            rows = self._measured(two, is_gradient, run, lambda two: self._scores(task, two))
+            if rows[0]["bitwise"] is False:
+                said = self._said_of(task, two)
+                rows[0] = row_of(rows[0], {"message": joined(rows[0]["message"], said)})
+            found += [row_of(row, counts) for row in rows]
         found += [{"about": ROWS_APART, "failed": "rows", "message": said} for said in common.apart]
         alone = common.said_alone(self._options.missing_rows)
         if alone:
             found.append({"about": ROWS, "failed": "rows", "message": alone})
         return found
+
+    def _scores(self, task: Task, two: Two) -> torch.Tensor | None:
+        """Return the baseline's scores by which a choice may have been made; None if not known."""
+        if task.how not in (RANK, ROWS):
+            return None
+        first = task.a[0]
+        for rows in self._beside.of(first, by_rows=task.how == ROWS):
+            if not fitting(rows[0]["shape"], first["shape"]):
+                continue
+            if isinstance(two, TwoOfRows):
+                return two.common.also(rows, two.start, len(two.a))
+            return self._pairs.a.recording.read(rows[0], check=self._options.check)
+        return None
+
+    def _said_of(self, task: Task, two: TwoOfRows) -> str:
+        """Say of rows that differ what other rows of the baseline they are, "" if none."""
+        off = rows_off(two.a, two.b)
+        most = FEWER * off
+        if off < MOSTLY:
+            return ""
+        if by := two.common.shift(two, most):
+            return f"each row of B is A's of the token {'before' if by < 0 else 'behind'} it"
+        for tags, rows in self._beside.near(task.a[0]):
+            other = two.common.also(rows, two.start, len(two.a))
+            if other is not None and other.shape == two.b.shape and rows_off(other, two.b) < most:
+                return f"B's rows are those of {label(task.a[0]['name'], tags)} in A"
+        return ""
 
     def _within(self, task: Task) -> Iterator[Two]:
         """Yield tensors of one side that should be the same and are not."""
@@ -231,7 +271,11 @@ class Crew:
         return plans
 
     def _measured(
-        self, two: Two | LayoutError, is_gradient: bool, run: Callable[..., Iterator[Any]]
+        self,
+        two: Two | LayoutError,
+        is_gradient: bool,
+        run: Callable[..., Iterator[Any]],
+        scores: Callable[[Two], torch.Tensor | None] = lambda two: None,
     ) -> list[DiffRow]:
         if isinstance(two, LayoutError):
             return [_failed(two)]
@@ -242,6 +286,9 @@ class Crew:
             return [row]
         if isinstance(two, TwoOfRows):
             row = row_of(row, first_off(two, found))
+        if is_choice(two.a) and is_choice(two.b):
+            told = flips(two.a, two.b, scores(two))
+            row = row_of(row, told, {"message": joined(row["message"], told.get("message"))})
         row["parts"] = list(_parts(two, figures))
         if self._options.by is None:
             return [row]

@@ -46,9 +46,9 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
     if not x.numel() or torch.equal(x, y):
         return Choice()
     shift = _shift(x, y)
-    x, y = (t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1) for t in (x, y))
+    x, y = by_row(x), by_row(y)
     differ = (x != y).any(1)
-    other = (x.sort(1).values != y.sort(1).values).any(1) if _are_sets(x) else differ
+    other = other_rows(x, y)
     rows, count = len(x), int(other.sum())
     look: Chosen = {
         "rows": rows,
@@ -56,25 +56,68 @@ def choice(x: torch.Tensor, y: torch.Tensor, scores: Sequence[torch.Tensor] = ()
         "order": int(differ.sum()) - count,
         "first": other.nonzero().flatten()[:_NAMED].tolist(),
     }
+    if any(none := [int(nothing_chosen(t).sum()) for t in (x, y)]):
+        look["none"] = none
     if shift is not None:
         look["shift"] = shift
     if x.dtype != torch.bool and (stand := _standing(x, y)):
         look["stand"] = stand
     fitting = next((s for s in scores if _fits(s, x, y)), None)
     if fitting is not None and count:
-        chosen = fitting.detach().cpu().reshape(rows, -1)[other].to(torch.float64)
-        a, b = (chosen.gather(1, t[other].long()) for t in (x, y))
-        worst = (a.sort(1).values - b.sort(1).values).abs().amax(1)
-        size = chosen.abs().amax(1)
+        chosen = by_row(fitting.detach().cpu())[other]
+        worst = margins(chosen, x[other], y[other])
+        size = chosen.to(torch.float64).abs().amax(1)
         look["ties"] = int((worst <= _TIE * size).sum())
+        look["margins"] = [float(worst.median()), float(worst.max())]
     return Choice(count / rows, {"choice": look})
 
 
+def by_row(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as its rows, [rows, numbers]: an index of all dims but the last is one."""
+    return x.reshape(-1, x.shape[-1] if x.dim() > 1 else 1)
+
+
+def other_rows(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return which rows [rows, numbers] of two choices are another choice: bool [rows]."""
+    if not _are_sets(x):
+        return (x != y).any(1)
+    return (x.sort(1).values != y.sort(1).values).any(1)
+
+
+def margins(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return by how much the scores of two choices are apart, float64 [rows].
+
+    Args:
+        scores: [rows, all that there is to choose from].
+        x: one choice, [rows, numbers].
+        y: the other.
+    """
+    wide = scores.to(torch.float64)
+    a, b = (wide.gather(1, t.long()) for t in (x, y))
+    return (a.sort(1).values - b.sort(1).values).abs().amax(1)
+
+
+def is_choice(x: torch.Tensor) -> bool:
+    """Whether a tensor may hold what was chosen in each row: few integers, one beside the other."""
+    is_whole = not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+    return is_whole and x.dim() > 1 and 1 <= x.shape[-1] <= _MOST_CHOSEN
+
+
+def nothing_chosen(x: torch.Tensor) -> torch.Tensor:
+    """Return in which rows [rows, numbers] one index stands in all of several places."""
+    if x.shape[1] < 2 or x.shape[1] > _MOST_CHOSEN or x.dtype == torch.bool:
+        return torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    return (x == x[:, :1]).all(1) & (x[:, 0] >= 0)
+
+
 def _are_sets(x: torch.Tensor) -> bool:
-    """Whether each row holds a few numbers, no two the same but for what marks a gap."""
+    """Whether each row holds a few numbers, no two the same but for what marks a gap.
+
+    A row that holds one number alone is one in which nothing was chosen.
+    """
     if x.dtype == torch.bool or not 1 < x.shape[1] <= _MOST_CHOSEN:
         return False
-    ordered = x.sort(1).values
+    ordered = x[~nothing_chosen(x)].sort(1).values
     return not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any())
 
 

@@ -78,9 +78,11 @@ class Zeros(TypedDict):
 class Chosen(TypedDict, total=False):
     """Of indices: how many of the `rows` are an `other` choice, the `first` of them.
 
-    `ties` of them are near ties by the scores, if those are known; in so many more the same choice
-    comes in another `order`. `shift` is [dim, k] where each index of a dim is the baseline's k from
-    it. `stand` has, of indices, [one, other] where the other always stands
+    `ties` of them are near ties by the scores, if those are known, by which the choices are apart
+    by `margins`: in the median, and at most; in so many more the same choice comes in another
+    `order`. In `none` rows of the baseline and of the target one index stands in all places, so
+    that nothing was chosen: [baseline's, target's]. `shift` is [dim, k] where each index of a dim
+    is the baseline's k from it. `stand` has, of indices, [one, other] where the other always stands
     for the one.
     """
 
@@ -88,6 +90,8 @@ class Chosen(TypedDict, total=False):
     other: int
     first: list[int]
     ties: int
+    margins: list[float]
+    none: list[int]
     order: int
     shift: list[int]
     stand: list[list[int]]

@@ -18,13 +18,17 @@ from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
 from recorder.logical import layout_of
 from recorder.recording import Recording
+from recorder.tokens.hashing import before
 
+from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
 from ..rowing.places import Keys, Places, real_rows
-from ..rowing.records import Held, Records, paired
+from ..rowing.records import Records
+from ..rowing.same import apart
 from .tensors import Two
 
 _MOST_COMBINED = 1 << 24
+_FEWEST_SHIFTED = 3
 Shared = dict[object, tuple[list[Places], list[Keys]]]
 
 
@@ -53,7 +57,7 @@ class _Side:
     """One side's records, joined to whole rows."""
 
     def __init__(self, name: str, source: Recording, records: Records, check: bool) -> None:
-        self.name, self.source, self.records, self._check = name, source, records, check
+        self.name, self.source, self.records, self.check = name, source, records, check
         self.ids = [
             _distinct([one.groups[g].ids for one in records.every], keys)
             for g, keys in enumerate(records.keys)
@@ -61,12 +65,12 @@ class _Side:
 
     def joining(self, receiver: Held) -> Joining:
         """Return what brings its rows."""
-        return Joining(self.source, self.records, receiver, replicas="error", check=self._check)
+        return Joining(self.source, self.records, receiver, replicas="error", check=self.check)
 
     def place(self, cells: Cells, at: int) -> Place:
         """Return where a cell that was found was recorded first."""
         part, found = next(iter(cells.found.items()))
-        places = self.records.places[part]
+        places = self.records.places[cells.numbers[part]]
         number = int(found.first[at])
         record = self.records.every[int(places.record[number])]
         return Place(record.row["step"], record.row["rank"], int(places.row[number]))
@@ -230,6 +234,67 @@ class Common:
         position, token = self._known[number].tolist()
         return (position, token) if position >= 0 else None
 
+    def shift(self, two: TwoOfRows, most: float) -> int:
+        """Return -1 where the target's rows are the baseline's of the token before, 1 of the next.
+
+        0 where they are neither, or where nobody said which tokens they are.
+
+        Args:
+            two: some of these rows.
+            most: the share of them that may be none of these.
+        """
+        before = self._before()
+        if before is None or two.a.dtype != two.b.dtype:
+            return 0
+        end = two.start + len(two.a)
+        own = before[two.start : end]
+        has = (own >= two.start) & (own < end)
+        if int(has.sum()) < _FEWEST_SHIFTED:
+            return 0
+        there, here = own[has] - two.start, has.nonzero().flatten()
+        for by, (one, other) in ((-1, (there, here)), (1, (here, there))):
+            off = apart(two.a[one], two.b[other]).beyond
+            if float(off.to(torch.float64).mean()) < most:
+                return by
+        return 0
+
+    def also(self, rows: Sequence[ManifestRow], start: int, size: int) -> torch.Tensor | None:
+        """Return of other records of the baseline the same rows, whole: [rows, other dims].
+
+        None where they are not all there.
+
+        Args:
+            rows: the records, in the order in which they count.
+            start: the number of the first row.
+            size: how many.
+        """
+        if len(self._ids) > 1:
+            return None
+        a = self._a
+        try:
+            names = _names(a.source, a.records.every[0].row)
+            records = Records.of(a.source, rows, lambda own: paired(own, names), {}, check=a.check)
+            joining = Joining(a.source, records, whole_of(records), replicas="first", check=a.check)
+            ids = self._ids[0][self._order][start : start + size]
+            cells = joining.find([records.keys[0].of(ids)])
+            return joining.rows(cells) if bool(cells.is_found.all()) else None
+        except LayoutError:
+            return None
+
+    def _before(self) -> torch.Tensor | None:
+        """Return for each row in common the number of the one of the token before, -1 without."""
+        if self._known is None or len(self._ids) > 1 or self._ids[0].dim() > 1:
+            return None
+        ids = self._ids[0][self._order]
+        positions, tokens = self._known.unbind(1)
+        ordered, at = ids.sort()
+        found = torch.full((len(ids),), -1, dtype=torch.int64, device="cpu")
+        for candidate in before(ids, tokens.contiguous(), positions.contiguous()):
+            there = torch.searchsorted(ordered, candidate).clamp_(max=len(ids) - 1)
+            has = (ordered[there] == candidate) & (positions > 0)
+            found[has] = at[there[has]]
+        return found
+
     def order(self, start: int, size: int) -> torch.Tensor:
         """Return the numbers of some rows by where they stand in their sequences."""
         if self._known is None:
@@ -272,7 +337,7 @@ class Common:
         self._order = torch.arange(int(both.sum()), device="cpu")
         self._known = None
         made = [
-            Cells(both, {}, one.records, grid, one.several)
+            Cells(both, {}, one.records, {}, grid, one.several)
             for one, grid in zip(cells, grids, strict=True)
         ]
         return made[0], made[1]
@@ -310,20 +375,18 @@ def _kept(cells: Cells, has: torch.Tensor) -> Cells:
     """Return some of the cells that were found, of one group of rows."""
     which = (cells.is_found.to(torch.int64).cumsum(0) - 1)[has]
     found = {part: places.of(which) for part, places in cells.found.items()}
-    return Cells(has, found, cells.records)
+    return Cells(has, found, cells.records, cells.numbers)
 
 
 def _facts_of(side: _Side) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ids and what is known of them, once for each record of ids."""
-    for digest in {one.row.get("rows"): None for one in side.records.every}:
-        known = side.source.known(digest) if digest else None
-        if known is None:
-            continue
-        row = next(one.row for one in side.records.every if one.row.get("rows") == digest)
-        (first, *others) = side.source.ids(row)
-        ids = first.ids.reshape(-1)
-        if not others and len(ids) == len(known):
-            yield ids, known
+    rows = {(one.row["rows"], one.row["rank"]): one.row for one in side.records.every}
+    for row in rows.values():
+        for taken in side.source.ids(row)[:1]:
+            known = side.source.known(row, taken.names)
+            ids = taken.ids.reshape(-1)
+            if known is not None and len(ids) == len(known):
+                yield ids, known
 
 
 def _names(source: Recording, row: ManifestRow) -> list[tuple[str, ...]]:

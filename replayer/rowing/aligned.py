@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
 
 from recorder.bits import as_bits
-from recorder.errors import MissingRecord, TransformError
+from recorder.errors import LayoutError, MissingRecord, TransformError
 from recorder.format.payload import parse_dtype
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
@@ -24,10 +25,10 @@ from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import SEQ_BITS
-from .gather import rest_of
-from .joining import Joining, records_at
+from .held import Record, Source, held_by, rest_of, seqs_of
+from .joining import Joining, parts_text, records_at
 from .places import Found, real_rows
-from .records import Record, Records, Source, held_by, seqs_of
+from .records import Records
 from .same import Several
 
 
@@ -40,7 +41,7 @@ class Made:
         cells: which of the tensor's rows these are, padding counted: [rows].
         missing: how many rows were not found.
         senders: for each sender rank the `seq` of the first record that was used.
-        records: those that have one of the rows, as in the log's column `rows_from`.
+        records: those that have one of the rows, or none at all, as in the log's `rows_from`.
         note: what to know of it.
     """
 
@@ -65,6 +66,10 @@ class Aligned:
         rank: its rank.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+
+    Attributes:
+        groups: those of its rows that are matched.
+        cells: which of its rows were found by the latest `make`.
     """
 
     def __init__(
@@ -80,9 +85,11 @@ class Aligned:
         replicas: str,
         check: bool,
     ) -> None:
+        self._source, self._replicas, self._check = source, replicas, check
         self._records, self._target, self._world = records, target, source.world_size
-        self._groups = [groups[j] for j in records.pairs]
-        own = held_by(dims, self._groups, target.shape, rank.rank, mesh, rank.world_size)
+        self.cells = torch.empty(0, dtype=torch.int64, device="cpu")
+        self.groups = [groups[j] for j in records.pairs]
+        own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
         self._joining = Joining(source, records, own, replicas=replicas, check=check)
 
     @property
@@ -97,8 +104,8 @@ class Aligned:
 
     def front(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the target's shape by rows, as `own` is."""
-        made = moved(tensor, [group.at for group in self._groups])
-        return made.reshape(math.prod(made.shape[: len(self._groups)]), *self._rest)
+        made = moved(tensor, [group.at for group in self.groups])
+        return made.reshape(math.prod(made.shape[: len(self.groups)]), *self._rest)
 
     @property
     def _rest(self) -> tuple[int, ...]:
@@ -113,8 +120,8 @@ class Aligned:
         """
         made = self.own.clone()
         as_bits(made).index_copy_(0, cells.to(made.device), as_bits(rows))
-        sizes = [len(group.ids) for group in self._groups]
-        at = [group.at for group in self._groups]
+        sizes = [len(group.ids) for group in self.groups]
+        at = [group.at for group in self.groups]
         return moved_back(made.reshape(*sizes, *made.shape[1:]), self._target.shape, at)
 
     def make(self) -> Made:
@@ -126,30 +133,49 @@ class Aligned:
             ReplicasDiffer: a row was recorded several times, and differently.
             DamagedRecording: a record cannot be read.
         """
-        real = [real_rows(group.ids) for group in self._groups]
+        real = [real_rows(group.ids) for group in self.groups]
         wanted = math.prod(map(len, real))
         if not wanted:
             rows = torch.empty((0, *self._rest), dtype=self._target.dtype, device="cpu")
             nothing = torch.empty(0, dtype=torch.int64, device="cpu")
-            return Made(rows, nothing, 0, [None] * self._world, [], "all of its rows are padding")
+            is_empty = not all(len(group.ids) for group in self.groups)
+            note = "it has no rows" if is_empty else "all of its rows are padding"
+            return Made(rows, nothing, 0, [None] * self._world, self._numbers(()), note)
         unique = [
-            make.of(group.ids[at]).unique(return_inverse=True)
-            for make, group, at in zip(self._records.keys, self._groups, real, strict=True)
+            _distinct(make.of(group.ids[at]), is_sorted=len(self.groups) > 1)
+            for make, group, at in zip(self._records.keys, self.groups, real, strict=True)
         ]
         cells = self._joining.find([values for values, _ in unique])
         # Where each of the target's rows stands among the distinct ones, and among all of its own.
         at = torch.zeros(1, dtype=torch.int64, device="cpu")
         cell = torch.zeros(1, dtype=torch.int64, device="cpu")
-        for (values, inverse), own, group in zip(unique, real, self._groups, strict=True):
+        for (values, inverse), own, group in zip(unique, real, self.groups, strict=True):
             at = (at[:, None] * len(values) + inverse).flatten()
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = cells.is_found[at]
         if not bool(there.any()):
-            raise MissingRecord(self._why_none(wanted))
+            raise MissingRecord(self._why_none(wanted, [values for values, _ in unique]))
         several = self._joining.check(cells)
-        number = cells.is_found.to(torch.int64).cumsum(0) - 1
-        rows = self._joining.rows(cells).index_select(0, number[at[there]])
+        rows = self._joining.rows(cells)
+        number = (cells.is_found.to(torch.int64).cumsum(0) - 1)[at[there]]
+        if len(number) != len(rows) or not torch.equal(number, torch.arange(len(rows))):
+            rows = rows.index_select(0, number)
         return self._made(rows, cell[there], wanted, cells.records, several)
+
+    def of_others(self, records: Records) -> Made:
+        """Return what other records, of other tags, have of the same rows; as `make`."""
+        if records.pairs != [*range(len(self.groups))]:
+            raise LayoutError("they have rows along other dims")
+        other = copy(self)
+        other._records = records
+        other._joining = Joining(
+            self._source,
+            records,
+            self._joining.receiver,
+            replicas=self._replicas,
+            check=self._check,
+        )
+        return other.make()
 
     def received(self) -> tuple[Made, list[tuple[ManifestRow, torch.Tensor]]]:
         """Return what was found, and of each part the rows as they stand in the target, for a
@@ -161,18 +187,18 @@ class Aligned:
             TransformError: rows along several dims that have ids of their own.
             MissingRecord: as `make`, as all others.
         """
-        if len(self._groups) > 1:
+        if len(self.groups) > 1:
             raise TransformError(
                 "rows along several dims, with ids of their own, cannot be handed to a transform; "
                 "declare dims on both sides and name none"
             )
-        group, records = self._groups[0], self._records
+        group, records = self.groups[0], self._records
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
         found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
         there = torch.stack([one.times > 0 for one in found.values()]).all(0)
         if len(own) and not bool(there.any()):
-            raise MissingRecord(self._why_none(len(own)))
+            raise MissingRecord(self._why_none(len(own), [keys]))
         several, received, used = Several(), [], set()
         for part, every in found.items():
             one = every.of(there)
@@ -192,12 +218,13 @@ class Aligned:
         used: Sequence[Record],
         several: Several,
     ) -> Made:
+        self.cells = cells
         return Made(
             rows,
             cells,
             wanted - len(cells),
-            seqs_of(used, self._world),
-            sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in used}),
+            seqs_of(self._latest(used), self._world),
+            self._numbers(used),
             "; ".join(self._joining.notes(several)),
         )
 
@@ -205,7 +232,7 @@ class Aligned:
         self, first: Record, part: int, found: Found, cells: torch.Tensor
     ) -> torch.Tensor:
         """Return a part's rows with the target's dims of rows in place of the records'."""
-        group = self._groups[0]
+        group = self.groups[0]
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         sizes = [self._target.shape[i] for i in group.at]
         made = torch.zeros((math.prod(sizes), *rest_of(first)), dtype=dtype, device="cpu")
@@ -217,11 +244,36 @@ class Aligned:
         rows, rest = range(len(sizes)), range(len(sizes), made.dim())
         return made.permute([*rest[:before], *rows, *rest[before:]])
 
-    def _why_none(self, wanted: int) -> str:
-        every = self._records.every
-        known = sum(len(places.keys) for places in self._records.places)
+    def _latest(self, used: Iterable[Record]) -> list[Record]:
+        """Return those of the latest attempt: another's `seq` is that of something else."""
+        latest = self._records.latest
+        return [one for one in used if latest.get(one.row["rank"]) == one.row["attempt"]]
+
+    def _numbers(self, used: Iterable[Record]) -> list[int]:
+        """Return records as in the log; those without rows too, which no tap has more use for."""
+        every = self._latest((*used, *self._records.bare))
+        return sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in every})
+
+    def _why_none(self, wanted: int, keys: Sequence[torch.Tensor]) -> str:
+        every, parts = self._records.every, self._records.parts
+        places = self._records.places[: len(parts)]
+        there = sum(bool((one.find(keys[0]).times > 0).any()) for one in places)
+        if there and len(keys) == 1 and len(parts) > 1:
+            return (
+                f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
+                f"{parts_text(parts)}, and only {there} of these have any; record all ranks"
+            )
+        known = sum(len(one.keys) for one in places)
         return (
             f"no row in common: none of its {count(wanted, 'row')} is among the {known} that "
             f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "
             "ids with another salt?"
         )
+
+
+def _distinct(keys: torch.Tensor, *, is_sorted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys, each once, and for each of them all its number among these."""
+    values, inverse = keys.unique(return_inverse=True)
+    if is_sorted or len(values) < len(keys):
+        return values, inverse
+    return keys, torch.arange(len(keys), device="cpu")  # as they stand: nothing needs moving then

@@ -1,62 +1,76 @@
-"""Bring rows of records together, reading no more than these rows where that is less."""
+"""Bring rows of records together, reading no more than these rows where that is less.
+
+1. `Gathered.rows` tells the records of which rows are read from those that are read whole: in which
+   much is needed, or whose rows are no runs of bytes.
+2. Of the former, runs of rows are read file by file, wherever in it they lie.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from recorder.bits import as_bits, bytes_of
-from recorder.errors import DamagedRecording, LayoutError
+from recorder.errors import LayoutError
 from recorder.format.payload import parse_dtype
 from recorder.layouts.rowed import moved
 
-from .records import Record, Source
+from .held import Record, Source, rest_of
+from .records import Records
 
 _READ_WHOLE = 1 << 16
 """A record of fewer bytes is read, and checked, in one go; so is one of which half is needed."""
+_CHECKED = 1 << 20
+"""One of more bytes, little of which is needed, is not."""
 
 
 class Gathered:
-    """Reads rows, and counts the records of which only a part was read, without its digest.
+    """Reads rows, and notes the records of which only a part was read, without its digest.
 
     Args:
         source: what records are read from.
+        records: the records.
         check: whether to hold what is read whole against its digest.
     """
 
-    def __init__(self, source: Source, *, check: bool) -> None:
-        self._source, self._check = source, check
-        self.in_part: set[tuple[int, int, int]] = set()
+    def __init__(self, source: Source, records: Records, *, check: bool) -> None:
+        self._source, self._every, self._check = source, records.every, check
+        self._where = records.where
+        self.in_part: set[int] = set()
 
-    def rows(
-        self, records: Sequence[Record], record: torch.Tensor, row: torch.Tensor
-    ) -> torch.Tensor:
+    def rows(self, record: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Return rows along the first group of records that have but one: [rows, other dims].
 
         Args:
-            records: what `record` numbers; all of them of one part.
-            record: of each row its record's number.
+            record: of each row its record's number; all of them of one part.
             row: its number there.
 
         Raises:
             LayoutError: the records are of several dtypes.
             DamagedRecording: they cannot be read.
         """
-        first = records[int(record[0])] if len(record) else None
-        if first is None:
-            raise ValueError("no rows")
+        where, row = self._where, row.to(torch.int64)
+        numbers, at, counts = record.unique(return_inverse=True, return_counts=True)
+        first = self._every[int(numbers[0])]
+        odd = (where.dtype[numbers] != where.dtype[numbers[0]]).nonzero().flatten()
+        if len(odd):
+            raise _several_dtypes(first, self._every[int(numbers[odd[0]])])
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         rest = rest_of(first)
         made = torch.empty((len(record), *rest), dtype=dtype, device="cpu")
-        order = torch.argsort(record, stable=True)
-        numbers, counts = record[order].unique_consecutive(return_counts=True)
-        at = 0
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-            places = order[at : at + count]
-            self._fill(made, places, records[number], row[places])
-            at += count
+        each = math.prod(rest) * made.itemsize
+        nbytes, in_front = where.nbytes[numbers], where.in_front[numbers]
+        is_most = 2 * each * counts >= nbytes
+        is_whole = (nbytes <= _READ_WHOLE) | is_most | ~in_front
+        if bool(is_whole.any()):
+            self._read_whole(made, numbers, is_whole, at, row, (nbytes > _CHECKED) & ~is_most)
+        if not bool(is_whole.all()) and each:
+            if self._check:
+                self.in_part.update(numbers[~is_whole].tolist())
+            where.find(numbers[~is_whole].tolist(), self._source)
+            places = (~is_whole[at]).nonzero().flatten()
+            self._read_rows(made, places, record[places].to(torch.int64), row[places], each)
         return made
 
     def whole(self, record: Record) -> torch.Tensor:
@@ -64,63 +78,65 @@ class Gathered:
         tensor = self._source.read(record.row, check=self._check)
         return moved(tensor, [group.at for group in record.groups])
 
-    def _fill(
-        self, made: torch.Tensor, places: torch.Tensor, record: Record, row: torch.Tensor
+    def _read_whole(
+        self,
+        made: torch.Tensor,
+        numbers: torch.Tensor,
+        is_whole: torch.Tensor,
+        at: torch.Tensor,
+        row: torch.Tensor,
+        is_unchecked: torch.Tensor,
     ) -> None:
-        """Put rows of one record where they belong."""
-        about, group = record.row, record.groups[0]
-        shape = about["shape"] or []
-        if about["dtype"] != str(made.dtype).removeprefix("torch."):
-            raise LayoutError(
-                f"rank {about['rank']} recorded {about['dtype']} at step {about['step']} and "
-                f"others {str(made.dtype).removeprefix('torch.')}"
-            )
-        each = math.prod(made.shape[1:]) * made.itemsize
-        if math.prod(shape) * made.itemsize != about["nbytes"] or rest_of(record) != [
-            *made.shape[1:]
-        ]:
-            raise DamagedRecording("the manifest", f"a record of {about['name']} has {shape}")
-        size = about["nbytes"]
-        is_whole = size <= _READ_WHOLE or 2 * each * len(row) >= size
-        is_in_front = group.at == tuple(range(len(group.at)))
-        if is_whole or not is_in_front:
-            check = self._check and (is_whole or size <= 1 << 20)
-            if not check:
-                self._note(record)
-            tensor = moved(self._source.read(about, check=check), [group.at])
-            as_bits(made).index_copy_(
-                0, places, as_bits(tensor).index_select(0, row.to(torch.int64))
-            )
-            return
-        self._note(record)
-        self._source.read_runs(about, list(_runs(made, places, row, each)))
+        """Put the rows of records that are read whole where they belong."""
+        order = at.argsort(stable=True)
+        ends = torch.searchsorted(at[order], torch.arange(len(numbers) + 1, device="cpu")).tolist()
+        for i in is_whole.nonzero().flatten().tolist():
+            number, places = int(numbers[i]), order[ends[i] : ends[i + 1]]
+            check = self._check and not bool(is_unchecked[i])
+            if self._check and not check:
+                self.in_part.add(number)
+            one = self._every[number]
+            tensor = moved(self._source.read(one.row, check=check), [one.groups[0].at])
+            as_bits(made).index_copy_(0, places, as_bits(tensor).index_select(0, row[places]))
 
-    def _note(self, record: Record) -> None:
-        if self._check:
-            row = record.row
-            self.in_part.add((row["rank"], row["attempt"], row["seq"]))
+    def _read_rows(
+        self,
+        made: torch.Tensor,
+        places: torch.Tensor,
+        record: torch.Tensor,
+        row: torch.Tensor,
+        each: int,
+    ) -> None:
+        """Read rows where they lie, in runs that stand side by side there and in what is made."""
+        where = self._where
+        file, offset = where.file[record], where.offset[record] + row * each
+        order = offset.argsort()
+        order = order[file[order].argsort(stable=True)]
+        file, offset, places = file[order], offset[order], places[order]
+        is_next = (
+            (file[1:] == file[:-1])
+            & (offset[1:] == offset[:-1] + each)
+            & (places[1:] == places[:-1] + 1)
+        )
+        starts = [0, *((~is_next).nonzero().flatten() + 1).tolist()]
+        into = (places[starts] * each).tolist()
+        ends = [*starts[1:], len(places)]
+        view = bytes_of(made)
+        runs: dict[int, list[tuple[int, memoryview]]] = {}
+        for number, begin, target, start, end in zip(
+            file[starts].tolist(), offset[starts].tolist(), into, starts, ends, strict=True
+        ):
+            run = begin, view[target : target + (end - start) * each]
+            if number in runs:
+                runs[number].append(run)
+            else:
+                runs[number] = [run]
+        for number, found in runs.items():
+            self._source.read_runs(where.paths[number], found)
 
 
-def rest_of(record: Record) -> list[int]:
-    """Return the sizes of a record's dims that have no rows."""
-    front = {i for group in record.groups for i in group.at}
-    return [n for i, n in enumerate(record.row["shape"] or []) if i not in front]
-
-
-def _runs(
-    made: torch.Tensor, places: torch.Tensor, row: torch.Tensor, each: int
-) -> list[tuple[int, memoryview]]:
-    """Return runs of rows that stand side by side in a record and in what is made of them."""
-    view = bytes_of(made)
-    if not each or not len(row):
-        return []
-    row, order = row.to(torch.int64).sort()
-    places = places[order]
-    breaks = ((row[1:] != row[:-1] + 1) | (places[1:] != places[:-1] + 1)).nonzero().flatten() + 1
-    starts = [0, *breaks.tolist()]
-    ends = [*starts[1:], len(row)]
-    from_, into = row[starts].tolist(), places[starts].tolist()
-    return [
-        (one * each, view[other * each : (other + end - start) * each])
-        for one, other, start, end in zip(from_, into, starts, ends, strict=True)
-    ]
+def _several_dtypes(one: Record, other: Record) -> LayoutError:
+    return LayoutError(
+        f"rank {other.row['rank']} recorded {other.row['dtype']} at step {other.row['step']} and "
+        f"rank {one.row['rank']} {one.row['dtype']} at step {one.row['step']}"
+    )

@@ -6,21 +6,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from recorder.bits import as_bits
-from recorder.errors import BlocksMissing, LayoutError, ReplicasDiffer
+from recorder.errors import BlocksMissing, LayoutError
 from recorder.layouts.assemble import assemble
 from recorder.layouts.plan import Plan, plan, whole
 from recorder.sizes import count
 
-from .gather import Gathered, rest_of
-from .places import Found, real_rows
-from .records import Held, Record, Records, Source
-from .same import Several, apart, check_same, place_text
+from .gather import Gathered
+from .grid import Grid
+from .held import Held, Record, Source
+from .places import Found
+from .records import Records
+from .same import Several, check_same
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Cells:
         is_found: of all of them, the last group's the fastest: bool, flat.
         found: for each part that is needed the places of those, where there is one group.
         records: those that have any of them.
+        numbers: for each of these parts that of its places, which several may share.
         grids: for each part what was recorded of all combinations, where there are several groups.
         several: those that were recorded several times.
     """
@@ -38,6 +41,7 @@ class Cells:
     is_found: torch.Tensor
     found: dict[int, Found]
     records: list[Record]
+    numbers: dict[int, int] = field(default_factory=dict)
     grids: dict[int, torch.Tensor] = field(default_factory=dict)
     several: Several = field(default_factory=Several)
 
@@ -58,7 +62,7 @@ class Joining:
     ) -> None:
         self.source, self.records, self.receiver = source, records, receiver
         self.replicas = replicas
-        self._gathered = Gathered(source, check=check)
+        self._gathered = Gathered(source, records, check=check)
 
     def notes(self, several: Several) -> list[str]:
         """Return what to know of rows, a clause each."""
@@ -80,16 +84,19 @@ class Joining:
         if len(keys) > 1:
             return self._grids(keys, needed)
         records = self.records
-        found = {part: records.places[part].find(keys[0]) for part in needed}
+        found: dict[int, Found] = {}
+        numbers: dict[int, int] = {}
         is_found = torch.ones(len(keys[0]), dtype=torch.bool, device="cpu")
-        for one in found.values():
-            is_found &= one.times > 0
+        for parts in needed:
+            number = numbers[parts[0]] = records.together(parts)
+            found[parts[0]] = records.places[number].find(keys[0])
+            is_found &= found[parts[0]].times > 0
         used: set[int] = set()
-        for part in range(len(records.parts)):
-            places = found[part] if part in found else records.places[part].find(keys[0])
+        for part in range(len(records.parts)):  # those that are not asked for are known, too
+            places = records.places[part].find(keys[0])
             used |= {*records_at(records, part, places.of(is_found & (places.times > 0))).tolist()}
         found = {part: one.of(is_found) for part, one in found.items()}
-        return Cells(is_found, found, [records.every[i] for i in sorted(used)])
+        return Cells(is_found, found, [records.every[i] for i in sorted(used)], numbers)
 
     def check(self, cells: Cells) -> Several:
         """Hold rows that were recorded several times against the first of them.
@@ -100,13 +107,13 @@ class Joining:
         """
         several = cells.several
         for part, found in cells.found.items():
-            several = several.and_(self.check_part(part, found))
+            several = several.and_(self.check_part(cells.numbers[part], found))
         return several
 
-    def check_part(self, part: int, found: Found) -> Several:
-        """As `check`, of one part's rows."""
+    def check_part(self, number: int, found: Found) -> Several:
+        """As `check`, of one part's rows, by the number of its places."""
         if self.replicas == "error":
-            return check_same(self.records, part, found, self._gathered)
+            return check_same(self.records, number, found, self._gathered)
         return Several(int((found.times > 1).sum()))
 
     def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
@@ -123,19 +130,19 @@ class Joining:
         if cells.grids:
             sizes = next(iter(cells.grids.values())).shape[: len(self.records.keys)]
             made = self._assembled(cells.grids, sizes)
-            flat = made.reshape(-1, *made.shape[len(sizes) :])
+            flat = made.reshape(math.prod(sizes), *made.shape[len(sizes) :])
             return flat[cells.is_found][which]
         tensors = {
-            part: self.of_part(part, Found(one.first[which], one.times[which]))
+            part: self.of_part(cells.numbers[part], Found(one.first[which], one.times[which]))
             for part, one in cells.found.items()
         }
         return self._assembled(tensors, [len(next(iter(tensors.values())))])
 
-    def of_part(self, part: int, found: Found) -> torch.Tensor:
+    def of_part(self, number: int, found: Found) -> torch.Tensor:
         """Return a part's rows: [rows, other dims]; of several the one that was asked for."""
-        places, every = self.records.places[part], self.records.every
+        places = self.records.places[number]
         at = found.first if self.replicas != "last" else found.first + found.times - 1
-        taken = self._gathered.rows(every, places.record[at], places.row[at])
+        taken = self._gathered.rows(places.record[at], places.row[at])
         if self.replicas != "mean" or not bool((found.times > 1).any()):
             return taken
         if not (taken.dtype.is_floating_point or taken.dtype.is_complex):
@@ -145,20 +152,26 @@ class Joining:
         for j in range(1, int(found.times.max())):
             which = (found.times > j).nonzero().flatten()
             at = found.first[which] + j
-            total[which] += self._gathered.rows(every, places.record[at], places.row[at]).to(wide)
+            total[which] += self._gathered.rows(places.record[at], places.row[at]).to(wide)
         counts = found.times.view(-1, *[1] * (total.dim() - 1))
         return (total / counts).to(taken.dtype)
 
-    def _needed(self, sizes: Sequence[int]) -> list[int]:
-        """Return the parts that the receiver's block is made of."""
-        if 0 in sizes:
-            return [0]
-        found = self._plan(sizes)
-        needed = sorted({rank for move in found.moves for ranks in move.ranks for rank in ranks})
-        return needed or [0]
+    def _needed(self, sizes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return the parts that the receiver's block is made of, those that are the same together.
 
-    def _plan(self, sizes: Sequence[int]) -> Plan:
-        parts, receiver = self.records.parts, self.receiver
+        Ranks that share a head hold the same of each row, and so do their parts.
+        """
+        if 0 in sizes:
+            return [(0,)]
+        moves = self._plan(sizes, self.receiver).moves
+        if (
+            not moves
+        ):  # of a sum that another rank holds: zeros here, where all of it is found there
+            moves = self._plan(sizes, self.receiver.with_sums()).moves
+        return sorted({ranks for move in moves for ranks in move.ranks}) or [(0,)]
+
+    def _plan(self, sizes: Sequence[int], receiver: Held) -> Plan:
+        parts = self.records.parts
         blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
         try:
             return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
@@ -166,6 +179,8 @@ class Joining:
             raise BlocksMissing(
                 f"not all parts of these rows were recorded: {parts_text(parts)}", err.advice
             ) from None
+        except LayoutError as err:
+            raise of_parts(self.records, err) from None
 
     def _assembled(self, tensors: dict[int, torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
         """Return the parts as the receiver's: [*sizes, other dims]."""
@@ -177,7 +192,7 @@ class Joining:
         blocks = [part.block(i, sizes) for i, part in enumerate(self.records.parts)]
         receiver = self.receiver.block(0, sizes)
         made = assemble(
-            self._plan(sizes),
+            self._plan(sizes, self.receiver),
             blocks,
             receiver,
             lambda rank, share: tensors[rank if rank in tensors else next(iter(tensors))],
@@ -194,67 +209,26 @@ class Joining:
         plain = not (one.dims.sizes or other.dims.sizes or one.dims.padded or other.dims.padded)
         return plain and names[0] == names[1] and one.shape == other.shape
 
-    def _grids(self, keys: Sequence[torch.Tensor], needed: Sequence[int]) -> Cells:
-        records, sizes = self.records, [len(one) for one in keys]
+    def _grids(self, keys: Sequence[torch.Tensor], needed: Sequence[tuple[int, ...]]) -> Cells:
+        records = self.records
         grids: dict[int, torch.Tensor] = {}
-        is_found = torch.ones(sizes, dtype=torch.bool, device="cpu")
+        is_found = torch.ones([len(one) for one in keys], dtype=torch.bool, device="cpu")
         used: list[Record] = []
+        every: list[Grid] = []
+        for parts in needed:
+            number = records.together(parts)
+            found = records.places[number].find(keys[0])
+            there = records_at(records, number, found.of(found.times > 0)).tolist()
+            grid = Grid(keys, records.keys, self._gathered, self.replicas)
+            used += [one for one in (records.every[i] for i in sorted(there)) if grid.add(one)]
+            first = next(one for one in records.every if one.part == parts[0])
+            grids[parts[0]] = grid.made(first)
+            is_found &= grid.filled
+            every.append(grid)
         several = Several()
-        for part in needed:
-            found = records.places[part].find(keys[0])
-            numbers = records_at(records, part, found.of(found.times > 0)).tolist()
-            there = [records.every[i] for i in sorted(numbers)]
-            used += there
-            grids[part], filled, own = self._grid(part, there, keys)
-            is_found &= filled
-            several = several.and_(own)
-        return Cells(is_found.flatten(), {}, used, grids, several)
-
-    def _grid(
-        self, part: int, there: Sequence[Record], keys: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, Several]:
-        """Return what records of one part have of all combinations, and which these are."""
-        sizes = [len(one) for one in keys]
-        first = next(one for one in self.records.every if one.part == part)
-        made: torch.Tensor | None = None
-        filled = torch.zeros(sizes, dtype=torch.bool, device="cpu")
-        again, worst = torch.zeros(sizes, dtype=torch.bool, device="cpu"), 0.0
-        for record in reversed(there) if self.replicas == "last" else there:
-            into, out_of = [], []
-            for wanted, make, group in zip(keys, self.records.keys, record.groups, strict=True):
-                rows = real_rows(group.ids)
-                own = make.of(group.ids[rows])
-                at = torch.searchsorted(wanted, own).clamp_(max=max(len(wanted) - 1, 0))
-                has = wanted[at] == own if len(wanted) else own < own
-                into.append(at[has])
-                out_of.append(rows[has])
-            if not all(map(len, into)):
-                continue
-            tensor = self._gathered.whole(record)
-            if made is None:
-                made = torch.zeros((*sizes, *rest_of(first)), dtype=tensor.dtype, device="cpu")
-            if made.dtype != tensor.dtype:
-                raise LayoutError(f"there are records of {made.dtype} and of {tensor.dtype}")
-            source, target = _mesh(out_of), _mesh(into)
-            values, before = as_bits(tensor)[source], filled[target]
-            kept = as_bits(made)[target]
-            if bool(before.any()):
-                again[target] |= before
-                off = apart(kept[before].view(made.dtype), values[before].view(made.dtype))
-                if self.replicas == "error" and bool(off.beyond.any()):
-                    raise ReplicasDiffer(
-                        f"a combination of rows was recorded at {place_text(record, 0)} and "
-                        f"before, and there it is off by {float(off.whole.max()):.3g} of its size, "
-                        "which is no rounding",
-                        "match on what differs, too, as with --match-on name,step",
-                    )
-                worst = max(worst, float(off.whole.max()))
-            kept[~before] = values[~before]
-            as_bits(made)[target] = kept
-            filled[target] = True
-        if made is None:
-            made = self._gathered.whole(first).new_zeros((*sizes, *rest_of(first)))
-        return made, filled, Several(int(again.sum()), worst)
+        for grid in every:
+            several = several.and_(grid.checked(is_found))
+        return Cells(is_found.flatten(), {}, used, {}, grids, several)
 
 
 def whole_of(records: Records) -> Held:
@@ -265,7 +239,10 @@ def whole_of(records: Records) -> Held:
     """
     groups = len(records.keys)
     blocks = [part.block(i, [1] * groups) for i, part in enumerate(records.parts)]
-    found = whole(blocks, world_of(records.parts))
+    try:
+        found = whole(blocks, world_of(records.parts))
+    except LayoutError as err:
+        raise of_parts(records, err) from None
     return Held(found.dims, (), found.shape[groups:])
 
 
@@ -276,13 +253,26 @@ def world_of(parts: Sequence[Held]) -> int:
 
 def parts_text(parts: Sequence[Held]) -> str:
     """Say which parts of rows there are."""
-    axes = [axis for axis, _ in parts[0].mesh]
     there = ", ".join(
-        " ".join(f"{axis}={dict(part.mesh)[axis][0]}" for axis in axes) or "one"
-        for part in parts[:8]
+        " ".join(f"{axis}={at}" for axis, (at, _) in part.mesh) or "one" for part in parts[:8]
     )
     sizes = " ".join(f"{axis} of {n}" for axis, (_, n) in parts[0].mesh)
     return f"of {parts[0].dims.text!r:.200} over {sizes}, there is {there}"
+
+
+def of_parts(records: Records, err: LayoutError) -> LayoutError:
+    """Return an error of the layouts' said of parts, whose numbers are no ranks'."""
+    firsts = [
+        next(one for one in records.every if one.part == i) for i in range(len(records.parts))
+    ]
+    where = [
+        f"part {i} is rank {one.row['rank']}'s at step {one.row['step']}"
+        for i, one in enumerate(firsts)
+    ]
+    found = err.of("", {"rank": "part"})
+    if "part " in found.fact or "parts " in found.fact:
+        found = type(found)(f"{found.fact} ({', '.join(where[:8])})", found.advice)
+    return found
 
 
 def records_at(records: Records, part: int, found: Found) -> torch.Tensor:
@@ -293,12 +283,3 @@ def records_at(records: Records, part: int, found: Found) -> torch.Tensor:
     within -= (found.times.cumsum(0) - found.times).repeat_interleave(found.times)
     found_at: torch.Tensor = places.record[starts + within].unique()
     return found_at
-
-
-def _mesh(places: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return indices that combine as a grid."""
-    n = len(places)
-    return tuple(
-        one.to(torch.int64).view([-1 if i == g else 1 for i in range(n)])
-        for g, one in enumerate(places)
-    )

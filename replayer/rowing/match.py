@@ -14,8 +14,9 @@ from recorder.tags import is_recompute
 from recorder.taps.selection import Selected
 
 from ..match import Matcher, selected_rows
+from .held import paired
 from .places import Keys, Places
-from .records import Records, paired
+from .records import Records
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,6 +39,7 @@ class RowMatcher:
         self._numbers: dict[_Key, list[int]] | None = None
         self._frame: pl.DataFrame | None = None
         self._kept: dict[_Key, Records] = {}
+        self._latest: dict[int, int] = {}
         self._shared: dict[object, tuple[list[Places], list[Keys]]] = {}
         self._lock = threading.RLock()
 
@@ -47,7 +49,12 @@ class RowMatcher:
         return bool(self._by_key())
 
     def find(
-        self, selected: Selected, kind: str, receivers: Sequence[tuple[str, ...]]
+        self,
+        selected: Selected,
+        kind: str,
+        receivers: Sequence[tuple[str, ...]],
+        *,
+        fires: bool = True,
     ) -> Records | None:
         """Return the records of a tap; None where none of them has rows.
 
@@ -55,6 +62,7 @@ class RowMatcher:
             selected: the tap.
             kind: `tensor` or `grad`.
             receivers: the dims that its own rows are along, by group.
+            fires: whether it does, and is counted as one that did.
 
         Raises:
             ReplayError: it is matched by order, which says nothing of rows.
@@ -73,11 +81,14 @@ class RowMatcher:
         key = selected.key
         at: _Key = (kind, match_on.group_of_target(key.name, selected.tags))
         at = (*at, key.step + self._matcher.step_offset if match_on.rows_use_step else None)
-        at = (*at, key.occurrence if match_on.rows_use_occurrence else None)
+        number = self._matcher.upcoming(selected, kind) if match_on.rows_use_occurrence else None
+        at = (*at, number)
         with self._lock:
             numbers = self._by_key().get(at)
             if numbers is None:
                 return None
+            if fires:
+                self._matcher.pass_over(selected, kind)
             known = (*at, tuple(receivers))
             found = self._kept.get(known)
             if found is None:
@@ -88,6 +99,7 @@ class RowMatcher:
                     rows,
                     lambda own: paired(own, receivers),
                     self._shared,
+                    latest=self._latest,
                     check=self._check,
                 )
                 while len(self._kept) >= _MOST_KEPT:
@@ -106,34 +118,43 @@ class RowMatcher:
         import polars as pl
 
         matcher, match_on = self._matcher, self._matcher.match_on
-        frame = self._recording.rows().filter(
-            pl.col("rows").is_not_null() & ~pl.col("kind").is_in(AUXILIARY)
-        )
-        if not frame.height or match_on.order:
-            return {("",): [0]} if frame.height else {}
+        frame = self._recording.rows().filter(~pl.col("kind").is_in(AUXILIARY))
+        has_any = bool(frame["rows"].is_not_null().any())
+        if not has_any or match_on.order:
+            return {("",): [0]} if has_any else {}
         if not match_on.whole:
             frame = selected_rows(
                 frame, matcher.filter, matcher.rank, matcher.step_offset, matcher.renames
             ).drop("row")
+        self._latest = dict(self._recording.latest().select("rank", "attempt").unique().iter_rows())
+        names = frame.select("name", "tags").unique(maintain_order=True)
+        groups: dict[tuple[str, str], tuple[object, bool]] = {}
+        for name, text in names.iter_rows():
+            tags = parse_tags(text)
+            groups[name, text] = match_on.group(name, tags), is_recompute(tags)
+        codes = {one: code for code, one in enumerate({*groups.values()})}
+        names = names.with_columns(code=pl.Series([codes[one] for one in groups.values()]))
+        frame = frame.join(names, on=["name", "tags"], how="left", maintain_order="left")
+        # Counted anew over what counts, those without rows too: as the target's are.
+        within = ["rank", "attempt", "kind", "code", *["step"] * match_on.use_step]
+        frame = frame.sort("rank", "attempt", "seq").with_columns(
+            number=pl.int_range(pl.len(), dtype=pl.Int64).over(within)
+        )
         # The latest attempt first; then as a job on one rank would have computed them.
-        frame = frame.sort(
+        frame = frame.filter(pl.col("rows").is_not_null()).sort(
             "attempt", "step", "occurrence", "rank", "seq",
             descending=[True, False, False, False, False], maintain_order=True,
         )  # fmt: skip
-        self._frame = frame
-        numbered = frame.select("name", "tags", "kind", "step", "occurrence").with_row_index("at")
-        groups: dict[tuple[str, str], tuple[object, bool]] = {}
-        for name, text in numbered.select("name", "tags").unique().iter_rows():
-            tags = parse_tags(text)
-            groups[name, text] = match_on.group(name, tags), is_recompute(tags)
+        self._frame = frame.drop("code", "number")
         found: dict[_Key, list[int]] = {}
         seconds: dict[_Key, list[int]] = {}
-        by = ["name", "tags", "kind"]
-        by += ["step"] * match_on.rows_use_step + ["occurrence"] * match_on.rows_use_occurrence
-        for values, part in numbered.group_by(by, maintain_order=True):
-            group, is_second = groups[values[0], values[1]]
+        by = ["kind", "code"]
+        by += ["step"] * match_on.rows_use_step + ["number"] * match_on.rows_use_occurrence
+        known = {code: one for one, code in codes.items()}
+        for values, part in frame.with_row_index("at").group_by(by, maintain_order=True):
             given = dict(zip(by, values, strict=True))
-            key = (given["kind"], group, given.get("step"), given.get("occurrence"))
+            group, is_second = known[given["code"]]
+            key = (given["kind"], group, given.get("step"), given.get("number"))
             # A second forward computes nothing that its first has not.
             (seconds if is_second else found).setdefault(key, []).extend(part["at"].to_list())
         return {**seconds, **{key: sorted(numbers) for key, numbers in found.items()}}

@@ -42,6 +42,8 @@ class Keys:
             LayoutError: an id is of another number of numbers.
         """
         numbers = 1 if ids.dim() == 1 else int(ids.shape[1])
+        if not len(ids):
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         if numbers != self.numbers:
             raise LayoutError(
                 f"the baseline's rows are told apart by {self.numbers} numbers each, and the "
@@ -107,6 +109,18 @@ class Places:
         self.record = numbers.repeat_interleave(counts)[order]
         self.row = torch.cat([nothing.to(torch.int32), *(one.to(torch.int32) for one in rows)])
         self.row = self.row[order]
+
+    @classmethod
+    def merged(cls, several: Sequence[Places]) -> Places:
+        """Return several as one, in the order of the records' numbers."""
+        found = cls((), (), ())
+        record, row, keys = (
+            torch.cat([getattr(one, name) for one in several]) for name in ("record", "row", "keys")
+        )
+        order = record.argsort(stable=True)
+        found.keys, by_key = keys[order].sort(stable=True)
+        found.record, found.row = record[order][by_key], row[order][by_key]
+        return found
 
     def find(self, keys: torch.Tensor) -> Found:
         """Return the places of some keys."""

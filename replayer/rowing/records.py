@@ -7,152 +7,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from recorder.errors import LayoutError
 from recorder.format.schema import ManifestRow
-from recorder.layouts.blocks import Block, coordinates
-from recorder.layouts.dims import Dim, Dims
-from recorder.layouts.rowed import Rowed, rowed
+from recorder.layouts.dims import Dims
+from recorder.layouts.rowed import rowed
 from recorder.logical import layout_of
-from recorder.mesh import FrozenMesh
-from recorder.tokens.taken import Taken
+from recorder.tokens.taken import real
 
+from .held import Held, Record, Source, held_by
 from .places import Keys, Places, real_rows
+from .where import Where
 
 _MOST_SHARED = 32
-
-
-class Source(Protocol):
-    """What records are read from: a `Recording`."""
-
-    @property
-    def world_size(self) -> int:
-        """The number of ranks of the job that was recorded."""
-
-    def mesh_of(self, row: ManifestRow) -> FrozenMesh | None:
-        """Return where the rank of a manifest row stood; None where nobody said."""
-
-    def ids(self, row: ManifestRow, *, check: bool = True) -> tuple[Taken, ...]:
-        """Return the ids of a record's rows."""
-
-    def read(self, row: ManifestRow, *, check: bool = True) -> torch.Tensor:
-        """Return the tensor of a manifest row."""
-
-    def read_runs(self, row: ManifestRow, runs: Sequence[tuple[int, memoryview]]) -> None:
-        """Read runs of a payload's bytes into memory."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """What some records hold of a row.
-
-    Attributes:
-        dims: the layout with one dim for each group of rows in front.
-        mesh: where their ranks stand on the axes over which parts differ.
-        shape: the sizes of the other dims.
-    """
-
-    dims: Dims = field(hash=False)
-    mesh: FrozenMesh
-    shape: tuple[int, ...]
-
-    @property
-    def world_size(self) -> int:
-        """How many parts there may be."""
-        total = 1
-        for _, (_, size) in self.mesh:
-            total *= size
-        return total
-
-    def block(self, rank: int, sizes: Sequence[int]) -> Block:
-        """Return it as the block of a rank, of so many rows along each group."""
-        return Block(rank, self.dims, (*sizes, *self.shape), self.mesh)
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record: its manifest row, its rows along each group, and the number of its part."""
-
-    row: ManifestRow
-    groups: tuple[Rowed, ...]
-    part: int
-
-
-def held_by(
-    dims: Dims,
-    groups: Sequence[Rowed],
-    shape: Sequence[int],
-    rank: int,
-    mesh: FrozenMesh | None,
-    world_size: int,
-) -> Held:
-    """Return which part of its rows a rank holds.
-
-    Cuts of the dims that have rows need not be known, since the ids say more.
-
-    Args:
-        dims: its layout.
-        groups: its rows.
-        shape: its sizes.
-        rank: the rank.
-        mesh: where it stands.
-        world_size: how many ranks its job has.
-
-    Raises:
-        LayoutError: nobody says where it stands.
-    """
-    front = {i for group in groups for i in group.at}
-    named = {name for group in groups for name in group.names}
-    rest = tuple(dim for i, dim in enumerate(dims.dims) if i not in front)
-    sizes = tuple(n for i, n in enumerate(shape) if i not in front)
-    own = replace(
-        dims,
-        dims=rest,
-        sizes={name: n for name, n in dims.sizes.items() if name not in named},
-        padded=dims.padded - named,
-        fills={name: fill for name, fill in dims.fills.items() if name not in named},
-    )
-    axes = dict.fromkeys(own.axes)
-    places = coordinates(Block(rank, own, sizes, mesh), world_size) if axes else {}
-    return Held(
-        replace(
-            own,
-            dims=(*(Dim((f"rows {g}",)) for g in range(len(groups))), *rest),
-            mesh=None,
-            shape=None,
-            aliases={},
-        ),
-        tuple(sorted((axis, places[axis]) for axis in axes)),
-        sizes,
-    )
-
-
-def paired(
-    senders: Sequence[tuple[str, ...]], receivers: Sequence[tuple[str, ...]]
-) -> list[tuple[int, int]]:
-    """Return which groups of rows belong together, by their names: one on each side do in any case.
-
-    Raises:
-        LayoutError: there are several, and none has a name of the other side's.
-    """
-    if len(senders) == len(receivers) == 1:
-        return [(0, 0)]
-    known = {names: i for i, names in enumerate(senders)}
-    found = [(known[names], j) for j, names in enumerate(receivers) if names in known]
-    if not found:
-        of_senders, of_receivers = (
-            " and ".join(" ".join(names) for names in side) for side in (senders, receivers)
-        )
-        raise LayoutError(
-            f"the baseline has rows along {of_senders}, and the target along {of_receivers}",
-            "call those that belong together the same on both sides",
-        )
-    return found
 
 
 class Records:
@@ -163,6 +33,11 @@ class Records:
         parts: what they hold of their rows; the numbers in the records.
         keys: what makes ids integers, for each group.
         pairs: for each group, its number among the receiver's.
+        places: for each part, and for some of them together, the places of its rows.
+        where: where their payloads lie.
+        bare: those that have no row at all, but padding.
+        latest: the latest attempt of each rank, the others' records being those of no tap that
+            could be asked for by its key.
     """
 
     def __init__(
@@ -172,10 +47,26 @@ class Records:
         places: Sequence[Places],
         keys: Sequence[Keys],
         pairs: Sequence[int],
+        latest: Mapping[int, int],
     ) -> None:
-        self.every, self.parts, self.places = every, parts, places
-        self.keys, self.pairs = keys, pairs
+        self.every, self.parts, self.places = every, parts, list(places)
+        self.keys, self.pairs, self.latest = keys, pairs, latest
+        self.bare = [
+            one for one in every if not all(bool(real(group.ids).any()) for group in one.groups)
+        ]
         self.checked: dict[int, torch.Tensor] = {}
+        self.where = Where(every)
+        self._together: dict[tuple[int, ...], int] = {}
+
+    def together(self, parts: tuple[int, ...]) -> int:
+        """Return the number in `places` of parts that hold the same of their rows."""
+        if len(parts) == 1:
+            return parts[0]
+        number = self._together.get(parts)
+        if number is None:
+            number = self._together[parts] = len(self.places)
+            self.places.append(Places.merged([self.places[part] for part in parts]))
+        return number
 
     @classmethod
     def of(
@@ -185,6 +76,7 @@ class Records:
         choose: Callable[[list[tuple[str, ...]]], list[tuple[int, int]]],
         shared: dict[object, tuple[list[Places], list[Keys]]],
         *,
+        latest: Mapping[int, int] | None = None,
         check: bool = True,
     ) -> Records:
         """Return what records hold of some groups of rows.
@@ -195,6 +87,7 @@ class Records:
             choose: of the names of the records' groups of rows, which belong to the other side's:
                 their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
+            latest: the latest attempt of each rank; None where that does not matter.
             check: whether to hold ids against their digest.
 
         Raises:
@@ -216,7 +109,9 @@ class Records:
             if pairs is None:
                 names = [group.names for group in groups]
                 pairs = choose(names)
-            if [group.names for group in groups] != names:
+            own = [group.names for group in groups]
+            is_one = len(own) == len(names) == 1  # may be called otherwise, if that pairs it alike
+            if own != names and not (is_one and choose(own) == pairs):
                 raise LayoutError(
                     f"some records of {row['name']} have rows along "
                     f"{' and '.join(map(' '.join, names))} and others along "
@@ -235,7 +130,7 @@ class Records:
                 shared.pop(next(iter(shared)))
             known = shared[about, tuple(pairs or ())] = _placed(found, len(numbers))
         places, keys = known
-        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()])
+        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()], latest or {})
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:
@@ -244,8 +139,12 @@ def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Key
     for g in range(len(found[0].groups)):
         rows = [real_rows(one.groups[g].ids) for one in found]
         ids = [one.groups[g].ids[at] for one, at in zip(found, rows, strict=True)]
-        if len({one.dim() for one in ids} | {one.shape[1:] for one in ids}) > 2:
+        several = {one.shape[1:] for one in ids if len(one)}
+        if len(several) > 1:
             raise LayoutError("records' rows are told apart by more numbers in some than in others")
+        # Of ids of which there are none nobody knows how many numbers each would be.
+        shape = (0, *next(iter(several), ids[0].shape[1:]))
+        ids = [one if len(one) else one.reshape(shape) for one in ids]
         keys.append(Keys(torch.cat(ids)))
         if g == 0:
             kept = [(keys[0].of(own), at) for own, at in zip(ids, rows, strict=True)]
@@ -254,13 +153,3 @@ def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Key
         numbers = [i for i, one in enumerate(found) if one.part == part]
         places.append(Places([kept[i][0] for i in numbers], [kept[i][1] for i in numbers], numbers))
     return places, keys
-
-
-def seqs_of(records: Sequence[Record], world_size: int) -> list[int | None]:
-    """Return for each sender rank the `seq` of the first of some records, None without one."""
-    found: list[int | None] = [None] * world_size
-    for one in records:
-        rank = one.row["rank"]
-        if found[rank] is None:
-            found[rank] = one.row["seq"]
-    return found

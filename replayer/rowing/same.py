@@ -13,9 +13,14 @@ from recorder.sizes import count
 from recorder.tags import label
 
 from .gather import Gathered
+from .held import Record
 from .places import Found
-from .records import Record, Records
+from .records import Records
 
+APART = (
+    "if something else was meant to differ, such as the weights of another step, match on it too, "
+    "as with --match-on name,step; if the ids leave something out, add it with salt"
+)
 _CHUNK_BYTES = 32 << 20
 _NOT_YET = -1.0
 
@@ -33,12 +38,12 @@ def rounding(dtype: torch.dtype) -> Rounding:
     `whole` bounds the root mean square of the difference over that of the row, `element` the
     greatest difference over the row's greatest element. Batches of other shapes add up in another
     order, and that adds up from layer to layer: in float32 to some 50 units of rounding, in 16 bits
-    to a few, since sums are made in more.
+    to a few, since sums are made in more, and in 8 bits to one, which is an eighth of a value.
     """
     if not (dtype.is_floating_point or dtype.is_complex):
         return Rounding(0.0, 0.0)
     eps = float(torch.finfo(dtype).eps)
-    whole = (8.0 if eps > 1e-5 else 128.0) * eps
+    whole = min((1.0 if eps > 0.01 else 8.0 if eps > 1e-5 else 128.0) * eps, 0.25)
     return Rounding(whole, 8.0 * whole)
 
 
@@ -68,7 +73,11 @@ def apart(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) ->
     """
     n = len(a)
     x, y = a.reshape(n, -1), b.reshape(n, -1)
-    same = (as_bits(x) == as_bits(y)).all(1) if x.shape[1] else torch.ones(n, dtype=torch.bool)
+    same = (
+        (as_bits(x) == as_bits(y)).flatten(1).all(1)
+        if x.shape[1]
+        else torch.ones(n, dtype=torch.bool)
+    )
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         far = (x.to(torch.float64) - y.to(torch.float64)).abs()
         most = far.amax(1) if x.shape[1] else torch.zeros(n, dtype=torch.float64)
@@ -133,17 +142,17 @@ def check_same(records: Records, part: int, found: Found, gathered: Gathered) ->
         known = records.checked[part] = torch.full((len(places.keys),), _NOT_YET)
     first, counts = found.first[several], found.times[several]
     todo = known[first] == _NOT_YET
+    measured = known.clone() if bool(todo.any()) else known  # all of it, or none counts
     for one, other in _others(records, part, first[todo], counts[todo]):
-        a, b = (
-            gathered.rows(records.every, places.record[at], places.row[at]) for at in (one, other)
-        )
+        a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
         if bool(off.beyond.any()):
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
             raise _differ(records, part, int(one[worst]), int(other[worst]), off, worst)
-        known[one] = torch.maximum(known[one], off.whole.to(known.dtype))
-    known[first] = known[first].clamp_min(0.0)
-    return Several(int(several.sum()), float(known[first].max()))
+        measured[one] = torch.maximum(measured[one], off.whole.to(known.dtype))
+    measured[first] = measured[first].clamp_min(0.0)
+    records.checked[part] = measured
+    return Several(int(several.sum()), float(measured[first].max()))
 
 
 def _others(
@@ -167,7 +176,8 @@ def _others(
             places.row[one] == places.row[other]
         )
         one, other = one[~is_same], other[~is_same]
-        yield from zip(one.split(size), other.split(size), strict=True)
+        if len(one):  # nothing is still split into one piece
+            yield from zip(one.split(size), other.split(size), strict=True)
 
 
 def _differ(
@@ -184,13 +194,13 @@ def _differ(
         f"a row of {label(first['name'], first['tags'])} was recorded at {where[0]} and at "
         f"{where[1]}, and there it is off by {float(off.whole[at]):.3g} of its size, at most by "
         f"{float(off.most[at]):.6g}, which is no rounding{more}",
-        "if something else was meant to differ, such as the weights of another step, match on it "
-        "too, as with --match-on name,step; if the ids leave something out, add it with salt",
+        APART,
     )
 
 
-def place_text(record: Record, row: int) -> str:
+def place_text(record: Record, row: int | None) -> str:
     """Return where a row was recorded, for messages."""
     about = record.row
-    attempt = f" attempt={about['attempt']}" if about["attempt"] else ""
-    return f"step={about['step']} rank={about['rank']}{attempt} row {row}"
+    more = [f" {name}={about[name]}" for name in ("occurrence", "attempt") if about[name]]
+    number = "" if row is None else f" row {row}"
+    return f"step={about['step']} rank={about['rank']}{''.join(more)}{number}"

@@ -33,7 +33,7 @@ _WORDS = {
     "error": "not comparable",
 }
 _SIDES = {"only_a": "only in A", "only_b": "only in B"}
-_DROPPED = ("p99", "cosine", "mismatched", "max_abs", "times_floor")
+_DROPPED = ("p99", "cosine", "margin", "mismatched", "max_abs", "times_floor")
 """Columns that a narrow terminal goes without, the first of them first."""
 _BY_ROWS = 5
 _LONG = 60  # characters of a value
@@ -105,6 +105,8 @@ def figures(row: DiffRow) -> str:
     if odd and row["odd_at"] is not None and row["how"] != ROWS:
         odd[-1] += f", the first at {row['odd_at']}"
     facts += odd
+    if row["flips"]:
+        facts.append(chosen(row))
     if row["rows"] is not None:
         facts.append(rows_compared(row))
     if row["times_floor"] is not None:
@@ -117,6 +119,17 @@ def figures(row: DiffRow) -> str:
     if row["message"]:
         facts.append(row["message"])
     return ", ".join(facts)
+
+
+def chosen(row: DiffRow) -> str:
+    """Say how many rows of a router's chose others, and by what margin."""
+    text = f"{count(row['flips'] or 0, 'row')} another choice"
+    if row["margin"] is None:
+        return text
+    return (
+        f"{text}, {row['ties']} of them near ties, by the baseline's scores apart by "
+        f"{_text(row['margin_typical'])} in the median and {_text(row['margin'])} at most"
+    )
 
 
 def rows_compared(row: DiffRow) -> str:
@@ -358,6 +371,8 @@ def _cells(row: DiffRow) -> dict[str, str]:
         "occ": str(row["occurrence"]) if row["occurrence"] else "",
         "rank": "" if row["rank"] is None else str(row["rank"]),
         "outcome": row["outcome"],
+        "flips": str(row["flips"]) if row["flips"] else "",
+        "margin": cell_of(row["margin"]),
         "rel_diff": cell_of(row["rel_diff"]),
         "max_abs": cell_of(row["max_abs"] if row["max_abs"] is not None else row["at_least"]),
         "mismatched": _share(mismatched / numel) if is_beyond and mismatched and numel else "",

@@ -27,6 +27,7 @@ import localizing
 import modules
 import recording
 import replaying
+import rows
 import taps
 import tokens
 from harness import Result
@@ -42,6 +43,7 @@ BENCHMARKS = {
     "module-tap": modules.module_tap,
     "tokens-batches": tokens.batches,
     "tokens-steps": tokens.steps,
+    "rows-matched": rows.matched,
     "throughput": recording.throughput,
     "repeats": recording.repeats,
     "memory": recording.memory,

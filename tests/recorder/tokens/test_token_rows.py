@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import token_oracle as oracle
 import torch
 
 from recorder import TokenBook, token_rows
+from recorder.tokens import hashing
 from recorder.tokens.known import known_of
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16]
@@ -72,6 +74,16 @@ def test_golden_values():
         assert token_rows([15496, 11, 995], salt=salt).tolist() == expected
         assert oracle.ids([15496, 11, 995], salt) == expected
     assert token_rows([0]).tolist() == [2598789274482403935]
+
+
+def test_the_readme_s_example_is_the_golden_one():
+    text = Path(hashing.__file__).with_name("README.md").read_text()
+    assert all(str(one) in text for salt in (None, 0, "adapter-7") for one in GOLDEN[salt])
+    total = 0
+    for i, token in enumerate([15496, 11, 995]):
+        term = oracle.mix((token + (i + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        total = (total + term) % 2**64
+        assert f"| {i} | {token} | {term:#x} | {total:#x} | {GOLDEN[None][i]} |" in text
 
 
 def test_the_oracle_mixes_as_splitmix64():

@@ -154,9 +154,10 @@ def test_choices_are_sets_and_near_ties_are_told_by_scores():
     assert choice(x, x.flip(1)).look["choice"]["order"] == 32
     y = x.clone()
     y[5, 1] = scores[5].argmin()
-    assert choice(x, y, [scores]).look["choice"] == {
-        "rows": 32, "other": 1, "order": 0, "first": [5], "ties": 0,
-    }  # fmt: skip
+    look = choice(x, y, [scores]).look["choice"]
+    margin = float(scores[5].topk(2).values[1] - scores[5].min())
+    assert look.pop("margins") == pytest.approx([margin, margin])
+    assert look == {"rows": 32, "other": 1, "order": 0, "first": [5], "ties": 0}
     close = scores.clone()
     close[5, y[5, 1]] = close[5, x[5, 1]] - 1e-4
     assert choice(x, y, [close]).look["choice"]["ties"] == 1
