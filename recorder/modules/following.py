@@ -25,7 +25,7 @@ from ..errors import UsageError, is_from_the_job
 from ..imported import imported
 from ..mailbox import write_report
 from ..systems import choose, missed
-from ..systems.calls import NoRows, arguments
+from ..systems.calls import Arguments, NoRows, arguments, plainly_made
 from ..systems.heads import NOTHING
 from ..systems.servers import LAST
 from ..taps import sessions
@@ -182,25 +182,36 @@ class _Model:
         if not sessions.active:
             missed.note()
             return
-        run = runs.current()
-        if run is not None and run.module() is module and self._is_of(run, args, kwargs):
+        run, call = runs.current(), arguments(module, args, kwargs)
+        given = _given(call, args)
+        if run is not None and run.module() is module and run.is_given(given):
             run.holders += 1  # another session's hook has begun it
-            return
-        with plainly():
-            self.read(module, args, kwargs)
+        elif self.system:
+            with plainly():
+                self.read(module, call, given)
+        elif runs.around(self._is_in) is None:
+            self.ask(module, args, kwargs, given)
 
-    def read(self, module: Any, args: tuple[Any, ...], kwargs: Any, by_hand: bool = False) -> None:
+    def ask(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        given: tuple[Any, ...],
+        by_hand: bool = False,
+    ) -> None:
+        """Make a run of a call that a function reads."""
+        self._following.models[type(module).__name__] = None
+        ids = self._following.by_function(module, args, kwargs)
+        Run(module, ids, given, self._following, stays=True, by_hand=by_hand).begin()
+
+    def read(
+        self, module: Any, call: Arguments, given: tuple[Any, ...], by_hand: bool = False
+    ) -> None:
         """Make a run of a call, unless it is part of the one that runs."""
         outer = runs.around(self._is_in)
         self._following.models[type(module).__name__] = None
-        if self.system == "":
-            if outer is None:
-                ids = self._following.by_function(module, args, kwargs)
-                given = _given(module, args, kwargs)
-                Run(module, ids, given, self._following, stays=True, by_hand=by_hand).begin()
-            return
-        given = _given(module, args, kwargs)
-        if outer is not None and self._is_part(outer, module, args, kwargs):
+        if outer is not None and (outer.is_given(given) or _is_embedded(outer, call)):
             inner = Run(module, outer.ids, given, self._following, by_hand=by_hand)
             inner.shape, inner.kept, inner.after = outer.shape, outer.kept, outer.after
             inner.ended = outer.ended if outer.by_hand else None
@@ -208,8 +219,8 @@ class _Model:
             return
         run = Run(module, (), given, self._following, by_hand=by_hand)
         try:
-            begun = choose.reader(self.system)(module, arguments(module, args, kwargs), self._tell)
-            run.ids = Ids.given(begun.rows)
+            begun = choose.reader(self.system)(module, call, self._tell)
+            run.ids = Ids.given({dims: plainly_made(of) for dims, of in begun.rows.items()})
             run.shape, run.kept, run.ended = begun.shape, begun.kept, begun.ended
             run.after = tuple(one for one in run.ids if one.names == (LAST,))
         except NoRows as err:
@@ -227,9 +238,6 @@ class _Model:
         module = self.module()
         self._following.tell("a model" if module is None else type(module).__name__, reason)
 
-    def _is_of(self, run: Run, args: tuple[Any, ...], kwargs: Any) -> bool:
-        return run.is_given(_given(self.module(), args, kwargs))
-
     def _is_in(self, model: Any) -> bool:
         """Whether it is one of the modules that a model holds, and not that itself."""
         known = self._in.get(id(model))
@@ -239,25 +247,25 @@ class _Model:
             known = self._in[id(model)] = weakref.ref(model), is_in
         return known[1]
 
-    def _is_part(self, outer: Run, module: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
-        """Whether a call is given what the model around it is given, or embeddings of that."""
-        if self._is_of(outer, args, kwargs):
-            return True
-        given = arguments(module, args, kwargs)
-        embeddings = given.get("inputs_embeds")
-        return (
-            given.get("input_ids") is None
-            and isinstance(embeddings, torch.Tensor)
-            and outer.shape == tuple(embeddings.shape[:-1])
-        )
+
+_NAMES = ("input_ids", "attention_mask", "past_key_values", "cache", "positions")
 
 
-def _given(module: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, ...]:
+def _given(call: Arguments, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what tells a call from others: its tokens, and what says how they lie."""
-    given = arguments(module, args, kwargs or {})
-    names = ("input_ids", "attention_mask", "past_key_values", "cache", "positions")
-    found = tuple(given.get(name) for name in names)
-    return found if any(one is not None for one in found) else (*args, *(kwargs or {}).values())
+    if "input_ids" in call:
+        return tuple(map(call.get, _NAMES))
+    return (*args, *call.values())
+
+
+def _is_embedded(outer: Run, call: Arguments) -> bool:
+    """Whether a call is given embeddings of what the model around it is given."""
+    embeddings = call.get("inputs_embeds")
+    return (
+        "input_ids" not in call
+        and isinstance(embeddings, torch.Tensor)
+        and outer.shape == tuple(embeddings.shape[:-1])
+    )
 
 
 def _after(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
@@ -286,7 +294,7 @@ class _Head:
         if run is None or run.kept is None or is_in_backward():
             return
         kept, run.kept = run.kept, None
-        run.ids = () if kept is NOTHING else (Ids(run.ids[0].names, kept),)
+        run.ids = () if kept is NOTHING else (Ids(run.ids[0].names, plainly_made(kept)),)
 
 
 def _before_logits(module: Any, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
@@ -321,10 +329,18 @@ class _Within:
         if is_called or self._turns.next(frame, 1) != 0:
             return
         run, held = runs.current(), model.module()
+        if held is None:
+            return
         if run is not None and run.by_hand and run.module() is held:
             run.holders = 0  # it ended, and is called again
+        kwargs = _locals_of(frame)
+        call = arguments(held, (), kwargs)
+        given = _given(call, ())
         with plainly():
-            model.read(held, (), _locals_of(frame), by_hand=True)
+            if model.system:
+                model.read(held, call, given, by_hand=True)
+            else:
+                model.ask(held, (), kwargs, given, by_hand=True)
 
 
 def _locals_of(frame: Any) -> Mapping[str, Any]:

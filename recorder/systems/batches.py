@@ -27,7 +27,8 @@ from . import caches
 from .calls import Arguments, Begun, NoRows, Say, tokens_of, whole
 from .heads import kept
 from .masks import Real, real_of
-from .past import Past
+from .numbering import FEW, Numbered, all_at_once, one_by_one
+from .past import NUMBERS, REAL, SUMS, Past
 
 DIMS = "b s"
 _MASKS = "transformers.masking_utils"
@@ -123,9 +124,9 @@ def _packed(
     """Return the ids of sequences that lie one behind the other; None where they do not."""
     config = getattr(module, "config", None)
     is_flash = "flash" in str(getattr(config, "_attn_implementation", ""))
-    own, bounds = tokens.detach().clone(), given.get("cu_seq_lens_q")
+    bounds = given.get("cu_seq_lens_q")
     if is_flash and isinstance(bounds, torch.Tensor) and cache is None:
-        ends = bounds.detach().clone()
+        own, ends = tokens.detach().clone(), bounds.detach().clone()
         return _Packed(lambda: packed(own, ends, None))
     places = given.get("position_ids")
     if given.get("attention_mask") is not None or not isinstance(places, torch.Tensor):
@@ -140,7 +141,7 @@ def _packed(
             "its position_ids begin again within a row, and its attention may go on across; give "
             "use_cache=False, or pad it and give attention_mask"
         )
-    at = places.detach().expand(tokens.shape).clone()
+    own, at = tokens.detach().clone(), places.detach().expand(tokens.shape).clone()
     return _Packed(lambda: positioned(own, at, None, None))
 
 
@@ -230,66 +231,49 @@ class _Batch(_Once):
     @torch.no_grad()
     def _compute(self) -> torch.Tensor:
         tokens = self._tokens.to("cpu", torch.int64)
-        rows, count = tokens.shape
         before = self._before
         begin = 0 if before is None else before.length
-        every = torch.ones(rows, begin + count, dtype=torch.bool, device="cpu")
-        real = every if self._real is None else self._real.columns.cpu()
-        own = real[:, begin:]
-        known = torch.ones(rows, dtype=torch.bool, device="cpu")
+        columns = None if self._real is None else self._real.columns.to("cpu", torch.int64)
+        known = [True] * len(tokens)
+        if columns is not None and before is not None:
+            known = (columns[:, :begin] == before.held[REAL]).all(1).tolist()
+        elif before is not None:  # without a mask, what was padding is none any more
+            known = [number == begin for number in before.ends[1]]
         if self._real is not None and self._real.fits is not None:
-            known &= self._real.fits.cpu()
-        numbers = own.to(torch.int64).cumsum(1)
-        if before is None:
-            begins = torch.zeros(rows, 1, dtype=torch.int64, device="cpu")
-        else:
-            begins = before.numbers[:, -1:]
-            known &= (begins[:, 0] >= 0) & (before.real == real[:, :begin]).all(1)
-        numbers += begins.clamp_min(0)
-        terms = numbered(tokens, numbers) * own
+            fits = self._real.fits.tolist()
+            known = [one and fit for one, fit in zip(known, fits, strict=True)]
+        own = torch.ones_like(tokens) if columns is None else columns[:, begin:]
+        places = None if self._positions is None else self._positions.to("cpu", torch.int64)
         types = None if self._types is None else self._types.to("cpu", torch.int64)
         if types is not None and not bool(types.any()):
             types = None
         if types is not None and not self.is_whole:
-            known &= ~types.any(1)
-        if self._positions is not None:
-            known &= self._fit(self._positions.to("cpu", torch.int64), numbers, own, begin)
-        sums = terms.cumsum(1)
-        if before is not None:
-            sums += before.sums[:, -1:]
+            known = [
+                one and not any_ for one, any_ in zip(known, types.any(1).tolist(), strict=True)
+            ]
+        batch = Numbered(tokens, own, places, begin, None if before is None else before.ends, known)
+        few = tokens.numel() <= FEW and not self.is_whole
+        found = one_by_one(batch) if few else all_at_once(batch)
+        sums = found.columns[SUMS]
         if self.is_whole:
-            sums += _whole(sums[:, -1], types, numbers, own)[:, None]
-        if self._needs_saying(known, own):
+            seeds = _whole(sums[:, -1], types, found.columns[NUMBERS], own)
+            sums = sums + seeds[:, None]
+            found = found.named(sums)
+        else:
+            self._past = (
+                Past.of(found.columns, found.ends)
+                if before is None
+                else before.then(found.columns, found.ends)
+            )
+        if found.is_new_unknown:
             self._say(
                 "some rows have no ids, since their mask, positions, types or cache are not those "
                 "of tokens that follow one another; say which row is which by a function, as in "
                 "--rows PKG.MOD.FN"
             )
-        shown = own & known[:, None]
-        ids = named(sums.clone()).masked_fill_(~shown, -1)
-        if not self.is_whole:
-            after = torch.where(known[:, None], numbers, -1)
-            self._past = (
-                Past.of(sums, after, own) if before is None else before.then(sums, after, own)
-            )
-        places = (numbers - 1).masked_fill_(~shown, -1)
         del self._tokens, self._real, self._positions, self._types  # copies, perhaps on a device
         self._before = None
-        return with_known(ids, places, tokens.masked_fill(~shown, -1))
-
-    def _fit(
-        self, positions: torch.Tensor, numbers: torch.Tensor, own: torch.Tensor, begin: int
-    ) -> torch.Tensor:
-        """Return of which rows the positions count tokens, or columns, from where they begin."""
-        columns = torch.arange(begin, begin + positions.shape[1], device="cpu")
-        of_tokens = ((positions == numbers - 1) | ~own).all(1)
-        return of_tokens | ((positions == columns) | ~own).all(1)
-
-    def _needs_saying(self, known: torch.Tensor, own: torch.Tensor) -> bool:
-        unknown = ~known
-        if self._before is not None:  # what had none before is not said again
-            unknown &= self._before.numbers[:, -1] >= 0
-        return bool((unknown & own.any(1)).any())
+        return with_known(found.ids, found.positions, found.tokens)
 
 
 def _whole(
@@ -298,7 +282,7 @@ def _whole(
     """Return the seed of rows that depend on their whole sequence, [rows]: its last id."""
     seeds = listed([seed(one) for one in named(last.clone()).tolist()])
     if types is not None:
-        ends = (numbered(types, numbers) * own).sum(1) + seeds
+        ends = (numbered(types, numbers.clamp_min(0)) * own).sum(1) + seeds
         typed = listed([seed(one) for one in named(ends).tolist()])
         seeds = torch.where((types * own).any(1), typed, seeds)
     return seeds

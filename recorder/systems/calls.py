@@ -47,6 +47,16 @@ class Begun:
     ended: Callable[[Any], None] | None = None
 
 
+def plainly_made(make: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Return what makes the same outside of inference mode, whose tensors count no changes."""
+
+    def made() -> torch.Tensor:
+        with torch.inference_mode(False):
+            return make()
+
+    return made
+
+
 def parameters_of(module: torch.nn.Module) -> tuple[str, ...]:
     """Return the names of a module's forward's parameters, in their order."""
     kind = type(module)

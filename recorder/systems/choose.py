@@ -61,12 +61,17 @@ def models_in(modules: Mapping[str, Any], system: str) -> list[tuple[Any, str]]:
 
 def reader(system: str) -> Reader:
     """Return what reads the calls of a system's models."""
-    return {"transformers": _transformers, "vllm": vllm.begun, "sglang": sglang.begun}[system]
+    return _READERS[system]
 
 
 def _transformers(module: torch.nn.Module, given: Arguments, say: Say) -> Begun:
     is_paged = paged.is_paged(given)
     return (paged.begun if is_paged else batches.begun)(module, given, say)
+
+
+_READERS: dict[str, Reader] = {
+    "transformers": _transformers, "vllm": vllm.begun, "sglang": sglang.begun
+}  # fmt: skip
 
 
 def head_of(module: torch.nn.Module) -> Any:

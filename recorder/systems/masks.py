@@ -16,9 +16,10 @@ class Real:
     """What a mask says.
 
     Attributes:
-        columns: which are no padding, bool [rows, columns], those that a cache holds first.
+        columns: not 0 where no padding is, [rows, columns], those that a cache holds first.
         fits: of which rows each token sees all real ones up to itself and no others, bool [rows];
-            None for all.
+            None for all. Numbers beside 0 and 1, which may tell packed sequences apart, are left
+            for whoever reads `columns`.
     """
 
     columns: torch.Tensor
@@ -56,10 +57,7 @@ def real_of(mask: Any, begin: int, tokens: torch.Tensor) -> Real | None:
         )
     with torch.no_grad():
         if mask.dim() == 2:
-            columns = mask[:, :size]
-            real = columns != 0
-            # Numbers beside 0 and 1 may tell packed sequences apart.
-            return Real(real, (columns == real).all(1) if mask.dtype != torch.bool else None)
+            return Real(mask[:, :size].clone())
         if mask.shape[1] != 1 or mask.shape[2] != count:
             raise NoRows(
                 f"its attention_mask is {list(mask.shape)}, which differs by head or by more "

@@ -68,21 +68,22 @@ def begun(module: torch.nn.Module, given: Arguments, say: Say) -> Begun:
     except (AttributeError, KeyError, IndexError, TypeError):  # as in another version
         known.slots.clear()
         raise _unknown() from None
-    ids, positions, absent = known.slots.stepped(step)
+    with torch.inference_mode(False):
+        ids, positions, absent = known.slots.stepped(step)
     if absent:
         say(
             "some requests have no ids, since what their cache begins with was not seen here; "
             "start recording before it is filled"
         )
-    rows = told(ids, positions, step.tokens, *tokens.shape)
+    shape = tuple(tokens.shape)
 
     def ended(output: Any) -> None:
         known.version = _version(cache)
 
     def every() -> torch.Tensor:
-        return rows
+        return told(ids, positions, step.tokens, *shape)
 
-    return Begun({DIMS: every}, kept(every, given), tuple(tokens.shape), ended)
+    return Begun({DIMS: every}, kept(every, given), shape, ended)
 
 
 def leave() -> None:

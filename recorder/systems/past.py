@@ -9,17 +9,16 @@ from __future__ import annotations
 import torch
 
 _SMALLEST = 64  # columns
+SUMS, NUMBERS, REAL = range(3)
 
 
 class _Memory:
-    """Sums, numbers and what is padding, [rows, columns]; columns from `used` on are free."""
+    """Sums, numbers, and 1 where no padding is, [3, rows, columns]; from `used` on all is free."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        size = max(_SMALLEST, columns)
         with torch.inference_mode(False):
-            self.sums = torch.zeros(rows, size, dtype=torch.int64, device="cpu")
-            self.numbers = torch.zeros(rows, size, dtype=torch.int64, device="cpu")
-            self.real = torch.zeros(rows, size, dtype=torch.bool, device="cpu")
+            size = max(_SMALLEST, columns)
+            self.held = torch.zeros(3, rows, size, dtype=torch.int64, device="cpu")
         self.used = 0
 
 
@@ -30,49 +29,54 @@ class Past:
         length: how many columns it has, padding too.
     """
 
-    def __init__(self, memory: _Memory, length: int) -> None:
-        self._memory, self.length = memory, length
+    def __init__(
+        self, memory: _Memory, length: int, ends: tuple[list[int], list[int]] | None = None
+    ) -> None:
+        self._memory, self.length, self._ends = memory, length, ends
 
     @classmethod
-    def of(cls, sums: torch.Tensor, numbers: torch.Tensor, real: torch.Tensor) -> Past:
-        """Return the past that has these columns alone."""
-        rows, columns = sums.shape
-        return cls(_Memory(rows, 2 * columns), 0).then(sums, numbers, real)
+    def of(cls, columns: torch.Tensor, ends: tuple[list[int], list[int]] | None = None) -> Past:
+        """Return the past that has these columns alone; see `then`."""
+        _, rows, count = columns.shape
+        return cls(_Memory(rows, 2 * count), 0).then(columns, ends)
 
     @property
     def rows(self) -> int:
         """How many sequences it has."""
-        return len(self._memory.sums)
+        return self._memory.held.shape[1]
 
     @property
-    def sums(self) -> torch.Tensor:
-        """The sum of each prefix, [rows, length]."""
-        return self._memory.sums[:, : self.length]
+    def held(self) -> torch.Tensor:
+        """What it holds, [3, rows, length].
+
+        The sum of each prefix; how many tokens that has, -1 where it was never seen; and 1 where
+        the column is no padding, 0 where it is.
+        """
+        return self._memory.held[:, :, : self.length]
 
     @property
-    def numbers(self) -> torch.Tensor:
-        """How many tokens it has, [rows, length]; -1 where that was never seen."""
-        return self._memory.numbers[:, : self.length]
+    def ends(self) -> tuple[list[int], list[int]]:
+        """The last column's sums and numbers."""
+        if self._ends is None:
+            sums, numbers, _ = self._memory.held[:, :, self.length - 1].tolist()
+            self._ends = sums, numbers
+        return self._ends
 
-    @property
-    def real(self) -> torch.Tensor:
-        """Which columns are no padding, [rows, length]."""
-        return self._memory.real[:, : self.length]
+    def then(self, columns: torch.Tensor, ends: tuple[list[int], list[int]] | None = None) -> Past:
+        """Return what it is with more columns.
 
-    def then(self, sums: torch.Tensor, numbers: torch.Tensor, real: torch.Tensor) -> Past:
-        """Return what it is with more columns, each [rows, columns]."""
-        end = self.length + sums.shape[1]
+        Args:
+            columns: as `held` is, [3, rows, columns].
+            ends: their last sums and numbers, where these are known.
+        """
+        end = self.length + columns.shape[2]
         memory = self._memory
-        if memory.used != self.length or end > memory.sums.shape[1]:  # others went on from here
+        if memory.used != self.length or end > memory.held.shape[2]:  # others went on from here
             memory = _Memory(self.rows, 2 * end)
-            memory.sums[:, : self.length] = self.sums
-            memory.numbers[:, : self.length] = self.numbers
-            memory.real[:, : self.length] = self.real
-        memory.sums[:, self.length : end] = sums
-        memory.numbers[:, self.length : end] = numbers
-        memory.real[:, self.length : end] = real
+            memory.held[:, :, : self.length] = self.held
+        memory.held[:, :, self.length : end] = columns
         memory.used = end
-        return Past(memory, end)
+        return Past(memory, end, ends)
 
     def cut(self, length: int) -> Past:
         """Return its first columns."""
@@ -80,4 +84,4 @@ class Past:
 
     def chosen(self, rows: torch.Tensor) -> Past:
         """Return it with these of its rows, in this order."""
-        return Past.of(self.sums[rows], self.numbers[rows], self.real[rows])
+        return Past.of(self.held[:, rows])

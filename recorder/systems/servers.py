@@ -37,16 +37,22 @@ class Served:
 def begun(module: torch.nn.Module, served: Served, say: Say) -> Begun:
     """Return what is known of the rows of a step."""
     step = served.step
-    ids, positions, absent = slots_of(module, served.cache).stepped(step)
+    with torch.inference_mode(False):
+        ids, positions, absent = slots_of(module, served.cache).stepped(step)
     if absent:
         say(
             "some requests have no ids, since what their cache begins with was not seen here; "
             "start recording with the server, and turn CUDA graphs off"
         )
     last = step.counts.cumsum(0) - 1
-    rows = told(ids, positions, step.tokens, served.size)
-    ends = told(ids[last], positions[last], step.tokens[last], served.requests)
-    return Begun({DIMS: lambda: rows, LAST: lambda: ends}, None, (served.size,))
+
+    def rows() -> torch.Tensor:
+        return told(ids, positions, step.tokens, served.size)
+
+    def ends() -> torch.Tensor:
+        return told(ids[last], positions[last], step.tokens[last], served.requests)
+
+    return Begun({DIMS: rows, LAST: ends}, None, (served.size,))
 
 
 def slots_of(module: torch.nn.Module, cache: str) -> Slots:
