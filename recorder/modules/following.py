@@ -318,8 +318,8 @@ class _Within:
         """Read the call of the forward around, once, from where it runs."""
         if is_in_backward() or not sessions.active:
             return
-        alive = [(one, held) for one in self._models if (held := one.module()) is not None]
-        at = {id(held): (one.module, one) for one, held in alive}
+        alive = [(one, there) for one in self._models if (there := one.module()) is not None]
+        at = {id(there): (one.module, one) for one, there in alive}
         found = innermost(at, sys._getframe(1))
         if found is None:
             return
@@ -328,9 +328,10 @@ class _Within:
         is_called = above is not None and above.f_code.co_name in ("_call_impl", "inner")
         if is_called or self._turns.next(frame, 1) != 0:
             return
-        run, held = runs.current(), model.module()
+        held: Any = model.module()
         if held is None:
             return
+        run = runs.current()
         if run is not None and run.by_hand and run.module() is held:
             run.holders = 0  # it ended, and is called again
         kwargs = _locals_of(frame)

@@ -129,6 +129,8 @@ def test_rows_are_grafted_onto_whatever_computes_them(
 
         model.register_forward_pre_hook(begin)
         result = ways[target](model)
+    if baseline in ("full", target):  # nothing is missing, and no record is left over
+        assert replay.problems(strict=True) == []
     log = replay.log()
     assert set(log["outcome"]) == {"grafted"}, log.filter(log["outcome"] != "grafted")
     if target != "full":  # the logits that choose tokens are grafted, too

@@ -731,10 +731,13 @@ def test_gradients_and_repeated_taps_have_rows(tmp_path):
 
 @pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
-@pytest.mark.parametrize("how", ["whole", "in place", "inner"])
+@pytest.mark.parametrize(
+    "how",
+    ["whole", *(pytest.param(how, marks=pytest.mark.slow) for how in ("in place", "inner"))],
+)
 def test_a_compiled_model(tmp_path, how):
     torch._dynamo.reset()
-    model = tiny()
+    model = tiny(num_hidden_layers=1)
     called = model
     if how == "whole":
         called = torch.compile(model, backend="eager")
