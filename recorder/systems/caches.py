@@ -174,7 +174,10 @@ def _followed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         before = getattr(self, "keys", None)
-        past = _past_of(before) if isinstance(before, torch.Tensor) else None
+        past = None
+        if isinstance(before, torch.Tensor) and before.numel():
+            with suppress(Exception):  # of the job's call nothing is to fail
+                past = _past_of(before) or _copied(before)
         result = original(self, *args, **kwargs)
         if isinstance(before, torch.Tensor):
             _forget(before)
