@@ -15,7 +15,7 @@ from .format.schema import ManifestRow
 from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
 from .layouts.dims import TOKENS, Dims
-from .layouts.lengths import counts_tokens
+from .layouts.lengths import counts_sequences
 from .layouts.parse import gradient_dims, parse_dims
 from .layouts.plan import Plan, plan, whole
 from .mesh import PIPELINE, FrozenMesh
@@ -76,8 +76,9 @@ def open_axes(block: Block, world_size: int) -> list[str]:
 def block_of(
     rank: int, dims: Dims, shape: Sequence[int], mesh: FrozenMesh | None, extras: str | None
 ) -> Block:
-    """Return what is known of one rank's tensor; extras that say nothing of tokens are left out."""
-    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts_tokens(dims) else "")
+    """Return what is known of one rank's tensor; extras that say nothing of it are left out."""
+    may_say = counts_sequences(dims) or not dims.is_named  # the other side may name them
+    return Block(rank, dims, tuple(shape), mesh, (extras or "") if may_say else "")
 
 
 class Source(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 TOKENS = "t"
 """The name of a dim of flattened tokens, whose sequence lengths are in the extras."""
+BATCH, SEQUENCE = "b", "s"
 REPLICAS = ("error", "first", "mean")
 """What to do where ranks that should hold the same block do not."""
 

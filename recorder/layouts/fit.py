@@ -13,12 +13,13 @@ from dataclasses import replace
 from ..errors import LayoutError
 from . import cutting
 from . import runs as r
-from .align import BATCH, MEND, SEQUENCE, Pair
+from .agreeing import Rows
+from .align import MEND, Pair
 from .blocks import Sizes
-from .dims import TOKENS, Dim, Dims
+from .dims import BATCH, SEQUENCE, TOKENS, Dim, Dims
 from .groups import Fused, Group, Same, Sized
-from .lengths import PADDED_BEHIND, Lengths
-from .receiver import Receiver
+from .lengths import Lengths
+from .receiver import Found, Receiver
 from .tokens import (
     blocks_missing,
     check_all_there,
@@ -35,7 +36,7 @@ def group_of(
     sizes: Sequence[Sizes],
     receiver: Receiver,
     lengths: Lengths | None,
-    rows: Lengths | None,
+    rows: Rows | None,
 ) -> Group:
     """Return how both sides count the indices of a pair of dims.
 
@@ -69,9 +70,45 @@ def group_of(
 
 
 def _same(
-    pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver, rows: Lengths | None
+    pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver, rows: Rows | None
 ) -> Same:
     (j,) = pair.receivers
+    size, found = along(sender_dims, senders, receiver, j, rows)
+    have, total = senders.total, found.total
+    notes = [found.note]
+    receiver_lengths = None
+    if senders.lengths is not None and receiver.lengths is not None:
+        receiver_lengths = receiver.lengths.fitted(total)
+    for lengths, n, whose in (
+        (senders.lengths, have, "$senders'"), (receiver_lengths, total, "$receiver's")
+    ):  # fmt: skip
+        notes.append(lengths.granted(n, whose) if lengths is not None else "")
+    return Same(
+        pair,
+        _segments(have, size, senders.lengths),
+        r.located(found.runs, _segments(total, size, receiver_lengths)),
+        "; ".join(dict.fromkeys(filter(None, notes))),
+    )
+
+
+def along(
+    sender_dims: Dims, senders: Sizes, receiver: Receiver, j: int, rows: Rows | None
+) -> tuple[int, Found]:
+    """Return the size of a dim that both sides have, and what the receiver's block has of it.
+
+    Args:
+        sender_dims: the senders' layout.
+        senders: the sizes of their blocks along the dim.
+        receiver: the receiver's block.
+        j: its dim.
+        rows: of the sequences in a batch that both sides have.
+
+    Returns:
+        The size without padding, and the receiver's whole.
+
+    Raises:
+        LayoutError: the sizes contradict each other, or do not say enough.
+    """
     dim, have, receiver_dims = receiver.dims.dims[j], senders.total, receiver.dims
     name = dim.names[0] if len(dim.names) == 1 else ""
     declared = {**receiver_dims.sizes, **sender_dims.sizes}.get(name)
@@ -88,29 +125,25 @@ def _same(
     if have < size:
         raise _too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
     alike = _cut_alike(senders, receiver, j) if size == have else None
-    note = ""
     if alike is not None:
-        total, runs = have, alike
         note = f"dim {dim} has blocks of unequal sizes: taken rank by rank"
-    else:
-        others = _other_sizes(receiver, j, size, rows) if declared is None else ()
-        is_left = rows is not None and rows.side == "left" and bool(others)
-        found = receiver.indices(j, size, padded, others, is_left=is_left)
-        if found is None:
-            raise _no_block(j, senders, size, receiver)
-        total, runs, note = found
-    both = ((senders.lengths, have), (receiver.lengths, total))
-    if any(one is not None and one.guesses_side(n) for one, n in both):
-        note = f"{note}; {PADDED_BEHIND}" if note else PADDED_BEHIND
-    receiver_lengths = None
-    if senders.lengths is not None and receiver.lengths is not None:
-        receiver_lengths = receiver.lengths.fitted(total)
-    return Same(
-        pair,
-        _segments(have, size, senders.lengths),
-        r.located(runs, _segments(total, size, receiver_lengths)),
-        note,
-    )
+        return size, Found(have, alike, note)
+    others = other_sizes(receiver, j, size, rows) if declared is None else ()
+    is_left = rows is not None and rows.is_left and bool(others)
+    found = receiver.indices(j, size, padded, others, is_left=is_left)
+    if found is None:
+        raise _no_block(j, senders, size, receiver)
+    if size == have and _hangs_on_data(senders, receiver, j):
+        raise _uneven(j, senders, receiver)
+    return size, found
+
+
+def _hangs_on_data(senders: Sizes, receiver: Receiver, j: int) -> bool:
+    """Whether no rule cuts the senders' blocks, so that none can be taken to cut the receiver's."""
+    cuts = receiver.cuts(j)
+    is_said = receiver.whole(j) is not None or any(cut.rule or cut.zigzag for cut in cuts)
+    named = not {*receiver.dims.dims[j].names}.isdisjoint(receiver.sized)
+    return bool(cuts) and not is_said and not named and not senders.is_regular
 
 
 def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
@@ -128,7 +161,7 @@ def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
     return None if senders.is_regular else senders.runs(key)
 
 
-def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) -> tuple[int, ...]:
+def other_sizes(receiver: Receiver, j: int, size: int, rows: Rows | None) -> tuple[int, ...]:
     """Return which other sizes the receiver's sequences may have with their padding.
 
     Where the senders pad, nobody says that the receiver pads as much.
@@ -178,8 +211,28 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
             f"if {wanted // have} ranks hold a part each, write {dim.label}[tp] where they are "
             f"recorded; {padded}",
         )
-    uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
-    return LayoutError(f"{fact}{': its blocks are of unequal sizes' if uneven else ''}", padded)
+    if cuts and receiver.whole(j) is None and receiver.even(j) != size:
+        return _uneven(j, senders, receiver)
+    return LayoutError(fact, padded)
+
+
+def _uneven(j: int, senders: Sizes, receiver: Receiver) -> LayoutError:
+    """Say that a block cannot be placed, since others are of sizes that nobody knows here."""
+    dim, cuts = receiver.dims.dims[j], receiver.cuts(j)
+    over = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
+    there = ""
+    if senders.cuts_as(cuts, receiver.places):
+        size = senders.at(senders.key(receiver.places))
+        there = f", where the $sender at its place has {size}" if size is not None else ""
+    name = dim.label if len(dim.names) == 1 else "DIM"
+    return LayoutError(
+        f"dim {dim.label}: $senders have {senders.total} in all, and $receiver's block has "
+        f"{receiver.shape[j]}{over}{there}: its blocks are of unequal sizes",
+        f"if they are as large as data have it, such as the tokens of each expert, run both on as "
+        f"many ranks and on the same input; if a rule cuts them, declare it at $receiver's tap as "
+        f"{cutting.declared(dim, cuts, ['chunk'] * len(cuts))}, or the size without padding as in "
+        f"'# {name}=SIZE'",
+    )
 
 
 def _if_shared(senders: Sequence[Sizes], real: int) -> str:
@@ -236,7 +289,7 @@ def _fused(
     sender_dims: Dims,
     sizes: Sequence[Sizes],
     receiver: Receiver,
-    rows: Lengths | None,
+    rows: Rows | None,
 ) -> Fused:
     explicit = {**receiver.dims.sizes, **sender_dims.sizes}
     senders = [_sender_sized(sender_dims, i, sizes[i].total, explicit) for i in pair.senders]
@@ -286,9 +339,9 @@ def _fused(
     runs, notes = [], []
     for place, j in enumerate(order):
         one = receivers[place]
-        others = _other_sizes(receiver, j, one.real, rows)
+        others = other_sizes(receiver, j, one.real, rows)
         may_pad = _may_pad(receiver, j, explicit)
-        is_left = rows is not None and rows.side == "left" and bool(others)
+        is_left = rows is not None and rows.is_left and bool(others)
         found = indices_of(receiver, j, one.real, may_pad, others, is_left=is_left)
         receivers[place] = replace(one, total=found.total)
         runs.append(found.runs)

@@ -378,6 +378,9 @@ def is_open_tokens(case, at, block):
     for side, other in ((sender, receiver), (receiver, sender)):
         if side.form == "t" and not side.extras and other.extras.get("padded_seq_lens"):
             return True
+        unsaid = side.form == "t" and side.left and side.room == side.real
+        if unsaid and (side.tail or side.steps("t")):
+            return True  # nobody says whose padding is on the left
     lengths = case.sizes
     if receiver.form == "t" and receiver.steps("t"):
         return bool(receiver.tail)
