@@ -187,7 +187,7 @@ class Recorded:
     def logical(self) -> torch.Tensor:
         """Return the whole tensor; see `Recording.load_logical`."""
         receiver = whole(self.blocks, self.world_size)
-        return self.block(receiver, self.plan(receiver, 1))
+        return self.block(receiver, self.plan(receiver, 1, as_it_stands=True))
 
     def block(self, receiver: Block, plan: Plan) -> torch.Tensor:
         """Return a receiver's block, on the CPU, its padding zero.
@@ -233,17 +233,20 @@ class Recorded:
         block = self.blocks[0]
         return with_gradient(block.dims, next(iter(open_axes(block, self.world_size)), "tp"))
 
-    def plan(self, receiver: Block, world_size: int) -> Plan:
+    def plan(self, receiver: Block, world_size: int, *, as_it_stands: bool = False) -> Plan:
         """Return what to copy for a receiver.
 
         Args:
             receiver: what is known of it.
             world_size: how many ranks its job has.
+            as_it_stands: whether batches are copied index by index, wherever padding stands.
         """
-        key = (*map(_key, (receiver, *self.blocks)), world_size)
+        key = (*map(_key, (receiver, *self.blocks)), world_size, as_it_stands)
         found = self._plans.get(key)
         if found is None:
-            found = plan(self.blocks, self.world_size, receiver, world_size)
+            found = plan(
+                self.blocks, self.world_size, receiver, world_size, as_it_stands=as_it_stands
+            )
             if found.pieces <= _MOST_PIECES:
                 while len(self._plans) >= _MOST_PLANS:
                     self._plans.pop(next(iter(self._plans)), None)

@@ -231,13 +231,13 @@ class Relayout:
         Raises:
             LayoutError: they do.
         """
-        kind, rows = self._declared.kind, self._rows
+        kind, declared, rows = self._declared.kind, self._declared.dims, self._rows
         if self._recording.world_size == self._rank.world_size:
             rows = self._at_rank  # others may have data of their own
-        given = [row for row in rows if row["extras"]] if self._extras else []
-        for row in given:
-            sides = ((row["extras"], row["dims"]), (self._extras, self._declared.dims))
-            check_taps(*((text, layout_of(d, kind) if d else None) for text, d in sides))
+        for row in rows:
+            if row["extras"] and self._extras:
+                one, other = (layout_of(d, kind) if d else None for d in (row["dims"], declared))
+                check_taps((row["extras"], one), (self._extras, other))
 
     @functools.cached_property
     def _extras(self) -> str:

@@ -170,7 +170,10 @@ def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
             "call the dim t if each is",
         )
     if len(lengths.real) == 1:
-        lengths = lengths._replace(room=lengths.real)  # however much padding there is, is its own
+        # However much padding there is, is its own, but for what stands behind a declared size.
+        declared = dims.sizes.get(TOKENS)
+        room = lengths.real if declared is None else (max(declared, *lengths.real),)
+        lengths = lengths._replace(room=room, has_room=declared is not None)
     return lengths._replace(is_line=True)
 
 

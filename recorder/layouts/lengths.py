@@ -36,7 +36,7 @@ class Lengths(NamedTuple):
         is_borrowed: whether the other side gave them, whose room need not be this side's.
         is_line: whether this side has no packed tokens, but sequences without a batch; if it is
             one sequence, all of its padding is its own.
-        has_room: whether the extras say the room.
+        has_room: whether the room is said, and not just that of the tokens.
         width: of the rows of their mask, 0 where there is none.
         is_masked: whether the mask alone gave them.
     """
@@ -60,7 +60,7 @@ class Lengths(NamedTuple):
         Raises:
             LayoutError: it cannot be told whether its sequences are padded as the other side's.
         """
-        if self.is_line and len(self.real) == 1:
+        if self.is_line and len(self.real) == 1 and not self.has_room:
             return self._replace(room=(max(total, *self.real),))
         if not self.is_borrowed or self.real == self.room or total == sum(self.room):
             return self
@@ -83,9 +83,10 @@ class Lengths(NamedTuple):
             LayoutError: it cannot be told which of them are padding.
         """
         if self.is_line and len(self.real) == 1:
-            if self.side == "left" and self.width not in (0, total):
-                raise mask_apart(self.width, total, whose)
-            return PADDED_BEHIND if self.real[0] < total and not self.side else ""
+            room = min(total, self.room[0])
+            if self.side == "left" and self.width not in (0, room):
+                raise mask_apart(self.width, room, whose)
+            return PADDED_BEHIND if self.real[0] < room and not self.side else ""
         spare = total - sum(self.room)
         if spare <= 0 or self.has_room:
             return ""

@@ -88,7 +88,14 @@ class Plan:
         return sum(len(group) for move in self.moves for group in move.pieces)
 
 
-def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_world: int) -> Plan:
+def plan(
+    senders: Sequence[Block],
+    sender_world: int,
+    receiver: Block,
+    receiver_world: int,
+    *,
+    as_it_stands: bool = False,
+) -> Plan:
     """Return what to copy from the senders' blocks into the receiver's.
 
     Args:
@@ -96,6 +103,7 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         sender_world: how many ranks the senders' job had.
         receiver: the block to be made.
         receiver_world: how many ranks its job has.
+        as_it_stands: whether batches are copied index by index, wherever padding stands.
 
     Raises:
         LayoutError: the layouts contradict each other, or do not say enough, or blocks are missing.
@@ -131,7 +139,9 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     check_same(*told)
     lengths, receiver_lengths = lengths_of(told[0], sender_dims, told[1], receiver_dims)
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
-    rows = rows_of(told[0], sender_dims, sizes, told[1], receiver_dims)
+    rows = None
+    if not as_it_stands:
+        rows = rows_of(told[0], sender_dims, sizes, told[1], receiver_dims)
     sized = frozenset((*sender_dims.sizes, *receiver_dims.sizes))
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]

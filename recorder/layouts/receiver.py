@@ -148,6 +148,9 @@ class Receiver:
                 held = (*held, (one.total, 0))
             distinct.setdefault(held, one)
         first, note = readings[0], ""
+        is_declared = self._is_padded(j) or not self.sized.isdisjoint(self.dims.dims[j].names)
+        if first.is_padded and first.total > size and not is_declared:
+            note = f"dim {self.dims.dims[j]}: taken to be padded to {first.total}"
         if len(distinct) > 1:
             ways = list(distinct.values())
             if is_left or not (first.is_padded and self._is_sized(j)):

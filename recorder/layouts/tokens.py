@@ -105,7 +105,7 @@ def flattened(
     room = min(room, size)
     if any(n > room for n in real):
         raise too_long(real, batch, room)
-    if any(n < room for n in real):
+    if any(0 < n < room for n in real):
         if own is None or not own.side:
             notes.append(PADDED_BEHIND)
         elif is_left and own.width not in (0, room):
@@ -142,9 +142,7 @@ def row_of(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]
         return indices_of(receiver, j, whole)
     name = dim.names[0] if len(dim.names) == 1 else ""
     if name in receiver.dims.sizes:
-        is_left = receiver.lengths is not None and receiver.lengths.side == "left"
-        size = receiver.dims.sizes[name]
-        return indices_of(receiver, j, size, padded=name == SEQUENCE, is_left=is_left)
+        return indices_of(receiver, j, receiver.dims.sizes[name], padded=name == SEQUENCE)
     if lengths is not None and name == BATCH:
         return indices_of(receiver, j, len(lengths.real))
     masked = masked_row(receiver, j, receiver.lengths)

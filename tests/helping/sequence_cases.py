@@ -23,6 +23,20 @@ def value_of(token):
 
 
 @dataclass
+class Sequences(Tokens):
+    """As `Tokens`; behind each sequence's own room there may be padding of the dim."""
+
+    behind: int = 0
+
+    def rows(self):
+        found = []
+        for i, (real, room) in enumerate(zip(self.real, self.room, strict=True)):
+            row, pad = [(i, k) for k in range(real)], [None] * (room - real - self.behind)
+            found.append((pad + row if self.left else row + pad) + [None] * self.behind)
+        return found
+
+
+@dataclass
 class Half:
     """One side: a layout, and which sequence stands where in it."""
 
@@ -101,6 +115,7 @@ def random_case(rng, meshes):
     halves, is_silent, says_side = [], False, False
     for mesh, order, real, says_lengths in zip(meshes, orders, reals, says, strict=True):
         layout = _random_layout(rng, mesh, real, is_padded)
+        _say_how_it_is_cut(layout)
         has_padding = layout.room != real
         extras = {}
         if says_lengths:
@@ -134,7 +149,7 @@ def _random_layout(rng, mesh, real, is_padded):
             cuts.setdefault(name, []).append(Cut(axis, zigzag, "chunk", rng.random() < 0.5))
     if form == "s" and len(real) > 1:
         cuts = {form: [cut for cut in cuts.get(form, []) if cut.axis == "dp"]}
-    layout = Tokens(form, mesh, cuts, real, list(real))
+    layout = Sequences(form, mesh, cuts, real, list(real))
     layout.left = rng.random() < 0.4
     parts = {
         name: math.prod(mesh[cut.axis] * (1 + cut.zigzag) for cut in layout.steps(name))
@@ -154,16 +169,32 @@ def _random_layout(rng, mesh, real, is_padded):
         width = max(real) + (rng.choice((0, 0, 1, 2)) if is_padded else 0)
         if is_padded and rng.random() < 0.7:
             width += -width % math.prod(parts.values())
-        layout.room = [width] * len(real)
         if not is_padded:
-            layout.room = [max(real)] * len(real)
+            width = max(real)
+        if form in ("b s", "s b", "s") and rng.random() < 0.4:
+            layout.facts.append(f"s={width}")
+            layout.behind = -width % parts["s"]
+        layout.room = [width + layout.behind] * len(real)
     return layout
+
+
+def _say_how_it_is_cut(layout):
+    """Have a layout say its rule where its axes do not divide a dim, as it must."""
+    for name in layout.form.split():
+        total = len(layout.real) if name == "b" else sum(layout.room) + layout.tail
+        total = layout.room[0] if name == "s" and " " in layout.form else total
+        for cut in layout.steps(name):
+            n = layout.mesh[cut.axis] * (1 + cut.zigzag)
+            if total % n:
+                for other in layout.steps(name):
+                    other.said = True
+            total //= layout.mesh[cut.axis]
 
 
 def _said(rng, layout):
     """Return extras that give a layout's lengths."""
     real = layout.real
-    rows = list(zip(real, layout.room, strict=True))
+    rows = [(n, room - layout.behind) for n, room in zip(real, layout.room, strict=True)]
     ends = [0, *itertools.accumulate(real)]
     choice = rng.choice(("seq_lens", "cu_seqlens", "cu_seqlens_q", "attention_mask"))
     if choice == "attention_mask":
