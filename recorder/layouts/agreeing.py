@@ -145,6 +145,18 @@ def check_sides(senders: Told, receiver: Told) -> None:
         )
 
 
+def unbatched(
+    senders: Told, sender_dims: Dims, receiver: Told, receiver_dims: Dims
+) -> tuple[Dims, Dims]:
+    """Return both layouts: sequences in a line are tokens where the other side has a batch."""
+    lengths, dims = senders.lengths or receiver.lengths, (sender_dims, receiver_dims)
+    is_line = [SEQUENCE in one.names and BATCH not in one.names for one in dims]
+    if lengths is None or len(lengths.real) < 2 or is_line[0] == is_line[1]:
+        return dims
+    has_batch = {BATCH, SEQUENCE} <= {*dims[is_line[0]].names}
+    return (dims[0].in_tokens(), dims[1].in_tokens()) if has_batch else dims
+
+
 def lengths_of(
     senders: Told, sender_dims: Dims, receiver: Told, receiver_dims: Dims
 ) -> tuple[Lengths | None, Lengths | None]:
@@ -171,9 +183,8 @@ def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
         )
     if len(lengths.real) == 1:
         # However much padding there is, is its own, but for what stands behind a declared size.
-        declared = dims.sizes.get(TOKENS)
-        room = lengths.real if declared is None else (max(declared, *lengths.real),)
-        lengths = lengths._replace(room=room, has_room=declared is not None)
+        declared = dims.sizes.get(TOKENS, 0)
+        lengths = lengths._replace(room=lengths.real, has_room=False, declared=declared)
     return lengths._replace(is_line=True)
 
 

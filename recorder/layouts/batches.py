@@ -19,7 +19,7 @@ from .fit import along, other_sizes
 from .groups import Grid, Tokens
 from .lengths import PADDED_BEHIND, mask_apart
 from .receiver import Found, Receiver
-from .tokens import check_all_there, indices_of, masked_row, row_of, too_long
+from .tokens import check_all_there, indices_of, left_open, masked_row, row_of, too_long
 
 PADDED_ALIKE = (
     "padding was taken to stand on the same side in both; say where at the taps, as "
@@ -225,12 +225,8 @@ def _found(
         found = known or row_of(receiver, j, None, notes)
     is_even = found.total == receiver.even(j) and receiver.is_even(j)
     if SEQUENCE in names and (not is_even or any(cut.rule for cut in receiver.cuts(j))):
-        dim = receiver.dims.dims[j]
         if rows.is_left and not is_even:
-            raise LayoutError(
-                f"dim {dim}: $receiver's block has {receiver.shape[j]}, which does not tell how "
-                "many there are in all, and its padding stands on the left",
-                f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
-            )
-        notes.append(f"{dim.label} was taken to have {found.total} in all, as $senders have")
+            raise left_open(receiver, j)
+        label = receiver.dims.dims[j].label
+        notes.append(f"{label} was taken to have {found.total} in all, as $senders have")
     return found

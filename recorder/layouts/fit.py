@@ -25,6 +25,7 @@ from .tokens import (
     check_all_there,
     flattened,
     indices_of,
+    left_open,
     padded_apart,
     whole_of,
 )
@@ -83,12 +84,31 @@ def _same(
         (senders.lengths, have, "$senders'"), (receiver_lengths, total, "$receiver's")
     ):  # fmt: skip
         notes.append(lengths.granted(n, whose) if lengths is not None else "")
+    notes.append(_granted(receiver, j, total))
     return Same(
         pair,
         _segments(have, size, senders.lengths),
         r.located(found.runs, _segments(total, size, receiver_lengths)),
         "; ".join(dict.fromkeys(filter(None, notes))),
     )
+
+
+def _granted(receiver: Receiver, j: int, total: int) -> str:
+    """Return that the room of one sequence without a batch is not known, if so.
+
+    Raises:
+        LayoutError: where its tokens stand hangs on it.
+    """
+    lengths, dim = receiver.lengths, receiver.dims.dims[j]
+    if lengths is None or not lengths.is_line or len(lengths.real) > 1 or lengths.declared:
+        return ""
+    is_even = total == receiver.even(j) and receiver.is_even(j)
+    is_ruled = any(cut.rule for cut in receiver.cuts(j))
+    if receiver.whole(j) is not None or lengths.width == total or (is_even and not is_ruled):
+        return ""
+    if lengths.side == "left" and not is_even:
+        raise left_open(receiver, j)
+    return f"{dim.label} was taken to have {total} in all"
 
 
 def along(
@@ -113,7 +133,7 @@ def along(
     name = dim.names[0] if len(dim.names) == 1 else ""
     declared = {**receiver_dims.sizes, **sender_dims.sizes}.get(name)
     _check_certain(senders, j, declared, receiver)
-    if declared is None and senders.lengths is not None:
+    if senders.lengths is not None:
         declared = sum(senders.lengths.real)
     padded = declared is not None or name in receiver_dims.padded
     if declared is not None:

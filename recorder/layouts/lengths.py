@@ -36,9 +36,11 @@ class Lengths(NamedTuple):
         is_borrowed: whether the other side gave them, whose room need not be this side's.
         is_line: whether this side has no packed tokens, but sequences without a batch; if it is
             one sequence, all of its padding is its own.
-        has_room: whether the room is said, and not just that of the tokens.
+        has_room: whether the extras say the room.
         width: of the rows of their mask, 0 where there is none.
         is_masked: whether the mask alone gave them.
+        declared: the size of a line of one sequence without what stands behind its own padding; 0
+            where that is not declared.
     """
 
     real: tuple[int, ...]
@@ -49,6 +51,7 @@ class Lengths(NamedTuple):
     has_room: bool = False
     width: int = 0
     is_masked: bool = False
+    declared: int = 0
 
     def lent(self, side: str) -> Lengths:
         """Return these lengths for the other side, which gives none, and may say where it pads."""
@@ -60,7 +63,7 @@ class Lengths(NamedTuple):
         Raises:
             LayoutError: it cannot be told whether its sequences are padded as the other side's.
         """
-        if self.is_line and len(self.real) == 1 and not self.has_room:
+        if self.is_line and len(self.real) == 1:
             return self._replace(room=(max(total, *self.real),))
         if not self.is_borrowed or self.real == self.room or total == sum(self.room):
             return self
@@ -83,7 +86,7 @@ class Lengths(NamedTuple):
             LayoutError: it cannot be told which of them are padding.
         """
         if self.is_line and len(self.real) == 1:
-            room = min(total, self.room[0])
+            room = min(total, self.declared or total)
             if self.side == "left" and self.width not in (0, room):
                 raise mask_apart(self.width, room, whose)
             return PADDED_BEHIND if self.real[0] < room and not self.side else ""
@@ -119,11 +122,13 @@ class Lengths(NamedTuple):
         """Return where tokens stand among all that are real, for `runs.located`."""
         found, at, number = [], 0, 0
         for real, room in zip(self.real, self.room, strict=True):
-            pad = room - real
-            if self.side == "left":
-                found += [(at, pad, r.PADDING), (at + pad, real, number)]
-            else:
-                found += [(at, real, number), (at + real, pad, r.PADDING)]
+            own = min(room, self.declared or room)
+            before = max(0, own - real) if self.side == "left" else 0
+            found += [
+                (at, before, r.PADDING),
+                (at + before, real, number),
+                (at + before + real, room - before - real, r.PADDING),
+            ]
             at, number = at + room, number + real
         found.append((at, total - at, r.PADDING))
         return [segment for segment in found if segment[1] > 0]

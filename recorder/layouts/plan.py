@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
-from .agreeing import check_same, lengths_of, rows_of, told_by, told_in
+from .agreeing import check_same, lengths_of, rows_of, told_by, told_in, unbatched
 from .align import MEND, Pair, align
 from .batches import batched
 from .blocks import Block, Sizes, placed
@@ -137,6 +137,7 @@ def plan(
     chosen, guesses = of_same_data(senders, sender_dims, receiver_dims, at, here)
     told = told_by(chosen, sender_dims), told_in(receiver.extras, receiver_dims)
     check_same(*told)
+    sender_dims, receiver_dims = unbatched(told[0], sender_dims, told[1], receiver_dims)
     lengths, receiver_lengths = lengths_of(told[0], sender_dims, told[1], receiver_dims)
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
     rows = None

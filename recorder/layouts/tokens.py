@@ -188,6 +188,16 @@ def whole_of(receiver: Receiver, j: int) -> int:
     return whole
 
 
+def left_open(receiver: Receiver, j: int) -> LayoutError:
+    """Return the refusal of padding on the left of a dim whose size is not known."""
+    dim = receiver.dims.dims[j]
+    return LayoutError(
+        f"dim {dim}: $receiver's block has {receiver.shape[j]}, which does not tell how many there "
+        "are in all, and its padding stands on the left",
+        f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
+    )
+
+
 def indices_of(
     receiver: Receiver,
     j: int,

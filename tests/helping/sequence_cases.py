@@ -174,6 +174,8 @@ def _random_layout(rng, mesh, real, is_padded):
         if form in ("b s", "s b", "s") and rng.random() < 0.4:
             layout.facts.append(f"s={width}")
             layout.behind = -width % parts["s"]
+            for cut in cuts.get("s", []) if layout.behind else []:
+                cut.said = False  # what is padded to a multiple is cut evenly
         layout.room = [width + layout.behind] * len(real)
     return layout
 
@@ -181,6 +183,10 @@ def _random_layout(rng, mesh, real, is_padded):
 def _say_how_it_is_cut(layout):
     """Have a layout say its rule where its axes do not divide a dim, as it must."""
     for name in layout.form.split():
+        if layout.is_by_sequence() and any(n % layout.mesh["cp"] for n in layout.room):
+            layout.tail = 0  # what is padded to a multiple is cut evenly
+            for cut in layout.steps(name):
+                cut.said = True
         total = len(layout.real) if name == "b" else sum(layout.room) + layout.tail
         total = layout.room[0] if name == "s" and " " in layout.form else total
         for cut in layout.steps(name):

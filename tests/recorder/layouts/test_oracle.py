@@ -384,9 +384,8 @@ def is_open_tokens(case, at, block):
     lengths = case.sizes
     if receiver.form == "t" and receiver.steps("t"):
         return bool(receiver.tail)
-    rows = receiver.form in ("b s", "s b")
     if (
-        rows
+        receiver.form in ("b s", "s b", "s")
         and receiver.left
         and receiver.room[0] % math.prod(receiver.mesh[cut.axis] for cut in receiver.steps("s"))
     ):
