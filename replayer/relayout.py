@@ -90,16 +90,22 @@ class Relayout:
         nothing is cut, so that a rank with another shape had data of its own. Taps that contradict
         each other are decided too: `block` refuses them.
         """
-        receiver = self._declared
         if self._has_whole_sender or self._is_whole_receiver:
             return True
-        if not (receiver.dims and self._are_declared):
+        if self._is_undecided():
             return self._is_contradicted()
         if self._is_padded() or not self._is_same_by_rank():
             return True
-        if len({*layout_of(receiver.dims, receiver.kind).axes}) > 1:
-            return self._is_contradicted()  # nobody says where ranks stand on two axes
         return self._says_of_sequences()
+
+    def _is_undecided(self) -> bool:
+        """Whether identity by rank is all there is: no layout, or ranks on axes of no mesh."""
+        receiver = self._declared
+        if not (receiver.dims and self._are_declared):
+            return True
+        if self._is_padded() or not self._is_same_by_rank():
+            return False
+        return len({*layout_of(receiver.dims, receiver.kind).axes}) > 1
 
     def _is_same_by_rank(self) -> bool:
         """Whether the sender at the target's rank has its block, as far as layouts tell."""
@@ -254,8 +260,7 @@ class Relayout:
             ReplicasDiffer: senders that should hold the same block do not.
             GraftRefused: padding is to be kept, and a cast to the target's dtype would lose.
         """
-        known = self._has_whole_sender or self._is_whole_receiver
-        if not known and not (self._declared.dims and self._are_declared):
+        if not (self._has_whole_sender or self._is_whole_receiver) and self._is_undecided():
             self._check_sequences()
         senders, receiver = self._senders(self._giving), self._receiver()
         self._check_gradient(senders, receiver)

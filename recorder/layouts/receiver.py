@@ -132,6 +132,8 @@ class Receiver:
         lengths = self._lengths_of(j)
         if lengths is not None and not lengths.is_borrowed:
             size = max(size, sum(lengths.room))
+        if lengths is not None:
+            size = max(size, lengths.declared)
         readings = self._readings(j, size, padded)
         if lengths is not None and sum(lengths.room) > size:  # padded as the other side's, or not
             readings += self._readings(j, sum(lengths.room), padded)

@@ -18,7 +18,7 @@ import torch
 
 from recorder.errors import BlocksMissing, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
-from recorder.layouts.agreeing import Told, check_same, check_sides, told_by
+from recorder.layouts.agreeing import Told, check_same, check_sides, told_by, told_in
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import BATCH, SEQUENCE, TOKENS, Dim, Dims
 from recorder.layouts.plan import Plan, whole
@@ -26,7 +26,7 @@ from recorder.logical import Recorded
 from recorder.recording import Recording
 
 from .places import of_same_data
-from .tensors import Two
+from .tensors import Two, of_both
 
 _BATCHED = {BATCH, SEQUENCE}
 
@@ -36,7 +36,6 @@ _MOST_VARIANTS = 64
 
 _SIDES = {"senders": "the ranks", "sender": "rank", "rank": "rank", "receiver": "the other side"}
 """What layouts speak of in a diff, where nothing is sent."""
-_BOTH = {"senders": "A's ranks", "receiver": "B"}
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,6 @@ class _Variant:
     """The ranks that hold a block of another choice, and are left out of this one."""
     alike: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     """Each rank that is read -> the ranks that hold the same in its place."""
-
-
-@contextmanager
-def _of_both() -> Iterator[None]:
-    """Have errors about senders and a receiver speak of A and B."""
-    try:
-        yield
-    except LayoutError as err:
-        raise err.of("", _BOTH) from None
 
 
 class _Blocks:
@@ -73,10 +63,12 @@ class _Blocks:
         rows: Sequence[ManifestRow],
         check: bool,
         plans: dict[Any, Plan],
+        dims: Dims | None = None,
     ) -> None:
         self.name, self.recording, self.rows = name, recording, tuple(rows)
-        self.is_declared = all(row["dims"] for row in rows)
-        self._options: dict[str, Any] = {"check": check, "in_part": False, "plans": plans}
+        self.is_declared = dims is not None or all(row["dims"] for row in rows)
+        options = {"check": check, "in_part": False, "plans": plans, "dims": dims}
+        self._options: dict[str, Any] = options
         self._recorded = self._of(self.rows) if self.is_declared else None
 
     def _of(self, rows: Sequence[ManifestRow]) -> Recorded:
@@ -93,6 +85,22 @@ class _Blocks:
             raise LayoutError(told.fact, f"{told.advice}; leave none out with --filter") from None
         except LayoutError as err:
             raise err.of(self.name, _SIDES) from None
+
+    def as_declared_by(self, other: _Blocks) -> _Blocks:
+        """Return the one tensor of a job of one rank in the other side's dims, of which it is the
+        whole, where a tap says anything of sequences: then padding is told from tokens.
+        """
+        if self.is_declared or not other.is_declared:
+            return self
+        (row,), dims = self.rows, other.dims
+        shape = tuple(row["shape"] or ())
+        if len(dims.dims) != len(shape):
+            return self
+        with self._worded():
+            if told_in(row["extras"] or "", dims) == other.told() == Told():
+                return self
+        options = (self._options["check"], self._options["plans"], dims.whole(shape))
+        return _Blocks(self.name, self.recording, self.rows, *options)
 
     @property
     def recorded(self) -> Recorded:
@@ -241,6 +249,7 @@ def replicas_apart(
 
 
 def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
+    a, b = a.as_declared_by(b), b.as_declared_by(a)
     if not (a.is_declared and b.is_declared):
         yield from _one_sided(a, b, where)
         return
@@ -317,7 +326,7 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
     """
     whole_a, whole_b = a.whole(), b.whole()
     told = a.told(), b.told()
-    with _of_both():
+    with of_both():
         check_same(*told)
     if TOKENS in a.dims.names:
         return whole_a, ""
@@ -329,7 +338,7 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
         totals = [_tokens(block, real) for block in (whole_a, whole_b)]
         spare = [n - sum(real) for n in totals if n is not None]
         if len(spare) < 2 or (all(spare) and not all(side.side for side in told)):
-            with _of_both():
+            with of_both():
                 check_sides(*told)
         if len(spare) == 2 and any(spare):
             left_out = " and ".join(
