@@ -30,6 +30,9 @@ from .tokens import (
     whole_of,
 )
 
+EXPERTS = "ep"
+"""The axis over which ranks hold experts, whose tokens are as many as data have it."""
+
 
 def group_of(
     pair: Pair,
@@ -155,7 +158,23 @@ def along(
         raise _no_block(j, senders, size, receiver)
     if size == have and _hangs_on_data(senders, receiver, j):
         raise _uneven(j, senders, receiver)
+    if _may_hang_on_data(senders, receiver, j) and not found.note:
+        found = found._replace(note=f"dim {dim} was taken to be cut by a rule, and not by data")
     return size, found
+
+
+def _may_hang_on_data(senders: Sizes, receiver: Receiver, j: int) -> bool:
+    """Whether blocks may be as large as data have it, and just happen to have a rule's sizes."""
+    cuts, of_data = receiver.cuts(j), receiver.dims.data | {EXPERTS}
+    is_even = receiver.even(j) == senders.total and receiver.is_even(j)
+    if not any(cut.axis in of_data for cut in cuts):
+        return False
+    if is_even and receiver.dims.dims[j].names != (TOKENS,):
+        return False
+    if receiver.whole(j) is not None or any(cut.rule or cut.zigzag for cut in cuts):
+        return False
+    alike = senders.cuts_as(cuts, receiver.places)
+    return not (alike and senders.at(senders.key(receiver.places)) == receiver.shape[j])
 
 
 def _hangs_on_data(senders: Sizes, receiver: Receiver, j: int) -> bool:
@@ -178,7 +197,7 @@ def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
     key = senders.key(receiver.places)
     if senders.at(key) != receiver.shape[j] or senders.is_open or senders.ends_open:
         return None
-    return None if senders.is_regular else senders.runs(key)
+    return senders.runs(key) if senders.has_empty or not senders.is_regular else None
 
 
 def other_sizes(receiver: Receiver, j: int, size: int, rows: Rows | None) -> tuple[int, ...]:
@@ -205,35 +224,33 @@ def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutEr
         f"{receiver.shape[j]}{cut}"
     )
     name = dim.label if len(dim.names) == 1 else "DIM"
-    shared = receiver.shared(j, size)
+    padded = f"if one is padded, declare the size without that, as in '# {name}=SIZE'"
+    real, shared = receiver.even(j), receiver.shared(j, size)
     if shared is not None:
-        return LayoutError(
-            fact,
-            f"if {shared.share} ranks hold the same, write "
-            f"{cutting.shared(dim, cuts, shared.share, size, receiver.shape[j])} at $receiver's "
-            f"tap, else {MEND}",
-        )
-    real = receiver.even(j)
-    if senders.shared(real):
+        written = cutting.shared(dim, cuts, shared.share, size, receiver.shape[j])
+        advice = [f"if {shared.share} ranks hold the same, write {written} at $receiver's tap"]
+    elif senders.shared(real):
         return LayoutError(fact, _if_shared([senders], real))
-    padded = f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}"
-    if not cuts and size > receiver.shape[j] > 0 and size % receiver.shape[j] == 0:
-        parts = size // receiver.shape[j]
-        return LayoutError(
-            fact,
-            f"if {parts} ranks hold a part each, write {dim.label}[tp] at $receiver's tap; "
-            f"{padded}",
-        )
-    wanted = receiver.even(j)
-    if not senders.cuts and wanted > have > 0 and wanted % have == 0:
-        return LayoutError(
-            fact,
-            f"if {wanted // have} ranks hold a part each, write {dim.label}[tp] where they are "
-            f"recorded; {padded}",
-        )
-    if cuts and receiver.whole(j) is None and receiver.even(j) != size:
+    elif not cuts and size > receiver.shape[j] > 0 and size % receiver.shape[j] == 0:
+        part = f"if {size // receiver.shape[j]} ranks hold a part each, write {dim.label}[tp]"
+        advice = [f"{part} at $receiver's tap", padded]
+    elif not senders.cuts and real > have > 0 and real % have == 0:
+        part = f"if {real // have} ranks hold a part each, write {dim.label}[tp]"
+        advice = [f"{part} where they are recorded", padded]
+    elif _is_uneven(receiver, j, size):
         return _uneven(j, senders, receiver)
-    return LayoutError(fact, padded)
+    else:
+        advice = [padded]
+    if _is_uneven(receiver, j, size):
+        advice.append(f"if its blocks are of unequal sizes, as data have it, {_ALIKE}")
+    return LayoutError(fact, f"{'; '.join(advice)}; else {MEND}")
+
+
+_ALIKE = "record on as many ranks, cut alike, and feed both the same input"
+
+
+def _is_uneven(receiver: Receiver, j: int, size: int) -> bool:
+    return bool(receiver.cuts(j)) and receiver.whole(j) is None and receiver.even(j) != size
 
 
 def _uneven(j: int, senders: Sizes, receiver: Receiver) -> LayoutError:
@@ -245,13 +262,13 @@ def _uneven(j: int, senders: Sizes, receiver: Receiver) -> LayoutError:
         size = senders.at(senders.key(receiver.places))
         there = f", where the $sender at its place has {size}" if size is not None else ""
     name = dim.label if len(dim.names) == 1 else "DIM"
+    by_rule = cutting.declared(dim, cuts, ["chunk"] * len(cuts))
     return LayoutError(
         f"dim {dim.label}: $senders have {senders.total} in all, and $receiver's block has "
         f"{receiver.shape[j]}{over}{there}: its blocks are of unequal sizes",
-        f"if they are as large as data have it, such as the tokens of each expert, run both on as "
-        f"many ranks and on the same input; if a rule cuts them, declare it at $receiver's tap as "
-        f"{cutting.declared(dim, cuts, ['chunk'] * len(cuts))}, or the size without padding as in "
-        f"'# {name}=SIZE'",
+        f"if they are as large as data have it, such as the tokens of each expert, {_ALIKE}; if a "
+        f"rule cuts them, declare it at $receiver's tap, as in {by_rule}; if one side is padded, "
+        f"declare the size without that, as in '# {name}=SIZE'",
     )
 
 
@@ -359,6 +376,9 @@ def _fused(
     runs, notes = [], []
     for place, j in enumerate(order):
         one = receivers[place]
+        for i in pair.senders:
+            if _hangs_on_data(sizes[i], receiver, j):
+                raise _uneven(j, sizes[i], receiver)
         others = other_sizes(receiver, j, one.real, rows)
         may_pad = _may_pad(receiver, j, explicit)
         is_left = rows is not None and rows.is_left and bool(others)
