@@ -228,5 +228,5 @@ def _found(
         if rows.is_left and not is_even:
             raise left_open(receiver, j)
         label = receiver.dims.dims[j].label
-        notes.append(f"{label} was taken to have {found.total} in all, as $senders have")
+        notes.append(f"{label} was taken to have {found.total} in all, as the senders have")
     return found

@@ -113,8 +113,8 @@ class Lengths(NamedTuple):
         if len(self.real) == 1:
             return ""
         return (
-            f"{whose} padding, {spare} of {total} tokens, was taken to stand behind the last "
-            "sequence; if each has padding of its own, say so at the tap with "
+            f"padding, {spare} of {total} tokens, was taken to stand behind the last sequence; if "
+            "each has padding of its own, say so at the tap with "
             "extras={'padded_seq_lens': [...]}"
         )
 

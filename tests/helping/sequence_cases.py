@@ -87,12 +87,17 @@ class Case:
     says_lengths: bool
     says_side: bool
 
+    @property
+    def halves(self):
+        return self.sender, self.receiver
+
     def about(self):
+        """Return the case in a line, for a failing test to print."""
         halves = [
             f"{half.layout.text()!r} over {half.layout.mesh} order {half.order} real "
             f"{half.layout.real} room {half.layout.room}+{half.layout.tail} left "
             f"{half.layout.left} {half.layout.extras}"
-            for half in (self.sender, self.receiver)
+            for half in self.halves
         ]
         return " -> ".join(halves)
 
@@ -146,7 +151,8 @@ def _random_layout(rng, mesh, real, is_padded):
         if axis == "dp" or rng.random() < 0.6:  # what dp does not cut is other data
             name = rng.choice(form.split())
             zigzag = axis == "cp" and name != "b" and rng.random() < 0.3
-            cuts.setdefault(name, []).append(Cut(axis, zigzag, "chunk", rng.random() < 0.5))
+            rule = rng.choice(("chunk", "chunk", "split"))
+            cuts.setdefault(name, []).append(Cut(axis, zigzag, rule, rng.random() < 0.5))
     if form == "s" and len(real) > 1:
         cuts = {form: [cut for cut in cuts.get(form, []) if cut.axis == "dp"]}
     layout = Sequences(form, mesh, cuts, real, list(real))
