@@ -1,8 +1,8 @@
 """Batch and sequence on both sides: each token goes to its own place, wherever padding stands.
 
-1. `_found` is what the receiver's block has of its batch, and `_Side` how long sequences are there.
-2. `_grid` counts a side's tokens, where lengths are known and anything is padded; else batches are
-   copied as they stand, dim by dim.
+1. `_found` is what the receiver's block has of its batch, and `_side` how long sequences are.
+2. `batched` counts both sides' tokens, where lengths are known and anything is padded; else batches
+   are copied as they stand, dim by dim.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ def batched(
     if any({BATCH, SEQUENCE} & one.padded or BATCH in one.sizes for one in (sender_dims, dims)):
         check_sides(rows.senders, rows.receiver)  # there is padding of the dims, too
         return None, ""
-    ours = _batch_first(sender_dims, [i for pair in pairs for i in pair.senders])
-    theirs = _batch_first(dims, [j for pair in pairs for j in pair.receivers])
-    size = _length(sender_dims, ours, [sizes[i].total for i in ours], rows.real)
+    senders = _batch_first(sender_dims, [i for pair in pairs for i in pair.senders])
+    receivers = _batch_first(dims, [j for pair in pairs for j in pair.receivers])
+    size = _length(sender_dims, senders, [sizes[i].total for i in senders], rows.real)
     notes: list[str] = []
-    found = [_found(j, pairs, sender_dims, sizes, receiver, rows, size, notes) for j in theirs]
-    other = _length(dims, theirs, [one.total for one in found], rows.real)
-    given = _side("$senders'", rows.senders, sender_dims, dims, ours, size, rows.real)
-    taken = _side("$receiver's", rows.receiver, dims, sender_dims, theirs, other, rows.real)
+    found = [_found(j, pairs, sender_dims, sizes, receiver, rows, size, notes) for j in receivers]
+    other = _length(dims, receivers, [one.total for one in found], rows.real)
+    given = _side("$senders'", rows.senders, sender_dims, dims, senders, size, rows.real)
+    taken = _side("$receiver's", rows.receiver, dims, sender_dims, receivers, other, rows.real)
     if not (given.is_padded or taken.is_padded):
         return None, "; ".join(notes)
     if given.is_open and taken.is_open:
@@ -110,7 +110,7 @@ def batched(
             return None, "; ".join([*notes, PADDED_ALIKE])
         if not (given.told.side and taken.told.side):
             check_sides(given.told, taken.told)
-    for i in ours:
+    for i in senders:
         if sizes[i].total not in _borne_out(i, sender_dims, given, taken, rows):
             check_all_there(sizes[i])
     notes += [given.granted(), taken.granted(), *(one.note for one in found)]

@@ -158,10 +158,10 @@ def plan(
                     continue
             groups += [group_of(p, sender_dims, sizes, block, lengths, rows) for p in together]
         except LayoutError as err:
-            ours = [i for p in together for i in p.senders]
-            theirs = [j for p in together for j in p.receivers]
-            advice = undeclared(senders[0], ours, sender_world, "$senders'")
-            advice = advice or undeclared(receiver, theirs, receiver_world, "$receiver's")
+            given = [i for p in together for i in p.senders]
+            taken = [j for p in together for j in p.receivers]
+            advice = undeclared(senders[0], given, sender_world, "$senders'")
+            advice = advice or undeclared(receiver, taken, receiver_world, "$receiver's")
             if type(err) is not LayoutError or not advice:
                 raise
             raise LayoutError(err.fact, f"{advice}, else {MEND}") from None
