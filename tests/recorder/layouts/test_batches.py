@@ -153,6 +153,11 @@ def test_another_order_is_refused_where_only_the_batch_is_left():
     said = "the lengths [2, 3], the target's [3, 2]"
     refused(senders, block(0, "b v", (2, 4), {"seq_lens": [3, 2]}), said)
     assert carried(senders, block(0, "b v", (2, 4), told()))[0] == [[0.0] * 4] * 2
+    own = [
+        (block(k, "b[tp] v", (1, 4), {"seq_lens": [n]}, tp=(k, 2)), torch.zeros(1, 4))
+        for k, n in enumerate(LENGTHS)
+    ]
+    assert carried(own, block(0, "b v", (2, 4), told()))[0] == [[0.0] * 4] * 2
 
 
 def test_dims_that_fuse_a_batch_with_more_are_held_to_their_sides():
