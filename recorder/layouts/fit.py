@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import LayoutError
-from . import cutting
 from . import runs as r
 from .agreeing import Rows
 from .align import MEND, Pair
 from .blocks import Sizes
-from .dims import BATCH, SEQUENCE, TOKENS, Dim, Dims
+from .dims import BATCH, SEQUENCE, TOKENS, Dims
 from .groups import Fused, Group, Same, Sized
 from .lengths import Lengths
+from .misfits import if_shared, no_block, too_few, uneven
 from .receiver import Found, Receiver
 from .tokens import (
     blocks_missing,
@@ -146,7 +146,7 @@ def along(
     else:
         size = have
     if have < size:
-        raise _too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
+        raise too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
     alike = _cut_alike(senders, receiver, j) if size == have else None
     if alike is not None:
         note = f"dim {dim} has blocks of unequal sizes: taken rank by rank"
@@ -155,9 +155,9 @@ def along(
     is_left = rows is not None and rows.is_left and bool(others)
     found = receiver.indices(j, size, padded, others, is_left=is_left)
     if found is None:
-        raise _no_block(j, senders, size, receiver)
+        raise no_block(j, senders, size, receiver)
     if size == have and _hangs_on_data(senders, receiver, j):
-        raise _uneven(j, senders, receiver)
+        raise uneven(j, senders, receiver)
     if _may_hang_on_data(senders, receiver, j) and not found.note:
         found = found._replace(note=f"dim {dim} was taken to be cut by a rule, and not by data")
     return size, found
@@ -212,77 +212,6 @@ def other_sizes(receiver: Receiver, j: int, size: int, rows: Rows | None) -> tup
         return ()  # as large as the senders', in blocks of one size
     least = max(rows.real, default=0) * (len(rows.real) if BATCH in names else 1)
     return tuple(n for n in (least, receiver.even(j)) if least <= n != size)
-
-
-def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutError:
-    """Say that no whole of the senders' size has such a block, and what may be the reason."""
-    have, dim, cuts = senders.total, receiver.dims.dims[j], receiver.cuts(j)
-    cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
-    more = f" ({size} without padding)" if size != have else ""
-    fact = (
-        f"dim {dim.label}: $senders have {have} in all{more}, and $receiver's block has "
-        f"{receiver.shape[j]}{cut}"
-    )
-    name = dim.label if len(dim.names) == 1 else "DIM"
-    padded = f"if one is padded, declare the size without that, as in '# {name}=SIZE'"
-    real, shared = receiver.even(j), receiver.shared(j, size)
-    if shared is not None:
-        written = cutting.shared(dim, cuts, shared.share, size, receiver.shape[j])
-        advice = [f"if {shared.share} ranks hold the same, write {written} at $receiver's tap"]
-    elif senders.shared(real):
-        return LayoutError(fact, _if_shared([senders], real))
-    elif not cuts and size > receiver.shape[j] > 0 and size % receiver.shape[j] == 0:
-        part = f"if {size // receiver.shape[j]} ranks hold a part each, write {dim.label}[tp]"
-        advice = [f"{part} at $receiver's tap", padded]
-    elif not senders.cuts and real > have > 0 and real % have == 0:
-        part = f"if {real // have} ranks hold a part each, write {dim.label}[tp]"
-        advice = [f"{part} where they are recorded", padded]
-    elif _is_uneven(receiver, j, size):
-        return _uneven(j, senders, receiver)
-    else:
-        advice = [padded]
-    if _is_uneven(receiver, j, size):
-        advice.append(f"if its blocks are of unequal sizes, as data have it, {_ALIKE}")
-    return LayoutError(fact, f"{'; '.join(advice)}; else {MEND}")
-
-
-_ALIKE = "record on as many ranks, cut alike, and feed both the same input"
-
-
-def _is_uneven(receiver: Receiver, j: int, size: int) -> bool:
-    return bool(receiver.cuts(j)) and receiver.whole(j) is None and receiver.even(j) != size
-
-
-def _uneven(j: int, senders: Sizes, receiver: Receiver) -> LayoutError:
-    """Say that a block cannot be placed, since others are of sizes that nobody knows here."""
-    dim, cuts = receiver.dims.dims[j], receiver.cuts(j)
-    over = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
-    there = ""
-    if senders.cuts_as(cuts, receiver.places):
-        size = senders.at(senders.key(receiver.places))
-        there = f", where the $sender at its place has {size}" if size is not None else ""
-    name = dim.label if len(dim.names) == 1 else "DIM"
-    by_rule = cutting.declared(dim, cuts, ["chunk"] * len(cuts))
-    return LayoutError(
-        f"dim {dim.label}: $senders have {senders.total} in all, and $receiver's block has "
-        f"{receiver.shape[j]}{over}{there}: its blocks are of unequal sizes",
-        f"if they are as large as data have it, such as the tokens of each expert, {_ALIKE}; if a "
-        f"rule cuts them, declare it at $receiver's tap, as in {by_rule}; if one side is padded, "
-        f"declare the size without that, as in '# {name}=SIZE'",
-    )
-
-
-def _if_shared(senders: Sequence[Sizes], real: int) -> str:
-    """Return what to do where the senders have more than there is: blocks may be shared."""
-    (first, *others) = senders
-    copies = 0 if others else first.shared(real)
-    if not copies:
-        return MEND
-    return (
-        f"if {copies} ranks of $senders hold the same, write "
-        f"{cutting.shared(first.dim, first.cuts, copies, real, first.block)} where they are "
-        f"recorded, else {MEND}"
-    )
 
 
 def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Receiver) -> None:
@@ -359,7 +288,7 @@ def _fused(
         raise LayoutError(
             f"dims {_labels(senders)}: $senders have {have} in all, $receiver's "
             f"{_labels(receivers)} {' x '.join(str(one.real) for one in receivers)}",
-            _if_shared([sizes[i] for i in pair.senders], math.prod(n.real for n in receivers)),
+            if_shared([sizes[i] for i in pair.senders], math.prod(n.real for n in receivers)),
         )
     if any(receiver.whole(j) is None for j in order):
         for i, one in zip(pair.senders, senders, strict=True):
@@ -378,7 +307,7 @@ def _fused(
         one = receivers[place]
         for i in pair.senders:
             if _hangs_on_data(sizes[i], receiver, j):
-                raise _uneven(j, sizes[i], receiver)
+                raise uneven(j, sizes[i], receiver)
         others = other_sizes(receiver, j, one.real, rows)
         may_pad = _may_pad(receiver, j, explicit)
         is_left = rows is not None and rows.is_left and bool(others)
@@ -398,16 +327,10 @@ def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -
         return Sized(dim, total, total)
     real = math.prod(explicit[name] for name in dim.names)
     if real > total and len(dim.names) == 1:
-        raise _too_few(dim, total, real, "declared")
+        raise too_few(dim, total, real, "declared")
     if real < total and len(dim.names) > 1:
         raise padded_apart(min(dim.names))
     return Sized(dim, total, real if len(dim.names) == 1 else total)
-
-
-def _too_few(dim: Dim, have: int, size: int, whose: str) -> LayoutError:
-    return LayoutError(
-        f"dim {dim.label}: $senders have {have} in all, fewer than the {size} {whose}", MEND
-    )
 
 
 def _may_pad(receiver: Receiver, j: int, explicit: Mapping[str, int]) -> bool:
