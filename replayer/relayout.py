@@ -241,9 +241,9 @@ class Relayout:
         if self._recording.world_size == self._rank.world_size:
             rows = self._at_rank  # others may have data of their own
         for row in rows:
-            if row["extras"] and self._extras:
+            if row["extras"] or self._extras:
                 one, other = (layout_of(d, kind) if d else None for d in (row["dims"], declared))
-                check_taps((row["extras"], one), (self._extras, other))
+                check_taps((row["extras"] or "", one), (self._extras, other))
 
     @functools.cached_property
     def _extras(self) -> str:

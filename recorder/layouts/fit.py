@@ -153,7 +153,9 @@ def along(
         return size, Found(have, alike, note)
     others = other_sizes(receiver, j, size, rows) if declared is None else ()
     is_left = rows is not None and rows.is_left and bool(others)
-    found = receiver.indices(j, size, padded, others, is_left=is_left)
+    # Where a sender at a place cut alike has nothing, none share a block.
+    may_share = not (senders.has_empty and senders.cuts_as(receiver.cuts(j), receiver.places))
+    found = receiver.indices(j, size, padded, others, is_left=is_left, may_share=may_share)
     if found is None:
         raise no_block(j, senders, size, receiver)
     if size == have and _hangs_on_data(senders, receiver, j):
@@ -165,9 +167,9 @@ def along(
 
 def _may_hang_on_data(senders: Sizes, receiver: Receiver, j: int) -> bool:
     """Whether blocks may be as large as data have it, and just happen to have a rule's sizes."""
-    cuts, of_data = receiver.cuts(j), receiver.dims.data | {EXPERTS}
+    cuts = receiver.cuts(j)
     is_even = receiver.even(j) == senders.total and receiver.is_even(j)
-    if not any(cut.axis in of_data for cut in cuts):
+    if not _is_of_data(receiver, j):
         return False
     if is_even and receiver.dims.dims[j].names != (TOKENS,):
         return False
@@ -197,7 +199,14 @@ def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
     key = senders.key(receiver.places)
     if senders.at(key) != receiver.shape[j] or senders.is_open or senders.ends_open:
         return None
-    return senders.runs(key) if senders.has_empty or not senders.is_regular else None
+    may_be_ruled = senders.is_regular and not (senders.has_empty and _is_of_data(receiver, j))
+    return None if may_be_ruled else senders.runs(key)
+
+
+def _is_of_data(receiver: Receiver, j: int) -> bool:
+    """Whether an axis cuts a dim whose ranks have what data, or experts, give them."""
+    of_data = receiver.dims.data | {EXPERTS}
+    return any(cut.axis in of_data for cut in receiver.cuts(j))
 
 
 def other_sizes(receiver: Receiver, j: int, size: int, rows: Rows | None) -> tuple[int, ...]:

@@ -109,6 +109,7 @@ class Receiver:
         others: Sequence[int] = (),
         *,
         is_left: bool = False,
+        may_share: bool = True,
     ) -> Found | None:
         """Return the size of the whole along dim `j`, and which of its indices the block has.
 
@@ -122,6 +123,7 @@ class Receiver:
             others: what the whole may have instead: the block must have the same indices then, or
                 where these count from the end (`is_left`), there must be no such block.
             is_left: whether padding stands before what is real.
+            may_share: whether neighbours may hold the same block, though nobody declares it.
 
         Returns:
             None where no whole of that size has such a block.
@@ -143,7 +145,8 @@ class Receiver:
             for other in others:
                 readings += self._cuttings(j, other)
         distinct: dict[tuple[tuple[int, int], ...], _Reading] = {}
-        shared = None if padded and self._is_padded(j) else self.shared(j, size)
+        is_certain = not may_share or (padded and self._is_padded(j))
+        shared = None if is_certain else self.shared(j, size)
         for one in [*readings, *([shared] if shared else [])]:
             held = tuple(r.located(one.runs, self._segments(j, one.total, size)))
             if is_left:

@@ -106,7 +106,7 @@ def by_rank(
         LayoutError: their taps contradict each other on the sequences in them.
     """
     sides = [(row["extras"] or "", row["dims"], row["kind"]) for row in (row_a, row_b)]
-    if all(extras for extras, _, _ in sides):
+    if any(extras for extras, _, _ in sides):
         told = [(text, layout_of(dims, kind) if dims else None) for text, dims, kind in sides]
         with of_both():
             check_taps(*told)

@@ -147,15 +147,16 @@ def test_padding_is_told_from_tokens_where_one_side_declares_no_dims(run, tmp_pa
         assert (found.status, found.pairs["outcome"][0]) == (status, ["equal", "differs"][status])
 
 
-def test_a_side_that_only_one_tap_says_is_refused_in_replay_and_diff(run, tmp_path):
-    a = record(run, batch(9.0, left=True), "b s h", seq_lens=LENGTHS, padding="left")
+@pytest.mark.parametrize("dims", ["b s h", None])
+def test_a_side_that_only_one_tap_says_is_refused_in_replay_and_diff(run, tmp_path, dims):
+    a = record(run, batch(9.0, left=True), dims, seq_lens=LENGTHS, padding="left")
     target = torch.full((2, 5, 4), -1.0)
     for extras in ({}, {"seq_lens": LENGTHS}):
-        outcome, message = replay(run, target, "b s h", **extras)
+        outcome, message = replay(run, target, dims, **extras)
         assert outcome == "error" and (target == -1).all()
         said = "padding stands on the left and nobody says where the target's stands; pad both"
         assert f"the senders' {said}" in message
-        b = record(tmp_path / str(len(extras)), batch(7.0), "b s h", **extras)
+        b = record(tmp_path / str(len(extras)), batch(7.0), dims, **extras)
         found = diff(a.path, b.path)
         said = "A's ranks' padding stands on the left and nobody says where B's stands; pad both"
         assert found.status == 1 and said in found.pairs["message"][0]
