@@ -269,6 +269,9 @@ class Replacements:
                 made = aligned.make()
                 here = own.index_select(0, made.cells.to(own.device))
                 new, note = graft.check_replacement(made.rows.to(target.device), here)
+                new = aligned.with_padding(new, here)
+                if aligned.guesses:
+                    self.warn(selected, aligned.guesses, "guess")
             else:
                 made, received = aligned.received()
                 here = own.index_select(0, made.cells.to(own.device))
@@ -281,9 +284,8 @@ class Replacements:
                 said = self._said_of_choices(selected, here, new, kind, aligned)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
-                record = aligned.first
-                is_gradient = kind == "grad"
-                row = self._own.columns(here, new, record, call.dims, None, is_gradient=is_gradient)
+                row, why = self._own_of_rows(here, new, aligned.first, call.dims, kind)
+                unmeasured = joined(unmeasured, why)
             tensor = aligned.put(new, made.cells)
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
         message = joined(made.note, lost, note, said, unmeasured)
@@ -400,6 +402,18 @@ class Replacements:
                 other if self.transform is None else None,
                 is_gradient=declared.kind == "grad",
             )
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            return OwnRow(), f"its own error is not measured: {type(err).__name__}: {err}"
+        return made, ""
+
+    def _own_of_rows(
+        self, here: torch.Tensor, new: torch.Tensor, record: ManifestRow, dims: str, kind: str
+    ) -> tuple[OwnRow, str]:
+        """As `_own_of`, of rows that are matched one by one."""
+        try:
+            made = self._own.columns(here, new, record, dims, None, is_gradient=kind == "grad")
         except Exception as err:
             if is_from_the_job(err):
                 raise

@@ -111,6 +111,15 @@ class Aligned:
     def _rest(self) -> tuple[int, ...]:
         return self._joining.receiver.shape
 
+    @property
+    def guesses(self) -> str:
+        """What `make` took for granted that should be said aloud."""
+        return self._joining.guesses
+
+    def with_padding(self, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """See `Joining`."""
+        return self._joining.with_padding(rows, own)
+
     def put(self, rows: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Return the target with other rows in some places.
 

@@ -206,6 +206,39 @@ class TestParts:
         assert xs[0][0].tolist() == [0, 2] and xs[0][1].tolist() == ([4, 6] if is_there else kept)
 
 
+class TestOtherDims:
+    """They are laid out as their dims say, padding and what is taken for granted included."""
+
+    @pytest.mark.parametrize(("fact", "pad"), [("# h=3", -9), ("# h=3 h:fill=7", 7)])
+    def test_padding_keeps_the_target_s_values_or_has_its_fill(self, meet, fact, pad):
+        xs = [filled(3, 2), filled(3, 2)]
+
+        def target(rank):
+            tap("x", xs[rank], dims=f"t h[tp] {fact}", rows={"t": [1, 5, 0]})
+
+        base = tapped("x", numbered(2, 3), "t h", {"t": [0, 1]})
+        meet(base, target, (1, 2), (None, lambda rank: {"tp": (rank, 2)}))
+        assert xs[0].tolist() == [[3, 4], [-9, -9], [0, 1]]
+        assert xs[1].tolist() == [[5, pad], [-9, -9], [2, pad]]
+
+    def test_padding_of_the_senders_is_left_out(self, meet):
+        def base(rank):
+            part = torch.tensor([[0, 1], [3, 4]] if rank == 0 else [[2, 99], [5, 99]]).float()
+            tap("x", part, dims="t h[tp] # h=3", rows={"t": [0, 1]})
+
+        x = filled(2, 3)
+        meshes = (lambda rank: {"tp": (rank, 2)}, None)
+        meet(base, tapped("x", x, "t h", {"t": [1, 0]}), (2, 1), meshes)
+        assert torch.equal(x, numbered(2, 3).flip(0))
+
+    def test_an_axis_that_nobody_declared_is_told_of(self, meet):
+        x = filled(2, 2)
+        base = tapped("x", numbered(2, 1), "t h[tp]", {"t": [0, 1]})
+        (session,) = meet(base, tapped("x", x, "t h", {"t": [1, 0]}), (2, 1))
+        said = "tp was taken to be over all 2 of the senders' ranks: no mesh was declared"
+        assert only(session)["message"] == said and x.tolist() == [[1, 1], [0, 0]]
+
+
 class TestSeveralTimes:
     def base(self, rank):
         for i in range(2):
