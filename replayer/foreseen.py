@@ -81,6 +81,8 @@ def _of_filter(
     """
     names, values = seen_in(rows)
     is_known = match_on.whole and "rank" not in filter.names
+    if "step" in filter.names and rows["rows"].is_not_null().any():
+        is_known = False  # the target's steps need not be those of the rows
     offset, renames = settings.step_offset, settings.rename
     if is_known and not selected_rows(rows, filter, 0, offset, renames).height:
         yield f"of what was recorded, {filter.why_nothing(values, names, values)}"

@@ -177,6 +177,13 @@ def _notes(log: pl.DataFrame, orders: Mapping[int, list[Place]]) -> list[str]:
             f"{count(counts[WITHOUT_EFFECT], 'graft')} had no effect: what they are off by, the "
             "segments behind them are off by too"
         )
+    lacking = log.filter((log["outcome"] == "grafted") & (log["rows_missing"] > 0))
+    if lacking.height:
+        rows = count(int(lacking["rows_missing"].sum()), "row")
+        notes.append(
+            f"{rows} of {count(lacking.height, 'tap')} had no record and kept the target's values: "
+            "what they are off by, the segments behind them are off by too"
+        )
     if len(orders) > 1:
         first, *others = sorted(orders)
         for rank in others:
