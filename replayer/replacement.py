@@ -351,8 +351,8 @@ class Replacements:
         for row, tensor in received:
             if tensors[row["rank"]] is not None:
                 raise TransformError(
-                    f"rank {row['rank']} recorded several parts of these rows, and a transform gets "
-                    "one of each rank; declare dims on both sides and name none"
+                    f"rank {row['rank']} recorded several parts of these rows, and a transform "
+                    "gets one of each rank; declare dims on both sides and name none"
                 )
             tensors[row["rank"]] = tensor.to(target.device)
             extras[row["rank"]] = json.loads(row["extras"] or "{}")
