@@ -349,6 +349,11 @@ class Replacements:
         tensors: list[torch.Tensor | None] = [None] * self.recording.world_size
         extras: list[Any] = [None] * self.recording.world_size
         for row, tensor in received:
+            if tensors[row["rank"]] is not None:
+                raise TransformError(
+                    f"rank {row['rank']} recorded several parts of these rows, and a transform "
+                    "gets one of each rank; declare dims on both sides and name none"
+                )
             tensors[row["rank"]] = tensor.to(target.device)
             extras[row["rank"]] = json.loads(row["extras"] or "{}")
         return GraftInput(

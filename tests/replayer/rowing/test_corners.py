@@ -205,6 +205,22 @@ class TestParts:
         assert all(one[0].tolist() == [0, 0] and one[1].tolist() == kept for one in xs[1:])
         assert xs[0][0].tolist() == [0, 2] and xs[0][1].tolist() == ([4, 6] if is_there else kept)
 
+    def test_a_transform_gets_one_part_of_each_rank_or_an_error(self, meet):
+        def base(rank):
+            for place in range(2):
+                declare_mesh(tp=(place, 2))
+                tap("x", numbered(3, 1) + place, dims="t h[tp]", rows={"t": [0, 1, 2]})
+                step()
+
+        x = filled(3, 2)
+        (session,) = meet(
+            base, tapped("x", x, "t h", {"t": [0, 1, 2]}), transform=lambda g: g.target
+        )
+        message = only(session)["message"]
+        assert "rank 0 recorded several parts of these rows, and a transform gets one of" in message
+        meet(base, tapped("x", x, "t h", {"t": [0, 1, 2]}), strict=True)
+        assert torch.equal(x, torch.cat([numbered(3, 1), numbered(3, 1) + 1], 1))
+
 
 class TestOtherDims:
     """They are laid out as their dims say, padding and what is taken for granted included."""

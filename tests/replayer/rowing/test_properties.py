@@ -32,7 +32,7 @@ REPLICAS = ["error", "first", "last", "mean"]
 
 
 def played(
-    run, seed, meshes, cases=25, steps=3, match_on=None, replicas="error", metrics=False, **fixed
+    run, seed, meshes, cases=20, steps=3, match_on=None, replicas="error", metrics=False, **fixed
 ):
     """Record and replay random cases, and hold each of them against what is expected."""
     play = Play([make(f"{seed}-{i}", i, meshes, steps, **fixed) for i in range(cases)], meshes,
