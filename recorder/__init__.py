@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .errors import GraftError
     from .filters import Filter
     from .mesh import declare_mesh, global_layer
-    from .modules.attach import attach
+    from .modules.attach import attach, follow_rows
     from .recording import Recording
     from .session import Recorder
     from .taps.around import context, rows
@@ -28,6 +28,7 @@ _LAZY = {
     "attach": "recorder.modules.attach",
     "context": "recorder.taps.around",
     "declare_mesh": "recorder.mesh",
+    "follow_rows": "recorder.modules.attach",
     "global_layer": "recorder.mesh",
     "rows": "recorder.taps.around",
     "step": "recorder.taps.tap",
@@ -44,6 +45,7 @@ __all__ = [
     "attach",
     "context",
     "declare_mesh",
+    "follow_rows",
     "global_layer",
     "rows",
     "step",

@@ -32,6 +32,7 @@ from string import Template
 
 _LIBRARIES = frozenset(
     {"recorder", "replayer", "torch", "polars", "xxhash", "numpy", "safetensors"}
+    | {"transformers", "vllm", "sglang"}  # asked what a call is of
 )
 
 

@@ -77,6 +77,10 @@ class ModelReport(TypedDict):
     """The classes of the models that are tapped."""
     others: list[str]
     """The classes of roots in which nothing was found."""
+    followed: list[str]
+    """The classes of models of which rows are told apart."""
+    unfollowed: list[str]
+    """The classes of roots with no such model."""
     is_compiled: bool
     """Whether the compiler was there: what it compiled before taps were made has none."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +93,7 @@ class Recorder:
         modules: str | Sequence[str | ModulePath] = (),
         taps: str | None = None,
         step_on: str = "step",
+        rows: Callable[..., Any] | str | None = None,
         filter: Filter | str | None = None,
         level: str = "tensors",
         max_bytes: int | str | None = None,

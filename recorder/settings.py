@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 from .errors import UsageError
 from .filters import Filter
+from .imported import is_path
 from .paths import Path, parse_path
 from .sizes import format_binary_size, parse_duration, parse_size
 
@@ -264,6 +265,8 @@ class Settings:
             if isinstance(value, Filter)
             else [one.text for one in value]
             if isinstance(value, tuple)
+            else f"{value.__module__}.{getattr(value, '__qualname__', value)}"
+            if callable(value)
             else value
             for name, value in found.items()
         }
@@ -285,6 +288,20 @@ def _paths(value: Any, called: str) -> tuple[Path, ...]:
         return tuple(one if isinstance(one, Path) else parse_path(one.strip()) for one in value)
     except (TypeError, AttributeError):
         raise UsageError(f"{called} is {value!r}; give paths of modules, as texts") from None
+
+
+SYSTEMS = ("auto", "transformers", "vllm", "sglang")
+"""What `rows` may name beside a function."""
+
+
+def _rows(value: Any, called: str) -> Any:
+    """Return a function, or the name of a system or a function."""
+    if callable(value) or (isinstance(value, str) and (value in SYSTEMS or is_path(value))):
+        return value
+    raise UsageError(
+        f"{called} is {value!r}; give one of {', '.join(SYSTEMS)}, or a function of (module, args, "
+        "kwargs) by its path, such as pkg.mod.fn"
+    )
 
 
 @dataclass(frozen=True)
@@ -315,11 +332,19 @@ class TapSettings(Settings):
         "again, or where an optimizer has stepped.",
         choices=("step", "root", "optimizer"),
     )
+    rows: Callable[..., Any] | str | None = option(
+        None,
+        "Say which row of a tensor is which token, so that rows meet wherever they were computed: "
+        "auto, transformers, vllm or sglang read it off the calls of such a model; or a function "
+        "of (module, args, kwargs) that returns ids by dims.",
+        metavar="SYSTEM",
+        check=_rows,
+    )
 
     @property
     def wants_modules(self) -> bool:
         """Whether anything is to be done at a program's modules."""
-        return bool(self.modules or self.taps or self.step_on != "step")
+        return bool(self.modules or self.taps or self.rows or self.step_on != "step")
 
     @classmethod
     def of_environment(cls, prefix: str, environ: Mapping[str, str] = os.environ) -> TapSettings:

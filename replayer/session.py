@@ -106,6 +106,7 @@ class Replayer:
         modules: str | Sequence[str | ModulePath] = (),
         taps: str | None = None,
         step_on: str = "step",
+        rows: Callable[..., Any] | str | None = None,
         filter: Filter | str | None = None,
         transform: Callable[..., Any] | str | TransformError | None = None,
         only: str | None = None,

@@ -7,17 +7,14 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recorder.errors import TransformError, UsageError
+from recorder.imported import imported, is_path
 from recorder.sizes import count
 from recorder.tags import Key
 
@@ -176,43 +173,20 @@ def check_path(path: str) -> None:
     Raises:
         UsageError: it is none.
     """
-    parts = path.split(".")
-    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+    if not is_path(path):
         raise UsageError(f"transform {path!r} is not a path such as pkg.mod.fn")
 
 
 def load(path: str) -> Transform:
-    """Return the transform that a dotted path names.
-
-    The working directory is searched after `sys.path`, as users expect of a command line.
+    """Return the transform that a dotted path names; see `imported`.
 
     Raises:
         TransformError: it cannot be imported, or is no such function.
     """
     try:
-        check_path(path)
+        return Transform(imported(path, "transform"), path)
     except UsageError as err:
-        raise TransformError(str(err)) from None
-    module_name, _, attribute = path.rpartition(".")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # for good: the module may import from there later
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as err:
-        raise TransformError(
-            f"transform {path!r} cannot be imported: {type(err).__name__}: {err}; "
-            "check the path, and PYTHONPATH in the target's environment"
-        ) from err
-    function = getattr(module, attribute, None)
-    if function is None:
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        near = difflib.get_close_matches(attribute, names, 6, cutoff=0)
-        raise TransformError(
-            f"transform {path!r} cannot be imported: module {module_name} has no {attribute!r}; "
-            f"it has {', '.join(near) or 'no functions'}"
-        )
-    return Transform(function, path)
+        raise TransformError(str(err)) from err
 
 
 def identity(

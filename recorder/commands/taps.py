@@ -82,7 +82,7 @@ def surveyed(settings: TapSettings, command: Sequence[str], aside: bool = False)
 @click.command(
     "taps", cls=WrappingCommand, short_help="Say what of COMMAND's modules could be tapped."
 )
-@options_of(TapSettings, without=("step_on",))
+@options_of(TapSettings, without=("step_on", "rows"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON alone: a list of objects.")
 @COMMAND
 @expected_errors

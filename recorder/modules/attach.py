@@ -1,9 +1,10 @@
-"""`recorder.attach`: tap one model in a program's own code."""
+"""`recorder.attach`: tap one model in a program's own code; `follow_rows`: tell its rows apart."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -11,6 +12,72 @@ from ..errors import UsageError
 from ..settings import TapSettings
 from .request import Request
 from .told import lines
+
+Rows = str | Callable[..., Any]
+
+
+def _requested(model: object, settings: TapSettings, called: str) -> Request:
+    """Return what is wanted of one model, in its place.
+
+    Raises:
+        UsageError: it is none, or what is wanted cannot be.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"{called} was given a {type(model).__name__}; give it a torch.nn.Module")
+    request = Request(settings)
+    try:
+        if request.following is not None:
+            request.following.load()
+        found = request.on_root(model, None)
+        is_tapped = found is not None and bool(found.bindings)
+        wants_taps = bool(settings.modules or settings.taps)
+        is_unfollowed = request.following is not None and found is None
+        if is_unfollowed or request.unfollowed or (wants_taps and not is_tapped):
+            raise UsageError("; ".join(lines([request.report()], settings)))
+    except BaseException:
+        request.detach()
+        raise
+    return request
+
+
+class follow_rows:  # noqa: N801  # as `attach`
+    """Say which token each row of one model's tensors is, as `--rows` does for all of a process.
+
+    ```python
+    followed = follow_rows(model)             # or: with follow_rows(model, "vllm"): ...
+    followed.detach()
+    ```
+
+    Taps in the model then have their rows, as if they stood in `with rows(...)`.
+
+    Args:
+        model: the root.
+        system: what `--rows` takes, or a function of (module, args, kwargs) that returns ids by
+            dims, as `rows` takes them, or None.
+
+    Raises:
+        UsageError: the system is not known, the function cannot be imported, or with `auto` the
+            model is of no system that is recognised.
+    """
+
+    def __init__(self, model: torch.nn.Module, system: Rows = "auto") -> None:
+        settings = TapSettings.given({"rows": system})
+        self._request = _requested(model, settings, "follow_rows")
+
+    def detach(self) -> None:
+        """Follow it no more."""
+        self._request.detach()
+
+    def __enter__(self) -> follow_rows:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
 
 
 class attach:  # noqa: N801  # read as a verb, as `context` is
@@ -27,9 +94,11 @@ class attach:  # noqa: N801  # read as a verb, as `context` is
         model: the root that the paths are taken from.
         taps: a table, as `--taps` takes it.
         modules: paths of modules, as `--modules` takes them.
+        rows: what says which row is which, as `--rows` takes it, or a function.
 
     Raises:
-        UsageError: the table or a path cannot be read, or nothing of them fits the model.
+        UsageError: the table or a path cannot be read, or nothing of them fits the model; or the
+            function cannot be imported, or the model is of no system that is recognised.
     """
 
     def __init__(
@@ -37,17 +106,12 @@ class attach:  # noqa: N801  # read as a verb, as `context` is
         model: torch.nn.Module,
         taps: str | None = None,
         modules: str | Sequence[str] = (),
+        rows: Rows | None = None,
     ) -> None:
-        settings = TapSettings.given({"taps": taps, "modules": modules})
-        if not isinstance(model, torch.nn.Module):
-            raise UsageError(
-                f"attach was given a {type(model).__name__}; give it a torch.nn.Module"
-            )
-        self._request = Request(settings)
-        found = self._request.on_root(model, None)
-        if found is None or not found.bindings:
-            said = lines([self._request.report()], settings)
-            raise UsageError("; ".join(said) or "attach was given neither taps nor modules")
+        settings = TapSettings.given({"taps": taps, "modules": modules, "rows": rows})
+        if not settings.wants_modules:
+            raise UsageError("attach was given neither taps nor modules nor rows")
+        self._request = _requested(model, settings, "attach")
 
     def detach(self) -> None:
         """Tap it no more."""

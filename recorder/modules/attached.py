@@ -83,7 +83,30 @@ class Attached:
         hook = self._before.get(id(module))
         if hook is None:
             hook = self._hook_before(module, (), ())
-        hook.also = do
+        hook.also = lambda *call: do()
+
+    def around(
+        self, module: Any, before: Callable[..., None], after: Callable[..., None] | None
+    ) -> None:
+        """Do something before all hooks of a module that are there, and after them.
+
+        Args:
+            module: the module.
+            before: called with the module, its arguments by position and by name, and None.
+            after: called with these and its output, None where it raised; None to do nothing.
+        """
+        _drop_dead(module)
+        first = Hook(module, (), ())
+        first.also = before
+        self._hooks.append(first)
+        hooked = module.register_forward_pre_hook(first, with_kwargs=True, prepend=True)
+        self._handles.append(hooked)
+        if after is not None:
+            last = Hook(module, (), ())
+            last.also = after
+            self._hooks.append(last)
+            hooked = module.register_forward_hook(last, with_kwargs=True, always_call=True)
+            self._handles.append(hooked)
 
     def bind(
         self, section: Section, base: Base, names: Mapping[str, Module], number: Number

@@ -273,7 +273,11 @@ class Shared:
 
 
 class Hook:
-    """What torch calls around a module's forward."""
+    """What torch calls around a module's forward.
+
+    Attributes:
+        also: called before the taps, whether or not anything records, as a hook is.
+    """
 
     __name__ = "graft_tap"  # torch.jit asks a hook for it
 
@@ -291,7 +295,7 @@ class Hook:
         self.bindings = bindings
         self.turns = turns
         self.places = places
-        self.also: Callable[[], None] | None = None
+        self.also: Callable[..., None] | None = None
 
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
@@ -332,7 +336,7 @@ def _fire_all(
     if hook.module() is not module:
         return
     if hook.also is not None:
-        hook.also()
+        hook.also(module, args, kwargs, output)
     if not sessions.active:
         return
     if is_traced():

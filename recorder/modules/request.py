@@ -24,9 +24,10 @@ from ..taps.checkpoints import is_in_backward
 from ..taps.tap import step
 from . import table
 from .attached import Attached, Rivals, tapped
+from .following import Following
 from .hooks import Turns, innermost
 from .table import Row, Table
-from .tree import every
+from .tree import every, named
 
 _MOST_NAMES = 20_000
 
@@ -66,19 +67,21 @@ class Request:
     """What one session, or the environment, wants tapped.
 
     Args:
-        settings: the patterns, the table and where a step ends.
+        settings: the patterns, the table, where a step ends, and what says which row is which.
+        session: which session's environment asks for it, "" for none.
 
     Raises:
         UsageError: a table cannot be read.
     """
 
-    def __init__(self, settings: TapSettings) -> None:
+    def __init__(self, settings: TapSettings, session: str = "") -> None:
         self.settings = settings
         self.patterns = tuple(Row.of_pattern(path) for path in settings.modules)
         self.tables: tuple[Table, ...] = table.load(settings.taps) if settings.taps else ()
         self.users = 1
         self.attached: dict[int, Attached] = {}
         self.others: Counter[str] = Counter()
+        self.unfollowed: dict[str, None] = {}
         self._past: dict[Row, RowReport] = {}
         self._models: dict[str, None] = {}
         self._names: dict[str, None] = {}
@@ -87,6 +90,8 @@ class Request:
         self._steps: list[Any] = []
         self._stepping: _Stepping | None = None
         self._rivals: Rivals = {}
+        rows = settings.rows
+        self.following = None if rows is None else Following(rows, session)
 
     def on_root(self, root: Any, called: Any) -> Attached | None:
         """Tap a root; None where nothing of it is wanted."""
@@ -102,9 +107,11 @@ class Request:
         found.is_told = is_told
         if len(self._names) < _MOST_NAMES:
             self._names.update(dict.fromkeys(found.names))
+        is_followed = self.following is not None and self._follow(found, root, called)
         if not found.bindings:
-            self.others[found.label] += 1
-            if not any(counts[0] for counts in found.found.values()):
+            if not is_followed:
+                self.others[found.label] += 1
+            if not (is_followed or any(counts[0] for counts in found.found.values())):
                 return None
         else:
             self._models[found.label] = None
@@ -114,6 +121,15 @@ class Request:
         if self.settings.step_on == "root":
             self._step_on(found, called)
         return found
+
+    def _follow(self, found: Attached, root: Any, called: Any) -> bool:
+        """Have the rows of a root's models followed; return whether it has any."""
+        assert self.following is not None  # asked for
+        if self.following.attach(found, named(root), called):
+            return True
+        if called is root or root._modules:  # not each activation that somebody has made
+            self.unfollowed[found.label] = None
+        return False
 
     def _number(self, model: weakref.ref[torch.nn.Module]) -> int:
         """Return the number of a model: how many others that are there fired a tap before it."""
@@ -164,6 +180,8 @@ class Request:
         for handle in self._steps:
             handle.remove()
         self._steps = []
+        if self.following is not None:
+            self.following.end()
 
     def _step_on(self, found: Attached, called: Any) -> None:
         """End a step as the first model is called again."""
@@ -208,6 +226,8 @@ class Request:
             "rows": list(rows.values()),
             "models": list(self._models),
             "others": sorted(self.others, key=lambda name: -self.others[name])[:8],
+            "followed": list(self.following.models) if self.following is not None else [],
+            "unfollowed": list(self.unfollowed)[:8],
             "is_compiled": "torch._dynamo.eval_frame" in sys.modules,
         }
 

@@ -20,8 +20,11 @@ def lines(reports: Iterable[ModelReport], settings: TapSettings) -> list[str]:
         settings: what was asked for.
     """
     reports = list(reports)
-    if not reports or not (settings.modules or settings.taps):
+    if not reports:
         return []
+    of_rows = _rows(reports, settings)
+    if not (settings.modules or settings.taps):
+        return of_rows
     models = {name for one in reports for name in one["models"]}
     others = list(dict.fromkeys(name for one in reports for name in one["others"]))
     rows: dict[str, list[RowReport]] = {}
@@ -34,7 +37,21 @@ def lines(reports: Iterable[ModelReport], settings: TapSettings) -> list[str]:
         said = [*said[:_MOST], f"and {len(said) - _MOST} rows more that tapped nothing"]
     if not models:
         said.insert(0, _nothing(others, settings))
-    return said
+    return [*said, *of_rows]
+
+
+def _rows(reports: list[ModelReport], settings: TapSettings) -> list[str]:
+    """Return what is to be said where no model's rows could be told apart."""
+    if settings.rows is None or any(one["followed"] for one in reports):
+        return []
+    seen = list(dict.fromkeys(name for one in reports for name in one["unfollowed"]))
+    models = f"the models seen are {', '.join(seen)}" if seen else "no model was called"
+    rows = settings.described()["rows"]
+    return [
+        f"--rows {rows}: no row is told from another: {models}; transformers, vllm and sglang are "
+        "recognised; say which row is which by a function, as in --rows PKG.MOD.FN, or with "
+        "recorder.rows"
+    ]
 
 
 def _row(same: list[RowReport], compiled: bool) -> str:

@@ -288,11 +288,17 @@ def _kwargs_of_call() -> Mapping[str, Any]:
     return {}
 
 
-def begin(settings: TapSettings, *, is_late: bool = True) -> Request | None:
+def begin(settings: TapSettings, *, is_late: bool = True, session: str = "") -> Request | None:
     """Tap models as these settings say, from now on; None where they name nothing.
 
+    Args:
+        settings: what is wanted.
+        is_late: whether models may be there already.
+        session: which session's environment asks for it, "" for none.
+
     Raises:
-        UsageError: a table cannot be read.
+        UsageError: a table cannot be read, or a function imported; what the environment names is
+            not before a model is called, since that may be later than `import torch`.
     """
     if not settings.wants_modules:
         return None
@@ -302,7 +308,9 @@ def begin(settings: TapSettings, *, is_late: bool = True) -> Request | None:
         if isinstance(known, Request) and known.settings == settings:
             known.users += 1
             return known
-    request = Request(settings)
+    request = Request(settings, session)
+    if request.following is not None and not session:
+        request.following.load()
     _listen(request, is_late=is_late)
     request.watch_steps()
     return request
@@ -343,7 +351,8 @@ def late_environment() -> None:
             settings = TapSettings.of_environment(kind)
             if kind == SURVEY:
                 _listen(begin_survey(), is_late=not _watch.is_installed)
-            request = _from_environment[kind] = begin(settings, is_late=not _watch.is_installed)
+            is_late = not _watch.is_installed
+            request = _from_environment[kind] = begin(settings, is_late=is_late, session=kind)
             if request is not None:
                 request.is_environment_s = True
         except GraftError as err:

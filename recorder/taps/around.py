@@ -163,15 +163,25 @@ def tags_around() -> Mapping[str, Any] | None:
     return None if around is None else around.value
 
 
+_from_here_on: ContextVar[Callable[[], tuple[Ids, ...]] | None] = ContextVar(
+    "graft_rows_from_here_on", default=None
+)
+
+
 def rows_around() -> tuple[Ids, ...]:
-    """Return the ids of the rows around."""
-    around = rows._around.get()
-    return () if around is None else around.value
+    """Return the ids of the rows around; those of a block hold before a hook's."""
+    around, hooks = rows._around.get(), _from_here_on.get()
+    given: tuple[Ids, ...] = () if around is None else around.value
+    return given if hooks is None else over(hooks(), given)
 
 
-def from_here_on(new: tuple[Ids, ...]) -> None:
-    """Let ids hold in this thread until others do; for hooks, which have no block."""
-    rows._around.set(_Around(new, None, None))
+def from_here_on(new: tuple[Ids, ...] | Callable[[], tuple[Ids, ...]]) -> None:
+    """Let ids hold in this thread until others do; for hooks, which have no block.
+
+    Args:
+        new: the ids, or what returns them as a tap asks, for as long as they hold.
+    """
+    _from_here_on.set(new if callable(new) else lambda: new)
 
 
 _told: tuple[Any, ...] = ()

@@ -33,6 +33,7 @@ TAPS = {
     "modules": ("*.mlp; lm_head:input", (parse_path("*.mlp"), parse_path("lm_head:input"))),
     "taps": ("auto", "auto"),
     "step_on": ("root", "root"),
+    "rows": ("pkg.mod.fn", "pkg.mod.fn"),
 }
 VALUES = {
     RecordSettings: {
