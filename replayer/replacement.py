@@ -123,7 +123,12 @@ class Replacements:
         self._plans: dict[Any, Plan] = {}
         self._own = Own(self._frame)
         self._meshes = MeshWatch()
-        self._row_matcher = RowMatcher(self.recording, self.matcher, check=self.settings.check)
+        self._row_matcher = RowMatcher(
+            self.recording,
+            self.matcher,
+            check=self.settings.check,
+            is_last=self.settings.replicas == "last",
+        )
         self._numbered_anew: set[str] = set()  # names whose layers a later stage numbers from 0
 
     def find(self, selected: Selected, kind: str) -> Match:

@@ -51,6 +51,10 @@ _UNKNOWN = (
     "recordings made with --level tensors"
 )
 _SAID_BEFORE = pl.when(pl.col("message") != "").then("message")
+_ROWS_UNKNOWN = (
+    "rows that are matched one by one can be compared by their tensors alone; compare them without "
+    "--manifest-only, of recordings made with --level tensors"
+)
 _OF_BOTH = ("rank", "step", "name", "tags", "occurrence", "kind", "dtype", "shape", "value")
 _REPLACED = ("rank", "ranks_a", "ranks_b", "shape_a", "shape_b")
 """Columns in which what was measured has the last word."""
@@ -260,7 +264,9 @@ def assembled(
         message=pl.when(state == UNALIGNED)
         .then(pl.lit(_UNALIGNED))
         .when((state == TODO) & (pl.col("outcome") == "error"))
-        .then(pl.lit(_UNKNOWN)),
+        .then(
+            pl.when(pl.col("how") == ROWS).then(pl.lit(_ROWS_UNKNOWN)).otherwise(pl.lit(_UNKNOWN))
+        ),
         bitwise=pl.when(is_equal)
         .then(True)
         .when((state == SHAPE) | ((state == TODO) & (pl.col("outcome") != "error")))

@@ -609,3 +609,18 @@ def test_records_of_an_earlier_attempt_are_taken_and_none_of_the_latest_counts_a
     assert torch.equal(x, numbered(2, 2).flip(0))
     row = only(session)
     assert row["rows_from"] == [] and row["senders"] == [None]
+
+
+@pytest.mark.parametrize("replicas", ["first", "last"])
+def test_of_several_attempts_the_latest_is_taken_whichever_row_is(run, monkeypatch, replicas):
+    monkeypatch.setenv("GRAFT_JOB", "one")
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with Recorder(run):
+            for time in range(2):
+                tap("x", filled(1, 2) + 10 * attempt + time, dims="t h", rows={"t": [7]})
+    x = filled(1, 2)
+    with Replayer(run, replicas=replicas) as session:
+        tap("x", x, dims="t h", rows={"t": [7]})
+    assert only(session)["outcome"] == "grafted"
+    assert torch.equal(x, filled(1, 2) + 10 + (replicas == "last"))
