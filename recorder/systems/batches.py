@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..tokens.known import with_known
 from ..tokens.memory import listed
 from . import caches
 from .calls import Arguments, Begun, NoRows, Say, tokens_of, whole
+from .causal import is_causal
 from .heads import kept
 from .masks import Real, real_of
 from .numbering import FEW, Numbered, all_at_once, one_by_one
@@ -286,34 +286,6 @@ def _whole(
         typed = listed([seed(one) for one in named(ends).tolist()])
         seeds = torch.where((types * own).any(1), typed, seeds)
     return seeds
-
-
-_causal: dict[int, tuple[weakref.ref[torch.nn.Module], bool]] = {}
-
-
-def is_causal(module: torch.nn.Module) -> bool:
-    """Whether a model's tokens see none that come later; False where that is not clear."""
-    config = getattr(module, "config", None)
-    if getattr(config, "is_causal", None) is False:
-        return False
-    known = _causal.get(id(module))
-    if known is None or known[0]() is not module:
-        known = _causal[id(module)] = weakref.ref(module), _is_causal(module, config)
-    return known[1]
-
-
-def _is_causal(module: torch.nn.Module, config: Any) -> bool:
-    found = {
-        name: bool(one.is_causal)
-        for name, one in module.named_modules()
-        if isinstance(getattr(one, "is_causal", None), bool)
-        and not getattr(one, "is_cross_attention", False)
-    }
-    texts = [is_one for name, is_one in found.items() if "language_model" in f".{name}."]
-    if found:
-        return all(texts or found.values())
-    name = type(module).__name__
-    return bool(getattr(config, "is_decoder", False)) or "CausalLM" in name or "LMHead" in name
 
 
 def _cache_in(output: Any) -> Any:

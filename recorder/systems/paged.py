@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from .batches import DIMS, is_causal
+from .batches import DIMS
 from .calls import Arguments, Begun, NoRows, Say, on_host, tokens_of
+from .causal import is_causal
 from .heads import kept
 from .slots import Slots, Step, told
 

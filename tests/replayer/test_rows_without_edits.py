@@ -6,15 +6,18 @@ sequences padded on the right; each is grafted onto the others, and held against
 
 from __future__ import annotations
 
+import sys
 from importlib import metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import serving
 import token_oracle as oracle
 import torch
 from click.testing import CliRunner
 
-from recorder import Recorder, Recording
+from recorder import Recorder, Recording, declare_mesh
 from recorder.taps.around import rows_around
 from replayer import Replayer, read_log
 from replayer.cli import main
@@ -204,6 +207,57 @@ def test_a_weight_that_is_off_is_named(recorded, ways, job, tmp_path):
     status, said = differing(recorded("full"), tmp_path / "b")
     assert status == 1
     assert "first divergence beyond tolerance: attn_out layer=1" in said
+
+
+class Stepping(serving.Batch):
+    """A batch of whole prompts, with what a server of its kind knows of it beside."""
+
+    @property
+    def places(self):
+        return torch.cat([torch.arange(n) + 16 * (i + 1) for i, n in enumerate(self.lengths)])
+
+    @property
+    def bounds(self):
+        return torch.tensor([0, *self.lengths]).cumsum(0)
+
+    def of_vllm(self):
+        blocks = torch.arange(1, len(self.lengths) + 1)[:, None]
+        layer = SimpleNamespace(
+            query_start_loc=self.bounds, seq_lens=torch.tensor(self.lengths),
+            block_table=blocks, slot_mapping=self.places,
+        )  # fmt: skip
+        return SimpleNamespace(attn_metadata={"layers.0": layer})
+
+    forward_mode = SimpleNamespace(is_idle=lambda: False, is_decode=lambda: False)
+    extend_seq_lens = property(lambda self: torch.tensor(self.lengths))
+    req_pool_indices = property(lambda self: torch.arange(len(self.lengths)))
+    out_cache_loc = property(lambda self: self.places)
+
+    @property
+    def req_to_token_pool(self):
+        table = torch.arange(16)[None] + 16 * (self.req_pool_indices + 1)[:, None]
+        return SimpleNamespace(req_to_token=table)
+
+
+@pytest.mark.parametrize("baseline", ["generate", "batched"])
+@pytest.mark.parametrize("system", ["vllm", "sglang"])
+def test_rows_of_transformers_are_grafted_onto_a_server(
+    system, baseline, recorded, job, sequences, tmp_path, monkeypatch
+):
+    """One of another vocabulary of names, in which all requests stand in one row."""
+    monkeypatch.setattr(serving, "Batch", Stepping)
+    context = SimpleNamespace(get_forward_context=lambda: serving.CURRENT[0].of_vllm())
+    monkeypatch.setitem(sys.modules, "vllm.forward_context", context)
+    rows = [torch.tensor(row) for row in sequences]
+    model = serving.served(job.made(), system, rows)
+    declare_mesh(tp=(0, 1))  # a server's groups say so
+    with Replayer(recorded(baseline), filter='name != "next_logits"', **BOTH) as replay:
+        model.serve(rows)
+    declare_mesh()
+    log = replay.log()
+    assert set(log["outcome"]) == {"grafted"} and log.height > 25
+    assert set(log["rows_found"]) == {sum(map(len, sequences)) - len(sequences)}
+    assert log["rel_diff"].max() < 1e-10
 
 
 @pytest.fixture

@@ -262,6 +262,7 @@ def test_a_cache_that_was_filled_before_gives_no_ids(tmp_path, model, capsys):
     assert seen == [{}] * 3
     said = capsys.readouterr().err
     assert said.count(NEVER) == 1 and "start recording before it is filled" in said
+    assert said.count("are not told apart") == 1
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])

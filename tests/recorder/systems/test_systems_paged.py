@@ -252,6 +252,20 @@ def test_a_graph_that_is_replayed_makes_what_is_known_void(decoding):
     assert decoding.step([7, 2], [2, 0]) == [-1, oracle.ids([2])[0]]
 
 
+def test_what_is_captured_is_not_read(decoding, monkeypatch):
+    """To copy anything to the host would spoil the graph that the job captures."""
+    decoding.step([5, 4], [0, 0])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        patch.setattr(torch.Tensor, "to", None)
+        patch.setattr(torch.Tensor, "tolist", None)
+        with torch.no_grad():
+            decoding.model(input_ids=torch.tensor([[1]]), cache=decoding.cache)
+        assert rows_around() == () and decoding.seen[-1] == []
+    assert decoding.step([6, 3], [1, 1]) == [-1, -1]
+
+
 def test_graphs_outside_of_calls_are_noted(decoding, monkeypatch):
     decoding.step([5, 4], [0, 0])
     replay = torch.cuda.CUDAGraph.replay
