@@ -199,7 +199,7 @@ def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
     key = senders.key(receiver.places)
     if senders.at(key) != receiver.shape[j] or senders.is_open or senders.ends_open:
         return None
-    may_be_ruled = senders.is_regular and not (senders.has_empty and _is_of_data(receiver, j))
+    may_be_ruled = senders.is_regular and not (senders.is_uneven and _is_of_data(receiver, j))
     return None if may_be_ruled else senders.runs(key)
 
 

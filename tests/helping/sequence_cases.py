@@ -189,7 +189,9 @@ def _random_layout(rng, mesh, real, is_padded):
 def _say_how_it_is_cut(layout):
     """Have a layout say its rule where its axes do not divide a dim, as it must."""
     for name in layout.form.split():
-        if layout.is_by_sequence() and any(n % layout.mesh["cp"] for n in layout.room):
+        first = layout.steps(name)[:1]
+        parts = math.prod(layout.mesh[cut.axis] * (1 + cut.zigzag) for cut in first)
+        if name == "t" and layout.is_by_sequence() and any(n % parts for n in layout.room):
             layout.tail = 0  # what is padded to a multiple is cut evenly
             for cut in layout.steps(name):
                 cut.said = True

@@ -252,11 +252,12 @@ def test_batches_whose_sequences_are_in_another_order():
 def test_empty_blocks_that_a_rule_would_give_too():
     """2 2 1 0 of 5: torch.chunk's, where torch.tensor_split has 2 1 1 1, or what experts have."""
     tokens = torch.arange(5.0)
-    parts = tokens.split([2, 2, 1, 0])
-    senders = sent("t[ep]", list(parts), over(ep=4))
-    for k, wanted in enumerate(parts):
-        got, _ = carried(senders, block(k, "t[ep]", wanted.shape, ep=(k, 4)), 4)
-        assert got == wanted.tolist()
+    for sizes in ([2, 1, 1, 1], [2, 2, 1, 0]):
+        parts = tokens.split(sizes)
+        senders = sent("t[ep]", list(parts), over(ep=4))
+        for k, wanted in enumerate(parts):
+            got, _ = carried(senders, block(k, "t[ep]", wanted.shape, ep=(k, 4)), 4)
+            assert got == wanted.tolist()
     senders = sent("h[tp]", list(parts), over(tp=4))
     said = "of 5, a block of 1 can begin at 4, as torch.chunk cuts, or at 3, as torch.tensor_split"
     refused(senders, block(2, "h[tp]", (1,), tp=(2, 4)), said, 4)
