@@ -25,7 +25,8 @@ from .reading import ReadModel, Within, after, before_logits
 
 Function = Callable[..., Any]
 _MOST_TOLD = 20
-_users = 0
+_active: set[Following] = set()
+"""Those that have hooks somewhere."""
 
 
 class Following:
@@ -41,8 +42,6 @@ class Following:
     """
 
     def __init__(self, rows: str | Function, session: str = "") -> None:
-        global _users
-        _users += 1
         self.models: dict[str, None] = {}
         self._rows, self._session = rows, session
         self._function: Function | None = None if isinstance(rows, str) else rows
@@ -90,6 +89,7 @@ class Following:
                 seen[id(one)] = ReadModel(self, one, its_system)
         if not seen:
             return False
+        _active.add(self)
         for model in seen.values():
             model.attach(found)
         if any(model.system in ("vllm", "sglang") for model in seen.values()):
@@ -103,11 +103,10 @@ class Following:
 
     def end(self) -> None:
         """Leave torch and the systems as they were, once nobody follows rows."""
-        global _users
-        if not self.is_ended:
-            self.is_ended = True
-            _users -= 1
-            if not _users:
+        self.is_ended = True
+        if self in _active:
+            _active.remove(self)
+            if not _active:
                 choose.leave()
 
     def by_function(self, module: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Ids, ...]:

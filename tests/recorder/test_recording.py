@@ -60,6 +60,7 @@ def test_open_tells_world_size_ranks_and_meta(record):
         "modules": [],
         "taps": None,
         "step_on": "step",
+        "rows": None,
         "max_hold": None,
         "filter": None,
         "level": "tensors",
