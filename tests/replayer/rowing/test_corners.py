@@ -267,7 +267,7 @@ class TestSeveralTimes:
         message = only(session)["message"]
         assert "at step=0 rank=0 row 1 and at step=0 rank=0 occurrence=1 row 1" in message
         assert "at most by 1, which is no rounding" in message
-        assert "choose --replicas first or mean" in message
+        assert "choose --replicas first, last or mean" in message
 
     def test_each_tap_that_takes_them_is_told(self, meet):
         """Also the next, after the first has compared what it could."""
