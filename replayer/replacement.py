@@ -65,10 +65,21 @@ _NEEDED = (
     "shape",
     "dims",
     "extras",
+    "rows",
     "nbytes",
     "digest",
     "shard",
     "tensor",
+)
+
+
+_ROWS_HERE = (
+    "the target says which row is which, and the baseline's records of this name do not: taken by "
+    "their key, row for row as they stand"
+)
+_ROWS_THERE = (
+    "the baseline says which row is which, and the target does not: taken by its key, row for row "
+    "as they stand"
 )
 
 
@@ -204,7 +215,12 @@ class Replacements:
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        note = joined(match.warning, assumed, stages, cast_note, scaled, routed, unmeasured)
+        one_sided = _ROWS_THERE if any(row["rows"] for row in rows.values()) else ""
+        if one_sided:
+            self.warn(selected, one_sided, "rows")
+        note = joined(
+            match.warning, assumed, one_sided, stages, cast_note, scaled, routed, unmeasured
+        )
         return Replacement(new, note, figures, own)
 
     def aligned(
@@ -233,7 +249,7 @@ class Replacements:
             ReplayError: taps are matched by order.
             DamagedRecording: the baseline's ids are not there.
         """
-        if not ids or not self._row_matcher.has_any:
+        if not ids:
             return None
         dims = layout_of(dims_text(call.dims, placements), kind)
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
@@ -242,6 +258,7 @@ class Replacements:
             return None
         records = self._row_matcher.find(selected, kind, [group.names for group in groups])
         if records is None:
+            self.warn(selected, _ROWS_HERE, "rows")
             return None
         return Aligned(
             self.recording,

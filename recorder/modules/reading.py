@@ -93,8 +93,9 @@ class ReadModel:
             return
         run, call = runs.current(), arguments(module, args, kwargs)
         given = _given(call, args)
-        if run is not None and run.module() is module and run.is_given(given):
+        if run is not None and run.module() is module and run.is_given(given, self):
             run.holders += 1  # another session's hook has begun it
+            run.readers.append(self)
         elif self.system:
             with plainly():
                 self.read(module, call, given)
@@ -112,7 +113,9 @@ class ReadModel:
         """Make a run of a call that a function reads."""
         self._follower.models[type(module).__name__] = None
         ids = self._follower.by_function(module, args, kwargs)
-        Run(module, ids, given, self._follower, stays=True, by_hand=by_hand).begin()
+        run = Run(module, ids, given, self._follower, stays=True, by_hand=by_hand)
+        run.readers.append(self)
+        run.begin()
 
     def read(
         self, module: Any, call: Arguments, given: tuple[Any, ...], by_hand: bool = False
@@ -124,9 +127,11 @@ class ReadModel:
             inner = Run(module, outer.ids, given, self._follower, by_hand=by_hand)
             inner.shape, inner.kept, inner.after = outer.shape, outer.kept, outer.after
             inner.ended = outer.ended if outer.by_hand else None
+            inner.readers.append(self)
             inner.begin()
             return
         run = Run(module, (), given, self._follower, by_hand=by_hand)
+        run.readers.append(self)
         try:
             begun = choose.reader(self.system)(module, call, self._tell)
             run.ids = Ids.given({dims: plainly_made(of) for dims, of in begun.rows.items()})

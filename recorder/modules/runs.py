@@ -43,6 +43,7 @@ class Run:
         ended: is given the model's output.
         after: of a server, the ids of the tokens of which logits are made once it has ended.
         holders: how many hooks have seen it begin, and not end.
+        readers: those whose hooks have seen it begin.
         follower: who follows rows, which may end before the call does.
         stays: whether its ids hold until the next call, and not only while it runs.
         by_hand: whether the job calls the forward itself, so that no hook sees its end.
@@ -76,6 +77,7 @@ class Run:
         self.after: tuple[Ids, ...] = ()
         self.stays, self.by_hand = stays, by_hand
         self.holders = 1
+        self.readers: list[object] = []
         self._outer: Run | None = None
 
     @property
@@ -85,8 +87,15 @@ class Run:
             self.holders = 0
         return self.holders > 0 and not self.follower.is_ended
 
-    def is_given(self, given: tuple[Any, ...]) -> bool:
-        """Whether it is a call that is given the very same."""
+    def is_given(self, given: tuple[Any, ...], reader: object = None) -> bool:
+        """Whether it is a call that is given the very same.
+
+        Args:
+            given: what that is given.
+            reader: whose hook asks; one that has seen the run begin asks of another call.
+        """
+        if reader is not None and any(one is reader for one in self.readers):
+            return False
         return len(given) == len(self._given) and all(
             held() is one for held, one in zip(self._given, given, strict=True)
         )

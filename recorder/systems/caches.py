@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..bits import never_compiled
 from .calls import whole
 from .past import Past
 
@@ -189,6 +190,7 @@ def _followed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
                     _note(keys, lambda: changed)
         return result
 
+    never_compiled(method)
     return method
 
 

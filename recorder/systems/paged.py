@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..bits import never_compiled
 from .batches import DIMS
 from .calls import Arguments, Begun, NoRows, Say, on_host, tokens_of
 from .causal import is_causal
@@ -171,6 +172,7 @@ def _replace(holder: Any, name: str, follow: Callable[[Callable[..., Any]], Any]
     original = getattr(holder, name, None)
     if callable(original) and all(one[:2] != (holder, name) for one in _put):
         replacement = follow(original)
+        never_compiled(replacement)
         _put.append((holder, name, vars(holder).get(name), replacement))
         setattr(holder, name, replacement)
 

@@ -562,19 +562,21 @@ def test_a_forward_that_was_interrupted_is_given_up(tmp_path, model):
         raise KeyboardInterrupt
 
     with recording(tmp_path), follow_rows(model):
-        stop = model.model.layers[1].register_forward_pre_hook(interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        for at in (model.model.layers[1], model.lm_head):
+            stop = at.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens)
+            stop.remove()
+            tokens.add_(1)  # and the same tensors are given once more
             model(tokens)
-        stop.remove()
-        tokens.copy_(torch.tensor([[1, 2, 3]]))
-        model(tokens)
-        assert rows_around() == ()
-        stop = model.model.layers[1].register_forward_pre_hook(interrupt)
+            assert rows_around() == ()
+        stop = model.lm_head.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             model(tokens)
         stop.remove()
     handle.remove()
-    assert seen == [[[oracle.ids([1, 2, 3])]]]
+    due = [[6, 7, 8], [6, 7, 8], [7, 8, 9], [7, 8, 9]]  # the second at the head alone
+    assert seen == [[[oracle.ids(one)]] for one in due]
     with recording(tmp_path):
         assert rows_around() == ()
 
