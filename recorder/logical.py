@@ -15,7 +15,7 @@ from .format.schema import ManifestRow
 from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
 from .layouts.dims import TOKENS, Dims
-from .layouts.lengths import counts_tokens
+from .layouts.lengths import counts_sequences
 from .layouts.parse import gradient_dims, parse_dims
 from .layouts.plan import Plan, plan, whole
 from .mesh import PIPELINE, FrozenMesh
@@ -76,8 +76,9 @@ def open_axes(block: Block, world_size: int) -> list[str]:
 def block_of(
     rank: int, dims: Dims, shape: Sequence[int], mesh: FrozenMesh | None, extras: str | None
 ) -> Block:
-    """Return what is known of one rank's tensor; extras that say nothing of tokens are left out."""
-    return Block(rank, dims, tuple(shape), mesh, (extras or "") if counts_tokens(dims) else "")
+    """Return what is known of one rank's tensor; extras that say nothing of it are left out."""
+    may_say = counts_sequences(dims) or not dims.is_named  # the other side may name them
+    return Block(rank, dims, tuple(shape), mesh, (extras or "") if may_say else "")
 
 
 class Source(Protocol):
@@ -186,7 +187,7 @@ class Recorded:
     def logical(self) -> torch.Tensor:
         """Return the whole tensor; see `Recording.load_logical`."""
         receiver = whole(self.blocks, self.world_size)
-        return self.block(receiver, self.plan(receiver, 1))
+        return self.block(receiver, self.plan(receiver, 1, as_it_stands=True))
 
     def block(self, receiver: Block, plan: Plan) -> torch.Tensor:
         """Return a receiver's block, on the CPU, its padding zero.
@@ -232,17 +233,20 @@ class Recorded:
         block = self.blocks[0]
         return with_gradient(block.dims, next(iter(open_axes(block, self.world_size)), "tp"))
 
-    def plan(self, receiver: Block, world_size: int) -> Plan:
+    def plan(self, receiver: Block, world_size: int, *, as_it_stands: bool = False) -> Plan:
         """Return what to copy for a receiver.
 
         Args:
             receiver: what is known of it.
             world_size: how many ranks its job has.
+            as_it_stands: whether batches are copied index by index, wherever padding stands.
         """
-        key = (*map(_key, (receiver, *self.blocks)), world_size)
+        key = (*map(_key, (receiver, *self.blocks)), world_size, as_it_stands)
         found = self._plans.get(key)
         if found is None:
-            found = plan(self.blocks, self.world_size, receiver, world_size)
+            found = plan(
+                self.blocks, self.world_size, receiver, world_size, as_it_stands=as_it_stands
+            )
             if found.pieces <= _MOST_PIECES:
                 while len(self._plans) >= _MOST_PLANS:
                     self._plans.pop(next(iter(self._plans)), None)

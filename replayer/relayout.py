@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +18,10 @@ import torch
 
 from recorder.errors import LayoutError, TransformError
 from recorder.format.schema import ManifestRow
+from recorder.layouts.agreeing import Told, check_taps, told_in
 from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS, Dims
-from recorder.layouts.lengths import counts_tokens, lengths_in, padding_side
 from recorder.layouts.parse import gradient_dims
 from recorder.layouts.plan import Plan, plan, undeclared, whole
 from recorder.logical import Recorded, block_of, layout_of, open_axes, with_gradient
@@ -86,17 +87,30 @@ class Relayout:
 
         Two jobs of as many ranks whose ranks declare the same, and neither of them where they
         stand, have the same blocks on the same ranks, if all are alike and have no padding; or if
-        nothing is cut, so that a rank with another shape had data of its own.
+        nothing is cut, so that a rank with another shape had data of its own. Taps that contradict
+        each other are decided too: `block` refuses them.
         """
-        receiver = self._declared
         if self._has_whole_sender or self._is_whole_receiver:
             return True
-        if not (receiver.dims and self._are_declared):
-            return False
-        if self._is_padded() or self._is_contradicted():
+        if self._is_undecided():
+            return self._is_contradicted()
+        if self._is_padded() or not self._is_same_by_rank():
             return True
-        senders = [row for row in self._rows if row["rank"] == self._rank.rank]
-        return not (
+        return self._says_of_sequences()
+
+    def _is_undecided(self) -> bool:
+        """Whether identity by rank is all there is: no layout, or ranks on axes of no mesh."""
+        receiver = self._declared
+        if not (receiver.dims and self._are_declared):
+            return True
+        if self._is_padded() or not self._is_same_by_rank():
+            return False
+        return len({*layout_of(receiver.dims, receiver.kind).axes}) > 1
+
+    def _is_same_by_rank(self) -> bool:
+        """Whether the sender at the target's rank has its block, as far as layouts tell."""
+        receiver, senders = self._declared, self._at_rank
+        return (
             receiver.mesh is None
             and self._recording.world_size == self._rank.world_size
             and len(senders) == 1
@@ -104,6 +118,19 @@ class Relayout:
             and self._is_alike(senders[0])
             and all(self._recording.mesh_of(row) is None for row in self._rows)
         )
+
+    @property
+    def _at_rank(self) -> list[ManifestRow]:
+        return [row for row in self._rows if row["rank"] == self._rank.rank]
+
+    @property
+    def _giving(self) -> Sequence[ManifestRow]:
+        """The rows that may have the target's data: where nothing is cut, that of its own rank."""
+        receiver = self._declared
+        if not (receiver.dims and self._are_declared) or not self._is_same_by_rank():
+            return self._rows
+        dims = layout_of(receiver.dims, receiver.kind)
+        return self._rows if dims.axes or TOKENS in dims.names else self._at_rank
 
     @property
     def _are_declared(self) -> bool:
@@ -188,20 +215,40 @@ class Relayout:
         lengths = counts and any((row["extras"] or "{}") != "{}" for row in self._rows)
         return bool(dims.sizes or dims.padded or lengths or (counts and self._declared.extras))
 
-    def _is_contradicted(self) -> bool:
-        """Whether both taps tell of sequences, and not of the same."""
+    def _says_of_sequences(self) -> bool:
+        """Whether a tap says anything of sequences in a batch, so that tokens are told apart."""
         try:
             dims = layout_of(self._declared.dims, self._declared.kind)
-            texts = {self._receiver().extras, *(row["extras"] or "" for row in self._rows)}
-            told = [
-                (lengths_in(text, dims), padding_side(text))
-                for text in texts
-                if counts_tokens(dims)
-            ]
+            texts = {self._extras, *(row["extras"] or "" for row in self._giving)}
+            return any(told_in(text, dims) != Told() for text in texts)
         except LayoutError:
             return True  # and says so
-        lengths = {one.real for one, _ in told if one is not None}
-        return len(lengths) > 1 or len({side for _, side in told if side}) > 1
+
+    def _is_contradicted(self) -> bool:
+        try:
+            self._check_sequences()
+        except LayoutError:
+            return True
+        return False
+
+    def _check_sequences(self) -> None:
+        """Refuse taps that contradict each other on their sequences, whatever they declare.
+
+        Raises:
+            LayoutError: they do.
+        """
+        kind, declared, rows = self._declared.kind, self._declared.dims, self._rows
+        if self._recording.world_size == self._rank.world_size:
+            rows = self._at_rank  # others may have data of their own
+        for row in rows:
+            if row["extras"] or self._extras:
+                one, other = (layout_of(d, kind) if d else None for d in (row["dims"], declared))
+                check_taps((row["extras"] or "", one), (self._extras, other))
+
+    @functools.cached_property
+    def _extras(self) -> str:
+        """What the target's tap says, as JSON."""
+        return encode_extras(self._declared.extras)[0] if self._declared.extras else ""
 
     def block(self) -> tuple[torch.Tensor, str]:
         """Return the receiver's block, and a note on what was taken for granted.
@@ -213,7 +260,9 @@ class Relayout:
             ReplicasDiffer: senders that should hold the same block do not.
             GraftRefused: padding is to be kept, and a cast to the target's dtype would lose.
         """
-        senders, receiver = self._senders(), self._receiver()
+        if not (self._has_whole_sender or self._is_whole_receiver) and self._is_undecided():
+            self._check_sequences()
+        senders, receiver = self._senders(self._giving), self._receiver()
         self._check_gradient(senders, receiver)
         plan = senders.plan(receiver, self._rank.world_size)
         made, cast = self._finished(senders.block(receiver, plan), plan)
@@ -259,6 +308,9 @@ class Relayout:
             raise TransformError(f"g.to_local got a {type(logical).__name__}, expected a tensor")
         blocks, receiver = self._senders().blocks, self._receiver()
         one = whole(blocks, self._recording.world_size, logical.shape)
+        if not one.extras and one.shape == whole(blocks, self._recording.world_size).shape:
+            # Padding is where the senders have it.
+            one = replace(one, extras=next((b.extras for b in blocks if b.extras), ""))
         found = plan([one], 1, receiver, self._rank.world_size)
         values = logical.detach().to("cpu")
         made = assemble(found, [one], receiver, lambda rank, share: values, lambda rank: "")
@@ -272,7 +324,7 @@ class Relayout:
         made, note = check_replacement(made, self._target)
         return keep_padding(plan, self._target.shape, made, self._target), note
 
-    def _senders(self) -> Recorded:
+    def _senders(self, rows: Sequence[ManifestRow] | None = None) -> Recorded:
         dims = None
         if self._has_whole_sender:
             declared = self._declared
@@ -282,7 +334,7 @@ class Relayout:
             dims = dims.whole(shape)
         return Recorded(
             self._recording,
-            self._rows,
+            self._rows if rows is None else rows,
             dims=dims,
             replicas=self._replicas,
             check=self._check,
@@ -315,17 +367,15 @@ class Relayout:
                     if advice
                     else "declare its dims, or mend those at the baseline's tap",
                 )
-            extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
-            known = block_of(self._rank.rank, found.dims, shape, receiver.mesh, extras)
+            known = block_of(self._rank.rank, found.dims, shape, receiver.mesh, self._extras)
             return known if known.extras else replace(found, rank=self._rank.rank)
         if not receiver.dims:
             raise LayoutError(
                 "the target's tap declares no dims",
                 "declare its layout, as in tap(..., dims='b s h[tp]')",
             )
-        extras = encode_extras(receiver.extras)[0] if receiver.extras else ""
         dims = layout_of(receiver.dims, receiver.kind)
-        return block_of(self._rank.rank, dims, self._target.shape, receiver.mesh, extras)
+        return block_of(self._rank.rank, dims, self._target.shape, receiver.mesh, self._extras)
 
 
 def _guessed(sender: Sequence[int], receiver: Sequence[int]) -> str:

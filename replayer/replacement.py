@@ -65,10 +65,21 @@ _NEEDED = (
     "shape",
     "dims",
     "extras",
+    "rows",
     "nbytes",
     "digest",
     "shard",
     "tensor",
+)
+
+
+_ROWS_HERE = (
+    "the target says which row is which, and the baseline's records of this name do not: taken by "
+    "their key, row for row as they stand"
+)
+_ROWS_THERE = (
+    "the baseline says which row is which, and the target does not: taken by its key, row for row "
+    "as they stand"
 )
 
 
@@ -123,7 +134,12 @@ class Replacements:
         self._plans: dict[Any, Plan] = {}
         self._own = Own(self._frame)
         self._meshes = MeshWatch()
-        self._row_matcher = RowMatcher(self.recording, self.matcher, check=self.settings.check)
+        self._row_matcher = RowMatcher(
+            self.recording,
+            self.matcher,
+            check=self.settings.check,
+            is_last=self.settings.replicas == "last",
+        )
         self._numbered_anew: set[str] = set()  # names whose layers a later stage numbers from 0
 
     def find(self, selected: Selected, kind: str) -> Match:
@@ -199,7 +215,12 @@ class Replacements:
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        note = joined(match.warning, assumed, stages, cast_note, scaled, routed, unmeasured)
+        one_sided = _ROWS_THERE if any(row["rows"] for row in rows.values()) else ""
+        if one_sided:
+            self.warn(selected, one_sided, "rows")
+        note = joined(
+            match.warning, assumed, one_sided, stages, cast_note, scaled, routed, unmeasured
+        )
         return Replacement(new, note, figures, own)
 
     def aligned(
@@ -228,7 +249,7 @@ class Replacements:
             ReplayError: taps are matched by order.
             DamagedRecording: the baseline's ids are not there.
         """
-        if not ids or not self._row_matcher.has_any:
+        if not ids:
             return None
         dims = layout_of(dims_text(call.dims, placements), kind)
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
@@ -237,6 +258,7 @@ class Replacements:
             return None
         records = self._row_matcher.find(selected, kind, [group.names for group in groups])
         if records is None:
+            self.warn(selected, _ROWS_HERE, "rows")
             return None
         return Aligned(
             self.recording,
@@ -269,6 +291,9 @@ class Replacements:
                 made = aligned.make()
                 here = own.index_select(0, made.cells.to(own.device))
                 new, note = graft.check_replacement(made.rows.to(target.device), here)
+                new = aligned.with_padding(new, here)
+                if aligned.guesses:
+                    self.warn(selected, aligned.guesses, "guess")
             else:
                 made, received = aligned.received()
                 here = own.index_select(0, made.cells.to(own.device))
@@ -281,9 +306,8 @@ class Replacements:
                 said = self._said_of_choices(selected, here, new, kind, aligned)
             row = OwnRow()
             if self.settings.own_error and len(made.cells):
-                record = aligned.first
-                is_gradient = kind == "grad"
-                row = self._own.columns(here, new, record, call.dims, None, is_gradient=is_gradient)
+                row, why = self._own_of_rows(here, new, aligned.first, call.dims, kind)
+                unmeasured = joined(unmeasured, why)
             tensor = aligned.put(new, made.cells)
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
         message = joined(made.note, lost, note, said, unmeasured)
@@ -347,6 +371,11 @@ class Replacements:
         tensors: list[torch.Tensor | None] = [None] * self.recording.world_size
         extras: list[Any] = [None] * self.recording.world_size
         for row, tensor in received:
+            if tensors[row["rank"]] is not None:
+                raise TransformError(
+                    f"rank {row['rank']} recorded several parts of these rows, and a transform "
+                    "gets one of each rank; declare dims on both sides and name none"
+                )
             tensors[row["rank"]] = tensor.to(target.device)
             extras[row["rank"]] = json.loads(row["extras"] or "{}")
         return GraftInput(
@@ -400,6 +429,18 @@ class Replacements:
                 other if self.transform is None else None,
                 is_gradient=declared.kind == "grad",
             )
+        except Exception as err:
+            if is_from_the_job(err):
+                raise
+            return OwnRow(), f"its own error is not measured: {type(err).__name__}: {err}"
+        return made, ""
+
+    def _own_of_rows(
+        self, here: torch.Tensor, new: torch.Tensor, record: ManifestRow, dims: str, kind: str
+    ) -> tuple[OwnRow, str]:
+        """As `_own_of`, of rows that are matched one by one."""
+        try:
+            made = self._own.columns(here, new, record, dims, None, is_gradient=kind == "grad")
         except Exception as err:
             if is_from_the_job(err):
                 raise

@@ -644,7 +644,7 @@ class Replayer:
 def _worded(err: Exception) -> GraftError:
     """Return an error with what a replay can do about it; what torch raised keeps its own words."""
     if isinstance(err, ReplicasDiffer):
-        return ReplayError(f"{err}; to go on all the same, choose --replicas first or mean")
+        return ReplayError(f"{err}; to go on all the same, choose --replicas first, last or mean")
     if isinstance(err, LayoutError):
         link = ", or" if err.advice else ";"
         return ReplayError(f"{err}{link} name a transform with --transform")

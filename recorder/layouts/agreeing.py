@@ -3,43 +3,176 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from ..errors import LayoutError
-from .align import BATCH, SEQUENCE
 from .blocks import Block, Sizes
 from .cutting import SEQUENCES_OVER
-from .dims import TOKENS, Dims
-from .lengths import Lengths, lengths_in, padding_side
+from .dims import BATCH, SEQUENCE, TOKENS, Dim, Dims
+from .lengths import Lengths, counts_tokens, lengths_in, padding_side
+
+_ANY = Dims("b s", (Dim((BATCH,)), Dim((SEQUENCE,))))
+
+
+class Told(NamedTuple):
+    """What a side says of its sequences.
+
+    Attributes:
+        lengths: how long they are; None where it does not say.
+        side: where padding stands, `left` or `right`; "" where it does not say.
+    """
+
+    lengths: Lengths | None = None
+    side: str = ""
+
+
+class Rows(NamedTuple):
+    """What is known of the sequences in a batch, or of one without, that both sides have.
+
+    Attributes:
+        real: how many tokens each has; empty where nobody says it of these.
+        senders: what the senders say.
+        receiver: what the receiver says.
+    """
+
+    real: tuple[int, ...]
+    senders: Told
+    receiver: Told
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the receiver's padding stands on the left."""
+        return self.receiver.side == "left"
+
+
+def told_in(extras: str, dims: Dims) -> Told:
+    """Return what a tap says of its sequences.
+
+    Raises:
+        LayoutError: it contradicts itself.
+    """
+    side = padding_side(extras) if counts_tokens(dims) else ""
+    return Told(lengths_in(extras, dims), side)
+
+
+def told_by(senders: Sequence[Block], dims: Dims) -> Told:
+    """Return what the senders say of their sequences.
+
+    An empty block may say that it has none. Where no dim has tokens, ranks may give the lengths of
+    their own rows, which then say nothing of the whole.
+
+    Raises:
+        LayoutError: they contradict each other, or themselves.
+    """
+    texts = {(block.extras, 0 in block.shape): block.rank for block in senders}
+    given: dict[Lengths, int] = {}
+    sides: dict[str, int] = {}
+    for (text, is_empty), rank in texts.items():
+        told = told_in(text, dims)
+        if told.lengths is not None and not (is_empty and not told.lengths.real):
+            given.setdefault(told.lengths, rank)
+        if told.side:
+            sides.setdefault(told.side, rank)
+    if len({(one.real, one.room) for one in given}) > 1:
+        if not counts_tokens(dims):
+            return Told()
+        (_, one), (_, other), *_ = given.items()
+        raise LayoutError(
+            f"${{rank}}s {one} and {other} give different sequence lengths in their extras",
+            "give those of the whole on every rank",
+        )
+    if len(sides) > 1:
+        raise LayoutError(
+            f"padding stands on the left on $rank {sides['left']} and on the right on $rank "
+            f"{sides['right']}",
+            "pad alike on every rank",
+        )
+    side = next((one.side for one in given if one.side), "")
+    lengths = next(iter(given), None)
+    return Told(lengths and lengths._replace(side=side), next(iter(sides), ""))
+
+
+def check_taps(one: tuple[str, Dims | None], other: tuple[str, Dims | None]) -> None:
+    """Refuse two taps that contradict each other on their sequences, whatever layouts they declare.
+
+    Args:
+        one: the sender's extras and layout. A layout that is not declared is taken to be the
+            other's; where neither is, extras that cannot be read say nothing.
+        other: the receiver's.
+
+    Raises:
+        LayoutError: they do, or contradict themselves.
+    """
+    dims = one[1] or other[1]
+    told = []
+    for extras, own in (one, other):
+        try:
+            told.append(told_in(extras, own or dims or _ANY))
+        except LayoutError:
+            if dims is not None:
+                raise
+            return
+    check_same(*told)
+    check_sides(*told)
+
+
+def check_same(senders: Told, receiver: Told) -> None:
+    """Refuse sequences of which the two sides say other lengths, or another order.
+
+    Raises:
+        LayoutError: they do.
+    """
+    one, other = senders.lengths, receiver.lengths
+    if one is not None and other is not None and one.real != other.real:
+        raise LayoutError(
+            f"$senders' sequences have the lengths {list(one.real)!s:.120}, "
+            f"$receiver's {list(other.real)!s:.120}",
+            "feed both the same input, in the same order",
+        )
+
+
+def check_sides(senders: Told, receiver: Told) -> None:
+    """Refuse padding that stands on the left on one side, and not on the other's, as they say.
+
+    Raises:
+        LayoutError: it does.
+    """
+    sides = senders.side, receiver.side
+    if sides[0] != sides[1] and "left" in sides:
+        words = [
+            f"{whose} padding stands on the {side}" if side else f"nobody says where {whose} stands"
+            for whose, side in zip(("$senders'", "$receiver's"), sides, strict=True)
+        ]
+        raise LayoutError(
+            " and ".join(words),
+            "pad both alike, or say at both taps where it stands, as extras={'padding': 'left'}",
+        )
+
+
+def unbatched(
+    senders: Told, sender_dims: Dims, receiver: Told, receiver_dims: Dims
+) -> tuple[Dims, Dims]:
+    """Return both layouts: sequences in a line are tokens where the other side has a batch."""
+    lengths, dims = senders.lengths or receiver.lengths, (sender_dims, receiver_dims)
+    is_line = [SEQUENCE in one.names and BATCH not in one.names for one in dims]
+    if lengths is None or len(lengths.real) < 2 or is_line[0] == is_line[1]:
+        return dims
+    has_batch = {BATCH, SEQUENCE} <= {*dims[is_line[0]].names}
+    return (dims[0].in_tokens(), dims[1].in_tokens()) if has_batch else dims
 
 
 def lengths_of(
-    senders: Sequence[Block], sender_dims: Dims, receiver: Block, receiver_dims: Dims
+    senders: Told, sender_dims: Dims, receiver: Told, receiver_dims: Dims
 ) -> tuple[Lengths | None, Lengths | None]:
-    """Return the sequences' lengths on either side; one that says nothing borrows the other's."""
+    """Return the lengths of sequences in flattened tokens; a side that gives none borrows them."""
     if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
         return None, None
-    sender_lengths, receiver_lengths = (
-        given_by(senders, sender_dims),
-        lengths_in(receiver.extras, receiver_dims),
+    one, other = senders.lengths, receiver.lengths
+    return (
+        _in_line(one or (other and other.lent(senders.side)), sender_dims),
+        _in_line(other or (one and one.lent(receiver.side)), receiver_dims),
     )
-    if sender_lengths is not None and receiver_lengths is not None:
-        _check_alike(sender_lengths, receiver_lengths)
-    both = (
-        sender_lengths or (receiver_lengths and receiver_lengths.lent()),
-        receiver_lengths or (sender_lengths and sender_lengths.lent()),
-    )
-    return _in_line(both[0], sender_dims), _in_line(both[1], receiver_dims)
-
-
-def _check_alike(senders: Lengths, receiver: Lengths) -> None:
-    """Refuse sequences of which the two sides say other lengths."""
-    if senders.real != receiver.real:
-        raise LayoutError(
-            f"$senders' sequences have the lengths {list(senders.real)!s:.120}, "
-            f"$receiver's {list(receiver.real)!s:.120}",
-            "feed both the same input, in the same order",
-        )
 
 
 def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
@@ -54,74 +187,58 @@ def _in_line(lengths: Lengths | None, dims: Dims) -> Lengths | None:
             "call the dim t if each is",
         )
     if len(lengths.real) == 1:
-        lengths = lengths._replace(room=lengths.real)  # however much padding there is, is its own
+        # However much padding there is, is its own, but for what stands behind a declared size.
+        declared = dims.sizes.get(TOKENS, 0)
+        lengths = lengths._replace(room=lengths.real, has_room=False, declared=declared)
     return lengths._replace(is_line=True)
 
 
-def lengths_in_batch(
-    senders: Sequence[Block], sender_dims: Dims, sizes: Sequence[Sizes], receiver: Block
-) -> Lengths | None:
-    """Return the lengths of the sequences in a batch that both sides have, where they are given.
+def rows_of(
+    senders: Told,
+    sender_dims: Dims,
+    sizes: Sequence[Sizes],
+    receiver: Told,
+    receiver_dims: Dims,
+) -> Rows | None:
+    """Return what is known of the sequences that both sides have in a batch, or without one.
 
-    Of sequences whose lengths are not known, but the side that they are padded on, the side alone.
+    Their lengths are left out where they cannot be those of these rows: they may be all that a
+    decode step attends to.
 
     Raises:
-        LayoutError: the two sides contradict each other.
+        LayoutError: padding stands on other sides, and nobody says how much there is.
     """
-    rows = [
-        (dim.names, size.total)
-        for dim, size in zip(sender_dims.dims, sizes, strict=True)
+    both = sender_dims.names, receiver_dims.names
+    if not all(SEQUENCE in names for names in both) or any(TOKENS in names for names in both):
+        return None
+    lengths = senders.lengths or receiver.lengths
+    totals = _row_totals(sender_dims, sizes)
+    is_full = False
+    if lengths is not None and all(map(_has_rows, (sender_dims, receiver_dims))):
+        if _fits(lengths.real, sender_dims, totals):
+            return Rows(lengths.real, senders, receiver)
+        is_full = sum(lengths.real) == math.prod(totals.values())  # a line of several
+    if not is_full:
+        check_sides(senders, receiver)
+    return Rows((), senders, receiver) if "left" in (senders.side, receiver.side) else None
+
+
+def _has_rows(dims: Dims) -> bool:
+    """Whether batch and sequence stand for themselves, or are fused with each other alone."""
+    of_rows = [dim.names for dim in dims.dims if {BATCH, SEQUENCE} & {*dim.names}]
+    return sorted(name for names in of_rows for name in names) in ([BATCH, SEQUENCE], [SEQUENCE])
+
+
+def _row_totals(dims: Dims, sizes: Sequence[Sizes]) -> dict[tuple[str, ...], int]:
+    return {
+        dim.names: size.total
+        for dim, size in zip(dims.dims, sizes, strict=True)
         if {BATCH, SEQUENCE} & {*dim.names}
-    ]
-    names = [name for names, _ in rows for name in names]
-    if SEQUENCE not in receiver.dims.names or sorted(names) not in (
-        [SEQUENCE], [BATCH, SEQUENCE],
-    ):  # fmt: skip
-        return None
-    total = math.prod(size for _, size in rows)
-    batch = next((size for names, size in rows if names == (BATCH,)), None)
-    given = [given_by(senders, sender_dims), lengths_in(receiver.extras, receiver.dims)]
-    of_senders, of_receiver = (
-        _of_rows(one, total, batch if BATCH in names else 1) for one in given
-    )
-    if of_senders is not None and of_receiver is not None:
-        _check_alike(of_senders, of_receiver)
-    known = of_senders or of_receiver
-    is_full = known is not None and sum(known.real) == total
-    sides = [padding_side(block.extras) for block in (senders[0], receiver)]
-    if sides[0] != sides[1] and "left" in sides and not is_full:
-        words = [
-            f"{whose} padding stands on the {side}" if side else f"nobody says where {whose} stands"
-            for whose, side in zip(("$senders'", "$receiver's"), sides, strict=True)
-        ]
-        raise LayoutError(
-            " and ".join(words),
-            "pad both alike, or say at both taps that they are, as extras={'padding': 'left'}",
-        )
-    side = "left" if "left" in sides else ""
-    return Lengths((), (), side) if known is None and side else known and known._replace(side=side)
+    }
 
 
-def _of_rows(lengths: Lengths | None, total: int, batch: int | None) -> Lengths | None:
-    """Return lengths if they can be those of a batch; None where they are of other tokens.
-
-    Those may be all that a decode step attends to.
-    """
-    if lengths is None or not lengths.real or batch not in (None, len(lengths.real)):
-        return None
-    longest, rest = divmod(total, len(lengths.real))
-    return lengths if not rest and max(lengths.real) <= longest else None
-
-
-def given_by(senders: Sequence[Block], dims: Dims) -> Lengths | None:
-    """Return the sequences' lengths as the senders say."""
-    texts = {block.extras: block.rank for block in senders}
-    given = {lengths_in(text, dims): rank for text, rank in texts.items()}
-    given.pop(None, None)
-    if len(given) > 1:
-        (_, one), (_, other), *_ = given.items()
-        raise LayoutError(
-            f"${{rank}}s {one} and {other} give different sequence lengths in their extras",
-            "give those of the whole on every rank",
-        )
-    return next(iter(given), None)
+def _fits(real: Sequence[int], dims: Dims, totals: Mapping[tuple[str, ...], int]) -> bool:
+    """Whether lengths can be those of a side's rows, and not of other tokens."""
+    batch = totals.get((BATCH,), 1 if BATCH not in dims.names else len(real))
+    longest, rest = divmod(math.prod(totals.values()), max(1, len(real)))
+    return 0 < len(real) == batch and not rest and max(real) <= longest

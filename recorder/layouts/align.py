@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import LayoutError
-from .dims import TOKENS, Dims
+from .dims import BATCH, SEQUENCE, TOKENS, Dims
 
-BATCH, SEQUENCE = "b", "s"
 MEND = "mend the dims at one of the taps"
 
 

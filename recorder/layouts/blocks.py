@@ -238,6 +238,16 @@ class Sizes:
         )
 
     @property
+    def is_uneven(self) -> bool:
+        """Whether blocks are of several sizes."""
+        return len({*self._local.values()}) > 1
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether a rank had nothing, so that no others share its block."""
+        return 0 in self._local.values()
+
+    @property
     def recorded(self) -> int:
         """How many indices the blocks have that were recorded."""
         return sum(self._local.values())

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from ..errors import LayoutError
 from ..mesh import PIPELINE
-from .align import BATCH
 from .blocks import Block
 from .cutting import Places
-from .dims import TOKENS, Dims
+from .dims import BATCH, TOKENS, Dims
 
 
 def of_same_data(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 TOKENS = "t"
 """The name of a dim of flattened tokens, whose sequence lengths are in the extras."""
+BATCH, SEQUENCE = "b", "s"
 REPLICAS = ("error", "first", "last", "mean")
 """What to do where ranks that should hold the same block do not, or rows recorded twice differ."""
 
@@ -148,14 +149,19 @@ class Dims:
     def with_tokens(self, other: Dims) -> Dims:
         """This layout with `s` called `t` where the other side has tokens, and nobody a batch."""
         names = {*self.names, *other.names}
-        if "b" in names or "s" in other.names or TOKENS in self.names or not names >= {"s", TOKENS}:
+        is_line = BATCH not in names and TOKENS in other.names and SEQUENCE not in other.names
+        return self.in_tokens() if is_line else self
+
+    def in_tokens(self) -> Dims:
+        """This layout with `s` called `t`, where it has no batch."""
+        if SEQUENCE not in self.names or {BATCH, TOKENS} & {*self.names}:
             return self
-        renamed = {"s": TOKENS}
+        renamed = {SEQUENCE: TOKENS}
         dims = tuple(
             replace(
                 dim,
                 names=tuple(renamed.get(name, name) for name in dim.names),
-                called=dim.label if "s" in dim.names else "",
+                called=dim.label if SEQUENCE in dim.names else "",
             )
             for dim in self.dims
         )

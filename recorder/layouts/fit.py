@@ -11,22 +11,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import LayoutError
-from . import cutting
 from . import runs as r
-from .align import BATCH, MEND, SEQUENCE, Pair
+from .agreeing import Rows
+from .align import MEND, Pair
 from .blocks import Sizes
-from .dims import TOKENS, Dim, Dims
+from .dims import BATCH, SEQUENCE, TOKENS, Dims
 from .groups import Fused, Group, Same, Sized
-from .lengths import PADDED_BEHIND, Lengths
-from .receiver import Receiver
+from .lengths import Lengths
+from .misfits import if_shared, no_block, too_few, uneven
+from .receiver import Found, Receiver
 from .tokens import (
     blocks_missing,
     check_all_there,
     flattened,
     indices_of,
+    left_open,
     padded_apart,
     whole_of,
 )
+
+EXPERTS = "ep"
+"""The axis over which ranks hold experts, whose tokens are as many as data have it."""
 
 
 def group_of(
@@ -35,7 +40,7 @@ def group_of(
     sizes: Sequence[Sizes],
     receiver: Receiver,
     lengths: Lengths | None,
-    rows: Lengths | None,
+    rows: Rows | None,
 ) -> Group:
     """Return how both sides count the indices of a pair of dims.
 
@@ -69,14 +74,69 @@ def group_of(
 
 
 def _same(
-    pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver, rows: Lengths | None
+    pair: Pair, sender_dims: Dims, senders: Sizes, receiver: Receiver, rows: Rows | None
 ) -> Same:
     (j,) = pair.receivers
+    size, found = along(sender_dims, senders, receiver, j, rows)
+    have, total = senders.total, found.total
+    notes = [found.note]
+    receiver_lengths = None
+    if senders.lengths is not None and receiver.lengths is not None:
+        receiver_lengths = receiver.lengths.fitted(total)
+    for lengths, n, whose in (
+        (senders.lengths, have, "$senders'"), (receiver_lengths, total, "$receiver's")
+    ):  # fmt: skip
+        notes.append(lengths.granted(n, whose) if lengths is not None else "")
+    notes.append(_granted(receiver, j, total))
+    return Same(
+        pair,
+        _segments(have, size, senders.lengths),
+        r.located(found.runs, _segments(total, size, receiver_lengths)),
+        "; ".join(dict.fromkeys(filter(None, notes))),
+    )
+
+
+def _granted(receiver: Receiver, j: int, total: int) -> str:
+    """Return that the room of one sequence without a batch is not known, if so.
+
+    Raises:
+        LayoutError: where its tokens stand hangs on it.
+    """
+    lengths, dim = receiver.lengths, receiver.dims.dims[j]
+    if lengths is None or not lengths.is_line or len(lengths.real) > 1 or lengths.declared:
+        return ""
+    is_even = total == receiver.even(j) and receiver.is_even(j)
+    is_ruled = any(cut.rule for cut in receiver.cuts(j))
+    if receiver.whole(j) is not None or lengths.width == total or (is_even and not is_ruled):
+        return ""
+    if lengths.side == "left" and not is_even:
+        raise left_open(receiver, j)
+    return f"{dim.label} was taken to have {total} in all"
+
+
+def along(
+    sender_dims: Dims, senders: Sizes, receiver: Receiver, j: int, rows: Rows | None
+) -> tuple[int, Found]:
+    """Return the size of a dim that both sides have, and what the receiver's block has of it.
+
+    Args:
+        sender_dims: the senders' layout.
+        senders: the sizes of their blocks along the dim.
+        receiver: the receiver's block.
+        j: its dim.
+        rows: of the sequences in a batch that both sides have.
+
+    Returns:
+        The size without padding, and the receiver's whole.
+
+    Raises:
+        LayoutError: the sizes contradict each other, or do not say enough.
+    """
     dim, have, receiver_dims = receiver.dims.dims[j], senders.total, receiver.dims
     name = dim.names[0] if len(dim.names) == 1 else ""
     declared = {**receiver_dims.sizes, **sender_dims.sizes}.get(name)
     _check_certain(senders, j, declared, receiver)
-    if declared is None and senders.lengths is not None:
+    if senders.lengths is not None:
         declared = sum(senders.lengths.real)
     padded = declared is not None or name in receiver_dims.padded
     if declared is not None:
@@ -86,31 +146,45 @@ def _same(
     else:
         size = have
     if have < size:
-        raise _too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
+        raise too_few(dim, have, size, "declared" if declared is not None else "of $receiver")
     alike = _cut_alike(senders, receiver, j) if size == have else None
-    note = ""
     if alike is not None:
-        total, runs = have, alike
         note = f"dim {dim} has blocks of unequal sizes: taken rank by rank"
-    else:
-        others = _other_sizes(receiver, j, size, rows) if declared is None else ()
-        is_left = rows is not None and rows.side == "left" and bool(others)
-        found = receiver.indices(j, size, padded, others, is_left=is_left)
-        if found is None:
-            raise _no_block(j, senders, size, receiver)
-        total, runs, note = found
-    both = ((senders.lengths, have), (receiver.lengths, total))
-    if any(one is not None and one.guesses_side(n) for one, n in both):
-        note = f"{note}; {PADDED_BEHIND}" if note else PADDED_BEHIND
-    receiver_lengths = None
-    if senders.lengths is not None and receiver.lengths is not None:
-        receiver_lengths = receiver.lengths.fitted(total)
-    return Same(
-        pair,
-        _segments(have, size, senders.lengths),
-        r.located(runs, _segments(total, size, receiver_lengths)),
-        note,
-    )
+        return size, Found(have, alike, note)
+    others = other_sizes(receiver, j, size, rows) if declared is None else ()
+    is_left = rows is not None and rows.is_left and bool(others)
+    # Where a sender at a place cut alike has nothing, none share a block.
+    may_share = not (senders.has_empty and senders.cuts_as(receiver.cuts(j), receiver.places))
+    found = receiver.indices(j, size, padded, others, is_left=is_left, may_share=may_share)
+    if found is None:
+        raise no_block(j, senders, size, receiver)
+    if size == have and _hangs_on_data(senders, receiver, j):
+        raise uneven(j, senders, receiver)
+    if _may_hang_on_data(senders, receiver, j) and not found.note:
+        found = found._replace(note=f"dim {dim} was taken to be cut by a rule, and not by data")
+    return size, found
+
+
+def _may_hang_on_data(senders: Sizes, receiver: Receiver, j: int) -> bool:
+    """Whether blocks may be as large as data have it, and just happen to have a rule's sizes."""
+    cuts = receiver.cuts(j)
+    is_even = receiver.even(j) == senders.total and receiver.is_even(j)
+    if not _is_of_data(receiver, j):
+        return False
+    if is_even and receiver.dims.dims[j].names != (TOKENS,):
+        return False
+    if receiver.whole(j) is not None or any(cut.rule or cut.zigzag for cut in cuts):
+        return False
+    alike = senders.cuts_as(cuts, receiver.places)
+    return not (alike and senders.at(senders.key(receiver.places)) == receiver.shape[j])
+
+
+def _hangs_on_data(senders: Sizes, receiver: Receiver, j: int) -> bool:
+    """Whether no rule cuts the senders' blocks, so that none can be taken to cut the receiver's."""
+    cuts = receiver.cuts(j)
+    is_said = receiver.whole(j) is not None or any(cut.rule or cut.zigzag for cut in cuts)
+    named = not {*receiver.dims.dims[j].names}.isdisjoint(receiver.sized)
+    return bool(cuts) and not is_said and not named and not senders.is_regular
 
 
 def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
@@ -125,10 +199,17 @@ def _cut_alike(senders: Sizes, receiver: Receiver, j: int) -> r.Runs | None:
     key = senders.key(receiver.places)
     if senders.at(key) != receiver.shape[j] or senders.is_open or senders.ends_open:
         return None
-    return None if senders.is_regular else senders.runs(key)
+    may_be_ruled = senders.is_regular and not (senders.is_uneven and _is_of_data(receiver, j))
+    return None if may_be_ruled else senders.runs(key)
 
 
-def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) -> tuple[int, ...]:
+def _is_of_data(receiver: Receiver, j: int) -> bool:
+    """Whether an axis cuts a dim whose ranks have what data, or experts, give them."""
+    of_data = receiver.dims.data | {EXPERTS}
+    return any(cut.axis in of_data for cut in receiver.cuts(j))
+
+
+def other_sizes(receiver: Receiver, j: int, size: int, rows: Rows | None) -> tuple[int, ...]:
     """Return which other sizes the receiver's sequences may have with their padding.
 
     Where the senders pad, nobody says that the receiver pads as much.
@@ -140,59 +221,6 @@ def _other_sizes(receiver: Receiver, j: int, size: int, rows: Lengths | None) ->
         return ()  # as large as the senders', in blocks of one size
     least = max(rows.real, default=0) * (len(rows.real) if BATCH in names else 1)
     return tuple(n for n in (least, receiver.even(j)) if least <= n != size)
-
-
-def _no_block(j: int, senders: Sizes, size: int, receiver: Receiver) -> LayoutError:
-    """Say that no whole of the senders' size has such a block, and what may be the reason."""
-    have, dim, cuts = senders.total, receiver.dims.dims[j], receiver.cuts(j)
-    cut = "".join(f", one of {receiver.places[c.axis][1]} over {c.axis}" for c in dim.cuts)
-    more = f" ({size} without padding)" if size != have else ""
-    fact = (
-        f"dim {dim.label}: $senders have {have} in all{more}, and $receiver's block has "
-        f"{receiver.shape[j]}{cut}"
-    )
-    name = dim.label if len(dim.names) == 1 else "DIM"
-    shared = receiver.shared(j, size)
-    if shared is not None:
-        return LayoutError(
-            fact,
-            f"if {shared.share} ranks hold the same, write "
-            f"{cutting.shared(dim, cuts, shared.share, size, receiver.shape[j])} at $receiver's "
-            f"tap, else {MEND}",
-        )
-    real = receiver.even(j)
-    if senders.shared(real):
-        return LayoutError(fact, _if_shared([senders], real))
-    padded = f"if one is padded, declare the size without that, as in '# {name}=SIZE'; else {MEND}"
-    if not cuts and size > receiver.shape[j] > 0 and size % receiver.shape[j] == 0:
-        parts = size // receiver.shape[j]
-        return LayoutError(
-            fact,
-            f"if {parts} ranks hold a part each, write {dim.label}[tp] at $receiver's tap; "
-            f"{padded}",
-        )
-    wanted = receiver.even(j)
-    if not senders.cuts and wanted > have > 0 and wanted % have == 0:
-        return LayoutError(
-            fact,
-            f"if {wanted // have} ranks hold a part each, write {dim.label}[tp] where they are "
-            f"recorded; {padded}",
-        )
-    uneven = cuts and receiver.whole(j) is None and receiver.even(j) != size
-    return LayoutError(f"{fact}{': its blocks are of unequal sizes' if uneven else ''}", padded)
-
-
-def _if_shared(senders: Sequence[Sizes], real: int) -> str:
-    """Return what to do where the senders have more than there is: blocks may be shared."""
-    (first, *others) = senders
-    copies = 0 if others else first.shared(real)
-    if not copies:
-        return MEND
-    return (
-        f"if {copies} ranks of $senders hold the same, write "
-        f"{cutting.shared(first.dim, first.cuts, copies, real, first.block)} where they are "
-        f"recorded, else {MEND}"
-    )
 
 
 def _check_certain(senders: Sizes, j: int, declared: int | None, receiver: Receiver) -> None:
@@ -236,7 +264,7 @@ def _fused(
     sender_dims: Dims,
     sizes: Sequence[Sizes],
     receiver: Receiver,
-    rows: Lengths | None,
+    rows: Rows | None,
 ) -> Fused:
     explicit = {**receiver.dims.sizes, **sender_dims.sizes}
     senders = [_sender_sized(sender_dims, i, sizes[i].total, explicit) for i in pair.senders]
@@ -269,7 +297,7 @@ def _fused(
         raise LayoutError(
             f"dims {_labels(senders)}: $senders have {have} in all, $receiver's "
             f"{_labels(receivers)} {' x '.join(str(one.real) for one in receivers)}",
-            _if_shared([sizes[i] for i in pair.senders], math.prod(n.real for n in receivers)),
+            if_shared([sizes[i] for i in pair.senders], math.prod(n.real for n in receivers)),
         )
     if any(receiver.whole(j) is None for j in order):
         for i, one in zip(pair.senders, senders, strict=True):
@@ -286,9 +314,12 @@ def _fused(
     runs, notes = [], []
     for place, j in enumerate(order):
         one = receivers[place]
-        others = _other_sizes(receiver, j, one.real, rows)
+        for i in pair.senders:
+            if _hangs_on_data(sizes[i], receiver, j):
+                raise uneven(j, sizes[i], receiver)
+        others = other_sizes(receiver, j, one.real, rows)
         may_pad = _may_pad(receiver, j, explicit)
-        is_left = rows is not None and rows.side == "left" and bool(others)
+        is_left = rows is not None and rows.is_left and bool(others)
         found = indices_of(receiver, j, one.real, may_pad, others, is_left=is_left)
         receivers[place] = replace(one, total=found.total)
         runs.append(found.runs)
@@ -305,16 +336,10 @@ def _sender_sized(dims: Dims, i: int, total: int, explicit: Mapping[str, int]) -
         return Sized(dim, total, total)
     real = math.prod(explicit[name] for name in dim.names)
     if real > total and len(dim.names) == 1:
-        raise _too_few(dim, total, real, "declared")
+        raise too_few(dim, total, real, "declared")
     if real < total and len(dim.names) > 1:
         raise padded_apart(min(dim.names))
     return Sized(dim, total, real if len(dim.names) == 1 else total)
-
-
-def _too_few(dim: Dim, have: int, size: int, whose: str) -> LayoutError:
-    return LayoutError(
-        f"dim {dim.label}: $senders have {have} in all, fewer than the {size} {whose}", MEND
-    )
 
 
 def _may_pad(receiver: Receiver, j: int, explicit: Mapping[str, int]) -> bool:

@@ -181,57 +181,89 @@ def _check_count(runs: int) -> None:
         )
 
 
-@dataclass
-class Flattened:
-    """Tokens on one side, batch and sequence, in this order, on the other; an index counts tokens
-    that are real.
+class Counted(Protocol):
+    """How one side counts tokens, in one dim or in two."""
+
+    def tokens(self, runs: Sequence[Runs]) -> Runs:
+        """Return which tokens a block holds, from the runs along each of its dims."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """Flattened tokens: `segments` say which of their indices are which tokens."""
+
+    segments: Sequence[tuple[int, int, int]]
+
+    def tokens(self, runs: Sequence[Runs]) -> Runs:
+        """See `Counted`."""
+        return r.located(runs[0], self.segments)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Batch and sequence, in this order.
 
     Attributes:
-        flat: whether it is the senders who have tokens.
-        segments: which of the flat side's indices are which tokens.
-        fused: whether the other side has batch and sequence in one dim.
-        starts: for each sequence the number of its first token.
-        real: for each sequence how many it has.
-        size: how many each has with its padding.
-        receiver: the runs along each of the receiver's dims.
-        left: whether the padding of a sequence stands before its tokens.
+        is_fused: whether they are one dim.
+        real: for each sequence how many tokens it has.
+        size: how many each has along the dim.
+        room: how many with its padding; behind that there is padding of the dim.
+        is_left: whether the padding of a sequence stands before its tokens.
     """
 
-    pair: Pair
-    flat: bool
-    segments: list[tuple[int, int, int]]
-    fused: bool
-    starts: Sequence[int]
+    is_fused: bool
     real: Sequence[int]
     size: int
-    receiver: list[Runs]
-    left: bool = False
-    note: str = ""
+    room: int
+    is_left: bool = False
 
-    def out_of(self, runs: Sequence[Runs]) -> Runs:
-        """See `Group`."""
-        return r.located(runs[0], self.segments) if self.flat else r.merged(self._rows(runs))
+    def tokens(self, runs: Sequence[Runs]) -> Runs:
+        """See `Counted`."""
+        return r.merged(self._tokens(runs))
 
-    def into(self) -> Runs:
-        """See `Group`."""
-        if self.flat:
-            return r.merged(self._rows(self.receiver))
-        return r.located(self.receiver[0], self.segments)
-
-    def _rows(self, runs: Sequence[Runs]) -> Iterator[tuple[int, int]]:
-        if self.fused:
-            rows = (self._row(i, i * self.size) for i in range(len(self.real)))
+    def _tokens(self, runs: Sequence[Runs]) -> Iterator[tuple[int, int]]:
+        starts = [0, *itertools.accumulate(self.real)]
+        if self.is_fused:
+            rows = (self._row(i, i * self.size, starts) for i in range(len(self.real)))
             yield from r.located(runs[0], [segment for row in rows for segment in row])
             return
         batch, sequence = runs
         for first, n in batch:
             for i in range(first, first + n):
-                yield from r.located(sequence, self._row(i, 0))
+                yield from r.located(sequence, self._row(i, 0, starts))
 
-    def _row(self, i: int, at: int) -> list[tuple[int, int, int]]:
+    def _row(self, i: int, at: int, starts: Sequence[int]) -> list[tuple[int, int, int]]:
         real = self.real[i]
-        found = [(at, real, self.starts[i]), (at + real, self.size - real, r.PADDING)]
-        if self.left:
-            pad = self.size - real
-            found = [(at, pad, r.PADDING), (at + pad, real, self.starts[i])]
+        before = self.room - real if self.is_left else 0
+        behind = self.size - before - real
+        found = [
+            (at, before, r.PADDING),
+            (at + before, real, starts[i]),
+            (at + before + real, behind, r.PADDING),
+        ]
         return [segment for segment in found if segment[1] > 0]
+
+
+@dataclass
+class Tokens:
+    """Tokens as each side counts them; an index counts those that are real.
+
+    Attributes:
+        senders: how the senders do.
+        receiver: how the receiver does.
+        held: the runs along each of the receiver's dims.
+    """
+
+    pair: Pair
+    senders: Counted
+    receiver: Counted
+    held: Sequence[Runs]
+    note: str = ""
+
+    def out_of(self, runs: Sequence[Runs]) -> Runs:
+        """See `Group`."""
+        return self.senders.tokens(runs)
+
+    def into(self) -> Runs:
+        """See `Group`."""
+        return self.receiver.tokens(self.held)

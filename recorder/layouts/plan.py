@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 from ..errors import BlocksMissing, LayoutError
 from . import runs as r
-from .agreeing import given_by, lengths_in_batch, lengths_of
+from .agreeing import check_same, lengths_of, rows_of, told_by, told_in, unbatched
 from .align import MEND, Pair, align
+from .batches import batched
 from .blocks import Block, Sizes, placed
 from .cutting import Places
 from .data import busy, of_same_data
-from .dims import TOKENS, Dims
+from .dims import BATCH, SEQUENCE, TOKENS, Dims
 from .fit import group_of
 from .groups import Group
 from .lengths import Lengths
@@ -87,7 +88,14 @@ class Plan:
         return sum(len(group) for move in self.moves for group in move.pieces)
 
 
-def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_world: int) -> Plan:
+def plan(
+    senders: Sequence[Block],
+    sender_world: int,
+    receiver: Block,
+    receiver_world: int,
+    *,
+    as_it_stands: bool = False,
+) -> Plan:
     """Return what to copy from the senders' blocks into the receiver's.
 
     Args:
@@ -95,6 +103,7 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
         sender_world: how many ranks the senders' job had.
         receiver: the block to be made.
         receiver_world: how many ranks its job has.
+        as_it_stands: whether batches are copied index by index, wherever padding stands.
 
     Raises:
         LayoutError: the layouts contradict each other, or do not say enough, or blocks are missing.
@@ -126,22 +135,33 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     if 0 in receiver.shape:
         return _nothing(receiver.shape)
     chosen, guesses = of_same_data(senders, sender_dims, receiver_dims, at, here)
-    lengths, receiver_lengths = lengths_of(chosen, sender_dims, receiver, receiver_dims)
+    told = told_by(chosen, sender_dims), told_in(receiver.extras, receiver_dims)
+    check_same(*told)
+    sender_dims, receiver_dims = unbatched(told[0], sender_dims, told[1], receiver_dims)
+    lengths, receiver_lengths = lengths_of(told[0], sender_dims, told[1], receiver_dims)
     sizes = _sizes(chosen, sender_dims, axes, at, lengths)
     rows = None
-    if TOKENS not in {*sender_dims.names, *receiver_dims.names}:
-        rows = lengths_in_batch(chosen, sender_dims, sizes, receiver)
+    if not as_it_stands:
+        rows = rows_of(told[0], sender_dims, sizes, told[1], receiver_dims)
     sized = frozenset((*sender_dims.sizes, *receiver_dims.sizes))
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
-    groups = []
-    for pair in pairs:
+    groups: list[Group] = []
+    for together in _together(pairs, sender_dims, receiver_dims):
         try:
-            groups.append(group_of(pair, sender_dims, sizes, block, lengths, rows))
+            if rows is not None and _is_batch(together[0], sender_dims, receiver_dims):
+                batch, note = batched(together, sender_dims, sizes, block, rows)
+                guesses.append(note)
+                if batch is not None:
+                    groups.append(batch)
+                    continue
+            groups += [group_of(p, sender_dims, sizes, block, lengths, rows) for p in together]
         except LayoutError as err:
-            advice = undeclared(senders[0], pair.senders, sender_world, "$senders'")
-            advice = advice or undeclared(receiver, pair.receivers, receiver_world, "$receiver's")
+            given = [i for p in together for i in p.senders]
+            taken = [j for p in together for j in p.receivers]
+            advice = undeclared(senders[0], given, sender_world, "$senders'")
+            advice = advice or undeclared(receiver, taken, receiver_world, "$receiver's")
             if type(err) is not LayoutError or not advice:
                 raise
             raise LayoutError(err.fact, f"{advice}, else {MEND}") from None
@@ -169,6 +189,24 @@ def plan(senders: Sequence[Block], sender_world: int, receiver: Block, receiver_
     )
 
 
+def _is_batch(pair: Pair, sender_dims: Dims, receiver_dims: Dims) -> bool:
+    """Whether a pair is one of batch or sequence."""
+    dims = [sender_dims.dims[i] for i in pair.senders]
+    dims += [receiver_dims.dims[j] for j in pair.receivers]
+    return any({BATCH, SEQUENCE} & {*dim.names} for dim in dims)
+
+
+def _together(pairs: Sequence[Pair], sender_dims: Dims, receiver_dims: Dims) -> list[list[Pair]]:
+    """Return the pairs of batch and sequence as one list, and each of the others as one."""
+    found: list[list[Pair]] = []
+    batch: list[Pair] = []
+    for pair in pairs:
+        into = batch if _is_batch(pair, sender_dims, receiver_dims) else []
+        found += [into] * (not into)
+        into.append(pair)
+    return found
+
+
 def _nothing(shape: Sequence[int]) -> Plan:
     """Return the plan for a block without elements, such as that of a rank without tokens."""
     pairs = tuple(Pair((), (j,)) for j in range(len(shape)))
@@ -191,7 +229,8 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
     sender_dims = senders[0].dims
     at = {block.rank: placed(block, world_size) for block in senders}
     senders = busy(list(senders), sender_dims, at)
-    lengths = given_by(senders, sender_dims) if TOKENS in sender_dims.names else None
+    has_tokens = TOKENS in sender_dims.names
+    lengths = told_by(senders, sender_dims).lengths if has_tokens else None
     sizes = _sizes(senders, sender_dims, _axes(sender_dims, at, world_size), at, lengths)
     extras = ""
     found = []
@@ -213,9 +252,9 @@ def whole(senders: Sequence[Block], world_size: int, shape: Sequence[int] | None
 
 def _fill(receiver_dims: Dims, pair: Pair) -> float | None:
     dims = [receiver_dims.dims[j] for j in pair.receivers]
-    return (
-        receiver_dims.fills.get(dims[0].names[0]) if len(dims) == len(dims[0].names) == 1 else None
-    )
+    if len(dims) > 1:  # a batch's, each of whose sequences is padded
+        return receiver_dims.fills.get(SEQUENCE)
+    return receiver_dims.fills.get(dims[0].names[0]) if len(dims[0].names) == 1 else None
 
 
 def _assumed(blocks: Sequence[Block], dims: Dims, world: int, whose: str) -> str:

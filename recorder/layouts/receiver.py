@@ -109,6 +109,7 @@ class Receiver:
         others: Sequence[int] = (),
         *,
         is_left: bool = False,
+        may_share: bool = True,
     ) -> Found | None:
         """Return the size of the whole along dim `j`, and which of its indices the block has.
 
@@ -122,6 +123,7 @@ class Receiver:
             others: what the whole may have instead: the block must have the same indices then, or
                 where these count from the end (`is_left`), there must be no such block.
             is_left: whether padding stands before what is real.
+            may_share: whether neighbours may hold the same block, though nobody declares it.
 
         Returns:
             None where no whole of that size has such a block.
@@ -132,6 +134,8 @@ class Receiver:
         lengths = self._lengths_of(j)
         if lengths is not None and not lengths.is_borrowed:
             size = max(size, sum(lengths.room))
+        if lengths is not None:
+            size = max(size, lengths.declared)
         readings = self._readings(j, size, padded)
         if lengths is not None and sum(lengths.room) > size:  # padded as the other side's, or not
             readings += self._readings(j, sum(lengths.room), padded)
@@ -141,13 +145,17 @@ class Receiver:
             for other in others:
                 readings += self._cuttings(j, other)
         distinct: dict[tuple[tuple[int, int], ...], _Reading] = {}
-        shared = None if padded and self._is_padded(j) else self.shared(j, size)
+        is_certain = not may_share or (padded and self._is_padded(j))
+        shared = None if is_certain else self.shared(j, size)
         for one in [*readings, *([shared] if shared else [])]:
             held = tuple(r.located(one.runs, self._segments(j, one.total, size)))
             if is_left:
                 held = (*held, (one.total, 0))
             distinct.setdefault(held, one)
         first, note = readings[0], ""
+        is_declared = self._is_padded(j) or not self.sized.isdisjoint(self.dims.dims[j].names)
+        if first.is_padded and first.total > size and not is_declared:
+            note = f"dim {self.dims.dims[j]}: taken to be padded to {first.total}"
         if len(distinct) > 1:
             ways = list(distinct.values())
             if is_left or not (first.is_padded and self._is_sized(j)):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
 from ..errors import BlocksMissing, LayoutError
 from . import cutting
 from . import runs as r
-from .align import BATCH, MEND, SEQUENCE, Pair
+from .align import MEND, Pair
 from .blocks import Sizes
-from .dims import TOKENS, Dims
-from .groups import Flattened
-from .lengths import PADDED_BEHIND, Lengths
+from .dims import BATCH, SEQUENCE, TOKENS, Dims
+from .groups import Grid, Line, Tokens
+from .lengths import PADDED_BEHIND, Lengths, mask_apart
 from .receiver import Found, Receiver
 
 _MOST_SEQUENCES = 1 << 20
@@ -25,7 +24,7 @@ def flattened(
     sizes: Sequence[Sizes],
     receiver: Receiver,
     lengths: Lengths | None,
-) -> Flattened:
+) -> Tokens:
     """Return how both sides count tokens, where one has batch and sequence in their place.
 
     Args:
@@ -54,7 +53,7 @@ def flattened(
     notes: list[str] = []
     runs: list[r.Runs] = []
     if flat:
-        held = [_row(receiver, j, of_tokens, notes) for j in rows]
+        held = [row_of(receiver, j, of_tokens, notes) for j in rows]
         totals, runs = [one.total for one in held], [one.runs for one in held]
         notes += [one.note for one in held if one.note]
     else:
@@ -90,28 +89,38 @@ def flattened(
             )
     real = of_tokens.real
     if len(real) != batch or any(n > size for n in real):
-        raise LayoutError(
-            f"the sequences have the lengths {list(real)!s:.120}, and one side has {batch} of "
-            f"{size}",
-            "give the lengths of this input in the extras",
-        )
+        raise too_long(real, batch, size)
     if flat:
-        segments = of_tokens.segments(sizes[pair.senders[0]].total)
+        total, of_line = sizes[pair.senders[0]].total, of_tokens
     else:
         tokens_held = indices_of(receiver, pair.receivers[0], sum(real), padded=True)
         notes += [tokens_held.note] * bool(tokens_held.note)
-        total = tokens_held.total
-        segments = (receiver.lengths or of_tokens).fitted(total).segments(total)
-        runs = [tokens_held.runs]
-    starts = [0, *itertools.accumulate(real)][:batch]
-    of_rows = receiver.lengths if flat else lengths
-    side = "" if of_rows is None or of_rows.is_borrowed else of_rows.side
-    if not side and any(n < size for n in real):
-        notes.append(PADDED_BEHIND)
-    return Flattened(
-        pair, flat, segments, len(order) == 1, starts, real, size, runs, side == "left",
-        "; ".join(notes),
-    )  # fmt: skip
+        total, runs = tokens_held.total, [tokens_held.runs]
+        of_line = (receiver.lengths or of_tokens).fitted(total)
+    notes.append(of_line.granted(total, "$senders'" if flat else "$receiver's"))
+    line = Line(of_line.segments(total))
+    own = receiver.lengths if flat else lengths
+    is_left = own is not None and own.side == "left"
+    room = dims.sizes.get(SEQUENCE, size) if len(order) == 2 else size
+    room = min(room, size)
+    if any(n > room for n in real):
+        raise too_long(real, batch, room)
+    if any(0 < n < room for n in real):
+        if own is None or not own.side:
+            notes.append(PADDED_BEHIND)
+        elif is_left and own.width not in (0, room):
+            raise mask_apart(own.width, room, "$receiver's" if flat else "$senders'")
+    grid = Grid(len(order) == 1, real, size, room, is_left)
+    said = "; ".join(dict.fromkeys(filter(None, notes)))
+    return Tokens(pair, line, grid, runs, said) if flat else Tokens(pair, grid, line, runs, said)
+
+
+def too_long(real: Sequence[int], batch: int, size: int) -> LayoutError:
+    """Return the refusal of sequences that a side's rows have no room for."""
+    return LayoutError(
+        f"the sequences have the lengths {list(real)!s:.120}, and one side has {batch} of {size}",
+        "give the lengths of this input in the extras",
+    )
 
 
 def _check_no_padding(dims: Dims, j: int, total: int, lengths: Lengths | None) -> None:
@@ -123,7 +132,7 @@ def _check_no_padding(dims: Dims, j: int, total: int, lengths: Lengths | None) -
         raise padded_apart(names[0])
 
 
-def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) -> Found:
+def row_of(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) -> Found:
     """Return the receiver's whole along a dim of batch or sequence, and what its block has of it.
 
     Adds to `notes` what was taken for granted.
@@ -133,11 +142,12 @@ def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) 
         return indices_of(receiver, j, whole)
     name = dim.names[0] if len(dim.names) == 1 else ""
     if name in receiver.dims.sizes:
-        is_left = receiver.lengths is not None and receiver.lengths.side == "left"
-        size = receiver.dims.sizes[name]
-        return indices_of(receiver, j, size, padded=name == SEQUENCE, is_left=is_left)
+        return indices_of(receiver, j, receiver.dims.sizes[name], padded=name == SEQUENCE)
     if lengths is not None and name == BATCH:
         return indices_of(receiver, j, len(lengths.real))
+    masked = masked_row(receiver, j, receiver.lengths)
+    if masked is not None:
+        return masked
     even, longest = receiver.even(j), max(lengths.real, default=0) if lengths is not None else 0
     if not name and lengths is not None:
         batch = len(lengths.real)
@@ -155,6 +165,14 @@ def _row(receiver: Receiver, j: int, lengths: Lengths | None, notes: list[str]) 
     return indices_of(receiver, j, even)
 
 
+def masked_row(receiver: Receiver, j: int, lengths: Lengths | None) -> Found | None:
+    """Return the receiver's whole along a dim with sequences, where its mask tells; else None."""
+    names = receiver.dims.dims[j].names
+    if lengths is None or not lengths.width or SEQUENCE not in names:
+        return None
+    return receiver.indices(j, lengths.width * (len(lengths.real) if BATCH in names else 1))
+
+
 def whole_of(receiver: Receiver, j: int) -> int:
     """Return the size of the receiver's whole along a dim that the senders do not have."""
     dim = receiver.dims.dims[j]
@@ -168,6 +186,16 @@ def whole_of(receiver: Receiver, j: int) -> int:
             f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
         )
     return whole
+
+
+def left_open(receiver: Receiver, j: int) -> LayoutError:
+    """Return the refusal of padding on the left of a dim whose size is not known."""
+    dim = receiver.dims.dims[j]
+    return LayoutError(
+        f"dim {dim}: $receiver's block has {receiver.shape[j]}, which does not tell how many there "
+        "are in all, and its padding stands on the left",
+        f"declare it at $receiver's tap, as in '# {dim.label}=SIZE'",
+    )
 
 
 def indices_of(

@@ -45,6 +45,11 @@ class Ids:
         Raises:
             UsageError: no dims are named, or one twice.
         """
+        if not isinstance(mapping, Mapping):
+            raise UsageError(
+                f"rows is a {type(mapping).__name__}, expected dims and their ids, as in "
+                "rows={'t': ids}"
+            )
         found = tuple(cls(_names(key), value, at_tap=at_tap) for key, value in mapping.items())
         every = [name for one in found for name in one.names]
         if not found:

@@ -26,13 +26,22 @@ class Known:
 def known_of(ids: torch.Tensor) -> Known | None:
     """Return what is known of ids that `token_rows` returned; None of any other tensor.
 
-    It belongs to the very tensor: a view, a copy or a part of it has none.
+    It belongs to the very tensor, as it was returned: a view, a copy or a part of it has none, nor
+    has one that was written to since.
     """
-    found = getattr(ids, _NAME, None)
-    return found if isinstance(found, Known) else None
+    found, version = getattr(ids, _NAME, None) or (None, None)
+    return found if isinstance(found, Known) and version == _version(ids) else None
 
 
 def with_known(ids: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return these ids, and remember with them what they stand for; see `Known`."""
-    setattr(ids, _NAME, Known(positions, tokens))
+    setattr(ids, _NAME, (Known(positions, tokens), _version(ids)))
     return ids
+
+
+def _version(ids: torch.Tensor) -> int | None:
+    """Return what changes when a tensor is written to; None where nothing tells."""
+    try:
+        return ids._version
+    except RuntimeError:  # made in inference mode
+        return None

@@ -51,6 +51,10 @@ _UNKNOWN = (
     "recordings made with --level tensors"
 )
 _SAID_BEFORE = pl.when(pl.col("message") != "").then("message")
+_ROWS_UNKNOWN = (
+    "rows that are matched one by one can be compared by their tensors alone; compare them without "
+    "--manifest-only, of recordings made with --level tensors"
+)
 _OF_BOTH = ("rank", "step", "name", "tags", "occurrence", "kind", "dtype", "shape", "value")
 _REPLACED = ("rank", "ranks_a", "ranks_b", "shape_a", "shape_b")
 """Columns in which what was measured has the last word."""
@@ -108,12 +112,15 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
     both, so it is a task, too, where the ranks' digests are not all one. So is a recomputed forward
     that is not the first's, within one side.
     """
-    todo = table.filter(pl.col("state") == TODO)
+    # Of rows, digests do not say how many there are, nor whether those computed twice are the same.
+    by_rows = (pl.col("state") == EQUAL) & (pl.col("how") == ROWS)
+    todo = table.filter((pl.col("state") == TODO) | by_rows)
     found = tasks_within(pairs, table)
     unread = 0
     layouts = todo.filter(pl.col("how").is_in(OF_SEVERAL))["key"].unique()
     of_key = [rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
-    for number, how, key, a, b in todo.select("pair", "how", "key", "a", "b").iter_rows():
+    columns = ("pair", "how", "key", "a", "b", "state")
+    for number, how, key, a, b, state in todo.select(columns).iter_rows():
         if how == ROWS:
             rows = [in_order(known[key]) for known in of_key]
         elif how == LAYOUT:
@@ -121,9 +128,9 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
         else:
             rows = [[row_at(pairs.a.frame, a)], [row_at(pairs.b.frame, b)]]
         if any(row["shard"] is None for side in rows for row in side):
-            unread += 1
+            unread += state == TODO
         else:
-            found.append(Task(number, how, tuple(rows[0]), tuple(rows[1])))
+            found.append(Task(number, how, tuple(rows[0]), tuple(rows[1]), state == EQUAL))
     return found, unread
 
 
@@ -260,7 +267,9 @@ def assembled(
         message=pl.when(state == UNALIGNED)
         .then(pl.lit(_UNALIGNED))
         .when((state == TODO) & (pl.col("outcome") == "error"))
-        .then(pl.lit(_UNKNOWN)),
+        .then(
+            pl.when(pl.col("how") == ROWS).then(pl.lit(_ROWS_UNKNOWN)).otherwise(pl.lit(_UNKNOWN))
+        ),
         bitwise=pl.when(is_equal)
         .then(True)
         .when((state == SHAPE) | ((state == TODO) & (pl.col("outcome") != "error")))

@@ -52,7 +52,7 @@ def _of_replicas(pairs: Pairs, table: pl.DataFrame) -> list[Task]:
     wanted = wanted.join(digests.filter(pl.col("several") & pl.col("stored")), on="key")
     of_key = [rows_of_keys(side.frame, wanted["key"]) for side in (pairs.a, pairs.b)]
     return [
-        Task(number, REPLICAS, *(tuple(known[key]) for known in of_key))
+        Task(number, REPLICAS, tuple(of_key[0][key]), tuple(of_key[1][key]))
         for number, key in wanted.select("pair", "key").iter_rows()
     ]
 

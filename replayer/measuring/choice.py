@@ -149,5 +149,5 @@ def _standing(x: torch.Tensor, y: torch.Tensor) -> list[list[int]]:
 def _fits(scores: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> bool:
     if scores.dim() < 1 or x.dtype == torch.bool or min(int(x.min()), int(y.min())) < 0:
         return False
-    rows = scores.numel() // max(scores.shape[-1], 1)
-    return rows == len(x) and scores.shape[-1] > max(int(x.max()), int(y.max()))
+    rows, numbers = by_row(scores).shape if scores.numel() else (0, 0)
+    return rows == len(x) and numbers > max(int(x.max()), int(y.max()))

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -17,17 +18,17 @@ import torch
 
 from recorder.errors import BlocksMissing, LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
+from recorder.layouts.agreeing import Told, check_same, check_sides, told_by, told_in
 from recorder.layouts.blocks import Block
-from recorder.layouts.dims import TOKENS, Dim, Dims
-from recorder.layouts.lengths import Lengths, lengths_in
+from recorder.layouts.dims import BATCH, SEQUENCE, TOKENS, Dim, Dims
 from recorder.layouts.plan import Plan, whole
 from recorder.logical import Recorded
 from recorder.recording import Recording
 
 from .places import of_same_data
-from .tensors import Two
+from .tensors import Two, of_both
 
-_BATCHED = {"b", "s"}
+_BATCHED = {BATCH, SEQUENCE}
 
 
 _MOST_VARIANTS = 64
@@ -62,10 +63,12 @@ class _Blocks:
         rows: Sequence[ManifestRow],
         check: bool,
         plans: dict[Any, Plan],
+        dims: Dims | None = None,
     ) -> None:
         self.name, self.recording, self.rows = name, recording, tuple(rows)
-        self.is_declared = all(row["dims"] for row in rows)
-        self._options: dict[str, Any] = {"check": check, "in_part": False, "plans": plans}
+        self.is_declared = dims is not None or all(row["dims"] for row in rows)
+        options = {"check": check, "in_part": False, "plans": plans, "dims": dims}
+        self._options: dict[str, Any] = options
         self._recorded = self._of(self.rows) if self.is_declared else None
 
     def _of(self, rows: Sequence[ManifestRow]) -> Recorded:
@@ -83,6 +86,22 @@ class _Blocks:
         except LayoutError as err:
             raise err.of(self.name, _SIDES) from None
 
+    def as_declared_by(self, other: _Blocks) -> _Blocks:
+        """Return the one tensor of a job of one rank in the other side's dims, of which it is the
+        whole, where a tap says anything of sequences: then padding is told from tokens.
+        """
+        if self.is_declared or not other.is_declared:
+            return self
+        (row,), dims = self.rows, other.dims
+        shape = tuple(row["shape"] or ())
+        if len(dims.dims) != len(shape):
+            return self
+        with self._worded():
+            if told_in(row["extras"] or "", dims) == other.told() == Told():
+                return self
+        options = (self._options["check"], self._options["plans"], dims.whole(shape))
+        return _Blocks(self.name, self.recording, self.rows, *options)
+
     @property
     def recorded(self) -> Recorded:
         """All of them as blocks of one tensor."""
@@ -99,16 +118,15 @@ class _Blocks:
         with self._worded():
             return whole(self.recorded.blocks, self.recording.world_size)
 
-    def lengths(self) -> Lengths | None:
-        """Return the sequences' lengths, where its extras have them."""
+    def told(self) -> Told:
+        """Return what its extras say of sequences."""
         with self._worded():
-            found = (lengths_in(block.extras, self.dims) for block in self.recorded.blocks)
-            return next((one for one in found if one is not None), None)
+            return told_by(self.recorded.blocks, self.dims)
 
     def plan(self, receiver: Block) -> Plan:
         """Return how they are put together."""
         with self._worded():
-            return self.recorded.plan(receiver, 1)
+            return self.recorded.plan(receiver, 1, as_it_stands=True)
 
     def read(self) -> torch.Tensor:
         """Return the tensor of the one record there is."""
@@ -139,7 +157,7 @@ class _Blocks:
         with self._worded():
             # Blocks that give nothing, empty ones or all padding, tell where the others begin.
             recorded = self._of([row for row in self.rows if row["rank"] not in variant.others])
-            plan = recorded.plan(receiver, 1)
+            plan = recorded.plan(receiver, 1, as_it_stands=True)
             return recorded.block(receiver, plan), plan
 
 
@@ -231,6 +249,7 @@ def replicas_apart(
 
 
 def _twos(a: _Blocks, b: _Blocks, where: str) -> Iterator[Two]:
+    a, b = a.as_declared_by(b), b.as_declared_by(a)
     if not (a.is_declared and b.is_declared):
         yield from _one_sided(a, b, where)
         return
@@ -306,28 +325,27 @@ def _receiver(a: _Blocks, b: _Blocks) -> tuple[Block, str]:
     and sequence, which leaves the padding out.
     """
     whole_a, whole_b = a.whole(), b.whole()
-    a_dims, b_dims = a.dims, b.dims
-    if TOKENS in a_dims.names:
+    told = a.told(), b.told()
+    with of_both():
+        check_same(*told)
+    if TOKENS in a.dims.names:
         return whole_a, ""
-    if TOKENS in b_dims.names and set(a_dims.names) >= _BATCHED:
+    if TOKENS in b.dims.names and set(a.dims.names) >= _BATCHED:
         return whole_b, ""
-    if set(a_dims.names) >= _BATCHED and set(b_dims.names) >= _BATCHED:
-        found = [side.lengths() for side in (a, b)]
-        lengths = found[0] or found[1]
-        if found[0] and found[1] and found[0].real != found[1].real:
-            raise LayoutError(
-                f"the sequences have the lengths {list(found[0].real)!s:.120} in A and "
-                f"{list(found[1].real)!s:.120} in B; feed both the same input"
+    if SEQUENCE in a.dims.names and SEQUENCE in b.dims.names:
+        lengths = told[0].lengths or told[1].lengths
+        real = lengths.real if lengths is not None else ()
+        totals = [_tokens(block, real) for block in (whole_a, whole_b)]
+        spare = [n - sum(real) for n in totals if n is not None]
+        if len(spare) < 2 or (all(spare) and not all(side.side for side in told)):
+            with of_both():
+                check_sides(*told)
+        if len(spare) == 2 and any(spare):
+            left_out = " and ".join(
+                f"{n} of {total} in {side}"
+                for side, n, total in zip("AB", spare, totals, strict=True)
             )
-        if lengths is not None:
-            sizes = [_longest(block, len(lengths.real)) for block in (whole_a, whole_b)]
-            padded = any(n > min(lengths.real, default=n) for n in sizes)
-            if padded or sizes[0] != sizes[1]:
-                left_out = " and ".join(
-                    f"{len(lengths.real) * n - sum(lengths.real)} of {len(lengths.real) * n} in {s}"
-                    for s, n in zip("AB", sizes, strict=True)
-                )
-                return _flattened(whole_a, lengths), f"tokens of padding left out: {left_out}"
+            return _flattened(whole_a, real), f"tokens of padding left out: {left_out}"
     fitting = _fitting(a, b, whole_a, whole_b)
     return (
         fitting,
@@ -367,17 +385,27 @@ def _perhaps_cut(a: _Blocks, whole_a: Block, b: _Blocks, whole_b: Block) -> str:
     return ""
 
 
-def _longest(block: Block, sequences: int) -> int:
-    """Return the room of a sequence in a whole tensor with batch and sequence."""
-    for dim, size in zip(block.dims.dims, block.shape, strict=True):
-        if dim.names == ("s",):
-            return size
-        if set(dim.names) == _BATCHED:
-            return size // max(1, sequences)
-    return 0
+def _tokens(block: Block, real: Sequence[int]) -> int | None:
+    """Return how many tokens a whole has, padding included, if it can be the sequences'; else None.
+
+    Sequences without a batch stand one behind the other.
+    """
+    sizes = {
+        dim.names: size
+        for dim, size in zip(block.dims.dims, block.shape, strict=True)
+        if _BATCHED & {*dim.names}
+    }
+    if sorted(name for names in sizes for name in names) not in ([BATCH, SEQUENCE], [SEQUENCE]):
+        return None
+    total = math.prod(sizes.values())
+    if not real or (BATCH not in block.dims.names and len(real) > 1):
+        return total if real and sum(real) <= total else None
+    batch = sizes.get((BATCH,), len(real))
+    fits = batch == len(real) and total % batch == 0 and max(real) <= total // batch
+    return total if fits else None
 
 
-def _flattened(block: Block, lengths: Lengths) -> Block:
+def _flattened(block: Block, real: Sequence[int]) -> Block:
     """Return a whole block with flattened tokens in place of batch and sequence."""
     dims: list[Dim] = []
     shape: list[int] = []
@@ -387,10 +415,10 @@ def _flattened(block: Block, lengths: Lengths) -> Block:
             shape.append(size)
         elif Dim((TOKENS,)) not in dims:
             dims.append(Dim((TOKENS,)))
-            shape.append(sum(lengths.real))
+            shape.append(sum(real))
     sizes = {name: n for name, n in block.dims.sizes.items() if name not in _BATCHED}
     made = replace(block.dims, text=f"tokens of {block.dims.text}", dims=tuple(dims), sizes=sizes)
-    extras = json.dumps({"seq_lens": list(lengths.real)})
+    extras = json.dumps({"seq_lens": list(real)})
     return Block(0, made, tuple(shape), (), extras)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
+from recorder.errors import UsageError
 from recorder.format.schema import ManifestRow
 
 from ..match import MatchOn
@@ -22,6 +23,9 @@ def marked(
         left: rows with kind, group, firing, rows, match_step and match_occurrence.
         right: the other side's.
         match_on: what counts of a key.
+
+    Raises:
+        UsageError: they are matched by order.
     """
     by = ["kind", "group"]
     by += ["step"] * match_on.rows_use_step + ["occurrence"] * match_on.rows_use_occurrence
@@ -31,6 +35,11 @@ def marked(
     if not both.height:
         nothing = pl.lit(False).alias("by_rows")
         return left.with_columns(nothing), right.with_columns(nothing)
+    if match_on.order:
+        raise UsageError(
+            "both sides say which row is which, and --match-on order pairs taps by their place, "
+            "whatever rows they have; match on tags, as in --match-on name,layer"
+        )
     above = pl.concat([left["group"], right["group"]]).max()
     assert isinstance(above, int)
     made = []

@@ -373,7 +373,7 @@ def _by_rank(left: pl.DataFrame, right: pl.DataFrame) -> pl.DataFrame:
     a_first, b_first = first
     one_a = a_first.filter(pl.col("one") == "a").join(right, on="key", suffix="_b")
     one_b = left.filter(pl.col("one") == "b").join(b_first, on="key", suffix="_b")
-    columns = ["key", "a", "b", *(c + s for c in _HELD[2:8] for s in ("", "_b"))]
+    columns = ["key", "a", "b", *(c + s for c in _HELD[2:9] for s in ("", "_b"))]
     return pl.concat(part.select(columns) for part in (plain, one_a, one_b)).with_columns(
         how=pl.lit(RANK)
     )
@@ -388,6 +388,15 @@ def _alike() -> pl.Expr:
     ).fill_null(False)
 
 
+_LENGTHS = "seq_lens|cu_seqlens|attention_mask"
+
+
+def _of_others() -> pl.Expr:
+    """Whether two joined rows may be of other sequences: both taps say of which, in other words."""
+    both = pl.col("extras").str.contains(_LENGTHS) & pl.col("extras_b").str.contains(_LENGTHS)
+    return (both & pl.col("extras").ne_missing(pl.col("extras_b"))).fill_null(False)
+
+
 def _state(unequal: pl.Expr) -> pl.Expr:
     return (
         pl.when(pl.col("b").is_null())
@@ -398,7 +407,7 @@ def _state(unequal: pl.Expr) -> pl.Expr:
         .then(pl.lit(EQUAL))
         .when(pl.col("kind") == "value")
         .then(pl.lit(VALUE))
-        .when(_alike())
+        .when(_alike() & ~_of_others())
         .then(pl.lit(EQUAL))
         .when(pl.col("shape").ne_missing(pl.col("shape_b")))
         .then(unequal)

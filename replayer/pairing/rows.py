@@ -151,6 +151,8 @@ class Common:
     @property
     def why_none(self) -> str:
         """Why there is nothing to compare, where both sides have no row in common."""
+        if not (self.only_a or self.only_b):
+            return "all of its rows are padding, on both sides"
         return (
             f"no row in common: A has {self.only_a} and B {self.only_b}; are these other tokens, "
             "or ids with another salt?"
@@ -177,6 +179,17 @@ class Common:
         return ("*".join(names), *(dim.label for dim in rest))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of what is compared."""
+        return (self.both, *self._receiver.shape)
+
+    @property
+    def ranks(self) -> list[tuple[int, ...]]:
+        """The ranks that recorded any of it, of both sides."""
+        every = self._cells or ()
+        return [tuple(sorted({one.row["rank"] for one in cells.records})) for cells in every]
+
+    @property
     def row_bytes(self) -> int:
         """The bytes of one row of both sides, or about as many."""
         total = 0
@@ -198,9 +211,9 @@ class Common:
         """
         if self._cells is None:
             return
+        ranks = self.ranks
         size = max(1, memory // self.row_bytes)
         pieces = range(0, self.both, size) if len(self._ids) == 1 else [0]
-        ranks = [tuple(sorted({one.row["rank"] for one in cells.records})) for cells in self._cells]
         for start in pieces:
             which = slice(start, start + size) if len(self._ids) == 1 else slice(None)
             one, other = (

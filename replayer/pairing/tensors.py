@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from recorder.errors import ShapesDiffer
+from recorder.errors import LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
+from recorder.layouts.agreeing import check_taps
 from recorder.layouts.plan import Plan
+from recorder.logical import layout_of
 from recorder.recording import Recording
+
+_BOTH = {"senders": "A's ranks", "receiver": "B"}
+
+
+@contextmanager
+def of_both() -> Iterator[None]:
+    """Have errors about senders and a receiver speak of A and B."""
+    try:
+        yield
+    except LayoutError as err:
+        raise err.of("", _BOTH) from None
 
 
 @dataclass
@@ -89,7 +103,13 @@ def by_rank(
     Raises:
         DamagedRecording: the bytes are not there, or not those that were written.
         ShapesDiffer: the shapes are unequal.
+        LayoutError: their taps contradict each other on the sequences in them.
     """
+    sides = [(row["extras"] or "", row["dims"], row["kind"]) for row in (row_a, row_b)]
+    if any(extras for extras, _, _ in sides):
+        told = [(text, layout_of(dims, kind) if dims else None) for text, dims, kind in sides]
+        with of_both():
+            check_taps(*told)
     one, other = a.read(row_a, check=check), b.read(row_b, check=check)
     if one.shape != other.shape:
         raise ShapesDiffer(f"shapes {list(one.shape)} and {list(other.shape)} are not equal")

@@ -25,11 +25,14 @@ from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import SEQ_BITS
-from .held import Record, Source, held_by, rest_of, seqs_of
+from .held import Held, Record, Source, held_by, rest_of, seqs_of
 from .joining import Joining, parts_text, records_at
 from .places import Found, real_rows
 from .records import Records
 from .same import Several
+
+_SAME_ROWS = ("tp", "etp")
+"""Axes along which all ranks have the same rows."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Aligned:
         self.cells = torch.empty(0, dtype=torch.int64, device="cpu")
         self.groups = [groups[j] for j in records.pairs]
         own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
+        _check_sums(own, records)
         self._joining = Joining(source, records, own, replicas=replicas, check=check)
 
     @property
@@ -110,6 +114,15 @@ class Aligned:
     @property
     def _rest(self) -> tuple[int, ...]:
         return self._joining.receiver.shape
+
+    @property
+    def guesses(self) -> str:
+        """What `make` took for granted that should be said aloud."""
+        return self._joining.guesses
+
+    def with_padding(self, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """See `Joining`."""
+        return self._joining.with_padding(rows, own)
 
     def put(self, rows: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
         """Return the target with other rows in some places.
@@ -277,3 +290,19 @@ def _distinct(keys: torch.Tensor, *, is_sorted: bool) -> tuple[torch.Tensor, tor
     if is_sorted or len(values) < len(keys):
         return values, inverse
     return keys, torch.arange(len(keys), device="cpu")  # as they stand: nothing needs moving then
+
+
+def _check_sums(own: Held, records: Records) -> None:
+    """Refuse summands of rows that another rank need not have: which holds the sum is not known.
+
+    Along tensor parallelism all ranks have the same rows, and along other axes mostly others.
+    """
+    for axis, how in own.dims.partial:
+        size = dict(own.mesh).get(axis, (0, 1))[1]
+        alike = all((axis, how) in held.dims.partial for held in records.parts)
+        if size > 1 and axis not in _SAME_ROWS and not alike:
+            raise LayoutError(
+                f"its dims say that ranks along {axis} hold summands, and each may have rows of "
+                "its own, so that none can be given the sum for the others",
+                "tap it once it is summed up, or tap summands on both sides",
+            )

@@ -50,11 +50,14 @@ class Held:
         dims: the layout with one dim for each group of rows in front.
         mesh: where their ranks stand on the axes over which parts differ.
         shape: the sizes of the other dims.
+        alone: the axis that was taken to be that of all ranks, since nobody declared a mesh, and
+            how many these are; ("", 0) where somebody did.
     """
 
     dims: Dims = field(hash=False)
     mesh: FrozenMesh
     shape: tuple[int, ...]
+    alone: tuple[str, int] = field(default=("", 0), compare=False)
 
     @property
     def world_size(self) -> int:
@@ -119,6 +122,7 @@ def held_by(
         fills={name: fill for name, fill in dims.fills.items() if name not in named},
     )
     axes = dict.fromkeys(own.axes)
+    is_unsaid = mesh is None and dims.mesh is None
     places = coordinates(Block(rank, own, sizes, mesh), world_size) if axes else {}
     return Held(
         replace(
@@ -133,6 +137,7 @@ def held_by(
         ),
         tuple(sorted((axis, places[axis]) for axis in axes)),
         sizes,
+        (next(iter(axes)), world_size) if axes and is_unsaid and world_size > 1 else ("", 0),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from recorder.errors import BlocksMissing, LayoutError
-from recorder.layouts.assemble import assemble
+from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.plan import Plan, plan, whole
 from recorder.sizes import count
 
@@ -55,6 +55,10 @@ class Joining:
         receiver: what is wanted of each row.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+
+    Attributes:
+        assumed: what `find` took for granted, "" where nothing was.
+        guesses: what of it should be said aloud.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Joining:
     ) -> None:
         self.source, self.records, self.receiver = source, records, receiver
         self.replicas = replicas
+        self.assumed = self.guesses = ""
         self._gathered = Gathered(source, records, check=check)
 
     def notes(self, several: Several) -> list[str]:
@@ -70,6 +75,7 @@ class Joining:
         if self._gathered.in_part:
             number = count(len(self._gathered.in_part), "record")
             notes.append(f"{number} read in part, without their digests")
+        notes.append(self.assumed)
         return [note for note in notes if note]
 
     def find(self, keys: Sequence[torch.Tensor]) -> Cells:
@@ -138,6 +144,25 @@ class Joining:
         }
         return self._assembled(tensors, [len(next(iter(tensors.values())))])
 
+    def with_padding(self, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Return rows with the receiver's values, or its fill, where it pads its other dims.
+
+        Args:
+            rows: of the receiver's dtype, and on its device: [rows, other dims].
+            own: what the receiver has there.
+
+        Raises:
+            LayoutError: the fill is no value of the dtype.
+        """
+        every = (self.receiver, *self.records.parts)
+        if not len(rows) or not any(one.dims.sizes or one.dims.padded for one in every):
+            return rows
+        sizes = [len(rows), *[1] * (len(self.records.keys) - 1)]
+        shape = (*sizes, *self.receiver.shape)
+        found = self._plan(sizes, self.receiver)
+        made = keep_padding(found, shape, rows.reshape(shape), own.reshape(shape))
+        return made.reshape(rows.shape)
+
     def of_part(self, number: int, found: Found) -> torch.Tensor:
         """Return a part's rows: [rows, other dims]; of several the one that was asked for."""
         places = self.records.places[number]
@@ -163,12 +188,22 @@ class Joining:
         """
         if 0 in sizes:
             return [(0,)]
-        moves = self._plan(sizes, self.receiver).moves
-        if (
-            not moves
-        ):  # of a sum that another rank holds: zeros here, where all of it is found there
+        found = self._plan(sizes, self.receiver)
+        self.assumed = "; ".join(filter(None, [*self._alone(), found.guesses]))
+        self.guesses, moves = found.guesses, found.moves
+        if not moves:  # of a sum that another rank holds: zeros here just where that has it
             moves = self._plan(sizes, self.receiver.with_sums()).moves
         return sorted({ranks for move in moves for ranks in move.ranks}) or [(0,)]
+
+    def _alone(self) -> list[str]:
+        """Say which axes were taken to be that of all ranks, since nobody declared a mesh."""
+        sides = ((self.records.parts[0], "the senders'"), (self.receiver, "the target's"))
+        return [
+            f"{held.alone[0]} was taken to be over all {held.alone[1]} of {whose} ranks: no mesh "
+            "was declared"
+            for held, whose in sides
+            if held.alone[0]
+        ]
 
     def _plan(self, sizes: Sequence[int], receiver: Held) -> Plan:
         parts = self.records.parts

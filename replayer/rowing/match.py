@@ -32,10 +32,14 @@ class RowMatcher:
         recording: the baseline's.
         matcher: what counts of name and tags.
         check: whether to hold ids against their digest.
+        is_last: whether of rows that were recorded several times the last is taken.
     """
 
-    def __init__(self, recording: Recording, matcher: Matcher, *, check: bool) -> None:
+    def __init__(
+        self, recording: Recording, matcher: Matcher, *, check: bool, is_last: bool = False
+    ) -> None:
         self._recording, self._matcher, self._check = recording, matcher, check
+        self._is_last = is_last
         self._numbers: dict[_Key, list[int]] | None = None
         self._frame: pl.DataFrame | None = None
         self._kept: dict[_Key, Records] = {}
@@ -140,10 +144,10 @@ class RowMatcher:
         frame = frame.sort("rank", "attempt", "seq").with_columns(
             number=pl.int_range(pl.len(), dtype=pl.Int64).over(within)
         )
-        # The latest attempt first; then as a job on one rank would have computed them.
+        # The latest attempt first, or last if that is taken; else as one rank would compute them.
         frame = frame.filter(pl.col("rows").is_not_null()).sort(
             "attempt", "step", "occurrence", "rank", "seq",
-            descending=[True, False, False, False, False], maintain_order=True,
+            descending=[not self._is_last, False, False, False, False], maintain_order=True,
         )  # fmt: skip
         self._frame = frame.drop("code", "number")
         found: dict[_Key, list[int]] = {}

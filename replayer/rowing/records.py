@@ -63,9 +63,9 @@ class Records:
         if len(parts) == 1:
             return parts[0]
         number = self._together.get(parts)
-        if number is None:
-            number = self._together[parts] = len(self.places)
+        if number is None:  # two threads may both make it, and either number will do
             self.places.append(Places.merged([self.places[part] for part in parts]))
+            number = self._together[parts] = len(self.places) - 1
         return number
 
     @classmethod

@@ -43,7 +43,7 @@ def rounding(dtype: torch.dtype) -> Rounding:
     if not (dtype.is_floating_point or dtype.is_complex):
         return Rounding(0.0, 0.0)
     eps = float(torch.finfo(dtype).eps)
-    whole = min((1.0 if eps > 0.01 else 8.0 if eps > 1e-5 else 128.0) * eps, 0.25)
+    whole = min((1.0 if eps > 0.01 else 4.0 if eps > 1e-5 else 128.0) * eps, 0.25)
     return Rounding(whole, 8.0 * whole)
 
 

@@ -217,6 +217,7 @@ def findings(diff: Diff) -> list[str]:
             same = how == "tolerance" and row["first"] == "both"
             facts = "the same" if same else figures(row)
             found.append(f"first divergence {words}: {title(row)}: {facts}")
+    found += _rows_alone(diff)
     found += lines_of_grafts(diff)
     found += _accumulated(diff)
     for what, words in (
@@ -300,6 +301,20 @@ def _accumulated(diff: Diff) -> list[str]:
         f"rounding accumulates in {count(rows.height, 'pair')} without a jump: by at most "
         f"{most['growth']:.3g}x from one to the next, at {title(most)}; to be sure, give --floor a "
         "second run of A, or replay with everything grafted"
+    ]
+
+
+def _rows_alone(diff: Diff) -> list[str]:
+    """Say that rows of pairs that are compared row by row are on one side alone."""
+    counts = pl.col("rows_a") + pl.col("rows_b")
+    rows = diff.pairs.filter(counts > 0).sort(counts, descending=True, maintain_order=True)
+    if not rows.height:
+        return []
+    most = next(rows_of(rows))
+    tap = label(most["name"], most["tags"])
+    return [
+        f"rows on one side alone in {count(rows.height, 'pair')}, not compared, the most at {tap}: "
+        f"{rows_compared(most)}"
     ]
 
 

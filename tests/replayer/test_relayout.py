@@ -219,7 +219,10 @@ def test_replicas_that_differ_are_named_unless_told_otherwise(run):
     target = torch.full((4,), 9.0)
     (message,) = replay(run, [target], "h", outcome="error")
     assert "sender ranks 0 and 2 should hold the same block" in message
-    assert "in 1 of 4 elements, at most by 0.5" in message and "--replicas first or mean" in message
+    assert (
+        "in 1 of 4 elements, at most by 0.5" in message
+        and "--replicas first, last or mean" in message
+    )
     assert (target == 9).all()
     replay(run, [target], "h", replicas="first")
     assert torch.equal(target, whole)

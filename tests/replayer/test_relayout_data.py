@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
+import re
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from recorder import Recorder, Recording, declare_mesh, tap
 from replayer import Replayer, diff
 
 OUTCOMES = ("grafted", "error")
+LONG = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,116 @@ def test_unequal_blocks_between_like_jobs_are_grafted_rank_by_rank(run, capsys):
     found = replay(run, targets, "t[ep] h", over(ep=2))
     assert [o for o, _ in found] == ["grafted"] * 2 and torch.equal(targets[0], BUSY)
     assert "dim t[ep] has blocks of unequal sizes: taken rank by rank" in capsys.readouterr().err
+
+
+def test_blocks_of_unequal_sizes_are_not_placed_on_another_number_of_ranks(run, tmp_path):
+    """What fits a rule, by the number alone, need not be cut by it: sizes 0 1 2 and not 1 1 1."""
+    record(run, [BUSY, IDLE], "t[ep] h", over(ep=2))
+    one = record(tmp_path / "one", [BUSY], "t h", [{}])
+    said = "its blocks are of unequal sizes"
+    advice = (
+        "if they are as large as data have it, such as the tokens of each expert, record on as "
+        "many ranks, cut alike, and feed both the same input"
+    )
+    targets = [torch.full((n, 4), -1.0) for n in (0, 1, 2)]
+    found = replay(run, targets, "t[ep] h", over(ep=3))
+    assert found[0] == ("grafted", "") and [o for o, _ in found[1:]] == ["error"] * 2
+    assert all(said in m and advice in m for _, m in found[1:])
+    assert all((target == -1).all() for target in targets)
+    (_, message), *_ = replay(one.path, targets[2:], "t[ep] h", [{"ep": (1, 4)}])
+    assert said in message and (targets[2] == -1).all()
+    # Of one rank's tokens a size alone tells where a block begins, and that is said.
+    block = torch.full((1, 4), -1.0)
+    ((outcome, message),) = replay(one.path, [block], "t[ep] h", [{"ep": (1, 3)}])
+    assert (outcome, message) == (
+        "grafted", "dim t[ep] was taken to be cut by a rule, and not by data"
+    )  # fmt: skip
+
+
+def test_a_rank_that_got_other_tokens_than_its_sender_is_told_how_many(run):
+    record(run, [IDLE, BUSY], "t[ep] h", over(ep=2))
+    targets = [torch.full((n, 4), -1.0) for n in (2, 1)]
+    found = replay(run, targets, "t[ep] h", over(ep=2))
+    assert [o for o, _ in found] == ["error"] * 2 and all((t == -1).all() for t in targets)
+    assert (
+        "the target's block has 2, one of 2 over ep, where the sender at its place has 0: its "
+        "blocks are of unequal sizes" in found[0][1]
+    )
+
+
+def test_unequal_blocks_that_a_rule_cuts_at_the_target_as_it_says(run):
+    whole = torch.arange(12.0).view(3, 4)
+    record(run, [whole[:0], whole], "t[ep] h", over(ep=2))
+    targets = [torch.full((n, 4), -1.0) for n in (2, 1)]
+    found = replay(run, targets, "t[ep:chunk] h", over(ep=2))
+    assert [o for o, _ in found] == ["grafted"] * 2
+    assert torch.equal(torch.cat(targets), whole)
+
+
+EMPTY_DIMS = ["t[ep] h", "h t[ep]", "n[ep] h", "t[ep] h[tp]", "b[dp] s h", "x[pp] h", "t[ep,tp] h"]
+
+
+def sizes_with_empties(rng, ranks, total):
+    sizes = [0] * ranks
+    for _ in range(total):
+        sizes[rng.randrange(ranks)] += 1
+    if rng.random() < 0.3:
+        sizes = [0] * ranks
+        sizes[rng.randrange(ranks)] = total
+    return sizes
+
+
+def cut(whole, dims, sizes):
+    """Return the blocks of ranks, the first axis cut as sizes have it, and another in two."""
+    found = []
+    for part in whole.split(sizes, dims.split().index(next(w for w in dims.split() if "[" in w))):
+        halves = [part]
+        if "tp" in dims:
+            dim = 0 if "," in dims else 1
+            halves = [*part.chunk(2, dim), *[part.narrow(dim, 0, 0)] * 2][:2]
+            halves = [part, part] if not part.shape[dim] else halves
+        found += [half.contiguous() for half in halves]
+    return found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("extent", ["short", pytest.param("long", marks=LONG)])
+def test_blocks_of_any_sizes_are_blocks_like_any_other(tmp_path, extent):
+    """Of one rank against those of several, of which some, or all, are empty."""
+    first, count = (0, 8) if extent == "short" else (1_000, 2_000)
+    print(f"seeds {first} to {first + count - 1}")
+    for seed in range(first, first + count):
+        rng = random.Random(seed)
+        dims, total = rng.choice(EMPTY_DIMS), rng.choice((0, 1, 2, 3, 4, 5, 7))
+        axis = re.search(r"\[(\w+)", dims)[1]
+        ranks = rng.choice((2, 2, 3, 4))
+        sizes = sizes_with_empties(rng, ranks, total)
+        plain = re.sub(r"\[.*?\]", "", dims)
+        shape = [{"h": 4, "s": 2}.get(name, total) for name in plain.split()]
+        whole = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+        about = f"seed {seed}: {dims!r} {sizes}"
+        meshes = over(**{axis: ranks, "tp": 2}) if "tp" in dims else over(**{axis: ranks})
+        blocks = cut(whole, dims, sizes)
+        one = record(tmp_path / f"{seed}-one", [whole], plain, [{}])
+        some = record(tmp_path / f"{seed}-some", blocks, dims, meshes)
+        for a, b in ((one, some), (some, one), (some, some)):
+            assert diff(a.path, b.path).pairs["outcome"].to_list() == ["equal"], about
+        assert torch.equal(some.load_logical("x"), whole), about
+        targets = [torch.full_like(block, -1) for block in blocks]
+        found = replay(some.path, targets, dims, meshes)
+        assert [o for o, _ in found] == ["grafted"] * len(blocks), (about, found)
+        assert all(torch.equal(a, b) for a, b in zip(targets, blocks, strict=True)), about
+        target = torch.full_like(whole, -1)
+        assert replay(some.path, [target], plain, [{}])[0][0] == "grafted", about
+        assert torch.equal(target, whole), about
+        if total:
+            wrong = whole.clone()
+            wrong.view(-1)[rng.randrange(wrong.numel())] += 100
+            other = record(tmp_path / f"{seed}-wrong", cut(wrong, dims, sizes), dims, meshes)
+            for a, b in ((one, other), (other, one), (some, other)):
+                found = diff(a.path, b.path)
+                assert found.status == 1, about
+                assert found.pairs["outcome"].to_list() == ["differs"], about
 
 
 def test_a_diff_counts_an_empty_block_among_the_recorded(run, tmp_path):

@@ -78,6 +78,42 @@ def expected(case, fired, *, match_on=None, replicas="error", kept=lambda one: T
     return Expected("grafted", rows, found, len(real) - found, max(map(len, several)))
 
 
+def received(case, fired):
+    """Return what a transform gets for a firing of the target: sender rank -> its part's rows.
+
+    They stand where the target's rows do, between the senders' other dims; zeros where not all
+    parts have one.
+    """
+    sender, receiver = case.layouts
+    every = sorted(case.fired, key=lambda one: (one.step, one.occurrence, one.rank))
+    is_cut = sender.cut is not None and sender.tp > 1
+    parts: dict = {}
+    for one in every:
+        first, places = parts.setdefault(one.k if is_cut else 0, (one, {}))
+        for cell, row in zip(one.ids, one.rows, strict=True):
+            if cell is not None:
+                places.setdefault(cell, row)
+    sizes = [fired.tensor.shape[receiver.order.index(i)] for i in range(receiver.many)]
+    rows = [i for i in receiver.order if i < receiver.many]
+    rest = [i for i in sender.order if i >= sender.many]
+    before = min(map(sender.order.index, range(sender.many)))
+    made = {}
+    for first, places in parts.values():
+        there = [all(cell in own for _, own in parts.values()) for cell in fired.ids]
+        whole = torch.zeros([n for _, n in sender.rest], dtype=case.dtypes[0])
+        like = sender.part(whole, first.k)
+        values = [
+            places[cell] if has else torch.zeros_like(like)
+            for cell, has in zip(fired.ids, there, strict=True)
+        ]
+        stacked = torch.stack(values) if values else like.new_empty(0, *like.shape)
+        shape = [like.numel()] if sender.is_fused else like.shape
+        stacked = stacked.reshape(*sizes, *shape)
+        order = [receiver.many + i - sender.many for i in rest]
+        made[first.rank] = stacked.permute([*order[:before], *rows, *order[before:]])
+    return made
+
+
 def _needed(sender, receiver, k, n):
     """Return the senders' parts that a receiver is made of, and whether it holds none of a sum.
 

@@ -85,7 +85,10 @@ def test_lengths_that_each_data_parallel_rank_has_of_its_own():
     assert got.tolist() == list(range(10, 17))
     other = [(block(k, "b s", (2, 5), {"seq_lens": r}, dp=(k, 2)), torch.zeros(2, 5))
              for k, r in enumerate(rows)]  # fmt: skip
-    assert carried(other, block(0, "b s", (2, 5), {"seq_lens": [1]}, dp=(0, 2)), 2).numel() == 10
+    here = {"dp": (0, 2)}
+    assert carried(other, block(0, "b s", (2, 5), {"seq_lens": [4, 3]}, **here), 2).numel() == 10
+    said = "have the lengths [4, 3], the target's [1]"
+    refused(other, block(0, "b s", (2, 5), {"seq_lens": [1]}, **here), said, 2)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def random_side(rng, sizes, *, is_receiver):
         elif choice < 0.8 and dims[i]:
             zigzag = rng.random() < 0.25
             said = rng.random() < (0.5 if is_receiver else 0.2)
+            said |= axis == "ep"  # else it is cut as experts have it
             share = rng.choice([n for n in (1, 2, 4) if mesh[axis] % n == 0])
             share = share if rng.random() < 0.2 else 1
             side.cuts[i].append(Cut(axis, zigzag, rng.choice(("chunk", "split")), said, share))
@@ -262,6 +263,7 @@ def random_tokens(rng, real, *, is_receiver):
         if rng.random() < 0.7:
             name = rng.choice(form.split())
             said = rng.random() < (0.5 if is_receiver else 0.3)
+            said |= axis == "ep"  # else it is cut as experts have it
             zigzag = rng.random() < 0.3
             cuts.setdefault(name, []).append(
                 Cut(axis, zigzag, rng.choice(("chunk", "split")), said)
@@ -378,14 +380,17 @@ def is_open_tokens(case, at, block):
     for side, other in ((sender, receiver), (receiver, sender)):
         if side.form == "t" and not side.extras and other.extras.get("padded_seq_lens"):
             return True
+        unsaid = side.form == "t" and side.left and side.room == side.real
+        if unsaid and (side.tail or side.steps("t")):
+            return True  # nobody says whose padding is on the left
     lengths = case.sizes
     if receiver.form == "t" and receiver.steps("t"):
         return bool(receiver.tail)
-    rows = receiver.form in ("b s", "s b")
     if (
-        rows
+        receiver.form in ("b s", "s b", "s")
         and receiver.left
-        and receiver.room[0] % math.prod(receiver.mesh[cut.axis] for cut in receiver.steps("s"))
+        and receiver.room[0]
+        % math.prod(receiver.mesh[cut.axis] * (1 + cut.zigzag) for cut in receiver.steps("s"))
     ):
         return True  # tokens count from the end of a row, and how long that is hangs on padding
     if receiver.form in ("b s", "s b", "(b*s)"):

@@ -245,4 +245,23 @@ def test_batches_whose_sequences_are_in_another_order():
     batch = sent("b s", [torch.zeros(2, 5)], extras={"seq_lens": [3, 5]})
     said = "the lengths [3, 5], the target's [5, 3]; feed both the same input, in the same order"
     refused(batch, block(0, "b s", (2, 5), {"seq_lens": [5, 3]}), said)
-    assert carried(batch, block(0, "b s", (2, 5), {"seq_lens": [100, 3]}))[0], "of other tokens"
+    of_others = block(0, "b s", (2, 5), {"seq_lens": [100, 3]})
+    refused(batch, of_others, "the lengths [3, 5], the target's [100, 3]")
+
+
+def test_empty_blocks_that_a_rule_would_give_too():
+    """2 2 1 0 of 5: torch.chunk's, where torch.tensor_split has 2 1 1 1, or what experts have."""
+    tokens = torch.arange(5.0)
+    for sizes in ([2, 1, 1, 1], [2, 2, 1, 0]):
+        parts = tokens.split(sizes)
+        senders = sent("t[ep]", list(parts), over(ep=4))
+        for k, wanted in enumerate(parts):
+            got, _ = carried(senders, block(k, "t[ep]", wanted.shape, ep=(k, 4)), 4)
+            assert got == wanted.tolist()
+    senders = sent("h[tp]", list(parts), over(tp=4))
+    said = "of 5, a block of 1 can begin at 4, as torch.chunk cuts, or at 3, as torch.tensor_split"
+    refused(senders, block(2, "h[tp]", (1,), tp=(2, 4)), said, 4)
+    # One head on two of four ranks: since the others have none, no two of them share one.
+    heads = torch.arange(2.0)
+    senders = sent("kv[tp]", [heads[:1], heads[1:], heads[:0], heads[:0]], over(tp=4))
+    assert carried(senders, block(1, "kv[tp]", (1,), tp=(1, 4)), 4)[0] == [1]

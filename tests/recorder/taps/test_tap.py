@@ -242,7 +242,7 @@ def test_they_are_one_key_with_the_plain_ones(record):
         (enum.Enum("Odd", {"A": object()}).A, "the tag 'on' is a object; tags are"),
         (torch.device("cpu"), "the tag 'on' is a device; tags are"),
     ],
-    ids=repr,
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
 def test_others_are_named_by_their_type(record, capsys, value, named):
     assert record(lambda rank: tap("x", 1, on=value)).rows().height == 0

@@ -144,8 +144,8 @@ def test_worlds_that_differ_miss_a_rank_that_never_recorded(
 @pytest.mark.parametrize(
     ("dims", "worlds", "shape", "said"),
     [
-        ("t[cp:zigzag]", (2, 2), (4,), "have the lengths [4, 4], the other side's [8]"),
-        ("b s", (1, 1), (2, 8), "have the lengths [8] in A and [4, 4] in B"),
+        ("t[cp:zigzag]", (2, 2), (4,), "have the lengths [8], B's [4, 4]"),
+        ("b s", (1, 1), (2, 8), "A's ranks' sequences have the lengths [8], B's [4, 4]"),
     ],
 )
 def test_equal_bytes_of_other_sequences_are_not_equal(held, dims, worlds, shape, said):

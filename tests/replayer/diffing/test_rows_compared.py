@@ -7,7 +7,7 @@ import torch
 from tokened import BATCH, LENGTH, TOKENS, batch, randn, server
 from typed import graft
 
-from recorder import Recorder, declare_mesh, rows, step, tap
+from recorder import Recorder, declare_mesh, rows, step, tap, token_rows
 from recorder.errors import UsageError
 from replayer import diff
 
@@ -227,3 +227,50 @@ def test_gradients_meet_by_the_rows_of_their_tensor(tmp_path):
     found = diff(tmp_path / "a", tmp_path / "b")
     assert (found.status, found.counts()["equal"]) == (0, 2)
     assert sorted(found.pairs["kind"]) == ["grad", "tensor"]
+
+
+def test_rows_that_both_sides_computed_twice_and_otherwise_alike_are_said(tmp_path):
+    for path in (tmp_path / "a", tmp_path / "b"):
+        with Recorder(path):
+            for more in (0, 1):
+                tap("h", randn(3, 4) + more, dims="t x", rows={"t": [1, 2, 3]})
+                step()
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert (found.status, found.pairs["outcome"].to_list()) == (1, ["equal"])
+    assert found.pairs["apart"].to_list() == ["replicas"]
+    assert found.pairs["rows"].to_list() == [3]
+
+
+def test_padding_alone_is_nothing_to_compare(tmp_path):
+    for path in (tmp_path / "a", tmp_path / "b"):
+        with Recorder(path):
+            tap("h", randn(3, 4), dims="t x", rows={"t": [-1, -1, -1]})
+    found = diff(tmp_path / "a", tmp_path / "b")
+    assert found.status == 1
+    assert found.pairs["message"].to_list() == ["all of its rows are padding, on both sides"]
+
+
+def test_order_says_nothing_of_rows(tmp_path):
+    batch(tmp_path / "a", layers())
+    server(tmp_path / "b", layers())
+    with pytest.raises(UsageError, match="--match-on order pairs taps by their place, whatever"):
+        diff(tmp_path / "a", tmp_path / "b", match_on="order")
+
+
+def test_the_terminal_says_that_rows_are_on_one_side_alone(tmp_path):
+    batch(tmp_path / "a", layers(2))
+    server(tmp_path / "b", layers(2), drop=(0,))
+    assert (
+        "rows on one side alone in 2 pairs, not compared, the most at h layer=0: over 28 rows in "
+        "common, 12 only in A"
+    ) in graft("diff", tmp_path / "a", tmp_path / "b").stdout
+
+
+def test_ids_that_were_written_to_are_not_said_to_be_the_tokens_they_were(tmp_path):
+    ids = token_rows(torch.tensor([101, 102, 103]))
+    ids.copy_(ids.flip(0))
+    for path, off in ((tmp_path / "a", 0), (tmp_path / "b", 1)):
+        with Recorder(path):
+            tap("h", randn(3, 4) + off, dims="t x", rows={"t": ids})
+    row = diff(tmp_path / "a", tmp_path / "b").first("tolerance")
+    assert (row["row"], row["token"]) == ([int(ids[0])], None)

@@ -205,6 +205,55 @@ class TestParts:
         assert all(one[0].tolist() == [0, 0] and one[1].tolist() == kept for one in xs[1:])
         assert xs[0][0].tolist() == [0, 2] and xs[0][1].tolist() == ([4, 6] if is_there else kept)
 
+    def test_a_transform_gets_one_part_of_each_rank_or_an_error(self, meet):
+        def base(rank):
+            for place in range(2):
+                declare_mesh(tp=(place, 2))
+                tap("x", numbered(3, 1) + place, dims="t h[tp]", rows={"t": [0, 1, 2]})
+                step()
+
+        x = filled(3, 2)
+        (session,) = meet(
+            base, tapped("x", x, "t h", {"t": [0, 1, 2]}), transform=lambda g: g.target
+        )
+        message = only(session)["message"]
+        assert "rank 0 recorded several parts of these rows, and a transform gets one of" in message
+        meet(base, tapped("x", x, "t h", {"t": [0, 1, 2]}), strict=True)
+        assert torch.equal(x, torch.cat([numbered(3, 1), numbered(3, 1) + 1], 1))
+
+
+class TestOtherDims:
+    """They are laid out as their dims say, padding and what is taken for granted included."""
+
+    @pytest.mark.parametrize(("fact", "pad"), [("# h=3", -9), ("# h=3 h:fill=7", 7)])
+    def test_padding_keeps_the_target_s_values_or_has_its_fill(self, meet, fact, pad):
+        xs = [filled(3, 2), filled(3, 2)]
+
+        def target(rank):
+            tap("x", xs[rank], dims=f"t h[tp] {fact}", rows={"t": [1, 5, 0]})
+
+        base = tapped("x", numbered(2, 3), "t h", {"t": [0, 1]})
+        meet(base, target, (1, 2), (None, lambda rank: {"tp": (rank, 2)}))
+        assert xs[0].tolist() == [[3, 4], [-9, -9], [0, 1]]
+        assert xs[1].tolist() == [[5, pad], [-9, -9], [2, pad]]
+
+    def test_padding_of_the_senders_is_left_out(self, meet):
+        def base(rank):
+            part = torch.tensor([[0, 1], [3, 4]] if rank == 0 else [[2, 99], [5, 99]]).float()
+            tap("x", part, dims="t h[tp] # h=3", rows={"t": [0, 1]})
+
+        x = filled(2, 3)
+        meshes = (lambda rank: {"tp": (rank, 2)}, None)
+        meet(base, tapped("x", x, "t h", {"t": [1, 0]}), (2, 1), meshes)
+        assert torch.equal(x, numbered(2, 3).flip(0))
+
+    def test_an_axis_that_nobody_declared_is_told_of(self, meet):
+        x = filled(2, 2)
+        base = tapped("x", numbered(2, 1), "t h[tp]", {"t": [0, 1]})
+        (session,) = meet(base, tapped("x", x, "t h", {"t": [1, 0]}), (2, 1))
+        said = "tp was taken to be over all 2 of the senders' ranks: no mesh was declared"
+        assert only(session)["message"] == said and x.tolist() == [[1, 1], [0, 0]]
+
 
 class TestSeveralTimes:
     def base(self, rank):
@@ -218,7 +267,7 @@ class TestSeveralTimes:
         message = only(session)["message"]
         assert "at step=0 rank=0 row 1 and at step=0 rank=0 occurrence=1 row 1" in message
         assert "at most by 1, which is no rounding" in message
-        assert "choose --replicas first or mean" in message
+        assert "choose --replicas first, last or mean" in message
 
     def test_each_tap_that_takes_them_is_told(self, meet):
         """Also the next, after the first has compared what it could."""
@@ -560,3 +609,18 @@ def test_records_of_an_earlier_attempt_are_taken_and_none_of_the_latest_counts_a
     assert torch.equal(x, numbered(2, 2).flip(0))
     row = only(session)
     assert row["rows_from"] == [] and row["senders"] == [None]
+
+
+@pytest.mark.parametrize("replicas", ["first", "last"])
+def test_of_several_attempts_the_latest_is_taken_whichever_row_is(run, monkeypatch, replicas):
+    monkeypatch.setenv("GRAFT_JOB", "one")
+    for attempt in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+        with Recorder(run):
+            for time in range(2):
+                tap("x", filled(1, 2) + 10 * attempt + time, dims="t h", rows={"t": [7]})
+    x = filled(1, 2)
+    with Replayer(run, replicas=replicas) as session:
+        tap("x", x, dims="t h", rows={"t": [7]})
+    assert only(session)["outcome"] == "grafted"
+    assert torch.equal(x, filled(1, 2) + 10 + (replicas == "last"))

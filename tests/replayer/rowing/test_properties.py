@@ -10,7 +10,8 @@ import random
 import pytest
 import torch
 from rowed.cases import DTYPES, Mesh, Play, make
-from rowed.expecting import check, expected
+from rowed.expecting import check, expected, received
+from rowed.oracle import same
 
 from recorder import Recorder, Recording, tap
 from replayer import Replayer
@@ -31,7 +32,7 @@ REPLICAS = ["error", "first", "last", "mean"]
 
 
 def played(
-    run, seed, meshes, cases=25, steps=3, match_on=None, replicas="error", metrics=False, **fixed
+    run, seed, meshes, cases=20, steps=3, match_on=None, replicas="error", metrics=False, **fixed
 ):
     """Record and replay random cases, and hold each of them against what is expected."""
     play = Play([make(f"{seed}-{i}", i, meshes, steps, **fixed) for i in range(cases)], meshes,
@@ -89,6 +90,31 @@ def test_rows_of_every_dtype_are_copied_bit_by_bit(run, dtype):
 def test_rows_that_are_off_by_rounding_are_the_same(run):
     outcomes = played(run, "rounding", (Mesh(2, 2), Mesh()), cases=60, noise="rounding")
     assert "error" not in outcomes
+
+
+@pytest.mark.parametrize("meshes", MESHES[:3])
+def test_a_transform_gets_the_rows_of_each_part_as_they_stand_in_the_target(run, meshes):
+    fixed = {"groups": 1, "noise": "none"}
+    cases = [make(f"transform {i}", i, meshes, 2, **fixed) for i in range(60)]
+    play, got = Play(cases, meshes, 2, 0), []
+    recorded(run, play)
+
+    def transform(g):
+        got.append([None if one is None else one.clone() for one in g.received_list])
+        return g.target
+
+    for rank in range(meshes[1].world_size):
+        with Replayer(run, rank=rank, world_size=meshes[1].world_size, transform=transform) as one:
+            fired = play.target(rank)
+        for (case, target), row in zip(fired, one.log().iter_rows(named=True), strict=True):
+            if row["outcome"] != "missing":
+                assert row["outcome"] == "grafted", row["message"]
+                there = dict(enumerate(got.pop(0)))
+                parts = received(case, target)
+                assert {k for k, part in there.items() if part is not None} == {*parts}
+                for k, part in parts.items():
+                    assert same(there[k], part), f"rank {k} of case {case.number}"
+    assert not got
 
 
 @pytest.mark.parametrize("seed", range(3))
