@@ -72,8 +72,12 @@ def _served(module: torch.nn.Module, given: Arguments) -> Served:
         known = torch.zeros_like(counts).index_add_(0, request, wrong) == 0
     places = on_host(places).view(-1)[:total]
     table = on_host(_table(layer))[used]
-    sizes = _block_sizes(table, request, at, places)
-    block = _block_size(servers.slots_of(module, name), sizes, is_asked=bool(begins.any()))
+    slots = servers.slots_of(module, name)
+    if not (slots.block and _is_block(slots.block, table, request, at, places)):
+        sizes = [one for one in _SIZES if _is_block(one, table, request, at, places)]
+        block = _block_size(slots, sizes, is_asked=bool(begins.any()))
+    else:
+        block = slots.block
     last = (begins - 1).clamp_min(0)
     before = table[torch.arange(len(used), device="cpu"), last // block] * block + last % block
     own = on_host(tokens).view(-1)[:total]
@@ -112,25 +116,21 @@ def _layer(every: Any) -> tuple[str, Any]:
     )
 
 
-def _block_sizes(
-    table: torch.Tensor, request: torch.Tensor, at: torch.Tensor, places: torch.Tensor
-) -> list[int]:
-    """Return how many tokens a block may have.
+def _is_block(
+    size: int, table: torch.Tensor, request: torch.Tensor, at: torch.Tensor, places: torch.Tensor
+) -> bool:
+    """Whether blocks of a size give the places that the tokens go to.
 
     Args:
+        size: how many tokens a block has.
         table: the blocks of each request, [requests, blocks].
         request: that of each token, [t].
         at: where each token stands in its request, [t].
         places: where it goes in the cache, [t].
     """
-    found, wide = [], table.shape[1]
-    for size in _SIZES:
-        number = at // size
-        if bool((number < wide).all()) and torch.equal(
-            table[request, number] * size + at % size, places
-        ):
-            found.append(size)
-    return found
+    number = at // size
+    is_within = bool((number < table.shape[1]).all())
+    return is_within and torch.equal(table[request, number] * size + at % size, places)
 
 
 def _block_size(slots: Slots, sizes: list[int], *, is_asked: bool) -> int:
@@ -139,8 +139,6 @@ def _block_size(slots: Slots, sizes: list[int], *, is_asked: bool) -> int:
     Raises:
         NoRows: it is not known, and is asked for.
     """
-    if slots.block in sizes:
-        return slots.block
     if len(sizes) == 1 and not slots.block:
         slots.block = sizes[0]
         return slots.block

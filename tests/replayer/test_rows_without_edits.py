@@ -105,12 +105,13 @@ def test_every_way_has_the_rows_of_the_oracle(recorded, sequences):
     assert set(rows_in(recorded("full"), "logits", None)) == due
 
 
-PAIRS = [
-    (a, b) for a in ("generate", "batched", "full") for b in ("generate", "batched", "full")
-]  # fmt: skip
+WAYS = ("generate", "batched", "full")
+PAIRS = [(a, b) for a in WAYS for b in WAYS]
+# Each onto itself in the slow ones.
+GRAFTED = [pytest.param(a, b, marks=pytest.mark.slow if a == b else ()) for a, b in PAIRS]
 
 
-@pytest.mark.parametrize(("baseline", "target"), PAIRS)
+@pytest.mark.parametrize(("baseline", "target"), GRAFTED)
 def test_rows_are_grafted_onto_whatever_computes_them(
     baseline, target, recorded, ways, job, sequences, tmp_path
 ):
