@@ -144,6 +144,8 @@ def plan(
     if not as_it_stands:
         rows = rows_of(told[0], sender_dims, sizes, told[1], receiver_dims)
     sized = frozenset((*sender_dims.sizes, *receiver_dims.sizes))
+    if sender_dims.is_line and TOKENS not in receiver_dims.sizes:
+        sized -= {TOKENS}  # one sequence's size says nothing of what stands behind tokens
     block = Receiver(receiver_dims, receiver.shape, here, receiver_lengths, sized)
     even = [block.even(j) for j in range(len(receiver_dims.dims))]
     pairs = align(sender_dims, [size.total for size in sizes], receiver_dims, even)
