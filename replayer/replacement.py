@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +19,7 @@ import torch
 
 from recorder.bits import dtype_name
 from recorder.capture import dims_text
-from recorder.errors import GraftError, TransformError, is_from_the_job
+from recorder.errors import GraftError, LayoutError, TransformError, is_from_the_job
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
@@ -252,6 +253,11 @@ class Replacements:
         if not ids:
             return None
         dims = layout_of(dims_text(call.dims, placements), kind)
+        if not self._row_matcher.has_any:
+            with suppress(LayoutError):  # ids that nobody needs are no error
+                if rowed(dims, target.shape, [one.taken() for one in ids]):
+                    self.warn(selected, _ROWS_HERE, "rows")
+            return None
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
         check_meant(ids, [group.names for group in groups], call.dims)
         if not groups:
