@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from .request import Request
 from .told import lines
 
 Rows = str | Callable[..., Any]
+W = TypeVar("W", bound="_Wanted")
 
 
 def _requested(model: object, settings: TapSettings, called: str) -> Request:
@@ -40,7 +41,29 @@ def _requested(model: object, settings: TapSettings, called: str) -> Request:
     return request
 
 
-class follow_rows:  # noqa: N801  # as `attach`
+class _Wanted:
+    """What is wanted of one model, and the way back; also a context manager."""
+
+    def __init__(self, model: object, settings: TapSettings) -> None:
+        self._request = _requested(model, settings, type(self).__name__)
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        self._request.detach()
+
+    def __enter__(self: W) -> W:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+class follow_rows(_Wanted):  # noqa: N801  # as `attach`
     """Say which token each row of one model's tensors is, as `--rows` does for all of a process.
 
     ```python
@@ -61,26 +84,10 @@ class follow_rows:  # noqa: N801  # as `attach`
     """
 
     def __init__(self, model: torch.nn.Module, system: Rows = "auto") -> None:
-        settings = TapSettings.given({"rows": system})
-        self._request = _requested(model, settings, "follow_rows")
-
-    def detach(self) -> None:
-        """Follow it no more."""
-        self._request.detach()
-
-    def __enter__(self) -> follow_rows:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.detach()
+        super().__init__(model, TapSettings.given({"rows": system}))
 
 
-class attach:  # noqa: N801  # read as a verb, as `context` is
+class attach(_Wanted):  # noqa: N801  # read as a verb, as `context` is
     """Tap one model of a program's own, as `--modules` and `--taps` do for all of a process.
 
     ```python
@@ -111,19 +118,4 @@ class attach:  # noqa: N801  # read as a verb, as `context` is
         settings = TapSettings.given({"taps": taps, "modules": modules, "rows": rows})
         if not settings.wants_modules:
             raise UsageError("attach was given neither taps nor modules nor rows")
-        self._request = _requested(model, settings, "attach")
-
-    def detach(self) -> None:
-        """Tap it no more."""
-        self._request.detach()
-
-    def __enter__(self) -> attach:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.detach()
+        super().__init__(model, settings)
