@@ -15,7 +15,7 @@ import torch
 from recorder.format.rows import parse_tags
 from recorder.sizes import count
 from recorder.tags import TagValue, label
-from recorder.tokens.hashing import before
+from recorder.tokens.hashing import previous
 
 from .measuring.choice import by_row, nothing_chosen, other_rows
 
@@ -87,18 +87,13 @@ def _shifted(
     """Return 1 where each row's own choice is what replaces the next token's, -1 the one before."""
     if known is None or ids.dim() != 1 or len(ids) != len(own) or len(known) != len(own):
         return 0
-    ordered, at = ids.sort()
-    positions, tokens = (one.contiguous() for one in known.unbind(1))
-    previous = torch.full((len(ids),), -1, dtype=torch.int64, device="cpu")
-    for candidate in before(ids, tokens, positions):
-        there = torch.searchsorted(ordered, candidate).clamp_(max=len(ids) - 1)
-        has = (ordered[there] == candidate) & (positions > 0)
-        previous[has] = at[there[has]]
-    has = previous >= 0
+    positions, tokens = known.unbind(1)
+    own_before = previous(ids, tokens, positions)
+    has = own_before >= 0
     if int(has.sum()) < _FEWEST:
         return 0
     x, y = new.reshape(len(ids), -1), own.reshape(len(ids), -1)
-    here, there = has.nonzero().flatten(), previous[has]
+    here, there = has.nonzero().flatten(), own_before[has]
     for by, (one, other) in ((1, (here, there)), (-1, (there, here))):
         if float(other_rows(x[one], y[other]).double().mean()) < most:
             return by

@@ -97,6 +97,28 @@ def before(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> 
     return named((found - terms).contiguous())
 
 
+def previous(ids: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return for each id which of them is its prefix without the last token; -1 where none is.
+
+    Args:
+        ids: [n], int64.
+        tokens: [n], the last token of each.
+        positions: [n], that token's place in its sequence, from 0; below 0 where nobody said.
+
+    Returns:
+        [n], int64.
+    """
+    ordered, at = ids.sort()
+    found = torch.full_like(ids, -1)
+    if not len(ids):
+        return found
+    for candidate in before(ids, tokens.contiguous(), positions.contiguous()):
+        there = torch.searchsorted(ordered, candidate).clamp_(max=len(ids) - 1)
+        has = (ordered[there] == candidate) & (positions > 0)
+        found[has] = at[there[has]]
+    return found
+
+
 def _unmix_(of: torch.Tensor) -> None:
     """Undo `_mix_`, in place."""
     for by, factor in ((31, _SECOND), (27, _FIRST), (30, 1)):

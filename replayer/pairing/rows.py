@@ -18,7 +18,7 @@ from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
 from recorder.logical import layout_of
 from recorder.recording import Recording
-from recorder.tokens.hashing import before
+from recorder.tokens.hashing import previous
 
 from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
@@ -298,15 +298,8 @@ class Common:
         """Return for each row in common the number of the one of the token before, -1 without."""
         if self._known is None or len(self._ids) > 1 or self._ids[0].dim() > 1:
             return None
-        ids = self._ids[0][self._order]
         positions, tokens = self._known.unbind(1)
-        ordered, at = ids.sort()
-        found = torch.full((len(ids),), -1, dtype=torch.int64, device="cpu")
-        for candidate in before(ids, tokens.contiguous(), positions.contiguous()):
-            there = torch.searchsorted(ordered, candidate).clamp_(max=len(ids) - 1)
-            has = (ordered[there] == candidate) & (positions > 0)
-            found[has] = at[there[has]]
-        return found
+        return previous(self._ids[0][self._order], tokens, positions)
 
     def order(self, start: int, size: int) -> torch.Tensor:
         """Return the numbers of some rows by where they stand in their sequences."""
