@@ -12,11 +12,8 @@ import torch
 
 from recorder.sizes import count
 
-from ..measuring.choice import by_row, is_choice, margins, nothing_chosen, other_rows
+from ..measuring.choice import by_row, choice, is_choice, nothing_chosen
 from .columns import DiffRow
-
-TIE = 0.02
-"""Of the greatest score of a row, by which choices of 16 bits may differ."""
 
 
 def fitting(shape: list[int] | None, of_choice: list[int] | None) -> bool:
@@ -36,15 +33,13 @@ def flips(a: torch.Tensor, b: torch.Tensor, scores: torch.Tensor | None) -> Diff
     """
     if not (is_choice(a) and is_choice(b)):
         return {}
-    x, y = by_row(a), by_row(b)
-    other = other_rows(x, y)
-    found: DiffRow = {"flips": int(other.sum())}
-    if scores is not None and found["flips"] and _are_of(x, y, scores.shape[-1]):
-        own = by_row(scores)[other]
-        by = margins(own, x[other], y[other])
-        size = own.to(torch.float64).abs().amax(1)
-        found["ties"] = int((by <= TIE * size).sum())
-        found["margin"], found["margin_typical"] = float(by.max()), float(by.median())
+    x, y = by_row(a).to(torch.int64), by_row(b).to(torch.int64)
+    given = [] if scores is None else [by_row(scores)]
+    look = choice(x, y, given).look.get("choice", {})
+    found: DiffRow = {"flips": look.get("other", 0)}
+    if "margins" in look:
+        found["ties"] = look["ties"]
+        found["margin_typical"], found["margin"] = look["margins"]
     said = []
     for name, one in (("A", x), ("B", y)):
         none = nothing_chosen(one)
@@ -58,8 +53,3 @@ def flips(a: torch.Tensor, b: torch.Tensor, scores: torch.Tensor | None) -> Diff
     if said:
         found["message"] = "; ".join(said)
     return found
-
-
-def _are_of(x: torch.Tensor, y: torch.Tensor, size: int) -> bool:
-    """Whether two choices are of so many indices."""
-    return all(int(t.min()) >= 0 and int(t.max()) < size for t in (x, y))
