@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from . import missed
 from .calls import Begun, NoRows, Say
 from .slots import Slots, Step, told
 
@@ -34,8 +36,25 @@ class Served:
     cache: str = ""
 
 
-def begun(module: torch.nn.Module, served: Served, say: Say) -> Begun:
-    """Return what is known of the rows of a step."""
+def begun(module: torch.nn.Module, read: Callable[[], Served], say: Say) -> Begun:
+    """Return what is known of the rows of a step.
+
+    Args:
+        module: the model.
+        read: reads off its call what the server says of it.
+        say: told what is amiss.
+
+    Raises:
+        NoRows: none of them is known.
+    """
+    try:
+        return _begun(module, read(), say)
+    except NoRows:
+        missed.note()  # it writes to the cache all the same
+        raise
+
+
+def _begun(module: torch.nn.Module, served: Served, say: Say) -> Begun:
     step = served.step
     with torch.inference_mode(False):
         ids, positions, absent = slots_of(module, served.cache).stepped(step)

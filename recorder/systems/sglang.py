@@ -12,7 +12,7 @@ import torch
 
 from ..tokens.hashing import seed
 from ..tokens.memory import listed
-from . import missed, servers
+from . import servers
 from .calls import Arguments, Begun, NoRows, Say, on_host
 from .servers import Served, rows_at, unknown
 from .slots import Step
@@ -27,11 +27,7 @@ def begun(module: torch.nn.Module, given: Arguments, say: Say) -> Begun:
     Raises:
         NoRows: none of them is known.
     """
-    try:
-        return servers.begun(module, _served(module, given), say)
-    except NoRows:
-        missed.note()  # it writes to the cache all the same
-        raise
+    return servers.begun(module, lambda: _served(module, given), say)
 
 
 def _served(module: torch.nn.Module, given: Arguments) -> Served:

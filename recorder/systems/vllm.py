@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import missed, servers
+from . import servers
 from .calls import Arguments, Begun, NoRows, Say, on_host, tokens_of
 from .servers import Served, rows_at
 from .slots import Slots, Step
@@ -27,11 +27,7 @@ def begun(module: torch.nn.Module, given: Arguments, say: Say) -> Begun:
     Raises:
         NoRows: none of them is known.
     """
-    try:
-        return servers.begun(module, _served(module, given), say)
-    except NoRows:
-        missed.note()  # it writes to the cache all the same
-        raise
+    return servers.begun(module, lambda: _served(module, given), say)
 
 
 def _served(module: torch.nn.Module, given: Arguments) -> Served:
