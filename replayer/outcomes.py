@@ -18,7 +18,7 @@ from recorder.taps.selection import Selected, Selection
 
 from .log import COLUMNS, LogRow, ReplayLog, joined
 from .match import Match
-from .replacement import Replacement
+from .replaced import Replacement
 from .settings import ReplaySettings
 
 if TYPE_CHECKING:

@@ -4,46 +4,38 @@
 2. Without a transform, `Relayout` cuts them as both sides' layouts say; else `_load` brings the
    sender slice to the target's device.
 3. The transform makes the replacement from copies, so that its failure harms nothing.
-4. `graft.check_replacement` refuses what is no faithful one; `_measured` says what it changes.
+4. `graft.check_replacement` refuses what is no faithful one; `measured` says what it changes.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from recorder.bits import dtype_name
 from recorder.capture import dims_text
-from recorder.errors import GraftError, LayoutError, TransformError, is_from_the_job
+from recorder.errors import TransformError
 from recorder.format.rows import row_at
 from recorder.format.schema import ManifestRow
-from recorder.layouts.rowed import rowed
-from recorder.logical import layout_of
 from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.recording import Recording
-from recorder.sizes import count
-from recorder.tags import canonical, key_tags, label
 from recorder.taps.call import Call
-from recorder.taps.rows import Ids, check_meant
 from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
-from . import graft, routing, transforms
-from .casts import is_unsupported, of_scaled
+from . import graft, transforms
+from .byrow import RowReplacements
+from .casts import of_scaled
 from .log import OwnRow, joined
 from .match import Match, Matcher
 from .measuring.choice import is_choice
-from .measuring.compare import Difference, difference
 from .own import Own
 from .relayout import Declared, Relayout
-from .rowing.aligned import Aligned, Made
-from .rowing.match import RowMatcher
+from .replaced import Replacement, applied, measured, own_measured
 from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
@@ -74,35 +66,10 @@ _NEEDED = (
 )
 
 
-_ROWS_HERE = (
-    "the target says which row is which, and the baseline's records of this name do not: taken by "
-    "their key, row for row as they stand"
-)
 _ROWS_THERE = (
     "the baseline says which row is which, and the target does not: taken by its key, row for row "
     "as they stand"
 )
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What is to be written over a tapped tensor.
-
-    Attributes:
-        tensor: of the target's shape, dtype and device.
-        note: what to know of how it was made, "" where there is nothing.
-        figures: how the target differs from it; None where that is not asked for, or not known.
-        own: where it differs, and how; {} likewise.
-        rows: where its rows come from, if they were matched one by one.
-        numel: how many of its elements were recorded, where not all were.
-    """
-
-    tensor: torch.Tensor
-    note: str
-    figures: Difference | None
-    own: OwnRow = field(default_factory=OwnRow)
-    rows: Made | None = None
-    numel: int | None = None
 
 
 @dataclass
@@ -135,11 +102,14 @@ class Replacements:
         self._plans: dict[Any, Plan] = {}
         self._own = Own(self._frame)
         self._meshes = MeshWatch()
-        self._row_matcher = RowMatcher(
+        self.by_rows = RowReplacements(
             self.recording,
             self.matcher,
-            check=self.settings.check,
-            is_last=self.settings.replicas == "last",
+            self.transform,
+            self.rank,
+            self.settings,
+            self.warn,
+            self._own,
         )
         self._numbered_anew: set[str] = set()  # names whose layers a later stage numbers from 0
 
@@ -198,17 +168,17 @@ class Replacements:
             if self.transform is not None:
                 received = self._load(rows, target.device)
                 g = self._input(selected, target, declared, received, rows, relayout)
-                made = _apply(self.transform, g)
+                made = applied(self.transform, g)
             else:
                 made, assumed = self._untransformed(relayout, rows, target)
                 if relayout.guesses:
                     self.warn(selected, relayout.guesses, "guess")
             scaled = "" if self.transform is not None else self._scaled(selected, target, rows)
             new, cast_note = graft.check_replacement(made, target)
-            figures, unmeasured = _measured(target, new) if self.settings.metrics else (None, "")
+            figures, unmeasured = measured(target, new) if self.settings.metrics else (None, "")
             routed = ""
             if is_choice(target):
-                routed = self._said_of_choices(selected, target, new, kind)
+                routed = self.by_rows.said_of_choices(selected, target, new, kind)
             own = OwnRow()
             if self.settings.own_error:
                 own, why = self._own_of(target, new, declared, list(rows.values()))
@@ -223,180 +193,6 @@ class Replacements:
             match.warning, assumed, one_sided, stages, cast_note, scaled, routed, unmeasured
         )
         return Replacement(new, note, figures, own)
-
-    def aligned(
-        self,
-        call: Call,
-        selected: Selected,
-        target: torch.Tensor,
-        kind: str,
-        placements: str,
-        mesh: FrozenMesh | None,
-        ids: Sequence[Ids],
-    ) -> Aligned | None:
-        """Return the rows of a tap beside the baseline's; None where not both sides have ids.
-
-        Args:
-            call: the tap.
-            selected: its key.
-            target: the tensor to be replaced, a DTensor's local part.
-            kind: `tensor` or `grad`.
-            placements: a DTensor's, as text.
-            mesh: where the rank stood at the tap.
-            ids: those that hold for it.
-
-        Raises:
-            LayoutError: the ids cannot be read, or are not as many as its rows.
-            ReplayError: taps are matched by order.
-            DamagedRecording: the baseline's ids are not there.
-        """
-        if not ids:
-            return None
-        dims = layout_of(dims_text(call.dims, placements), kind)
-        if not self._row_matcher.has_any:
-            with suppress(LayoutError):  # ids that nobody needs are no error
-                if rowed(dims, target.shape, [one.taken() for one in ids]):
-                    self.warn(selected, _ROWS_HERE, "rows")
-            return None
-        groups = rowed(dims, target.shape, [one.taken() for one in ids])
-        check_meant(ids, [group.names for group in groups], call.dims)
-        if not groups:
-            return None
-        records = self._row_matcher.find(selected, kind, [group.names for group in groups])
-        if records is None:
-            self.warn(selected, _ROWS_HERE, "rows")
-            return None
-        return Aligned(
-            self.recording,
-            records,
-            groups,
-            dims,
-            target,
-            mesh,
-            self.rank,
-            replicas=self.settings.replicas,
-            check=self.settings.check,
-        )
-
-    def of_rows(
-        self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
-    ) -> Replacement:
-        """Return the tensor to write over `target`, whose rows are matched one by one.
-
-        Raises:
-            MissingRecord: none of them was recorded.
-            ReplayError: as `make`, as all that follow.
-            LayoutError: see there.
-            DamagedRecording: see there.
-        """
-        if isinstance(self.transform, TransformError):
-            raise self.transform
-        with torch.no_grad():
-            own = aligned.own
-            if self.transform is None:
-                made = aligned.make()
-                here = own.index_select(0, made.cells.to(own.device))
-                new, note = graft.check_replacement(made.rows.to(target.device), here)
-                new = aligned.with_padding(new, here)
-                if aligned.guesses:
-                    self.warn(selected, aligned.guesses, "guess")
-            else:
-                made, received = aligned.received()
-                here = own.index_select(0, made.cells.to(own.device))
-                g = self._input_of_rows(call, selected, target, kind, received)
-                whole, note = graft.check_replacement(_apply(self.transform, g), target)
-                new = aligned.front(whole).index_select(0, made.cells.to(own.device))
-            figures, unmeasured = _measured(here, new) if self.settings.metrics else (None, "")
-            said = ""
-            if is_choice(target) and len(made.cells):
-                said = self._said_of_choices(selected, here, new, kind, aligned)
-            row = OwnRow()
-            if self.settings.own_error and len(made.cells):
-                row, why = self._own_of_rows(here, new, aligned.first, call.dims, kind)
-                unmeasured = joined(unmeasured, why)
-            tensor = aligned.put(new, made.cells)
-        lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, lost, note, said, unmeasured)
-        return Replacement(tensor, message, figures, row, made, new.numel())
-
-    def _said_of_choices(
-        self,
-        selected: Selected,
-        here: torch.Tensor,
-        new: torch.Tensor,
-        kind: str,
-        aligned: Aligned | None = None,
-    ) -> str:
-        """Return a note on choices that are grafted; what it is about is never worth a graft."""
-        known, ids = None, torch.empty(0, dtype=torch.int64, device="cpu")
-        if aligned is not None and len(aligned.groups) == 1:
-            group = aligned.groups[0]
-            known = None if group.known is None else group.known[aligned.cells]
-            ids = group.ids[aligned.cells]
-
-        def near() -> Iterator[tuple[str, torch.Tensor]]:
-            if aligned is not None:
-                yield from self._near(selected, here.device, kind, aligned)
-
-        try:
-            said, aloud = routing.said_of(here, new, known, ids, near)
-        except Exception as err:
-            if is_from_the_job(err):
-                raise
-            return f"its choices are not judged: {type(err).__name__}: {err}"
-        if aloud:
-            self.warn(selected, aloud, "routing")
-        return said
-
-    def _near(
-        self, selected: Selected, device: torch.device, kind: str, aligned: Aligned
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what was recorded for the same rows under tags that are off by one."""
-        for tags in routing.neighbours(selected.tags):
-            key = selected.key._replace(tags=key_tags(tags))
-            other = selected._replace(key=key, tags=tags, text=canonical(tags))
-            names = [group.names for group in aligned.groups]
-            try:
-                records = self._row_matcher.find(other, kind, names, fires=False)
-                if records is None:
-                    continue
-                made = aligned.of_others(records)
-            except GraftError:
-                continue
-            if torch.equal(made.cells, aligned.cells):
-                yield label(key.name, key.tags), made.rows.to(device)
-
-    def _input_of_rows(
-        self,
-        call: Call,
-        selected: Selected,
-        target: torch.Tensor,
-        kind: str,
-        received: Sequence[tuple[ManifestRow, torch.Tensor]],
-    ) -> GraftInput:
-        tensors: list[torch.Tensor | None] = [None] * self.recording.world_size
-        extras: list[Any] = [None] * self.recording.world_size
-        for row, tensor in received:
-            if tensors[row["rank"]] is not None:
-                raise TransformError(
-                    f"rank {row['rank']} recorded several parts of these rows, and a transform "
-                    "gets one of each rank; declare dims on both sides and name none"
-                )
-            tensors[row["rank"]] = tensor.to(target.device)
-            extras[row["rank"]] = json.loads(row["extras"] or "{}")
-        return GraftInput(
-            target=target,
-            tags={**selected.tags, "name": selected.key.name},
-            received_list=tensors,
-            received_extras_list=extras,
-            key=selected.key._replace(kind=kind),
-            rank=self.rank.rank,
-            world_size=self.rank.world_size,
-            sender_world_size=self.recording.world_size,
-            dims=call.dims,
-            sender_dims=received[0][0]["dims"] or "" if received else "",
-            is_rowed=True,
-        )
 
     def _untransformed(
         self, relayout: Relayout, rows: dict[int, ManifestRow], target: torch.Tensor
@@ -426,8 +222,8 @@ class Replacements:
             relayout = self._relayout(target, declared, list(given.values()))
             return self._untransformed(relayout, given, target)[0]
 
-        try:
-            made = self._own.columns(
+        return own_measured(
+            lambda: self._own.columns(
                 target,
                 new,
                 rows[0],
@@ -435,23 +231,7 @@ class Replacements:
                 other if self.transform is None else None,
                 is_gradient=declared.kind == "grad",
             )
-        except Exception as err:
-            if is_from_the_job(err):
-                raise
-            return OwnRow(), f"its own error is not measured: {type(err).__name__}: {err}"
-        return made, ""
-
-    def _own_of_rows(
-        self, here: torch.Tensor, new: torch.Tensor, record: ManifestRow, dims: str, kind: str
-    ) -> tuple[OwnRow, str]:
-        """As `_own_of`, of rows that are matched one by one."""
-        try:
-            made = self._own.columns(here, new, record, dims, None, is_gradient=kind == "grad")
-        except Exception as err:
-            if is_from_the_job(err):
-                raise
-            return OwnRow(), f"its own error is not measured: {type(err).__name__}: {err}"
-        return made, ""
+        )
 
     def _of_other_stage(
         self, selected: Selected, mesh: FrozenMesh | None, rows: dict[int, ManifestRow]
@@ -562,28 +342,3 @@ class Replacements:
             dims=declared.dims,
             sender_dims=next((row["dims"] for row in rows.values() if row["dims"]), ""),
         )
-
-
-def _apply(transform: Transform, g: GraftInput) -> Any:
-    try:
-        return transform(g)
-    except Exception as err:
-        raise TransformError(
-            f"the transform {transform.name} raised {type(err).__name__}: {err}"
-        ) from err
-    finally:
-        g.done()
-
-
-def _measured(target: torch.Tensor, new: torch.Tensor) -> tuple[Difference | None, str]:
-    """Return how a target differs from what replaces it, or why it is not known.
-
-    A figure is never worth a graft.
-    """
-    try:
-        return difference(target, new), ""
-    except Exception as err:
-        if is_unsupported(err):
-            a, b = dtype_name(target.dtype), dtype_name(new.dtype)
-            return None, f"not measured: torch cannot compare {a} with {b} on {new.device.type}"
-        return None, f"not measured: {err}"

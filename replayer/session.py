@@ -63,7 +63,8 @@ from .only import Only
 from .outcomes import Outcomes, named
 from .parts import FEWER, MORE, ZEROS, Parts
 from .rename import Rename
-from .replacement import Replacement, Replacements
+from .replaced import Replacement
+from .replacement import Replacements
 from .settings import ReplaySettings
 from .sharing import Sharing
 from .summary import Summary, summarize
@@ -462,11 +463,11 @@ class Replayer:
                 target, placements = local_part(value)
                 graft.check_target(target)
                 mesh = self._replacements.mesh(selected)
-                aligned = self._replacements.aligned(
+                aligned = self._replacements.by_rows.aligned(
                     call, selected, target, kind, placements, mesh, ids
                 )
                 if aligned is not None:
-                    made = self._replacements.of_rows(call, selected, target, kind, aligned)
+                    made = self._replacements.by_rows.make(call, selected, target, kind, aligned)
                 else:
                     match = self._replacements.find(selected, kind)
                     made = self._replacements.make(
@@ -542,11 +543,11 @@ class Replayer:
             self._check_parts(parts, number)
             with plainly():
                 target, placements = local_part(call.within(copy))
-                aligned = self._replacements.aligned(
+                aligned = self._replacements.by_rows.aligned(
                     call, selected, target, "grad", placements, mesh, ids
                 )
                 if aligned is not None:
-                    made = self._replacements.of_rows(call, selected, target, "grad", aligned)
+                    made = self._replacements.by_rows.make(call, selected, target, "grad", aligned)
                 else:
                     match = self._replacements.find(selected, "grad")
                     made = self._replacements.make(
