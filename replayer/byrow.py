@@ -1,6 +1,5 @@
 """Make the tensor that replaces a tapped one row by row: ids -> records -> rows -> transform.
 
-
 1. `RowReplacements.aligned` puts a tap's rows beside the baseline's, where both sides have ids.
 2. `RowReplacements.make` takes what was recorded of each, and says what is amiss with choices.
 """
