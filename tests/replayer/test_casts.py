@@ -115,7 +115,7 @@ def test_what_torch_cannot_do_is_said_with_both_dtypes(monkeypatch, record, repl
     assert str(refused.value) == (
         "torch cannot cast float32 to float16 on cpu; make the transform return float16"
     )
-    monkeypatch.setattr("replayer.replacement.difference", cannot)
+    monkeypatch.setattr("replayer.replaced.difference", cannot)
 
     def job(rank):
         kept = torch.ones(2)
