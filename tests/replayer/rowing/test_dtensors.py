@@ -44,7 +44,7 @@ JOB = """
             tap("x", x, dims="t h d", rows={"t": own(ids[order], b, is_local)})
         assert torch.equal(x.to_local(), wanted), (a, b, is_local, session.log()["message"][0])
         dist.barrier()
-    print("all")
+    sys.stdout.write("all\\n")  # in one write, so that two ranks' lines do not mix
     dist.destroy_process_group()
 """
 
