@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..diagnostics import call_site, say
+from ..errors import UsageError
+from ..tags import OF_TAP
 from . import sessions
 from .rows import Ids, over
 
@@ -118,12 +120,25 @@ class context(Scope):  # noqa: N801  # read as a verb at the call site
 
     Also a decorator, of coroutine functions and generators too. Contexts nest; the inner value of a
     tag wins, and a tag at the call wins over both. A new thread starts without tags.
+
+    Args:
+        **tags: the tags.
+
+    Raises:
+        UsageError: one has the name of something else that a tap takes, such as `rows`.
     """
 
     _around = ContextVar("graft_context", default=None)
     _what = "tags"
 
     def __init__(self, **tags: Any) -> None:
+        for tag in tags:
+            if tag in OF_TAP:
+                advice = "write with rows(t=ids)" if tag == "rows" else "call the tag otherwise"
+                raise UsageError(
+                    f"context adds tags, and {tag!r} cannot be one, since a tap takes it as "
+                    f"something else; {advice}"
+                )
         self._new = tags
 
     def _inside(self, outer: Mapping[str, Any] | None) -> Mapping[str, Any]:
