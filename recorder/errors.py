@@ -14,6 +14,7 @@ GraftError                     every expected failure; the command line prints i
 +-- CaptureError               a value that cannot be recorded faithfully
 |   +-- BadTag                 a name or tag that cannot be part of a key
 +-- LayoutError                a layout that cannot be read, or two that contradict each other
+|   +-- BadRows                ids of rows that cannot be used, or do not fit
 |   +-- BlocksMissing          blocks that are needed were not recorded
 |   +-- ReplicasDiffer         ranks that should hold the same block do not
 |   +-- ShapesDiffer           two whole tensors that are to be compared have unequal shapes
@@ -194,6 +195,10 @@ _SIDES = {
     "rank": "sender rank",
     "receiver": "the target",
 }
+
+
+class BadRows(LayoutError):
+    """Ids of rows that cannot be used, or do not fit a tensor or the other side's."""
 
 
 class BlocksMissing(LayoutError):

@@ -56,7 +56,7 @@ class RowRecords:
             queued, so that it must not be either.
 
         Raises:
-            LayoutError: they cannot be read, or are not as many as the tensor has rows.
+            BadRows: they cannot be read, or are not as many as the tensor has rows.
         """
         taken = [one.taken() for one in ids]
         dims = layout_of(row.get("dims") or "", row["kind"])

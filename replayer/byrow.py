@@ -99,7 +99,8 @@ class RowReplacements:
             ids: those that hold for it.
 
         Raises:
-            LayoutError: the ids cannot be read, or are not as many as its rows.
+            LayoutError: nobody says which part of its rows a rank holds.
+            BadRows: the ids cannot be read, or are not as many as its rows.
             ReplayError: taps are matched by order.
             DamagedRecording: the baseline's ids are not there.
         """

@@ -24,6 +24,7 @@ from recorder.bits import plainly
 from recorder.capture import local_part
 from recorder.diagnostics import call_site
 from recorder.errors import (
+    BadRows,
     GraftError,
     LayoutError,
     MissingRecord,
@@ -646,6 +647,8 @@ def _worded(err: Exception) -> GraftError:
     """Return an error with what a replay can do about it; what torch raised keeps its own words."""
     if isinstance(err, ReplicasDiffer):
         return ReplayError(f"{err}; to go on all the same, choose --replicas first, last or mean")
+    if isinstance(err, BadRows):  # no transform is asked before rows are known
+        return ReplayError(str(err))
     if isinstance(err, LayoutError):
         link = ", or" if err.advice else ";"
         return ReplayError(f"{err}{link} name a transform with --transform")

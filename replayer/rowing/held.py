@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from recorder.errors import LayoutError
+from recorder.errors import BadRows
 from recorder.format.schema import ManifestRow
 from recorder.format.shard import Place
 from recorder.layouts.blocks import Block, coordinates
@@ -147,7 +147,7 @@ def paired(
     """Return which groups of rows belong together, by their names: one on each side do in any case.
 
     Raises:
-        LayoutError: there are several, and none has a name of the other side's.
+        BadRows: there are several, and none has a name of the other side's.
     """
     if len(senders) == len(receivers) == 1:
         return [(0, 0)]
@@ -157,7 +157,7 @@ def paired(
         of_senders, of_receivers = (
             " and ".join(" ".join(names) for names in side) for side in (senders, receivers)
         )
-        raise LayoutError(
+        raise BadRows(
             f"the baseline has rows along {of_senders}, and the target along {of_receivers}",
             "call those that belong together the same on both sides",
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from recorder.errors import LayoutError
+from recorder.errors import BadRows
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
 from recorder.layouts.rowed import rowed
@@ -91,7 +91,8 @@ class Records:
             check: whether to hold ids against their digest.
 
         Raises:
-            LayoutError: they do not say what they hold, or not the same.
+            LayoutError: they do not say what they hold.
+            BadRows: they have rows along other dims than one another.
             DamagedRecording: ids are not there.
         """
         layouts: dict[tuple[str, str], Dims] = {}
@@ -112,7 +113,7 @@ class Records:
             own = [group.names for group in groups]
             is_one = len(own) == len(names) == 1  # may be called otherwise, if that pairs it alike
             if own != names and not (is_one and choose(own) == pairs):
-                raise LayoutError(
+                raise BadRows(
                     f"some records of {row['name']} have rows along "
                     f"{' and '.join(map(' '.join, names))} and others along "
                     f"{' and '.join(group.label for group in groups)}",
@@ -141,7 +142,10 @@ def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Key
         ids = [one.groups[g].ids[at] for one, at in zip(found, rows, strict=True)]
         several = {one.shape[1:] for one in ids if len(one)}
         if len(several) > 1:
-            raise LayoutError("records' rows are told apart by more numbers in some than in others")
+            raise BadRows(
+                "records' rows are told apart by more numbers in some than in others",
+                "give all of them the same ids",
+            )
         # Of ids of which there are none nobody knows how many numbers each would be.
         shape = (0, *next(iter(several), ids[0].shape[1:]))
         ids = [one if len(one) else one.reshape(shape) for one in ids]

@@ -322,8 +322,11 @@ class TestRefused:
         [
             ([0, 1, 2], "its rows along t have 3 ids, and the tensor 2 places there"),
             ([0.0, 1.0], "are torch.float32, expected integers; recorder.token_rows makes them"),
-            (torch.ones(2, 1, 1, dtype=torch.int64), "have the shape [2, 1, 1], expected one dim"),
-            (torch.ones(2, 65, dtype=torch.int64), "are of 65 numbers each, expected 1 to 64"),
+            (
+                torch.ones(2, 1, 1, dtype=torch.int64),
+                "have the shape [2, 1, 1]; give one dim for each name",
+            ),
+            (torch.ones(2, 65, dtype=torch.int64), "are of 65 numbers each; give 1 to 64"),
             ("ab", "cannot be read"),
             (None, "cannot be read"),
         ],

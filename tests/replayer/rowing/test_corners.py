@@ -522,7 +522,11 @@ class TestNotMeant:
             ("t h", {"t": lambda: 1 // 0}, "the callable of the ids of rows along t raised Zero"),
             ("t h", {"t": 1}, "the ids of rows along t have the shape []"),
             ("t h", {"t": "abc"}, "the ids of rows along t cannot be read"),
-            ("t h", {"t": [[0, 1], [1, 2], [2, 3]]}, "are told apart by 1 numbers each"),
+            (
+                "t h",
+                {"t": [[0, 1], [1, 2], [2, 3]]},
+                "are told apart by 1 number each, and the target's by 2",
+            ),
         ],
     )
     def test_ids_that_do_not_fit_a_tap_are_an_error_and_nothing_is_grafted_by_place(
@@ -532,6 +536,7 @@ class TestNotMeant:
         (session,) = meet(self.base, tapped("x", x, dims, ids))
         row = only(session)
         assert row["outcome"] == "error" and said in row["message"]
+        assert "; " in row["message"] and "transform" not in row["message"]
         assert bool((x == -9).all())
 
     def test_ids_around_of_dims_that_a_tap_does_not_have_are_not_for_it(self, meet):
