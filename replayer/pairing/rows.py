@@ -8,16 +8,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from recorder.errors import LayoutError, ReplicasDiffer
+from recorder.errors import BadRows, LayoutError, ReplicasDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
 from recorder.logical import layout_of
 from recorder.recording import Recording
+from recorder.sizes import count
 from recorder.tokens.hashing import previous
 
 from ..rowing.held import Held, paired
@@ -25,6 +27,7 @@ from ..rowing.joining import Cells, Joining, whole_of
 from ..rowing.places import Keys, Places, real_rows
 from ..rowing.records import Records
 from ..rowing.same import apart
+from .blocks import SIDES
 from .tensors import Two
 
 _MOST_COMBINED = 1 << 24
@@ -63,6 +66,11 @@ class _Side:
             for g, keys in enumerate(records.keys)
         ]
 
+    def found(self, joining: Joining, keys: Sequence[torch.Tensor]) -> Cells:
+        """Return which keys it has; what is wrong with it is said of this side."""
+        with _said_of(self.name):
+            return joining.find(keys)
+
     def joining(self, receiver: Held) -> Joining:
         """Return what brings its rows."""
         return Joining(self.source, self.records, receiver, replicas="error", check=self.check)
@@ -92,6 +100,7 @@ class Common:
         wanted, alone_a, alone_b = [], [], []
         for g in range(len(a.ids)):
             ids, others = a.ids[g], b.ids[g]
+            _check_numbers(a, b, g)
             there = b.records.keys[g].of(ids)
             known = b.records.keys[g].of(others).sort().values
             has = _is_in(there, known)
@@ -107,7 +116,8 @@ class Common:
                 f"{total} combinations of rows along several dims are more than can be compared"
             )
         self._ids = wanted
-        self._receiver = whole_of(a.records)
+        with _said_of(a.name):
+            self._receiver = whole_of(a.records)
         self._of_a, self._of_b = a.joining(self._receiver), b.joining(self._receiver)
         self._cells = self._found(wanted) if total else None
         self.both = 0 if self._cells is None else len(self._order)
@@ -142,10 +152,12 @@ class Common:
             DamagedRecording: ids are not there.
         """
         names = [_names(source, rows[0]) for source, rows in ((a, rows_a), (b, rows_b))]
-        pairs = paired(names[0], names[1])
-        of_a = Records.of(a, rows_a, lambda own: pairs, shared[0], check=check)
+        pairs = paired(names[0], names[1], ("A", "B"))
+        with _said_of("A"):
+            of_a = Records.of(a, rows_a, lambda own: pairs, shared[0], check=check)
         back = [(j, i) for i, j in pairs]
-        of_b = Records.of(b, rows_b, lambda own: back, shared[1], check=check)
+        with _said_of("B"):
+            of_b = Records.of(b, rows_b, lambda own: back, shared[1], check=check)
         return cls(_Side("A", a, of_a, check), _Side("B", b, of_b, check))
 
     @property
@@ -318,7 +330,9 @@ class Common:
         ]
         if len(wanted) > 1:
             return self._combined(keys)
-        one, other = (joining.find(own) for (_, joining), own in zip(sides, keys, strict=True))
+        one, other = (
+            side.found(joining, own) for (side, joining), own in zip(sides, keys, strict=True)
+        )
         has = one.is_found & other.is_found
         self.only_a += int((~has).sum())
         self.only_b += int((~has).sum())
@@ -330,9 +344,10 @@ class Common:
         """Return grids of both sides in one order, and which of their cells count."""
         sizes = [len(one) for one in self._ids]
         cells, grids, found = [], [], []
-        for joining, own in zip((self._of_a, self._of_b), keys, strict=True):
+        sides = ((self._a, self._of_a), (self._b, self._of_b))
+        for (side, joining), own in zip(sides, keys, strict=True):
             order = [one.sort() for one in own]  # as a grid is made
-            one = joining.find([values for values, _ in order])
+            one = side.found(joining, [values for values, _ in order])
             mesh = torch.meshgrid(*(indices.argsort() for _, indices in order), indexing="ij")
             found.append(one.is_found.view(sizes)[mesh].flatten())
             grids.append({part: made[mesh] for part, made in one.grids.items()})
@@ -375,6 +390,25 @@ class Common:
                 found[at[there[has]]] = known[has].to(torch.int64)
                 is_known |= bool(has.any())
         return found if is_known else None
+
+
+@contextmanager
+def _said_of(side: str) -> Iterator[None]:
+    """Have errors of layouts and ids speak of a side of a diff."""
+    try:
+        yield
+    except LayoutError as err:
+        raise err.of(side, SIDES) from None
+
+
+def _check_numbers(a: _Side, b: _Side, group: int) -> None:
+    """Refuse ids that are of one number on one side, and of two on the other."""
+    one, other = (side.records.keys[group].numbers for side in (a, b))
+    if one != other and len(a.ids[group]) and len(b.ids[group]):
+        raise BadRows(
+            f"A's rows are told apart by {count(one, 'number')} each, and B's by {other}",
+            "give both the same ids",
+        )
 
 
 def _kept(cells: Cells, has: torch.Tensor) -> Cells:

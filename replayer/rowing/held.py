@@ -142,9 +142,16 @@ def held_by(
 
 
 def paired(
-    senders: Sequence[tuple[str, ...]], receivers: Sequence[tuple[str, ...]]
+    senders: Sequence[tuple[str, ...]],
+    receivers: Sequence[tuple[str, ...]],
+    sides: tuple[str, str] = ("the baseline", "the target"),
 ) -> list[tuple[int, int]]:
     """Return which groups of rows belong together, by their names: one on each side do in any case.
+
+    Args:
+        senders: the names of one side's groups.
+        receivers: the names of the other's.
+        sides: what messages call them.
 
     Raises:
         BadRows: there are several, and none has a name of the other side's.
@@ -158,7 +165,7 @@ def paired(
             " and ".join(" ".join(names) for names in side) for side in (senders, receivers)
         )
         raise BadRows(
-            f"the baseline has rows along {of_senders}, and the target along {of_receivers}",
+            f"{sides[0]} has rows along {of_senders}, and {sides[1]} along {of_receivers}",
             "call those that belong together the same on both sides",
         )
     return found

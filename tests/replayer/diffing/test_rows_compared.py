@@ -250,6 +250,28 @@ def test_padding_alone_is_nothing_to_compare(tmp_path):
     assert found.pairs["message"].to_list() == ["all of its rows are padding, on both sides"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([[1], [2]], "A's rows are told apart by 2 numbers each, and B's by 1; give both the same"),
+        ({"e": [1, 2], "f": [1, 2]}, "A has rows along t, and B along e and f; call those that"),
+        ([1, 2], "B: some records of h have rows along t and others along e"),
+    ],
+)
+def test_what_is_wrong_with_ids_is_said_of_a_and_b(tmp_path, ids, said):
+    with Recorder(tmp_path / "a"):
+        tap("h", randn(2, 2), dims="t e", rows={"t": [[1, 2], [3, 4]]})
+    with Recorder(tmp_path / "b"):
+        if isinstance(ids, dict):
+            tap("h", randn(2, 2), dims="e f", rows=ids)
+        else:
+            tap("h", randn(2, 2), dims="t e", rows={"t": ids})
+            if ids == [1, 2]:
+                tap("h", randn(2, 2), dims="t e", rows={"t": ids, "e": ids})
+    message = diff(tmp_path / "a", tmp_path / "b").pairs["message"][0]
+    assert said in message and "baseline" not in message and "target" not in message
+
+
 def test_order_says_nothing_of_rows(tmp_path):
     batch(tmp_path / "a", layers())
     server(tmp_path / "b", layers())
