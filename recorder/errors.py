@@ -221,7 +221,15 @@ class ReplayError(GraftError):
 
 
 class MissingRecord(ReplayError):
-    """Nothing recorded matches the tap."""
+    """Nothing recorded matches the tap.
+
+    Attributes:
+        rows: how many rows of it were looked for one by one; None where none were.
+    """
+
+    def __init__(self, reason: str, rows: int | None = None) -> None:
+        self.rows = rows
+        super().__init__(reason)
 
 
 class TransformError(ReplayError):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -131,6 +132,27 @@ class RowReplacements:
             replicas=self.settings.replicas,
             check=self.settings.check,
         )
+
+    def looked_for(
+        self, call: Call, target: torch.Tensor, kind: str, placements: str, ids: Sequence[Ids]
+    ) -> int | None:
+        """Return how many rows a tap has, padding left out; None where rows play no part.
+
+        Args:
+            call: as all others, what `aligned` is given.
+            target: see there.
+            kind: see there.
+            placements: see there.
+            ids: see there.
+        """
+        if not (ids and self._row_matcher.has_any):
+            return None
+        try:
+            dims = layout_of(dims_text(call.dims, placements), kind)
+            groups = rowed(dims, target.shape, [one.taken() for one in ids])
+        except LayoutError:
+            return None
+        return math.prod(int(one.real().sum()) for one in groups) if groups else None
 
     def make(
         self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned

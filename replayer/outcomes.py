@@ -105,6 +105,7 @@ class Outcomes:
         if error is not None:
             outcome = "missing" if isinstance(error, MissingRecord) else "error"
             message = " ".join(str(error).split("\n"))
+        lost = error.rows if isinstance(error, MissingRecord) else None
         key = selected.key
         row: LogRow = {
             "rank": self._ranks.current.rank,
@@ -124,6 +125,8 @@ class Outcomes:
             row["senders"] = senders
         if changed is not None:
             row["changed"] = changed
+        if lost is not None:
+            row["rows_found"], row["rows_missing"] = 0, lost
         if made is not None and error is None:
             row["numel"] = made.tensor.numel() if made.numel is None else made.numel
             if made.rows is not None:

@@ -470,7 +470,7 @@ class Replayer:
                 if aligned is not None:
                     made = self._replacements.by_rows.make(call, selected, target, kind, aligned)
                 else:
-                    match = self._replacements.find(selected, kind)
+                    match = self._found(call, selected, target, kind, placements, ids)
                     made = self._replacements.make(
                         call, selected, target, kind, placements, mesh, match
                     )
@@ -495,6 +495,26 @@ class Replayer:
         has_any = made is not None and made.numel != 0
         if error is None and has_any and target is not None and target.numel():
             self._watch_for_effect(call, row, value, target)
+
+    def _found(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        placements: str,
+        ids: tuple[Ids, ...],
+    ) -> Match:
+        """Return the records of a tap; where there are none, the error knows how many rows it has.
+
+        Raises:
+            MissingRecord: there are none.
+        """
+        try:
+            return self._replacements.find(selected, kind)
+        except MissingRecord as err:
+            err.rows = self._replacements.by_rows.looked_for(call, target, kind, placements, ids)
+            raise
 
     def _watch_for_effect(
         self, call: Call, row: LogRow, value: torch.Tensor, target: torch.Tensor
@@ -550,7 +570,7 @@ class Replayer:
                 if aligned is not None:
                     made = self._replacements.by_rows.make(call, selected, target, "grad", aligned)
                 else:
-                    match = self._replacements.find(selected, "grad")
+                    match = self._found(call, selected, target, "grad", placements, ids)
                     made = self._replacements.make(
                         call, selected, target, "grad", placements, mesh, match
                     )

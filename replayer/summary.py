@@ -180,8 +180,11 @@ def summarize(
 def _rows(log: pl.DataFrame) -> tuple[tuple[int, int, int], str]:
     import polars as pl
 
-    lacking = log.filter((pl.col("outcome") == "grafted") & (pl.col("rows_missing") > 0))
-    there, lost = (int(log[name].sum()) for name in ("rows_found", "rows_missing"))
+    grafted = log.filter(
+        pl.col("outcome") == "grafted"
+    )  # a tap that has none is one without record
+    lacking = grafted.filter(pl.col("rows_missing") > 0)
+    there, lost = (int(grafted[name].sum()) for name in ("rows_found", "rows_missing"))
     if not lacking.height:
         return (there, 0, 0), ""
     row = lacking.sort("seq", "rank").row(0, named=True)

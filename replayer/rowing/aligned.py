@@ -167,7 +167,8 @@ class Aligned:
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = cells.is_found[at]
         if not bool(there.any()):
-            raise MissingRecord(self._why_none(wanted, [values for values, _ in unique]))
+            why = self._why_none(wanted, [values for values, _ in unique])
+            raise MissingRecord(why, rows=wanted)
         several = self._joining.check(cells)
         rows = self._joining.rows(cells)
         number = (cells.is_found.to(torch.int64).cumsum(0) - 1)[at[there]]
@@ -211,7 +212,7 @@ class Aligned:
         found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
         there = torch.stack([one.times > 0 for one in found.values()]).all(0)
         if len(own) and not bool(there.any()):
-            raise MissingRecord(self._why_none(len(own), [keys]))
+            raise MissingRecord(self._why_none(len(own), [keys]), rows=len(own))
         several, received, used = Several(), [], set()
         for part, every in found.items():
             one = every.of(there)

@@ -570,6 +570,26 @@ class TestNotMeant:
         assert torch.equal(x, numbered(3, 2)) and only(session)["rows_found"] is None
 
 
+def test_a_tap_of_which_no_row_was_found_counts_them_all_as_missing(meet):
+    def base(rank):
+        tap("x", numbered(2, 2), dims="t h", rows={"t": [0, 1]})
+
+    x = filled(3, 2)
+
+    def target(rank):
+        tap("x", filled(3, 2), dims="t h", rows={"t": [7, -1, 8]})
+        tap("y", filled(3, 2), dims="t h", rows={"t": [0, 1, 2]})
+        tap("z", filled(3, 2), dims="t h")
+        tap("x", x, dims="t h", rows={"t": [0, 1, 2]})
+
+    (session,) = meet(base, target)
+    log = session.log()
+    assert log["outcome"].to_list() == ["missing"] * 3 + ["grafted"]
+    assert log["rows_found"].to_list() == [0, 0, None, 2]
+    assert log["rows_missing"].to_list() == [2, 3, None, 1]
+    assert session.summary().rows == (2, 1, 1)  # what is missing is told of by itself
+
+
 def test_in_process_a_rank_of_several_does_not_judge_what_others_take(meet):
     def base(rank):
         tap("x", numbered(2, 2) + 4 * rank, dims="t[dp] h", rows={"t": [2 * rank, 2 * rank + 1]})
