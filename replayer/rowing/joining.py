@@ -118,9 +118,8 @@ class Joining:
 
     def check_part(self, number: int, found: Found) -> Several:
         """As `check`, of one part's rows, by the number of its places."""
-        if self.replicas == "error":
-            return check_same(self.records, number, found, self._gathered)
-        return Several(int((found.times > 1).sum()))
+        is_fine = self.replicas != "error"
+        return check_same(self.records, number, found, self._gathered, is_fine=is_fine)
 
     def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
         """Return what was recorded of the cells that were found: [cells, other dims], on the CPU.

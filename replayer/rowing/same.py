@@ -117,8 +117,10 @@ class Several(NamedTuple):
         taken = {"last": "the last was taken", "mean": "their mean was taken"}
         text = f"{count(self.rows, 'row')} recorded several times: "
         text += taken.get(which, "the first was taken")
-        if self.whole:
+        if self.whole and which in ("first", "error"):
             text += f", others are off by {self.whole:.2g} of the row at most"
+        elif self.whole:
+            text += f", two of them are {self.whole:.2g} of the row apart"
         return text
 
     def and_(self, other: Several) -> Several:
@@ -127,11 +129,20 @@ class Several(NamedTuple):
         return Several(max(self.rows, other.rows), max(known, default=None))
 
 
-def check_same(records: Records, part: int, found: Found, gathered: Gathered) -> Several:
+def check_same(
+    records: Records, part: int, found: Found, gathered: Gathered, *, is_fine: bool = False
+) -> Several:
     """Hold rows that were recorded several times against the first of them, each once.
 
+    Args:
+        records: the records.
+        part: the number of the places.
+        found: the rows.
+        gathered: reads them.
+        is_fine: whether they may be apart by more than rounding.
+
     Raises:
-        ReplicasDiffer: they are apart by more than rounding; names both places.
+        ReplicasDiffer: they may not, and are apart by more than rounding; names both places.
     """
     several = found.times > 1
     if not bool(several.any()):
@@ -146,7 +157,7 @@ def check_same(records: Records, part: int, found: Found, gathered: Gathered) ->
     for one, other in _others(records, part, first[todo], counts[todo]):
         a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
-        if bool(off.beyond.any()):
+        if bool(off.beyond.any()) and not is_fine:
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
             raise _differ(records, part, int(one[worst]), int(other[worst]), off, worst)
         measured[one] = torch.maximum(measured[one], off.whole.to(known.dtype))

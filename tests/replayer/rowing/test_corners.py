@@ -294,6 +294,28 @@ class TestSeveralTimes:
         (session,) = meet(base, tapped("x", x, "t h", {"t": [1, 0]}))
         assert only(session)["message"] == "2 rows recorded several times: the first was taken"
 
+    @pytest.mark.parametrize(
+        ("replicas", "said"),
+        [
+            ("first", "the first was taken, others are off by 0.5 of the row at most"),
+            ("last", "the last was taken, two of them are 0.5 of the row apart"),
+            ("mean", "their mean was taken, two of them are 0.5 of the row apart"),
+        ],
+    )
+    @pytest.mark.parametrize("with_transform", [False, True])
+    def test_whichever_is_taken_how_far_they_are_apart_is_told(
+        self, meet, replicas, said, with_transform
+    ):
+        def base(rank):
+            for i in (1, 2):
+                tap("x", torch.full((2, 2), float(i)), dims="t h", rows={"t": [0, 1]})
+
+        x = filled(2, 2)
+        how = {"transform": lambda received, target: received[0]} if with_transform else {}
+        (session,) = meet(base, tapped("x", x, "t h", {"t": [1, 0]}), replicas=replicas, **how)
+        assert only(session)["message"] == f"2 rows recorded several times: {said}"
+        assert x[0, 0].item() == {"first": 1, "last": 2, "mean": 1.5}[replicas]
+
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
     def test_narrow_floats_are_held_against_each_other_too(self, meet, dtype):
         def base(rank):
