@@ -231,6 +231,25 @@ class TestSnapshot:
 
         assert ids_of(record(job)) == [{"t": [0, 1]}, {"t": [2, 3]}]
 
+    @pytest.mark.parametrize("kind", ["data", "numpy"])
+    def test_a_write_that_torch_does_not_count_is_seen_by_the_next_block(self, record, kind):
+        """As recorder/README.md says."""
+        ids = torch.tensor([0, 1])
+
+        def job(rank):
+            block = rows(t=ids)
+            with block:
+                tap("x", t(2), dims="t h")
+                if kind == "data":
+                    ids.data.add_(2)
+                else:
+                    np.add(ids.numpy(), 2, out=ids.numpy())
+                tap("x", t(2), dims="t h")
+            with block:
+                tap("x", t(2), dims="t h")
+
+        assert ids_of(record(job)) == [{"t": [0, 1]}, {"t": [0, 1]}, {"t": [2, 3]}]
+
     def test_a_gradient_has_those_of_its_forward(self, record):
         ids = torch.tensor([0, 1])
 
