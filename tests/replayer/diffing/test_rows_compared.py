@@ -241,6 +241,18 @@ def test_rows_that_both_sides_computed_twice_and_otherwise_alike_are_said(tmp_pa
     assert found.pairs["rows"].to_list() == [3]
 
 
+def test_a_filter_by_step_leaves_records_out_before_rows_are_compared(tmp_path):
+    for path, order in ((tmp_path / "a", (0, 1)), (tmp_path / "b", (1, 0))):
+        with Recorder(path):
+            for i in order:
+                tap("h", randn(2, 4, seed=i), dims="t x", rows={"t": [2 * i, 2 * i + 1]})
+                step()
+    assert diff(tmp_path / "a", tmp_path / "b").pairs["rows"].to_list() == [4]
+    found = diff(tmp_path / "a", tmp_path / "b", filter="step == 1")
+    assert found.pairs["outcome"].to_list() == ["error"]
+    assert found.pairs["message"][0].startswith("no row in common: A has 2 and B 2")
+
+
 def test_padding_alone_is_nothing_to_compare(tmp_path):
     for path in (tmp_path / "a", tmp_path / "b"):
         with Recorder(path):

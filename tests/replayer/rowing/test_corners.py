@@ -592,6 +592,30 @@ class TestNotMeant:
         assert torch.equal(x, numbered(3, 2)) and only(session)["rows_found"] is None
 
 
+@pytest.mark.parametrize(
+    ("match_on", "found"), [(None, [0, 3]), ("name", [-9, 3]), ("name,step", [-9, 3])]
+)
+def test_a_filter_by_step_is_of_the_target_s_and_with_match_on_of_the_records_too(
+    meet, match_on, found
+):
+    """As replayer/README.md says."""
+
+    def base(rank):
+        for i in range(3):
+            tap("x", numbered(2, 1) + 2 * i, dims="t h", rows={"t": [2 * i, 2 * i + 1]})
+            step()
+
+    xs = [filled(2, 1) for _ in range(3)]
+
+    def target(rank):
+        for x in xs:
+            tap("x", x, dims="t h", rows={"t": [0, 3]})
+            step()
+
+    meet(base, target, filter="step == 1", match_on=match_on)
+    assert [x.flatten().tolist() for x in xs] == [[-9, -9], found, [-9, -9]]
+
+
 def test_a_tap_of_which_no_row_was_found_counts_them_all_as_missing(meet):
     def base(rank):
         tap("x", numbered(2, 2), dims="t h", rows={"t": [0, 1]})
