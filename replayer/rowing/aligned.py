@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -26,7 +26,7 @@ from recorder.sizes import count
 
 from ..log import SEQ_BITS
 from .held import Held, Record, Source, held_by, rest_of, seqs_of
-from .joining import Joining, parts_text, records_at
+from .joining import Joining, lacking_text, parts_text, records_at
 from .places import Found, real_rows
 from .records import Records
 from .same import Several
@@ -166,15 +166,16 @@ class Aligned:
             at = (at[:, None] * len(values) + inverse).flatten()
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = cells.is_found[at]
+        of_parts = {part: mask[at] for part, mask in cells.there.items()}
         if not bool(there.any()):
-            why = self._why_none(wanted, [values for values, _ in unique])
+            why = self._why_none(wanted, [values for values, _ in unique], of_parts)
             raise MissingRecord(why, rows=wanted)
         several = self._joining.check(cells)
         rows = self._joining.rows(cells)
         number = (cells.is_found.to(torch.int64).cumsum(0) - 1)[at[there]]
         if len(number) != len(rows) or not torch.equal(number, torch.arange(len(rows))):
             rows = rows.index_select(0, number)
-        return self._made(rows, cell[there], wanted, cells.records, several)
+        return self._made(rows, cell[there], wanted, cells.records, several, of_parts)
 
     def of_others(self, records: Records) -> Made:
         """Return what other records, of other tags, have of the same rows; as `make`."""
@@ -210,9 +211,10 @@ class Aligned:
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
         found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
-        there = torch.stack([one.times > 0 for one in found.values()]).all(0)
+        of_parts = {part: one.times > 0 for part, one in found.items()}
+        there = torch.stack([*of_parts.values()]).all(0)
         if len(own) and not bool(there.any()):
-            raise MissingRecord(self._why_none(len(own), [keys]), rows=len(own))
+            raise MissingRecord(self._why_none(len(own), [keys], of_parts), rows=len(own))
         several, received, used = Several(), [], set()
         for part, every in found.items():
             one = every.of(there)
@@ -222,7 +224,7 @@ class Aligned:
             received.append((first.row, self._as_received(first, part, one, own[there])))
         chosen = [records.every[i] for i in sorted(used)]
         nothing = torch.empty((0, *self._rest), device="cpu")
-        return self._made(nothing, own[there], len(own), chosen, several), received
+        return self._made(nothing, own[there], len(own), chosen, several, of_parts), received
 
     def _made(
         self,
@@ -231,15 +233,17 @@ class Aligned:
         wanted: int,
         used: Sequence[Record],
         several: Several,
+        of_parts: Mapping[int, torch.Tensor],
     ) -> Made:
         self.cells = cells
+        notes = [*self._joining.notes(several), lacking_text(self._records, of_parts)]
         return Made(
             rows,
             cells,
             wanted - len(cells),
             seqs_of(self._latest(used), self._world),
             self._numbers(used),
-            "; ".join(self._joining.notes(several)),
+            "; ".join(filter(None, notes)),
         )
 
     def _as_received(
@@ -268,14 +272,18 @@ class Aligned:
         every = self._latest((*used, *self._records.bare))
         return sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in every})
 
-    def _why_none(self, wanted: int, keys: Sequence[torch.Tensor]) -> str:
+    def _why_none(
+        self, wanted: int, keys: Sequence[torch.Tensor], of_parts: Mapping[int, torch.Tensor]
+    ) -> str:
         every, parts = self._records.every, self._records.parts
         places = self._records.places[: len(parts)]
         there = sum(bool((one.find(keys[0]).times > 0).any()) for one in places)
         if there and len(keys) == 1 and len(parts) > 1:
+            lacking = lacking_text(self._records, of_parts)
             return (
                 f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
-                f"{parts_text(parts)}, and only {there} of these have any; record all ranks"
+                f"{parts_text(parts)}, and only {there} of these have any"
+                f"{': ' * bool(lacking)}{lacking}; record all ranks"
             )
         known = sum(len(one.keys) for one in places)
         return (

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,7 @@ class Cells:
         numbers: for each of these parts that of its places, which several may share.
         grids: for each part what was recorded of all combinations, where there are several groups.
         several: those that were recorded several times.
+        there: for each part that is needed, which of all combinations it has, as in `is_found`.
     """
 
     is_found: torch.Tensor
@@ -44,6 +45,7 @@ class Cells:
     numbers: dict[int, int] = field(default_factory=dict)
     grids: dict[int, torch.Tensor] = field(default_factory=dict)
     several: Several = field(default_factory=Several)
+    there: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Joining:
@@ -92,17 +94,19 @@ class Joining:
         records = self.records
         found: dict[int, Found] = {}
         numbers: dict[int, int] = {}
-        is_found = torch.ones(len(keys[0]), dtype=torch.bool, device="cpu")
+        there: dict[int, torch.Tensor] = {}
         for parts in needed:
             number = numbers[parts[0]] = records.together(parts)
             found[parts[0]] = records.places[number].find(keys[0])
-            is_found &= found[parts[0]].times > 0
+            there[parts[0]] = found[parts[0]].times > 0
+        is_found = torch.stack([*there.values()]).all(0)
         used: set[int] = set()
         for part in range(len(records.parts)):  # those that are not asked for are known, too
             places = records.places[part].find(keys[0])
             used |= {*records_at(records, part, places.of(is_found & (places.times > 0))).tolist()}
         found = {part: one.of(is_found) for part, one in found.items()}
-        return Cells(is_found, found, [records.every[i] for i in sorted(used)], numbers)
+        chosen = [records.every[i] for i in sorted(used)]
+        return Cells(is_found, found, chosen, numbers, there=there)
 
     def check(self, cells: Cells) -> Several:
         """Hold rows that were recorded several times against the first of them.
@@ -246,23 +250,24 @@ class Joining:
     def _grids(self, keys: Sequence[torch.Tensor], needed: Sequence[tuple[int, ...]]) -> Cells:
         records = self.records
         grids: dict[int, torch.Tensor] = {}
-        is_found = torch.ones([len(one) for one in keys], dtype=torch.bool, device="cpu")
+        there: dict[int, torch.Tensor] = {}
         used: list[Record] = []
         every: list[Grid] = []
         for parts in needed:
             number = records.together(parts)
             found = records.places[number].find(keys[0])
-            there = records_at(records, number, found.of(found.times > 0)).tolist()
+            near = records_at(records, number, found.of(found.times > 0)).tolist()
             grid = Grid(keys, records.keys, self._gathered, self.replicas)
-            used += [one for one in (records.every[i] for i in sorted(there)) if grid.add(one)]
+            used += [one for one in (records.every[i] for i in sorted(near)) if grid.add(one)]
             first = next(one for one in records.every if one.part == parts[0])
             grids[parts[0]] = grid.made(first)
-            is_found &= grid.filled
+            there[parts[0]] = grid.filled.flatten()
             every.append(grid)
+        is_found = torch.stack([*there.values()]).all(0).view(grid.filled.shape)
         several = Several()
         for grid in every:
             several = several.and_(grid.checked(is_found))
-        return Cells(is_found.flatten(), {}, used, {}, grids, several)
+        return Cells(is_found.flatten(), {}, used, {}, grids, several, there)
 
 
 def whole_of(records: Records) -> Held:
@@ -292,6 +297,27 @@ def parts_text(parts: Sequence[Held]) -> str:
     )
     sizes = " ".join(f"{axis} of {n}" for axis, (_, n) in parts[0].mesh)
     return f"of {parts[0].dims.text!r:.200} over {sizes}, there is {there}"
+
+
+def lacking_text(records: Records, there: Mapping[int, torch.Tensor]) -> str:
+    """Say of rows that some parts have which others lack them, "" where all have the same.
+
+    Args:
+        records: the records.
+        there: for each part that is needed, which rows it has: bool, of one length.
+    """
+    masks = torch.stack([*there.values()])
+    partly = masks.any(0) & ~masks.all(0)
+    if not bool(partly.any()):
+        return ""
+    said = []
+    for part, mask in zip(there, masks, strict=True):
+        if lost := int((partly & ~mask).sum()):
+            where = " ".join(f"{axis}={at}" for axis, (at, _) in records.parts[part].mesh)
+            ranks = sorted({one.row["rank"] for one in records.every if one.part == part})
+            some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+            said.append(f"{where or 'one'} (rank {some}) lacks {lost}")
+    return f"{count(int(partly.sum()), 'row')} recorded in some parts only: {' and '.join(said)}"
 
 
 def of_parts(records: Records, err: LayoutError) -> LayoutError:

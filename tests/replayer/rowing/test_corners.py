@@ -185,7 +185,44 @@ class TestParts:
         row = only(session)
         assert row["outcome"] == "missing"
         assert "none of its 3 rows was recorded in all parts that it is made of" in row["message"]
-        assert "only 1 of these have any; record all ranks" in row["message"]
+        assert row["message"].endswith(
+            "and only 1 of these have any: 3 rows recorded in some parts only: tp=1 (rank 1) lacks "
+            "3; record all ranks"
+        )
+
+    @pytest.mark.parametrize("with_transform", [False, True])
+    def test_rows_that_one_part_lacks_are_told_with_that_part(self, meet, with_transform):
+        def base(rank):
+            ids = [[0, 1, 2, 3], [0, 1, 3, 4], [5], [5]][rank]
+            tap("x", numbered(len(ids), 1), dims="t[cp] h[tp]", rows={"t": ids})
+
+        x = filled(6, 2)
+        how = {"transform": lambda g: torch.cat(g.received_list[:2], 1)} if with_transform else {}
+        meshes = (lambda rank: {"tp": (rank % 2, 2), "cp": (rank // 2, 2)}, None)
+        job = tapped("x", x, "t h", {"t": [0, 2, 2, 4, 9, -1]})
+        (session,) = meet(base, job, (4, 1), meshes, **how)
+        row = only(session)
+        assert (row["rows_found"], row["rows_missing"]) == (1, 4)
+        assert row["message"] == (
+            "3 rows recorded in some parts only: tp=0 (rank 0, 2) lacks 1 and tp=1 (rank 1, 3) "
+            "lacks 2; 4 rows not found"
+        )
+
+    def test_combinations_that_one_part_lacks_are_told_too(self, meet):
+        def base(rank):
+            ids = {"t": [0, 1], "e": [[0, 1], [0, 2]][rank]}
+            tap("x", numbered(2, 2, 1), dims="t e h[tp]", rows=ids)
+
+        x = filled(2, 3, 2)
+        meshes = (lambda rank: {"tp": (rank, 2)}, None)
+        job = tapped("x", x, "t e h", {"t": [1, 7], "e": [0, 1, 2]})
+        (session,) = meet(base, job, (2, 1), meshes)
+        row = only(session)
+        assert (row["rows_found"], row["rows_missing"]) == (1, 5)
+        assert row["message"] == (
+            "2 rows recorded in some parts only: tp=0 (rank 0) lacks 1 and tp=1 (rank 1) lacks 1; "
+            "5 rows not found"
+        )
 
     @pytest.mark.parametrize("is_there", [True, False])
     def test_a_rank_of_a_sum_is_zero_just_where_the_other_has_all_of_it(self, meet, is_there):
