@@ -331,6 +331,7 @@ class Recorder:
             "ended_ns": time.time_ns(),
             "steps": self._selection.step,
             "rows": self._writer.rows_written if self._writer else 0,
+            "has_ids": self._rows is not None and self._rows.has_any,
             "bytes": self._writer.bytes_written if self._writer else 0,
             "dropped": self.progress().dropped,
         }

@@ -527,9 +527,36 @@ class TestCommands:
                 step()
         return run
 
-    def test_verify_counts_them_in(self, recorded):
-        done = graft("verify", recorded)
-        assert done.exit_code == 0 and "8 records" in done.stdout and "whole" in done.stdout
+    def test_all_commands_count_what_was_tapped(self, recorded, tmp_path):
+        done = graft("verify", recorded, "--repair", tmp_path / "whole")
+        assert done.exit_code == 0 and "whole" in done.stdout
+        assert done.stdout.count("4 records and 4 of ids of rows, ") == 2
+        assert f"{tmp_path / 'whole'}: 4 records written" in done.stdout
+        checked = json.loads(graft("verify", recorded, "--json").stdout)["ranks"]
+        assert [(one["records"], one["ids"]) for one in checked] == [(4, 4)]
+        nbytes = 2 * (3 * 2 + 2 * 2) * 4
+        listed = graft("ls", recorded).stdout.splitlines()[0]
+        assert listed.endswith(f"1 rank, 4 records and 4 of ids of rows, {nbytes} B tapped")
+        some = graft("ls", recorded, "--filter", 'name == "x"').stdout.splitlines()[0]
+        assert ", 2 records, 48 B tapped" in some
+        compared = graft("diff", recorded, recorded).stdout.splitlines()[:2]
+        assert all(line.endswith("1 rank, 4 records") for line in compared)
+
+    def test_what_record_says_is_what_was_tapped_too(self, shell):
+        job = shell.write(
+            "job.py",
+            """
+            import torch
+            from recorder import rows, step, tap, token_rows
+
+            for _ in range(2):
+                with rows(t=token_rows([4, 5, 6])):
+                    tap("x", torch.ones(3, 2), dims="t h")
+                step()
+            """,
+        )
+        done = shell(shell.graft, "record", "-o", "run", "--", shell.python, job)
+        assert done.returncode == 0 and "run: 2 records from 1 rank, " in done.stderr
 
     def test_ls_and_show_name_their_kind(self, recorded):
         listed = json.loads(graft("ls", recorded, "--json").stdout)
