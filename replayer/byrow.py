@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +40,6 @@ from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
     from .settings import ReplaySettings
-
-_ROWS_HERE = (
-    "the target says which row is which, and the baseline's records of this name do not: taken by "
-    "their key, row for row as they stand"
-)
 
 
 @dataclass
@@ -107,19 +101,15 @@ class RowReplacements:
         """
         if not ids:
             return None
-        dims = layout_of(dims_text(call.dims, placements), kind)
         if not self._row_matcher.has_any:
-            with suppress(LayoutError):  # ids that nobody needs are no error
-                if rowed(dims, target.shape, [one.taken() for one in ids]):
-                    self.warn(selected, _ROWS_HERE, "rows")
             return None
+        dims = layout_of(dims_text(call.dims, placements), kind)
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
         check_meant(ids, [group.names for group in groups], call.dims)
         if not groups:
             return None
         records = self._row_matcher.find(selected, kind, [group.names for group in groups])
         if records is None:
-            self.warn(selected, _ROWS_HERE, "rows")
             return None
         return Aligned(
             self.recording,
@@ -136,7 +126,7 @@ class RowReplacements:
     def looked_for(
         self, call: Call, target: torch.Tensor, kind: str, placements: str, ids: Sequence[Ids]
     ) -> int | None:
-        """Return how many rows a tap has, padding left out; None where rows play no part.
+        """Return how many rows a tap has, padding left out; None where no ids tell them apart.
 
         Args:
             call: as all others, what `aligned` is given.
@@ -145,12 +135,12 @@ class RowReplacements:
             placements: see there.
             ids: see there.
         """
-        if not (ids and self._row_matcher.has_any):
+        if not ids:
             return None
         try:
             dims = layout_of(dims_text(call.dims, placements), kind)
             groups = rowed(dims, target.shape, [one.taken() for one in ids])
-        except LayoutError:
+        except LayoutError:  # ids that nobody needs are no error
             return None
         return math.prod(int(one.real().sum()) for one in groups) if groups else None
 
@@ -195,8 +185,10 @@ class RowReplacements:
                 )
                 unmeasured = joined(unmeasured, why)
             tensor = aligned.put(new, made.cells)
+        if aligned.one_sided:
+            self.warn(selected, aligned.one_sided, "rows of a dim")
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, lost, note, said, unmeasured)
+        message = joined(made.note, lost, aligned.one_sided, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
     def said_of_choices(

@@ -79,6 +79,8 @@ COLUMNS = {
 }
 """The log's columns. `senders` has for each sender rank the `seq` of the record that was used."""
 
+AS_THEY_STAND = "row for row as they stand"
+"""What a message says of a graft where one side alone tells which row is which."""
 WITHOUT_EFFECT = "without effect"
 """The outcome of a graft onto a tensor that nobody kept."""
 

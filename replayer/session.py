@@ -472,7 +472,7 @@ class Replayer:
                 else:
                     match = self._found(call, selected, target, kind, placements, ids)
                     made = self._replacements.make(
-                        call, selected, target, kind, placements, mesh, match
+                        call, selected, target, kind, placements, mesh, match, ids
                     )
                 shared = self._sharing.overwrite(target, made.tensor, named(selected))
             repeat_to_the_end()
@@ -572,7 +572,7 @@ class Replayer:
                 else:
                     match = self._found(call, selected, target, "grad", placements, ids)
                     made = self._replacements.make(
-                        call, selected, target, "grad", placements, mesh, match
+                        call, selected, target, "grad", placements, mesh, match, ids
                     )
                 graft.overwrite(target, made.tensor)
             replaced = copy

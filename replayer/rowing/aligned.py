@@ -24,7 +24,7 @@ from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.sizes import count
 
-from ..log import SEQ_BITS
+from ..log import AS_THEY_STAND, SEQ_BITS
 from .held import Held, Record, Source, held_by, rest_of, seqs_of
 from .joining import Joining, lacking_text, parts_text, records_at
 from .places import Found, real_rows
@@ -73,6 +73,7 @@ class Aligned:
     Attributes:
         groups: those of its rows that are matched.
         cells: which of its rows were found by the latest `make`.
+        one_sided: along which dims one side alone says which row is which, "" where along none.
     """
 
     def __init__(
@@ -92,6 +93,8 @@ class Aligned:
         self._records, self._target, self._world = records, target, source.world_size
         self.cells = torch.empty(0, dtype=torch.int64, device="cpu")
         self.groups = [groups[j] for j in records.pairs]
+        alone = [one.label for j, one in enumerate(groups) if j not in records.pairs]
+        self.one_sided = _said_alone(alone, records.alone)
         own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
         _check_sums(own, records)
         self._joining = Joining(source, records, own, replicas=replicas, check=check)
@@ -299,6 +302,20 @@ def _distinct(keys: torch.Tensor, *, is_sorted: bool) -> tuple[torch.Tensor, tor
     if is_sorted or len(values) < len(keys):
         return values, inverse
     return keys, torch.arange(len(keys), device="cpu")  # as they stand: nothing needs moving then
+
+
+def _said_alone(receivers: Sequence[str], senders: Sequence[str]) -> str:
+    """Say along which dims the target alone says which row is which, and the baseline alone."""
+    said = [
+        f"{one} says which row is which along {' and '.join(dims)}, and {other} does not: taken "
+        f"along it {AS_THEY_STAND}"
+        for one, other, dims in (
+            ("the target", "the baseline", receivers),
+            ("the baseline", "the target", senders),
+        )
+        if dims
+    ]
+    return "; ".join(said)
 
 
 def _check_sums(own: Held, records: Records) -> None:

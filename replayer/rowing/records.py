@@ -36,6 +36,7 @@ class Records:
         places: for each part, and for some of them together, the places of its rows.
         where: where their payloads lie.
         bare: those that have no row at all, but padding.
+        alone: the dims of groups that the receiver has not.
         latest: the latest attempt of each rank, the others' records being those of no tap that
             could be asked for by its key.
     """
@@ -48,9 +49,11 @@ class Records:
         keys: Sequence[Keys],
         pairs: Sequence[int],
         latest: Mapping[int, int],
+        alone: Sequence[str] = (),
     ) -> None:
         self.every, self.parts, self.places = every, parts, list(places)
         self.keys, self.pairs, self.latest = keys, pairs, latest
+        self.alone = alone
         self.bare = [
             one for one in every if not all(bool(real(group.ids).any()) for group in one.groups)
         ]
@@ -87,7 +90,8 @@ class Records:
             choose: of the names of the records' groups of rows, which belong to the other side's:
                 their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
-            latest: the latest attempt of each rank; None where that does not matter.
+            alone: the dims of groups that the receiver has not.
+        latest: the latest attempt of each rank; None where that does not matter.
             check: whether to hold ids against their digest.
 
         Raises:
@@ -131,7 +135,10 @@ class Records:
                 shared.pop(next(iter(shared)))
             known = shared[about, tuple(pairs or ())] = _placed(found, len(numbers))
         places, keys = known
-        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()], latest or {})
+        of_pairs = [i for i, _ in pairs or ()]
+        alone = [" ".join(one) for i, one in enumerate(names) if i not in of_pairs]
+        of_receiver = [j for _, j in pairs or ()]
+        return cls(found, list(numbers), places, keys, of_receiver, latest or {}, alone)
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:

@@ -628,6 +628,63 @@ class TestNotMeant:
         (session,) = meet(self.base, target)
         assert torch.equal(x, numbered(3, 2)) and only(session)["rows_found"] is None
 
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_which_strict_does_not_trust(self, meet, capsys, is_here):
+        def job(x, has_rows):
+            def fire(rank):
+                for _ in range(2):
+                    tap("x", x, dims="t h", rows={"t": [0, 1, 2]} if has_rows else None)
+                    step()
+
+            return fire
+
+        x = filled(3, 2)
+        sides = (job(numbered(3, 2), not is_here), job(x, is_here))
+        with pytest.raises(ReplayError) as err:
+            meet(*sides, strict=True)
+        said = (
+            "the target says which row is which, and the baseline's records of this name do not: "
+            "taken by their key, row for row as they stand"
+            if is_here
+            else "the baseline says which row is which, and the target does not: taken by its key, "
+            "row for row as they stand"
+        )
+        assert str(err.value) == (
+            "--strict: 2 taps matched where one side alone says which row is which, the first: x "
+            f"step=0 occurrence=0 on rank 0: {said}"
+        )
+        assert capsys.readouterr().err.count(said) == 1
+        (session,) = meet(*sides)
+        assert torch.equal(x, numbered(3, 2)) and session.problems() == []
+
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_along_one_of_several_dims_too(self, meet, capsys, is_here):
+        def job(x, ids):
+            def fire(rank):
+                for _ in range(2):
+                    tap("x", x, dims="t e h", rows=ids)
+
+            return fire
+
+        both, one = {"t": [0, 1], "e": [0, 1, 2]}, {"t": [1, 0]}
+        x = filled(2, 3, 1)
+        given = (one, both) if is_here else (both, one)
+        (session,) = meet(job(numbered(2, 3, 1), given[0]), job(x, given[1]))
+        assert torch.equal(x, numbered(2, 3, 1).flip(0))
+        sides = ("the target", "the baseline") if is_here else ("the baseline", "the target")
+        said = (
+            f"{sides[0]} says which row is which along e, and {sides[1]} does not: taken along it "
+            "row for row as they stand"
+        )
+        assert all(said in message for message in session.log()["message"])
+        assert capsys.readouterr().err.count(said) == 1
+        assert session.problems(True)[0].startswith("--strict: 2 taps matched where one side alone")
+
+    def test_a_tap_without_a_record_is_not_said_to_be_of_one_side(self, meet, capsys):
+        (session,) = meet(self.base, tapped("y", filled(3, 2), "t h", {"t": [0, 1, 2]}))
+        assert only(session)["outcome"] == "missing"
+        assert "which row is which" not in capsys.readouterr().err
+
 
 @pytest.mark.parametrize(
     ("match_on", "found"), [(None, [0, 3]), ("name", [-9, 3]), ("name,step", [-9, 3])]
