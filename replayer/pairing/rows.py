@@ -22,6 +22,7 @@ from recorder.recording import Recording
 from recorder.sizes import count
 from recorder.tokens.hashing import previous
 
+from ..log import joined
 from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
 from ..rowing.places import Keys, Places, real_rows
@@ -170,6 +171,17 @@ class Common:
             "or ids with another salt?"
         )
 
+    @property
+    def one_sided(self) -> str:
+        """Say along which dims one side alone tells rows apart, "" where along none."""
+        sides = (("A", self._a, "B"), ("B", self._b, "A"))
+        return "; ".join(
+            f"{name} says which row is which along {' and '.join(side.records.alone)}, and {other} "
+            "does not: compared along it as they stand"
+            for name, side, other in sides
+            if side.records.alone
+        )
+
     def said_alone(self, share: float) -> str:
         """Return that more than a share of a side's rows is on that side alone, "" where not."""
         sides = (("A", self.only_a, "B"), ("B", self.only_b, "A"))
@@ -233,7 +245,7 @@ class Common:
                 self._of_b.rows(self._cells[1], which),
             )
             some = f"rows {start + 1} to {min(start + size, self.both)} of {self.both}"
-            note = some if len(pieces) > 1 else ""
+            note = joined(some if len(pieces) > 1 else "", self.one_sided)
             yield TwoOfRows(
                 one, other, self.dim_names, ranks[0], ranks[1], note, common=self, start=start
             )

@@ -284,6 +284,18 @@ def test_what_is_wrong_with_ids_is_said_of_a_and_b(tmp_path, ids, said):
     assert said in message and "baseline" not in message and "target" not in message
 
 
+def test_a_dim_along_which_one_side_alone_has_ids_is_told(tmp_path):
+    for path, ids in (
+        (tmp_path / "a", {"t": [1, 2], "e": [5, 6]}),
+        (tmp_path / "b", {"t": [2, 1]}),
+    ):
+        with Recorder(path):
+            tap("h", randn(2, 2), dims="t e", rows=ids)
+    for one, other, said in (("a", "b", "A"), ("b", "a", "B")):
+        message = diff(tmp_path / one, tmp_path / other).pairs["message"][0]
+        assert f"{said} says which row is which along e, and " in message
+
+
 def test_order_says_nothing_of_rows(tmp_path):
     batch(tmp_path / "a", layers())
     server(tmp_path / "b", layers())
