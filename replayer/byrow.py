@@ -42,6 +42,13 @@ if TYPE_CHECKING:
     from .settings import ReplaySettings
 
 
+_ELSEWHERE = (
+    "taken from another step, though step {step} of the recording has them too, with other bits; "
+    "if the weights or something else changed in between, match on the step too, as with "
+    "--match-on name,step"
+)
+
+
 @dataclass
 class RowReplacements:
     """Makes replacements for one receiver rank, of taps whose rows both sides tell.
@@ -71,6 +78,7 @@ class RowReplacements:
             check=self.settings.check,
             is_last=self.settings.replicas == "last",
         )
+        self._told: set[str] = set()  # names of which rows are said to be of another step
 
     def aligned(
         self,
@@ -121,7 +129,15 @@ class RowReplacements:
             self.rank,
             replicas=self.settings.replicas,
             check=self.settings.check,
+            step=self._own_step(selected),
         )
+
+    def _own_step(self, selected: Selected) -> int | None:
+        """Return the recorded step of a tap's own, where it may be told that rows are another's."""
+        is_chosen = self.settings.replicas not in ("error", "first")
+        if is_chosen or self.matcher.match_on.rows_use_step or selected.key.name in self._told:
+            return None
+        return selected.key.step + self.matcher.step_offset
 
     def looked_for(
         self, call: Call, target: torch.Tensor, kind: str, placements: str, ids: Sequence[Ids]
@@ -185,10 +201,16 @@ class RowReplacements:
                 )
                 unmeasured = joined(unmeasured, why)
             tensor = aligned.put(new, made.cells)
+        elsewhere = ""
+        if made.elsewhere:
+            step = selected.key.step + self.matcher.step_offset
+            elsewhere = f"{count(made.elsewhere, 'row')} {_ELSEWHERE.format(step=step)}"
+            self._told.add(selected.key.name)
+            self.warn(selected, elsewhere, "step")
         if aligned.one_sided:
             self.warn(selected, aligned.one_sided, "rows of a dim")
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, lost, aligned.one_sided, note, said, unmeasured)
+        message = joined(made.note, elsewhere, lost, aligned.one_sided, note, said, unmeasured)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
     def said_of_choices(

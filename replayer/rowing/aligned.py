@@ -46,6 +46,7 @@ class Made:
         senders: for each sender rank the `seq` of the first record that was used.
         records: those that have one of the rows, or none at all, as in the log's `rows_from`.
         note: what to know of it.
+        elsewhere: as of `Several`.
     """
 
     rows: torch.Tensor = field(repr=False)
@@ -54,6 +55,7 @@ class Made:
     senders: list[int | None]
     records: list[int]
     note: str
+    elsewhere: int = 0
 
 
 class Aligned:
@@ -69,6 +71,7 @@ class Aligned:
         rank: its rank.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+        step: as of `Joining`.
 
     Attributes:
         groups: those of its rows that are matched.
@@ -88,6 +91,7 @@ class Aligned:
         *,
         replicas: str,
         check: bool,
+        step: int | None = None,
     ) -> None:
         self._source, self._replicas, self._check = source, replicas, check
         self._records, self._target, self._world = records, target, source.world_size
@@ -97,7 +101,7 @@ class Aligned:
         self.one_sided = _said_alone(alone, records.alone)
         own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
         _check_sums(own, records)
-        self._joining = Joining(source, records, own, replicas=replicas, check=check)
+        self._joining = Joining(source, records, own, replicas=replicas, check=check, step=step)
 
     @property
     def own(self) -> torch.Tensor:
@@ -247,6 +251,7 @@ class Aligned:
             seqs_of(self._latest(used), self._world),
             self._numbers(used),
             "; ".join(filter(None, notes)),
+            several.elsewhere,
         )
 
     def _as_received(

@@ -22,7 +22,7 @@ from .grid import Grid
 from .held import Held, Record, Source
 from .places import Found
 from .records import Records
-from .same import Several, check_same
+from .same import Several, check_same, taken_elsewhere
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Joining:
         receiver: what is wanted of each row.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+        step: the step from which rows should be, if it has them otherwise than others; None where
+            that does not matter.
 
     Attributes:
         assumed: what `find` took for granted, "" where nothing was.
@@ -64,10 +66,17 @@ class Joining:
     """
 
     def __init__(
-        self, source: Source, records: Records, receiver: Held, *, replicas: str, check: bool
+        self,
+        source: Source,
+        records: Records,
+        receiver: Held,
+        *,
+        replicas: str,
+        check: bool,
+        step: int | None = None,
     ) -> None:
         self.source, self.records, self.receiver = source, records, receiver
-        self.replicas = replicas
+        self.replicas, self.step = replicas, step
         self.assumed = self.guesses = ""
         self._gathered = Gathered(source, records, check=check)
 
@@ -123,7 +132,11 @@ class Joining:
     def check_part(self, number: int, found: Found) -> Several:
         """As `check`, of one part's rows, by the number of its places."""
         is_fine = self.replicas != "error"
-        return check_same(self.records, number, found, self._gathered, is_fine=is_fine)
+        several = check_same(self.records, number, found, self._gathered, is_fine=is_fine)
+        if self.step is None or not several.whole:
+            return several
+        elsewhere = taken_elsewhere(self.records, number, found, self._gathered, self.step)
+        return several._replace(elsewhere=elsewhere)
 
     def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
         """Return what was recorded of the cells that were found: [cells, other dims], on the CPU.
@@ -257,7 +270,7 @@ class Joining:
             number = records.together(parts)
             found = records.places[number].find(keys[0])
             near = records_at(records, number, found.of(found.times > 0)).tolist()
-            grid = Grid(keys, records.keys, self._gathered, self.replicas)
+            grid = Grid(keys, records.keys, self._gathered, self.replicas, self.step)
             used += [one for one in (records.every[i] for i in sorted(near)) if grid.add(one)]
             first = next(one for one in records.every if one.part == parts[0])
             grids[parts[0]] = grid.made(first)

@@ -35,6 +35,7 @@ class Records:
         pairs: for each group, its number among the receiver's.
         places: for each part, and for some of them together, the places of its rows.
         where: where their payloads lie.
+        steps: the step of each, int64.
         bare: those that have no row at all, but padding.
         alone: the dims of groups that the receiver has not.
         latest: the latest attempt of each rank, the others' records being those of no tap that
@@ -59,6 +60,9 @@ class Records:
         ]
         self.checked: dict[int, torch.Tensor] = {}
         self.where = Where(every)
+        self.steps = torch.tensor(
+            [one.row["step"] for one in every], dtype=torch.int64, device="cpu"
+        )
         self._together: dict[tuple[int, ...], int] = {}
 
     def together(self, parts: tuple[int, ...]) -> int:

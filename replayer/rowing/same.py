@@ -105,10 +105,13 @@ class Several(NamedTuple):
     Attributes:
         rows: how many.
         whole: their greatest difference, relative to the row; None where it was not measured.
+        elsewhere: how many of them are taken from another step than the tap's, which has them with
+            other bits.
     """
 
     rows: int = 0
     whole: float | None = None
+    elsewhere: int = 0
 
     def note(self, which: str) -> str:
         """Say it, "" where there are none."""
@@ -126,7 +129,8 @@ class Several(NamedTuple):
     def and_(self, other: Several) -> Several:
         """Return both, of other parts of the same rows."""
         known = [one.whole for one in (self, other) if one.whole is not None]
-        return Several(max(self.rows, other.rows), max(known, default=None))
+        elsewhere = max(self.elsewhere, other.elsewhere)
+        return Several(max(self.rows, other.rows), max(known, default=None), elsewhere)
 
 
 def check_same(
@@ -166,6 +170,42 @@ def check_same(
     return Several(int(several.sum()), float(measured[first].max()))
 
 
+def taken_elsewhere(
+    records: Records, part: int, found: Found, gathered: Gathered, step: int
+) -> int:
+    """Return how many rows' first record is of another step than one, which has them otherwise.
+
+    Args:
+        records: the records, whose rows were held against each other (`check_same`).
+        part: the number of the places.
+        found: the rows.
+        gathered: reads them.
+        step: the step.
+    """
+    places, steps = records.places[part], records.steps
+    differ = records.checked[part][found.first.clamp_max(len(places.keys) - 1)] > 0
+    first, times = found.of((found.times > 1) & differ)
+    own = torch.full_like(first, -1)
+    for j in range(int(times.max()) if len(times) else 0):
+        at = torch.where(times > j, first + j, first)
+        own = torch.where((own < 0) & (steps[places.record[at].long()] == step), at, own)
+    which = (own >= 0) & (own != first) & (steps[places.record[first].long()] != step)
+    number = 0
+    size = _rows_at_once(records)
+    pieces = zip(first[which].split(size), own[which].split(size), strict=True)
+    for two in pieces if bool(which.any()) else ():
+        a, b = (gathered.rows(places.record[at], places.row[at]) for at in two)
+        number += int(apart(a, b).changed.sum())
+    return number
+
+
+def _rows_at_once(records: Records) -> int:
+    """Return how many rows are compared in one go."""
+    one = records.every[0]
+    each = max(1, one.row["nbytes"] // max(1, len(one.groups[0].ids)))
+    return max(1, _CHUNK_BYTES // each)
+
+
 def _others(
     records: Records, part: int, first: torch.Tensor, counts: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -177,9 +217,7 @@ def _others(
         for one in records.every
     ]
     code = torch.tensor(digests, dtype=torch.int64, device="cpu")
-    row = records.every[0].row
-    each = max(1, row["nbytes"] // max(1, len(records.every[0].groups[0].ids)))
-    size = max(1, _CHUNK_BYTES // each)
+    size = _rows_at_once(records)
     for j in range(1, int(counts.max()) if len(counts) else 0):
         one = first[counts > j]
         other = one + j

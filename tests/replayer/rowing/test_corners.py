@@ -382,6 +382,69 @@ class TestSeveralTimes:
         assert x[0, 0].isnan() and bool((y == -9).all())
 
 
+class TestAnotherStep:
+    """In 16 bits, what other weights make of a row may be as near as rounding is."""
+
+    @staticmethod
+    def trained(x, numbers=(0, 1, 2), dtype=torch.bfloat16, dims="t h", ids=None):
+        ids = ids or {"t": [0, 1]}
+
+        def fire(rank):
+            for i in numbers:
+                value = torch.full((2, 2), 1 + i / 128).to(dtype)
+                tap("x", value if x is None else x[i], dims=dims, rows=ids)
+                step()
+
+        return fire
+
+    said = (
+        "2 rows taken from another step, though step 1 of the recording has them too, with other "
+        "bits; if the weights or something else changed in between, match on the step too"
+    )
+
+    def test_a_row_of_another_step_than_the_tap_s_own_is_told_once(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        (session,) = meet(self.trained(None), self.trained(x))
+        assert bool((x == 1).all()) and set(session.log()["outcome"]) == {"grafted"}
+        has = [self.said in message for message in session.log()["message"]]
+        assert has == [False, True, False] and capsys.readouterr().err.count(self.said) == 1
+
+    def test_so_is_one_of_several_dims(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        how = {"dims": "t h", "ids": {"t": [0, 1], "h": [3, 4]}}
+        meet(self.trained(None, **how), self.trained(x, **how))
+        assert capsys.readouterr().err.count(self.said.replace("2 rows", "4 rows")) == 1
+
+    def test_and_one_that_a_transform_gets(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        meet(self.trained(None), self.trained(x), transform=lambda received, target: received[0])
+        assert capsys.readouterr().err.count(self.said) == 1
+
+    def test_the_offset_of_steps_says_which_is_its_own(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        meet(self.trained(None), self.trained(x, numbers=(0,)), step_offset=1)
+        assert self.said in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "options", [{"match_on": "name,step"}, {"replicas": "last"}, {"step_offset": 9}]
+    )
+    def test_who_says_what_is_meant_is_not_told(self, meet, capsys, options):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        meet(self.trained(None), self.trained(x), **options)
+        assert capsys.readouterr().err == ""
+
+    def test_nor_is_one_whose_own_step_has_the_same_bits_or_not_that_row(self, meet, capsys):
+        def base(rank):
+            for value, ids in ((1.0, [0, 1]), (1.0, [0, 9]), (1 + 1 / 128, [0, 1])):
+                tap("x", torch.full((2, 2), value).bfloat16(), dims="t h", rows={"t": ids})
+                step()
+
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        (session,) = meet(base, self.trained(x, numbers=(0, 1)))
+        assert capsys.readouterr().err == ""
+        assert all("off by" in message for message in session.log()["message"])
+
+
 class TestSeveralGroups:
     """Each combination of ids is a row; in one record the same id may come twice along a dim."""
 
