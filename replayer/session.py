@@ -51,6 +51,7 @@ from recorder.taps.call import Call
 from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.firsts import RowsOfFirsts
 from recorder.taps.gradients import GradientTaps
+from recorder.taps.inside import Blocks
 from recorder.taps.rows import Ids, as_they_are
 from recorder.taps.selection import Selected, Selection, about_note
 from recorder.taps.sessions import activate, deactivate
@@ -151,6 +152,7 @@ class Replayer:
         self._only = None if self.settings.only is None else Only(self.settings.only)
         self._gradients = GradientTaps()
         self._rows_of_firsts = RowsOfFirsts()
+        self._blocks = Blocks()
         self._tapped: Request | None = None
         self._made: Replacements | None = None
         self._outcomes = Outcomes(self.settings, self._ranks, self._selection, self._distrust)
@@ -284,6 +286,8 @@ class Replayer:
             return
         rank = self._ranks.current.rank
         selected = self._selection.select_or_warn(call, rank, self._outcomes.once)
+        if call.inside and selected is None:
+            self._blocks.see(call, is_taken=False)
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
@@ -307,6 +311,8 @@ class Replayer:
             return
         kind = classify(value)
         if kind == "tensor":
+            if call.inside:
+                self._blocks.see(call, is_taken=True)
             ids = self._rows_of_firsts.of(call, selected)
             if selected.forward:
                 self._attempt(call, selected, value, "tensor", start, ids)
@@ -383,6 +389,8 @@ class Replayer:
                 "tags_seen": sorted(self._selection.tags_seen),
             }
         )
+        for said in self._blocks.told():
+            self._outcomes.once((said,), said)
         if "GRAFT_REPORTS" in os.environ:
             return  # the wrapper speaks for all ranks
         why = self._selection.why_nothing()

@@ -167,9 +167,11 @@ class rows(Scope):  # noqa: N801  # read as a verb at the call site
 
     def __init__(self, several: Mapping[str, Any] | None = None, /, **dims: Any) -> None:
         self._new = Ids.given({**(several or {}), **dims})
+        self._block = tuple(one.names for one in self._new)
 
     def _inside(self, outer: tuple[Ids, ...] | None) -> tuple[Ids, ...]:
-        return over(outer or (), tuple(Ids(one.names, one.of) for one in self._new))
+        new = (Ids(one.names, one.of, block=self._block) for one in self._new)
+        return over(outer or (), tuple(new))
 
 
 def tags_around() -> Mapping[str, Any] | None:
@@ -183,10 +185,16 @@ _from_here_on: ContextVar[Callable[[], tuple[Ids, ...]] | None] = ContextVar(
 )
 
 
+def blocks_around() -> tuple[Ids, ...]:
+    """Return the ids of the blocks of rows around."""
+    around = rows._around.get()
+    given: tuple[Ids, ...] = () if around is None else around.value
+    return given
+
+
 def rows_around() -> tuple[Ids, ...]:
     """Return the ids of the rows around; those of a block hold before a hook's."""
-    around, hooks = rows._around.get(), _from_here_on.get()
-    given: tuple[Ids, ...] = () if around is None else around.value
+    given, hooks = blocks_around(), _from_here_on.get()
     return given if hooks is None else over(hooks(), given)
 
 

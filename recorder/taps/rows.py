@@ -26,14 +26,23 @@ class Ids:
         names: of the dims, in the order of the ids' own.
         of: the ids, or a callable that returns them, which is called once.
         at_tap: whether they were given at the tap itself, for dims that it has to have.
+        block: the dims of all ids that were given with them to one block; () at a tap.
     """
 
-    __slots__ = ("_given", "_taken", "_version", "at_tap", "names", "of")
+    __slots__ = ("_given", "_taken", "_version", "at_tap", "block", "names", "of")
 
-    def __init__(self, names: tuple[str, ...], of: Any, *, at_tap: bool = False) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        of: Any,
+        *,
+        at_tap: bool = False,
+        block: tuple[tuple[str, ...], ...] = (),
+    ) -> None:
         self.names = names
         self.of = of
         self.at_tap = at_tap
+        self.block = block
         self._given: Any = None
         self._taken: Taken | None = None
         self._version: int | None = -1

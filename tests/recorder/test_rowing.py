@@ -16,6 +16,8 @@ from typed import graft
 
 from recorder import Recorder, Recording, rows, step, tap, token_rows
 from recorder.errors import DamagedRecording, UnsupportedVersion, UsageError
+from recorder.taps.around import from_here_on
+from recorder.taps.rows import Ids
 from recorder.verify import Checker
 from recorder.writing import store as store_module
 from replayer import Replayer
@@ -198,6 +200,100 @@ class TestWhichHold:
             UsageError, match="rows names the dims '2t'; expected the name of a dim"
         ):
             rows({"2t": [0]})
+
+
+class TestOfNoTap:
+    """Blocks whose dims none of the taps inside has, as where a name is mistyped."""
+
+    def play(self, record, run, capsys, job, **options):
+        """Return what a recording, and a replay onto the same job, say of blocks."""
+        record(job, **options)
+        said = [capsys.readouterr().err.splitlines()]
+        with Replayer(run, **options):
+            job(0)
+        said.append(capsys.readouterr().err.splitlines())
+        found = [[line for line in lines if "are of no tap" in line] for lines in said]
+        assert len(found[0]) == len(found[1])
+        return found[0] + found[1]
+
+    def test_a_mistyped_dim_is_told_once_at_the_end(self, record, run, capsys):
+        def job(rank):
+            for _ in range(3):
+                with rows(tt=[0, 1]):
+                    tap("x", t(2), dims="t h")
+                    tap("y", t(2))
+
+        found = self.play(record, run, capsys, job)
+        assert len(found) == 2
+        for line in found:
+            assert "rows along tt are of no tap: none of those inside has such dims, the f" in line
+            assert "first 'x' at " in line
+            assert line.endswith(", whose dims are 't h'; name the same dims in both")
+
+    def test_so_is_a_block_around_taps_that_declare_none(self, record, run, capsys):
+        @rows({"b s": [[0, 1]], "t": [0, 1]})
+        def job(rank):
+            tap("x", t(2))
+
+        found = self.play(record, run, capsys, job)
+        assert len(found) == 2
+        for line in found:
+            assert "rows along b s or t are of no tap" in line
+            assert line.endswith(", which declares no dims; name the same dims in both")
+
+    def test_an_outer_block_that_no_tap_of_the_inner_has_the_dims_of(self, record, run, capsys):
+        def job(rank):
+            with rows(tt=[0, 1]), rows(t=[0, 1]):
+                tap("x", t(2), dims="t h")
+
+        assert len(self.play(record, run, capsys, job)) == 2
+
+    @pytest.mark.parametrize(
+        "case", ["one has it", "fused", "parts", "several", "none", "values", "inner", "unselected"]
+    )
+    def test_blocks_that_are_meant_for_a_tap_or_have_none_are_not(self, record, run, capsys, case):
+        def job(rank):
+            if case == "one has it":
+                with rows(t=[0, 1]):
+                    tap("w", t(2))
+                    tap("x", t(2), dims="t h")
+            elif case == "fused":
+                with rows({"b s": [[0, 1]]}):
+                    tap("x", t(2), dims="(s*b)[cp] h")
+            elif case == "parts":
+                with rows(t=[0, 1]):
+                    tap("x", torch.ones(2, 4), dims="t {q: h | k: h}")
+            elif case == "several":  # of which a tap has some
+                with rows(t=[0, 1], n=[5]):
+                    tap("x", t(2), dims="t h")
+            elif case == "none":
+                with rows(tt=[0, 1]):
+                    pass
+                tap("x", t(2))
+            elif case == "values":
+                with rows(tt=[0, 1]):
+                    tap("lr", 0.1)
+            elif case == "inner":  # of the same dim: the outer's reach nobody, and are of one
+                with rows(t=[0, 1]), rows(t=[2, 3]):
+                    tap("x", t(2), dims="t h")
+            else:
+                with rows(t=[0, 1]):
+                    tap("w", t(2))
+                    tap("x", t(2), dims="t h")
+                with rows(tt=[0, 1]):
+                    tap("x", t(2), dims="t h")
+
+        options = {"filter": 'name == "w"'} if case == "unselected" else {}
+        assert self.play(record, run, capsys, job, **options) == []
+
+    def test_ids_of_a_hook_are_for_whoever_has_the_dims(self, record, capsys):
+        def job(rank):
+            from_here_on(Ids.given({"n": [0, 1]}))
+            tap("x", t(2), dims="t h")
+            from_here_on(())
+
+        record(job)
+        assert capsys.readouterr().err == ""
 
 
 class TestSnapshot:
