@@ -115,7 +115,8 @@ class Recorder:
         self.reason = ""
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
-        self._selection = Selection(self.settings.filter)
+        self._rows_of_firsts = RowsOfFirsts()
+        self._selection = Selection(self.settings.filter, self._rows_of_firsts.keep)
         self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
@@ -125,7 +126,6 @@ class Recorder:
         self._standing = Standing(self._once)
         self._writer: Writer | None = None
         self._rows: RowRecords | None = None
-        self._rows_of_firsts = RowsOfFirsts()
         self._blocks = Blocks()
         self._claiming = self._starting = False
         self._closed = self._is_interrupted = False

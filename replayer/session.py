@@ -147,11 +147,11 @@ class Replayer:
         self._frame = self.recording.latest()
         if is_polars_new:
             let_interrupts_through()
-        self._selection = Selection(self.settings.filter)
+        self._rows_of_firsts = RowsOfFirsts()
+        self._selection = Selection(self.settings.filter, self._rows_of_firsts.keep)
         self.ignored = self._selection.ignored
         self._only = None if self.settings.only is None else Only(self.settings.only)
         self._gradients = GradientTaps()
-        self._rows_of_firsts = RowsOfFirsts()
         self._blocks = Blocks()
         self._tapped: Request | None = None
         self._made: Replacements | None = None

@@ -384,6 +384,30 @@ class TestSnapshot:
                 assert taken.ids[0] == 2 * row["occurrence"]
         assert len(seconds) == (2 if kind is reentrant else len(seconds))
 
+    @pytest.mark.parametrize("filter", ["recompute == True", "recompute == True and step == 0"])
+    @pytest.mark.parametrize("kind", [frames, reentrant])
+    def test_a_repeated_forward_has_them_where_a_filter_wants_it_alone(
+        self, record, run, kind, filter
+    ):
+        """Once the block is left, and though its first was not wanted."""
+
+        def layer(x):
+            return tap("x", x * 2, dims="t h").sigmoid() * 3
+
+        def job(rank):
+            outs = []
+            for i in range(2):
+                with rows(t=[2 * i, 2 * i + 1]):
+                    outs.append(kind(layer, t(2).requires_grad_()).sum())
+            for out in outs[::-1]:
+                out.backward()
+
+        recording = record(job, filter=filter)
+        assert ids_of(recording) == [{"t": [2, 3]}, {"t": [0, 1]}]
+        with Replayer(run, filter=filter) as session:
+            job(0)
+        assert session.log()["rows_found"].to_list() == [2, 2]
+
 
 class TestCallables:
     def test_are_called_once_for_all_taps_of_their_block(self, record):
