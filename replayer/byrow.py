@@ -207,10 +207,13 @@ class RowReplacements:
             elsewhere = f"{count(made.elsewhere, 'row')} {_ELSEWHERE.format(step=step)}"
             self._told.add(selected.key.name)
             self.warn(selected, elsewhere, "step")
+        if aligned.damaged is not None:
+            self.warn(selected, f"{aligned.left_out}: {aligned.damaged}", "damaged")
         if aligned.one_sided:
             self.warn(selected, aligned.one_sided, "rows of a dim")
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, elsewhere, lost, aligned.one_sided, note, said, unmeasured)
+        said = joined(aligned.left_out, aligned.one_sided, note, said, unmeasured)
+        message = joined(made.note, elsewhere, lost, said)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
     def said_of_choices(

@@ -81,6 +81,8 @@ COLUMNS = {
 
 AS_THEY_STAND = "row for row as they stand"
 """What a message says of a graft where one side alone tells which row is which."""
+LEFT_OUT = "left out, whose ids are damaged"
+"""What a message says of records that rows could have been in."""
 WITHOUT_EFFECT = "without effect"
 """The outcome of a graft onto a tensor that nobody kept."""
 

@@ -10,7 +10,7 @@ from recorder.format.rows import parse_tags, seen_in
 from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
-from .log import AS_THEY_STAND, SEQ_BITS, WITHOUT_EFFECT
+from .log import AS_THEY_STAND, LEFT_OUT, SEQ_BITS, WITHOUT_EFFECT
 from .match import MatchOn, selected_rows
 from .rename import oriented_to
 from .routing import without_weights
@@ -39,6 +39,8 @@ class Summary:
         weights: that a router's indices were grafted, and not their weights, or "".
         one_sided: of how many grafted taps one side alone tells which row is which.
         first_one_sided: the first of these and why, "" where there is none.
+        damaged: for how many grafted taps records were left out whose ids are damaged.
+        first_damaged: the first of these, "" where there is none.
         bare: how many grafted taps have no rows to graft, but padding.
         selected: records that the filter selects.
         unused: those of them that no tap was given.
@@ -61,6 +63,8 @@ class Summary:
     bare: int = 0
     one_sided: int = 0
     first_one_sided: str = ""
+    damaged: int = 0
+    first_damaged: str = ""
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -97,6 +101,11 @@ class Summary:
             found.append(
                 f"--strict: {count(self.one_sided, 'tap')} matched where one side alone says which "
                 f"row is which, the first: {self.first_one_sided}"
+            )
+        if strict and self.damaged:
+            found.append(
+                f"--strict: rows of {count(self.damaged, 'tap')} may have been in records that are "
+                f"damaged, the first: {self.first_damaged}"
             )
         if strict and refused:
             found.append(f"--strict: {count(refused, 'tap')} could not be judged, see above")
@@ -183,7 +192,8 @@ def summarize(
         *_rows(log),
         without_weights(log, records),
         log.filter((log["outcome"] == "grafted") & (log["rows_found"] == 0)).height,
-        *_one_sided(log),
+        *_said(log, AS_THEY_STAND),
+        *_said(log, LEFT_OUT),
     )
 
 
@@ -202,10 +212,11 @@ def _rows(log: pl.DataFrame) -> tuple[tuple[int, int, int], str]:
     return (there, lost, lacking.height), first
 
 
-def _one_sided(log: pl.DataFrame) -> tuple[int, str]:
+def _said(log: pl.DataFrame, text: str) -> tuple[int, str]:
+    """Return of how many grafted taps the message says something, and the first of them."""
     import polars as pl
 
-    is_so = pl.col("message").str.contains(AS_THEY_STAND, literal=True)
+    is_so = pl.col("message").str.contains(text, literal=True)
     found = log.filter((pl.col("outcome") == "grafted") & is_so)
     return found.height, _first(found, "grafted")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from recorder.bits import as_bits
-from recorder.errors import LayoutError, MissingRecord, TransformError
+from recorder.errors import DamagedRecording, LayoutError, MissingRecord, TransformError
 from recorder.format.payload import parse_dtype
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
@@ -24,7 +24,7 @@ from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.sizes import count
 
-from ..log import AS_THEY_STAND, SEQ_BITS
+from ..log import AS_THEY_STAND, LEFT_OUT, SEQ_BITS
 from .held import Held, Record, Source, held_by, rest_of, seqs_of
 from .joining import Joining, lacking_text, parts_text, records_at
 from .places import Found, real_rows
@@ -76,6 +76,7 @@ class Aligned:
     Attributes:
         groups: those of its rows that are matched.
         cells: which of its rows were found by the latest `make`.
+        left_out: that ids of records could not be read, "" where all could.
         one_sided: along which dims one side alone says which row is which, "" where along none.
     """
 
@@ -98,6 +99,8 @@ class Aligned:
         self.cells = torch.empty(0, dtype=torch.int64, device="cpu")
         self.groups = [groups[j] for j in records.pairs]
         alone = [one.label for j, one in enumerate(groups) if j not in records.pairs]
+        number = count(len(records.damaged), "record")
+        self.left_out = f"{number} {LEFT_OUT}" if records.damaged else ""
         self.one_sided = _said_alone(alone, records.alone)
         own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
         _check_sums(own, records)
@@ -121,6 +124,13 @@ class Aligned:
     @property
     def _rest(self) -> tuple[int, ...]:
         return self._joining.receiver.shape
+
+    @property
+    def damaged(self) -> DamagedRecording | None:
+        """The first reason why ids of a record could not be read."""
+        for err in self._records.damaged:
+            return DamagedRecording(err.path, err.fact)  # one that was raised holds frames
+        return None
 
     @property
     def guesses(self) -> str:
@@ -175,6 +185,8 @@ class Aligned:
         there = cells.is_found[at]
         of_parts = {part: mask[at] for part, mask in cells.there.items()}
         if not bool(there.any()):
+            if (err := self.damaged) is not None:  # and it may have had them
+                raise err
             why = self._why_none(wanted, [values for values, _ in unique], of_parts)
             raise MissingRecord(why, rows=wanted)
         several = self._joining.check(cells)
@@ -221,6 +233,8 @@ class Aligned:
         of_parts = {part: one.times > 0 for part, one in found.items()}
         there = torch.stack([*of_parts.values()]).all(0)
         if len(own) and not bool(there.any()):
+            if (err := self.damaged) is not None:
+                raise err
             raise MissingRecord(self._why_none(len(own), [keys], of_parts), rows=len(own))
         several, received, used = Several(), [], set()
         for part, every in found.items():

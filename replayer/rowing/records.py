@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from recorder.errors import BadRows
+from recorder.errors import BadRows, DamagedRecording
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
 from recorder.layouts.rowed import rowed
@@ -38,6 +38,7 @@ class Records:
         steps: the step of each, int64.
         bare: those that have no row at all, but padding.
         alone: the dims of groups that the receiver has not.
+        damaged: why ids of further records could not be read, which are left out.
         latest: the latest attempt of each rank, the others' records being those of no tap that
             could be asked for by its key.
     """
@@ -51,10 +52,11 @@ class Records:
         pairs: Sequence[int],
         latest: Mapping[int, int],
         alone: Sequence[str] = (),
+        damaged: Sequence[DamagedRecording] = (),
     ) -> None:
         self.every, self.parts, self.places = every, parts, list(places)
         self.keys, self.pairs, self.latest = keys, pairs, latest
-        self.alone = alone
+        self.alone, self.damaged = alone, damaged
         self.bare = [
             one for one in every if not all(bool(real(group.ids).any()) for group in one.groups)
         ]
@@ -85,6 +87,7 @@ class Records:
         *,
         latest: Mapping[int, int] | None = None,
         check: bool = True,
+        is_lenient: bool = False,
     ) -> Records:
         """Return what records hold of some groups of rows.
 
@@ -95,8 +98,11 @@ class Records:
                 their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
             alone: the dims of groups that the receiver has not.
+        damaged: why ids of further records could not be read, which are left out.
         latest: the latest attempt of each rank; None where that does not matter.
             check: whether to hold ids against their digest.
+            is_lenient: whether records whose ids cannot be read are left out, as long as there are
+                others.
 
         Raises:
             LayoutError: they do not say what they hold.
@@ -108,13 +114,21 @@ class Records:
         found: list[Record] = []
         pairs: list[tuple[int, int]] | None = None
         names: list[tuple[str, ...]] = []
+        damaged: list[DamagedRecording] = []
         for row in rows:
+            try:
+                ids = source.ids(row, check=check)
+            except DamagedRecording as err:
+                damaged.append(DamagedRecording(err.path, err.fact))  # which holds no frames
+                if not is_lenient or len(damaged) == len(rows):
+                    raise
+                continue
             text = row["dims"] or "", row["kind"]
             dims = layouts.get(text)
             if dims is None:
                 dims = layouts[text] = layout_of(*text)
             shape = tuple(row["shape"] or ())
-            groups = rowed(dims, shape, source.ids(row, check=check))
+            groups = rowed(dims, shape, ids)
             if pairs is None:
                 names = [group.names for group in groups]
                 pairs = choose(names)
@@ -142,7 +156,8 @@ class Records:
         of_pairs = [i for i, _ in pairs or ()]
         alone = [" ".join(one) for i, one in enumerate(names) if i not in of_pairs]
         of_receiver = [j for _, j in pairs or ()]
-        return cls(found, list(numbers), places, keys, of_receiver, latest or {}, alone)
+        latest = latest or {}
+        return cls(found, list(numbers), places, keys, of_receiver, latest, alone, damaged)
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:

@@ -715,6 +715,43 @@ class TestCommands:
         assert "do not have the digest that was recorded" in session.log()["message"][0]
         assert bool((x == -9).all()) and bool((w == 1).all())
 
+    def test_records_whose_ids_are_damaged_are_left_out_and_the_others_taken(self, run, capsys):
+        with Recorder(run):
+            for ids in ([0, 1], [2, 3], [1, 4]):
+                tap("x", torch.tensor(ids)[:, None].float(), dims="t h", rows={"t": ids})
+        recording = Recording.open(run)
+        row = recording.rows().filter(kind="rows").row(0, named=True)
+        path, place = recording.place_of(row)
+        data = bytearray(path.read_bytes())
+        data[place.offset + 1] ^= 255
+        path.write_bytes(data)
+
+        def target():
+            for x, ids in zip(xs, ([0, 1, 2, 3], [4, 3], [0]), strict=True):
+                tap("x", x, dims="t h", rows={"t": ids})
+
+        xs = [torch.full((n, 1), -9.0) for n in (4, 2, 1)]
+        with Replayer(run) as session:
+            target()
+        assert [x.flatten().tolist() for x in xs] == [[-9, 1, 2, 3], [4, 3], [-9]]
+        log, said = session.log(), "1 record left out, whose ids are damaged"
+        assert log["outcome"].to_list() == ["grafted", "grafted", "error"]
+        assert log["rows_missing"].to_list() == [1, 0, None]
+        assert log["message"].to_list()[:2] == [f"1 row not found; {said}", said]
+        assert "do not have the digest that was recorded" in log["message"][2]
+        err = capsys.readouterr().err
+        assert err.count(f"tap x: {said}: ") == 1 and str(path) in err
+        assert any(
+            one.startswith(
+                "--strict: rows of 2 taps may have been in records that are damaged, the first: x "
+            )
+            for one in session.problems(True)
+        )
+        received = []
+        with Replayer(run, transform=lambda g: received.append(g.received_list[0]) or g.target):
+            target()
+        assert [one.flatten().tolist() for one in received] == [[0, 1, 2, 3], [4, 3]]
+
     def test_diff_of_a_recording_with_itself_is_equal(self, recorded):
         done = graft("diff", recorded, recorded)
         assert done.exit_code == 0 and "2 equal bit for bit" in done.stdout
