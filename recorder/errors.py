@@ -225,10 +225,14 @@ class MissingRecord(ReplayError):
 
     Attributes:
         rows: how many rows of it were looked for one by one; None where none were.
+        dtype: of the tensor that was tapped; None where nobody said.
+        shape: likewise.
     """
 
     def __init__(self, reason: str, rows: int | None = None) -> None:
         self.rows = rows
+        self.dtype: str | None = None
+        self.shape: list[int] | None = None
         super().__init__(reason)
 
 

@@ -105,7 +105,6 @@ class Outcomes:
         if error is not None:
             outcome = "missing" if isinstance(error, MissingRecord) else "error"
             message = " ".join(str(error).split("\n"))
-        lost = error.rows if isinstance(error, MissingRecord) else None
         key = selected.key
         row: LogRow = {
             "rank": self._ranks.current.rank,
@@ -125,8 +124,11 @@ class Outcomes:
             row["senders"] = senders
         if changed is not None:
             row["changed"] = changed
-        if lost is not None:
-            row["rows_found"], row["rows_missing"] = 0, lost
+        if isinstance(error, MissingRecord):
+            if error.rows is not None:
+                row["rows_found"], row["rows_missing"] = 0, error.rows
+            if error.dtype is not None and error.shape is not None:
+                row["dtype"], row["shape"] = error.dtype, error.shape
         if made is not None and error is None:
             row["numel"] = made.tensor.numel() if made.numel is None else made.numel
             if made.rows is not None:

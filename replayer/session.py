@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.bits import plainly
+from recorder.bits import dtype_name, plainly
 from recorder.capture import local_part
 from recorder.diagnostics import call_site
 from recorder.errors import (
@@ -513,7 +513,7 @@ class Replayer:
         placements: str,
         ids: tuple[Ids, ...],
     ) -> Match:
-        """Return the records of a tap; where there are none, the error knows how many rows it has.
+        """Return the records of a tap; where there are none, the error knows what was tapped.
 
         Raises:
             MissingRecord: there are none.
@@ -522,6 +522,7 @@ class Replayer:
             return self._replacements.find(selected, kind)
         except MissingRecord as err:
             err.rows = self._replacements.by_rows.looked_for(call, target, kind, placements, ids)
+            err.dtype, err.shape = dtype_name(target.dtype), list(target.shape)
             raise
 
     def _watch_for_effect(
