@@ -151,8 +151,8 @@ def test_weights_that_the_server_did_not_record_are_said(tmp_path):
     session, routes = trained(tmp_path / "base", NOISY)
     assert session.summary().notes == (
         "experts layer=0 was grafted, and weights, tapped beside it with as many numbers a row, "
-        "was not recorded: what is chosen is the baseline's, and how it is weighed the target's; tap "
-        "it in the baseline too, if these are its weights",
+        "was not recorded: what is chosen is the baseline's, and how it is weighed the target's; "
+        "tap it in the baseline too, if these are its weights",
     )
     assert torch.equal(routes[0][1][:, :LENGTH], chosen(NOISY)[0][1])
 
