@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 
@@ -118,21 +119,14 @@ class Gathered:
             & (offset[1:] == offset[:-1] + each)
             & (places[1:] == places[:-1] + 1)
         )
-        starts = [0, *((~is_next).nonzero().flatten() + 1).tolist()]
-        into = (places[starts] * each).tolist()
-        ends = [*starts[1:], len(places)]
-        view = bytes_of(made)
-        runs: dict[int, list[tuple[int, memoryview]]] = {}
-        for number, begin, target, start, end in zip(
-            file[starts].tolist(), offset[starts].tolist(), into, starts, ends, strict=True
-        ):
-            run = begin, view[target : target + (end - start) * each]
-            if number in runs:
-                runs[number].append(run)
-            else:
-                runs[number] = [run]
-        for number, found in runs.items():
-            self._source.read_runs(where.paths[number], found)
+        first = torch.cat([order.new_zeros(1), (~is_next).nonzero().flatten() + 1])
+        sizes = first.diff(append=first.new_tensor([len(places)])) * each
+        begin = places[first] * each
+        runs = zip(offset[first].tolist(), begin.tolist(), (begin + sizes).tolist(), strict=True)
+        into = bytes_of(made)
+        files, counts = file[first].unique_consecutive(return_counts=True)
+        for number, count in zip(files.tolist(), counts.tolist(), strict=True):
+            self._source.read_runs(where.paths[number], into, islice(runs, count))
 
 
 def _several_dtypes(one: Record, other: Record) -> LayoutError:

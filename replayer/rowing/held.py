@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -38,7 +38,7 @@ class Source(Protocol):
     def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
         """Return the shard of a row's payload, and where in it that lies."""
 
-    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+    def read_runs(self, path: Path, into: memoryview, runs: Iterable[tuple[int, int, int]]) -> None:
         """Read runs of a shard's bytes into memory."""
 
 
