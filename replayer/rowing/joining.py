@@ -90,19 +90,14 @@ class Joining:
         if len(keys) > 1:
             return self._grids(keys, needed)
         records = self.records
-        found: dict[int, Found] = {}
-        numbers: dict[int, int] = {}
-        is_found = torch.ones(len(keys[0]), dtype=torch.bool, device="cpu")
-        for parts in needed:
-            number = numbers[parts[0]] = records.together(parts)
-            found[parts[0]] = records.places[number].find(keys[0])
-            is_found &= found[parts[0]].times > 0
-        used: set[int] = set()
-        for part in range(len(records.parts)):  # those that are not asked for are known, too
-            places = records.places[part].find(keys[0])
-            used |= {*records_at(records, part, places.of(is_found & (places.times > 0))).tolist()}
-        found = {part: one.of(is_found) for part, one in found.items()}
-        return Cells(is_found, found, [records.every[i] for i in sorted(used)], numbers)
+        numbers = {parts[0]: records.together(parts) for parts in needed}
+        # Those parts that are not asked for are known, too.
+        every = {*numbers.values(), *range(len(records.parts))}
+        there = {number: records.places[number].find(keys[0]) for number in every}
+        is_found = torch.stack([there[number].times > 0 for number in numbers.values()]).all(0)
+        there = {number: one.of(is_found) for number, one in there.items()}
+        found = {part: there[number] for part, number in numbers.items()}
+        return Cells(is_found, found, records.having(there), numbers)
 
     def check(self, cells: Cells) -> Several:
         """Hold rows that were recorded several times against the first of them.
@@ -253,9 +248,8 @@ class Joining:
         for parts in needed:
             number = records.together(parts)
             found = records.places[number].find(keys[0])
-            there = records_at(records, number, found.of(found.times > 0)).tolist()
             grid = Grid(keys, records.keys, self._gathered, self.replicas)
-            used += [one for one in (records.every[i] for i in sorted(there)) if grid.add(one)]
+            used += [one for one in records.having({number: found}) if grid.add(one)]
             first = next(one for one in records.every if one.part == parts[0])
             grids[parts[0]] = grid.made(first)
             is_found &= grid.filled
@@ -308,13 +302,3 @@ def of_parts(records: Records, err: LayoutError) -> LayoutError:
     if "part " in found.fact or "parts " in found.fact:
         found = type(found)(f"{found.fact} ({', '.join(where[:8])})", found.advice)
     return found
-
-
-def records_at(records: Records, part: int, found: Found) -> torch.Tensor:
-    """Return the numbers of all records that have some keys."""
-    places = records.places[part]
-    starts = found.first.repeat_interleave(found.times)
-    within = torch.arange(len(starts), device="cpu")
-    within -= (found.times.cumsum(0) - found.times).repeat_interleave(found.times)
-    found_at: torch.Tensor = places.record[starts + within].unique()
-    return found_at

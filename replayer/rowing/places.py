@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -124,11 +125,15 @@ class Places:
 
     def find(self, keys: torch.Tensor) -> Found:
         """Return the places of some keys."""
-        first = torch.searchsorted(self.keys, keys)
-        behind = torch.searchsorted(self.keys, keys, right=True)
-        count = behind - first
-        count[keys == _UNKNOWN] = 0
-        return Found(first, count)
+        first, is_there = _found(self.keys, keys)
+        times = (is_there & (keys != _UNKNOWN)).to(torch.int64)
+        if not self._are_distinct:
+            times *= torch.searchsorted(self.keys, keys, right=True) - first
+        return Found(first, times)
+
+    @cached_property
+    def _are_distinct(self) -> bool:
+        return bool((self.keys[1:] != self.keys[:-1]).all())
 
 
 def real_rows(ids: torch.Tensor) -> torch.Tensor:
