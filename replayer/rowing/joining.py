@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -23,6 +24,8 @@ from .held import Held, Record, Source
 from .places import Found
 from .records import Records
 from .same import Several, check_same
+
+_MOST_PLANS = 256
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class Joining:
         """
         if 0 in sizes:
             return [(0,)]
+        sizes = [1] * len(sizes)  # how many rows there are says nothing of their parts
         found = self._plan(sizes, self.receiver)
         self.assumed = "; ".join(filter(None, [*self._alone(), found.guesses]))
         self.guesses, moves = found.guesses, found.moves
@@ -201,10 +205,9 @@ class Joining:
         ]
 
     def _plan(self, sizes: Sequence[int], receiver: Held) -> Plan:
-        parts = self.records.parts
-        blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
+        parts = tuple(self.records.parts)
         try:
-            return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
+            return _planned(parts, receiver, tuple(sizes))
         except BlocksMissing as err:
             raise BlocksMissing(
                 f"not all parts of these rows were recorded: {parts_text(parts)}", err.advice
@@ -258,6 +261,13 @@ class Joining:
         for grid in every:
             several = several.and_(grid.checked(is_found))
         return Cells(is_found.flatten(), {}, used, {}, grids, several)
+
+
+@lru_cache(maxsize=_MOST_PLANS)
+def _planned(parts: tuple[Held, ...], receiver: Held, sizes: tuple[int, ...]) -> Plan:
+    """Return what to copy of so many rows; from tap to tap that is mostly the same."""
+    blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
+    return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
 
 
 def whole_of(records: Records) -> Held:
