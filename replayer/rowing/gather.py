@@ -8,11 +8,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 
 import torch
 
-from recorder.bits import as_bits, bytes_of
+from recorder.bits import as_bits, bytes_of, owns_memory
 from recorder.errors import LayoutError
 from recorder.format.payload import parse_dtype
 from recorder.layouts.rowed import moved
@@ -24,6 +26,9 @@ _READ_WHOLE = 1 << 16
 """A record of fewer bytes is read, and checked, in one go; so is one of which half is needed."""
 _CHECKED = 1 << 20
 """One of more bytes, little of which is needed, is not."""
+_KEPT_FROM, _MOST_KEPT = 1 << 20, 64 << 20
+_kept: list[torch.Tensor] = []
+"""Memory to read into: one piece, or one for each thread that reads at the same time."""
 
 
 class Gathered:
@@ -59,7 +64,7 @@ class Gathered:
             raise _several_dtypes(first, self._every[int(numbers[odd[0]])])
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         rest = rest_of(first)
-        made = torch.empty((len(record), *rest), dtype=dtype, device="cpu")
+        made = unfilled((len(record), *rest), dtype)
         each = math.prod(rest) * made.itemsize
         nbytes, in_front = where.nbytes[numbers], where.in_front[numbers]
         is_most = 2 * each * counts >= nbytes
@@ -127,6 +132,25 @@ class Gathered:
         files, counts = file[first].unique_consecutive(return_counts=True)
         for number, count in zip(files.tolist(), counts.tolist(), strict=True):
             self._source.read_runs(where.paths[number], into, islice(runs, count))
+
+
+def unfilled(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor to read into; a large one has the memory of the last, if that is free again.
+
+    The system hands out fresh memory page by page, which takes longer than to fill it.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not _KEPT_FROM <= nbytes <= _MOST_KEPT:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    memory = None
+    with suppress(IndexError):
+        memory = _kept.pop()
+    if memory is None or memory.nbytes < nbytes or not owns_memory(memory):
+        with torch.inference_mode(False):  # which may be over when this is read into again
+            memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    made = memory[:nbytes].view(dtype).view(tuple(shape))
+    _kept.append(memory)  # only now: another thread sees that it is taken
+    return made
 
 
 def _several_dtypes(one: Record, other: Record) -> LayoutError:
