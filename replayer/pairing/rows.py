@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -69,8 +70,8 @@ class _Side:
 
     def place(self, cells: Cells, at: int) -> Place:
         """Return where a cell that was found was recorded first."""
-        part, found = next(iter(cells.found.items()))
-        places = self.records.places[cells.numbers[part]]
+        found = next(iter(cells.found.values()))
+        places = self.records.places[found.number]
         number = int(found.first[at])
         record = self.records.every[int(places.record[number])]
         return Place(record.row["step"], record.row["rank"], int(places.row[number]))
@@ -99,9 +100,7 @@ class Common:
             alone_a.append(len(ids) - int(has.sum()))
             alone_b.append(len(others) - int(has.sum()))
         self.only_a, self.only_b = sum(alone_a), sum(alone_b)
-        total = 1
-        for one in wanted:
-            total *= len(one)
+        total = math.prod(map(len, wanted))
         if len(wanted) > 1 and total > _MOST_COMBINED:
             raise LayoutError(
                 f"{total} combinations of rows along several dims are more than can be compared"
@@ -195,10 +194,8 @@ class Common:
         total = 0
         for side in (self._a, self._b):
             for part in range(len(side.records.parts)):
-                one = next(r for r in side.records.every if r.part == part)
-                rows = 1
-                for group in one.groups:
-                    rows *= len(group.ids)
+                one = side.records.first(part)
+                rows = math.prod(len(group.ids) for group in one.groups)
                 total += one.row["nbytes"] // max(1, rows)
         return max(1, total)
 
@@ -343,7 +340,7 @@ class Common:
         self._order = torch.arange(int(both.sum()), device="cpu")
         self._known = None
         made = [
-            Cells(both, {}, one.records, {}, grid, one.several)
+            Cells(both, {}, one.records, grid, one.several)
             for one, grid in zip(cells, grids, strict=True)
         ]
         return made[0], made[1]
@@ -381,7 +378,7 @@ def _kept(cells: Cells, has: torch.Tensor) -> Cells:
     """Return some of the cells that were found, of one group of rows."""
     which = (cells.is_found.to(torch.int64).cumsum(0) - 1)[has]
     found = {part: places.of(which) for part, places in cells.found.items()}
-    return Cells(has, found, cells.records, cells.numbers)
+    return Cells(has, found, cells.records)
 
 
 def _facts_of(side: _Side) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

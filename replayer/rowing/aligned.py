@@ -208,18 +208,18 @@ class Aligned:
         group, records = self.groups[0], self._records
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
-        found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
-        there = torch.stack([one.times > 0 for one in found.values()]).all(0)
+        every = [records.find((part,), keys) for part in range(len(records.parts))]
+        there = torch.stack([one.times > 0 for one in every]).all(0)
         if len(own) and not bool(there.any()):
             raise MissingRecord(self._why_none(len(own), [keys]))
-        found = {part: one.of(there) for part, one in found.items()}
+        every = [one.of(there) for one in every]
         several, received = Several(), []
-        for part, one in found.items():
-            several = several.and_(self._joining.check_part(part, one))
-            first = next(record for record in records.every if record.part == part)
-            received.append((first.row, self._as_received(first, part, one, own[there])))
+        for part, one in enumerate(every):
+            several = several.and_(self._joining.check_part(one))
+            first = records.first(part)
+            received.append((first.row, self._as_received(first, one, own[there])))
         nothing = torch.empty((0, *self._rest), device="cpu")
-        return self._made(nothing, own[there], len(own), records.having(found), several), received
+        return self._made(nothing, own[there], len(own), records.having(every), several), received
 
     def _made(
         self,
@@ -243,16 +243,14 @@ class Aligned:
             "; ".join(self._joining.notes(several)),
         )
 
-    def _as_received(
-        self, first: Record, part: int, found: Found, cells: torch.Tensor
-    ) -> torch.Tensor:
+    def _as_received(self, first: Record, found: Found, cells: torch.Tensor) -> torch.Tensor:
         """Return a part's rows with the target's dims of rows in place of the records'."""
         group = self.groups[0]
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         sizes = [self._target.shape[i] for i in group.at]
         made = torch.zeros((math.prod(sizes), *rest_of(first)), dtype=dtype, device="cpu")
         if len(cells):
-            as_bits(made).index_copy_(0, cells, as_bits(self._joining.of_part(part, found)))
+            as_bits(made).index_copy_(0, cells, as_bits(self._joining.of_part(found)))
         made = made.reshape(*sizes, *made.shape[1:])
         at = first.groups[0].at
         before = sum(i not in at for i in range(min(at)))
@@ -260,19 +258,19 @@ class Aligned:
         return made.permute([*rest[:before], *rows, *rest[before:]])
 
     def _why_none(self, wanted: int, keys: Sequence[torch.Tensor]) -> str:
-        every, parts = self._records.every, self._records.parts
-        places = self._records.places[: len(parts)]
-        there = sum(bool((one.find(keys[0]).times > 0).any()) for one in places)
+        records, parts = self._records, self._records.parts
+        every = [records.find((part,), keys[0]) for part in range(len(parts))]
+        there = sum(bool((one.times > 0).any()) for one in every)
         if there and len(keys) == 1 and len(parts) > 1:
             return (
                 f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
                 f"{parts_text(parts)}, and only {there} of these have any; record all ranks"
             )
-        known = sum(len(one.keys) for one in places)
+        known = sum(len(records.places[one.number].keys) for one in every)
         return (
             f"no row in common: none of its {count(wanted, 'row')} is among the {known} that "
-            f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "
-            "ids with another salt?"
+            f"{count(len(records.every), 'record')} of this name and tags have; are these other "
+            "tokens, or ids with another salt?"
         )
 
 

@@ -36,7 +36,6 @@ class Cells:
         is_found: of all of them, the last group's the fastest: bool, flat.
         found: for each part that is needed the places of those, where there is one group.
         records: those that have any of them.
-        numbers: for each of these parts that of its places, which several may share.
         grids: for each part what was recorded of all combinations, where there are several groups.
         several: those that were recorded several times.
     """
@@ -44,7 +43,6 @@ class Cells:
     is_found: torch.Tensor
     found: dict[int, Found]
     records: list[Record]
-    numbers: dict[int, int] = field(default_factory=dict)
     grids: dict[int, torch.Tensor] = field(default_factory=dict)
     several: Several = field(default_factory=Several)
 
@@ -93,14 +91,12 @@ class Joining:
         if len(keys) > 1:
             return self._grids(keys, needed)
         records = self.records
-        numbers = {parts[0]: records.together(parts) for parts in needed}
-        # Those parts that are not asked for are known, too.
-        every = {*numbers.values(), *range(len(records.parts))}
-        there = {number: records.places[number].find(keys[0]) for number in every}
-        is_found = torch.stack([there[number].times > 0 for number in numbers.values()]).all(0)
-        there = {number: one.of(is_found) for number, one in there.items()}
-        found = {part: there[number] for part, number in numbers.items()}
-        return Cells(is_found, found, records.having(there), numbers)
+        found = {parts[0]: records.find(parts, keys[0]) for parts in needed}
+        is_found = torch.stack([one.times > 0 for one in found.values()]).all(0)
+        found = {part: one.of(is_found) for part, one in found.items()}
+        others = {*range(len(records.parts))}.difference(*needed)  # which are known, too
+        there = [records.find((part,), keys[0]).of(is_found) for part in others]
+        return Cells(is_found, found, records.having([*found.values(), *there]))
 
     def check(self, cells: Cells) -> Several:
         """Hold rows that were recorded several times against the first of them.
@@ -110,14 +106,14 @@ class Joining:
             DamagedRecording: a record cannot be read.
         """
         several = cells.several
-        for part, found in cells.found.items():
-            several = several.and_(self.check_part(cells.numbers[part], found))
+        for found in cells.found.values():
+            several = several.and_(self.check_part(found))
         return several
 
-    def check_part(self, number: int, found: Found) -> Several:
-        """As `check`, of one part's rows, by the number of its places."""
+    def check_part(self, found: Found) -> Several:
+        """As `check`, of one part's rows."""
         if self.replicas == "error":
-            return check_same(self.records, number, found, self._gathered)
+            return check_same(self.records, found, self._gathered)
         return Several(int((found.times > 1).sum()))
 
     def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
@@ -136,10 +132,7 @@ class Joining:
             made = self._assembled(cells.grids, sizes)
             flat = made.reshape(math.prod(sizes), *made.shape[len(sizes) :])
             return flat[cells.is_found][which]
-        tensors = {
-            part: self.of_part(cells.numbers[part], Found(one.first[which], one.times[which]))
-            for part, one in cells.found.items()
-        }
+        tensors = {part: self.of_part(one.of(which)) for part, one in cells.found.items()}
         return self._assembled(tensors, [len(next(iter(tensors.values())))])
 
     def with_padding(self, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -161,9 +154,9 @@ class Joining:
         made = keep_padding(found, shape, rows.reshape(shape), own.reshape(shape))
         return made.reshape(rows.shape)
 
-    def of_part(self, number: int, found: Found) -> torch.Tensor:
+    def of_part(self, found: Found) -> torch.Tensor:
         """Return a part's rows: [rows, other dims]; of several the one that was asked for."""
-        places = self.records.places[number]
+        places = self.records.places[found.number]
         at = found.first if self.replicas != "last" else found.first + found.times - 1
         taken = self._gathered.rows(places.record[at], places.row[at])
         if self.replicas != "mean" or not bool((found.times > 1).any()):
@@ -249,18 +242,15 @@ class Joining:
         used: list[Record] = []
         every: list[Grid] = []
         for parts in needed:
-            number = records.together(parts)
-            found = records.places[number].find(keys[0])
             grid = Grid(keys, records.keys, self._gathered, self.replicas)
-            used += [one for one in records.having({number: found}) if grid.add(one)]
-            first = next(one for one in records.every if one.part == parts[0])
-            grids[parts[0]] = grid.made(first)
+            used += [one for one in records.having([records.find(parts, keys[0])]) if grid.add(one)]
+            grids[parts[0]] = grid.made(records.first(parts[0]))
             is_found &= grid.filled
             every.append(grid)
         several = Several()
         for grid in every:
             several = several.and_(grid.checked(is_found))
-        return Cells(is_found.flatten(), {}, used, {}, grids, several)
+        return Cells(is_found.flatten(), {}, used, grids, several)
 
 
 @lru_cache(maxsize=_MOST_PLANS)
@@ -301,12 +291,9 @@ def parts_text(parts: Sequence[Held]) -> str:
 
 def of_parts(records: Records, err: LayoutError) -> LayoutError:
     """Return an error of the layouts' said of parts, whose numbers are no ranks'."""
-    firsts = [
-        next(one for one in records.every if one.part == i) for i in range(len(records.parts))
-    ]
+    firsts = [records.first(part).row for part in range(len(records.parts))]
     where = [
-        f"part {i} is rank {one.row['rank']}'s at step {one.row['step']}"
-        for i, one in enumerate(firsts)
+        f"part {i} is rank {row['rank']}'s at step {row['step']}" for i, row in enumerate(firsts)
     ]
     found = err.of("", {"rank": "part"})
     if "part " in found.fact or "parts " in found.fact:

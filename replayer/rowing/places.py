@@ -75,16 +75,18 @@ class Found(NamedTuple):
     """The places of keys.
 
     Attributes:
-        first: of each key the first of its places in `Places`, whatever where it has none.
+        number: that of the `Places` in `Records.places`.
+        first: of each key the first of its places there, whatever where it has none.
         times: how many it has.
     """
 
+    number: int
     first: torch.Tensor
     times: torch.Tensor
 
-    def of(self, which: torch.Tensor) -> Found:
+    def of(self, which: torch.Tensor | slice) -> Found:
         """Return those of some keys."""
-        return Found(self.first[which], self.times[which])
+        return Found(self.number, self.first[which], self.times[which])
 
 
 class Places:
@@ -123,13 +125,13 @@ class Places:
         found.record, found.row = record[order][by_key], row[order][by_key]
         return found
 
-    def find(self, keys: torch.Tensor) -> Found:
-        """Return the places of some keys."""
+    def find(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `first` and `times` of some keys, as `Found` has them."""
         first, is_there = _found(self.keys, keys)
         times = (is_there & (keys != _UNKNOWN)).to(torch.int64)
         if not self._are_distinct:
             times *= torch.searchsorted(self.keys, keys, right=True) - first
-        return Found(first, times)
+        return first, times
 
     @cached_property
     def _are_distinct(self) -> bool:

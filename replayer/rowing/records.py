@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -57,26 +57,34 @@ class Records:
         )
         self.checked: dict[int, torch.Tensor] = {}
         self.where = Where(every)
-        self._together: dict[tuple[int, ...], int] = {}
+        self._merged: dict[tuple[int, ...], int] = {}
 
-    def together(self, parts: tuple[int, ...]) -> int:
-        """Return the number in `places` of parts that hold the same of their rows."""
+    def first(self, part: int) -> Record:
+        """Return the first record of a part."""
+        return next(one for one in self.every if one.part == part)
+
+    def find(self, parts: tuple[int, ...], keys: torch.Tensor) -> Found:
+        """Return the places of keys in a part, or in parts that hold the same of their rows."""
+        number = self._together(parts)
+        return Found(number, *self.places[number].find(keys))
+
+    def _together(self, parts: tuple[int, ...]) -> int:
         if len(parts) == 1:
             return parts[0]
-        number = self._together.get(parts)
+        number = self._merged.get(parts)
         if number is None:  # two threads may both make it, and either number will do
             self.places.append(Places.merged([self.places[part] for part in parts]))
-            number = self._together[parts] = len(self.places) - 1
+            number = self._merged[parts] = len(self.places) - 1
         return number
 
-    def having(self, found: Mapping[int, Found]) -> list[Record]:
-        """Return the records that have any of some keys: their places, by the number of these."""
+    def having(self, found: Iterable[Found]) -> list[Record]:
+        """Return the records at some places, in the order in which they count."""
         has = torch.zeros(len(self.every), dtype=torch.bool, device="cpu")
-        for number, one in found.items():
+        for one in found:
             at = one.first.repeat_interleave(one.times)
             before = (one.times.cumsum(0) - one.times).repeat_interleave(one.times)
             at += torch.arange(len(at), device="cpu") - before
-            has[self.places[number].record[at].to(torch.int64)] = True
+            has[self.places[one.number].record[at].to(torch.int64)] = True
         return [self.every[i] for i in has.nonzero().flatten().tolist()]
 
     @classmethod

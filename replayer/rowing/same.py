@@ -14,7 +14,7 @@ from recorder.tags import label
 
 from .gather import Gathered
 from .held import Record
-from .places import Found
+from .places import Found, Places
 from .records import Records
 
 APART = (
@@ -127,7 +127,7 @@ class Several(NamedTuple):
         return Several(max(self.rows, other.rows), max(known, default=None))
 
 
-def check_same(records: Records, part: int, found: Found, gathered: Gathered) -> Several:
+def check_same(records: Records, found: Found, gathered: Gathered) -> Several:
     """Hold rows that were recorded several times against the first of them, each once.
 
     Raises:
@@ -136,30 +136,29 @@ def check_same(records: Records, part: int, found: Found, gathered: Gathered) ->
     several = found.times > 1
     if not bool(several.any()):
         return Several()
-    places = records.places[part]
-    known = records.checked.get(part)
+    places = records.places[found.number]
+    known = records.checked.get(found.number)
     if known is None:
-        known = records.checked[part] = torch.full((len(places.keys),), _NOT_YET)
+        known = records.checked[found.number] = torch.full((len(places.keys),), _NOT_YET)
     first, counts = found.first[several], found.times[several]
     todo = known[first] == _NOT_YET
     measured = known.clone() if bool(todo.any()) else known  # all of it, or none counts
-    for one, other in _others(records, part, first[todo], counts[todo]):
+    for one, other in _others(records, places, first[todo], counts[todo]):
         a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
         if bool(off.beyond.any()):
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
-            raise _differ(records, part, int(one[worst]), int(other[worst]), off, worst)
+            raise _differ(records, places, int(one[worst]), int(other[worst]), off, worst)
         measured[one] = torch.maximum(measured[one], off.whole.to(known.dtype))
     measured[first] = measured[first].clamp_min(0.0)
-    records.checked[part] = measured
+    records.checked[found.number] = measured
     return Several(int(several.sum()), float(measured[first].max()))
 
 
 def _others(
-    records: Records, part: int, first: torch.Tensor, counts: torch.Tensor
+    records: Records, places: Places, first: torch.Tensor, counts: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield places and those of the same keys that are to be compared with them, in pieces."""
-    places = records.places[part]
     codes: dict[tuple[str, str], int] = {}
     digests = [
         codes.setdefault((one.row["digest"], one.row["dims"] or ""), len(codes))
@@ -181,9 +180,8 @@ def _others(
 
 
 def _differ(
-    records: Records, part: int, one: int, other: int, off: Apart, at: int
+    records: Records, places: Places, one: int, other: int, off: Apart, at: int
 ) -> ReplicasDiffer:
-    places = records.places[part]
     where = [
         place_text(records.every[int(places.record[p])], int(places.row[p])) for p in (one, other)
     ]
