@@ -23,7 +23,7 @@ from recorder.tokens.hashing import previous
 
 from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
-from ..rowing.places import Keys, Places, real_rows
+from ..rowing.places import Keys, Places, among, real_rows
 from ..rowing.records import Records
 from ..rowing.same import apart
 from .tensors import Two
@@ -95,7 +95,7 @@ class Common:
             ids, others = a.ids[g], b.ids[g]
             there = b.records.keys[g].of(ids)
             known = b.records.keys[g].of(others).sort().values
-            has = _is_in(there, known)
+            _, has = among(known, there)
             wanted.append(ids[has])
             alone_a.append(len(ids) - int(has.sum()))
             alone_b.append(len(others) - int(has.sum()))
@@ -367,8 +367,7 @@ class Common:
         is_known = False
         for side in (self._a, self._b):
             for own, known in _facts_of(side):
-                there = torch.searchsorted(ordered, own).clamp_(max=max(len(ordered) - 1, 0))
-                has = ordered[there] == own if len(ordered) else own < own
+                there, has = among(ordered, own)
                 found[at[there[has]]] = known[has].to(torch.int64)
                 is_known |= bool(has.any())
         return found if is_known else None
@@ -404,10 +403,3 @@ def _distinct(every: Sequence[torch.Tensor], keys: Keys) -> torch.Tensor:
     first = torch.full((int(at.max()) + 1 if len(at) else 0,), len(ids), dtype=torch.int64)
     first.scatter_reduce_(0, at, torch.arange(len(ids)), "amin")
     return ids[first.sort().values]
-
-
-def _is_in(wanted: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    if not len(known):
-        return torch.zeros(len(wanted), dtype=torch.bool)
-    at = torch.searchsorted(known, wanted).clamp_(max=len(known) - 1)
-    return known[at] == wanted

@@ -14,11 +14,11 @@ import torch
 from recorder.errors import LayoutError
 from recorder.tokens.taken import real
 
-_UNKNOWN = -1
+UNKNOWN = -1
 
 
 class Keys:
-    """Ids as one integer each: equal for equal ids, `_UNKNOWN` for one of which nothing is known.
+    """Ids as one integer each: equal for equal ids, `UNKNOWN` for one of which nothing is known.
 
     Args:
         known: ids, [rows] or [rows, numbers], no padding among them.
@@ -26,7 +26,7 @@ class Keys:
 
     def __init__(self, known: torch.Tensor) -> None:
         self.numbers = 1 if known.dim() == 1 else int(known.shape[1])
-        self._levels: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._levels: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self.numbers == 1:
             return
         codes = torch.zeros(len(known), dtype=torch.int64, device="cpu")
@@ -56,15 +56,14 @@ class Keys:
         codes = torch.zeros(len(ids), dtype=torch.int64, device="cpu")
         unknown = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         for column, (values, known) in zip(ids.unbind(1), self._levels, strict=True):
-            at, is_there = _found(values, column.contiguous())
-            assert known is not None
-            codes, is_known = _found(known, codes * max(len(values), 1) + at)
+            at, is_there = among(values, column.contiguous())
+            codes, is_known = among(known, codes * max(len(values), 1) + at)
             unknown |= ~is_there | ~is_known
-        return torch.where(unknown, _UNKNOWN, codes)
+        return torch.where(unknown, UNKNOWN, codes)
 
 
-def _found(values: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where sorted values have what is wanted, and whether they do."""
+def among(values: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where sorted values have what is wanted first, and whether they do."""
     if not len(values):
         return torch.zeros_like(wanted), torch.zeros(len(wanted), dtype=torch.bool, device="cpu")
     at = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
@@ -127,8 +126,8 @@ class Places:
 
     def find(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `first` and `times` of some keys, as `Found` has them."""
-        first, is_there = _found(self.keys, keys)
-        times = (is_there & (keys != _UNKNOWN)).to(torch.int64)
+        first, is_there = among(self.keys, keys)
+        times = (is_there & (keys != UNKNOWN)).to(torch.int64)
         if not self._are_distinct:
             times *= torch.searchsorted(self.keys, keys, right=True) - first
         return first, times
