@@ -159,21 +159,14 @@ def _others(
     records: Records, places: Places, first: torch.Tensor, counts: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield places and those of the same keys that are to be compared with them, in pieces."""
-    codes: dict[tuple[str, str], int] = {}
-    digests = [
-        codes.setdefault((one.row["digest"], one.row["dims"] or ""), len(codes))
-        for one in records.every
-    ]
-    code = torch.tensor(digests, dtype=torch.int64, device="cpu")
     row = records.every[0].row
     each = max(1, row["nbytes"] // max(1, len(records.every[0].groups[0].ids)))
     size = max(1, _CHUNK_BYTES // each)
     for j in range(1, int(counts.max()) if len(counts) else 0):
         one = first[counts > j]
         other = one + j
-        is_same = (code[places.record[one].long()] == code[places.record[other].long()]) & (
-            places.row[one] == places.row[other]
-        )
+        here, there = (records.where.content[places.record[at].long()] for at in (one, other))
+        is_same = (here == there) & (places.row[one] == places.row[other])
         one, other = one[~is_same], other[~is_same]
         if len(one):  # nothing is still split into one piece
             yield from zip(one.split(size), other.split(size), strict=True)
