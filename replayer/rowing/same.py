@@ -73,24 +73,19 @@ def apart(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) ->
     """
     n = len(a)
     x, y = a.reshape(n, -1), b.reshape(n, -1)
-    same = (
-        (as_bits(x) == as_bits(y)).flatten(1).all(1)
-        if x.shape[1]
-        else torch.ones(n, dtype=torch.bool)
-    )
+    if not x.shape[1]:
+        nothing, no = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
+        return Apart(nothing, no, nothing, no)
+    same = (as_bits(x) == as_bits(y)).flatten(1).all(1)
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         far = (x.to(torch.float64) - y.to(torch.float64)).abs()
-        most = far.amax(1) if x.shape[1] else torch.zeros(n, dtype=torch.float64)
-        return Apart((~same).to(torch.float64), ~same, most, ~same)
+        return Apart((~same).to(torch.float64), ~same, far.amax(1), ~same)
     if a.dtype.is_complex:
         x, y = (torch.view_as_real(t).reshape(n, -1) for t in (x, y))
     x, y = x.to(torch.float64), y.to(torch.float64)
     equal = (x == y) | (x.isnan() & y.isnan())
     off = torch.where(equal, 0.0, (x - y).abs())
     size = torch.maximum(x.abs().nan_to_num(0, 0, 0), y.abs().nan_to_num(0, 0, 0))
-    if not x.shape[1]:
-        nothing = torch.zeros(n, dtype=torch.float64)
-        return Apart(nothing, ~same, nothing, ~same)
     most, largest = off.amax(1), size.amax(1)
     whole = off.square().mean(1).sqrt() / size.square().mean(1).sqrt().clamp_min(1e-300)
     within = rounding(dtype or a.dtype)
