@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -385,17 +385,18 @@ class Recording:
         """
         return self._held.known(row, names)
 
-    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+    def read_runs(self, path: Path, into: memoryview, runs: Iterable[tuple[int, int, int]]) -> None:
         """Read runs of a shard's bytes into memory, without comparing them with any digest.
 
         Args:
             path: the shard, of `place_of`.
-            runs: where each begins in the file, and what to fill with it.
+            into: the memory.
+            runs: where each begins in the file, and from where to where it goes in the memory.
 
         Raises:
             DamagedRecording: the bytes are not there.
         """
-        self._through_names(path, lambda file: self._opened().read_runs(file, runs))
+        self._through_names(path, lambda file: self._opened().read_runs(file, into, runs))
 
     def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
         """Return the shard of a row's payload, and where in it that lies.

@@ -36,6 +36,7 @@ from .own import Own
 from .replaced import Replacement, applied, measured, own_measured
 from .rowing.aligned import Aligned
 from .rowing.match import RowMatcher
+from .rowing.places import real_rows
 from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class RowReplacements:
             groups = rowed(dims, target.shape, [one.taken() for one in ids])
         except LayoutError:  # ids that nobody needs are no error
             return None
-        return math.prod(int(one.real().sum()) for one in groups) if groups else None
+        return math.prod(len(real_rows(one.ids)) for one in groups) if groups else None
 
     def make(
         self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned

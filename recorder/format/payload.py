@@ -9,7 +9,7 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -60,8 +60,8 @@ class Files:
         except OSError as err:
             raise DamagedRecording(path, err.strerror or str(err)) from err
 
-    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
-        """Read runs of bytes: where in the file each begins, and the memory to fill.
+    def read_runs(self, path: Path, into: memoryview, runs: Iterable[tuple[int, int, int]]) -> None:
+        """Read runs of bytes: where each begins in the file, and from where to where in memory.
 
         Raises:
             DamagedRecording: the file is shorter than that, or cannot be read.
@@ -69,9 +69,10 @@ class Files:
         """
         try:
             file = self._file(path)
-            for at, into in runs:
-                if os.preadv(file.number, (into,), at) != into.nbytes:
-                    _fill(file.number, path, at, into)
+            for at, begin, end in runs:
+                view = into[begin:end]
+                if os.preadv(file.number, (view,), at) != end - begin:
+                    _fill(file.number, path, at, view)
         except FileNotFoundError:
             raise
         except OSError as err:

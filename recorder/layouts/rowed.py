@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import BadRows
-from ..tokens.taken import Taken, real
+from ..tokens.taken import Taken
 from .dims import Dims
 
 
@@ -37,15 +37,6 @@ class Rowed:
     def label(self) -> str:
         """The dims as messages call them."""
         return " ".join(self.names)
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers are an id."""
-        return 1 if self.ids.dim() == 1 else int(self.ids.shape[1])
-
-    def real(self) -> torch.Tensor:
-        """Which rows are no padding: bool [rows]."""
-        return real(self.ids)
 
 
 def rowed(dims: Dims, shape: Sequence[int], given: Iterable[Taken]) -> list[Rowed]:

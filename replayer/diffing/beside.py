@@ -13,6 +13,7 @@ from recorder.recording import Recording
 from recorder.tags import canonical
 
 from ..pairing.marked import in_order
+from ..routing import neighbours
 
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 
@@ -36,13 +37,10 @@ class Beside:
             row: the record; one of these is of its rank, step and occurrence, unless `by_rows`.
             by_rows: whether they are compared row by row: then all of a name.
         """
-        floats = self._of_tags(row["tags"]).filter(pl.col("dtype").is_in(_FLOATS))
-        if not by_rows:
-            floats = floats.filter(
-                *(pl.col(name) == row[name] for name in ("rank", "step", "occurrence", "attempt"))
-            )
-        if by_rows:
-            floats = floats.filter(pl.col("rows").is_not_null())
+        same = [pl.col(name) == row[name] for name in ("rank", "step", "occurrence", "attempt")]
+        floats = self._of_tags(row["tags"]).filter(
+            pl.col("dtype").is_in(_FLOATS), *([pl.col("rows").is_not_null()] if by_rows else same)
+        )
         for _, part in floats.group_by("name", maintain_order=True):
             yield in_order(list(rows_of(part)))
 
@@ -51,19 +49,14 @@ class Beside:
 
         Those that are compared row by row alone.
         """
-        tags = parse_tags(row["tags"])
-        for tag, value in tags.items():
-            if type(value) is not int:
-                continue
-            for by in (1, -1):
-                other = canonical({**tags, tag: value + by})
-                found = self._of_tags(other).filter(
-                    pl.col("rows").is_not_null(),
-                    pl.col("name") == row["name"],
-                    pl.col("kind") == row["kind"],
-                )
-                if found.height:
-                    yield other, in_order(list(rows_of(found)))
+        for tags in neighbours(parse_tags(row["tags"])):
+            other = canonical(tags)
+            found = self._of_tags(other).filter(
+                pl.col("rows").is_not_null(),
+                *(pl.col(name) == row[name] for name in ("name", "kind")),
+            )
+            if found.height:
+                yield other, in_order(list(rows_of(found)))
 
     def _of_tags(self, tags: str) -> pl.DataFrame:
         with self._lock:

@@ -169,19 +169,16 @@ class Crew:
             nbytes = min(task.nbytes, self._options.memory)
         with self._room.of(nbytes):
             found: list[DiffRow] = []
-            is_gradient = task.a[0]["kind"] == "grad"
             about: DiffRow = {}
             try:
                 if task.how == ROWS:
-                    found += self._of_rows(task, is_gradient, run)
+                    found += self._of_rows(task, run)
                 else:
                     for two in self.twos(task):
-                        found += self._measured(
-                            two, is_gradient, run, lambda two: self._scores(task, two)
-                        )
+                        found += self._measured(task, two, run)
                 about["about"] = task.how if task.how in SIDES else REPLICAS
                 for two in self._within(task):
-                    figures = self._figures(two, is_gradient, run)
+                    figures = self._figures(task, two, run)
                     found.append(row_of(self._whole(two, figures(two.a, two.b)), about))
             except Exception as err:  # one pair's failure is that pair's row, whatever it is
                 found.append(row_of(_failed(err), about))
@@ -206,9 +203,7 @@ class Crew:
         check = self._options.check
         return Common.of(a, task.a, b, task.b, check=check, shared=shared)
 
-    def _of_rows(
-        self, task: Task, is_gradient: bool, run: Callable[..., Iterator[Any]]
-    ) -> list[DiffRow]:
+    def _of_rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         """Return the rows of a pair that is compared row by row, and what is said of each side."""
         common = self._common(task)
         counts: DiffRow = {
@@ -220,7 +215,7 @@ class Crew:
         if task.is_equal:
             found.append(row_of(_equal(common), counts))
         for two in () if task.is_equal else common.twos(self._options.memory):
-            rows = self._measured(two, is_gradient, run, lambda two: self._scores(task, two))
+            rows = self._measured(task, two, run)
             if rows[0]["bitwise"] is False:
                 said = self._said_of(task, two)
                 rows[0] = row_of(rows[0], {"message": joined(rows[0]["message"], said)})
@@ -276,15 +271,11 @@ class Crew:
         return plans
 
     def _measured(
-        self,
-        two: Two | LayoutError,
-        is_gradient: bool,
-        run: Callable[..., Iterator[Any]],
-        scores: Callable[[Two], torch.Tensor | None] = lambda two: None,
+        self, task: Task, two: Two | LayoutError, run: Callable[..., Iterator[Any]]
     ) -> list[DiffRow]:
         if isinstance(two, LayoutError):
             return [_failed(two)]
-        figures = self._figures(two, is_gradient, run)
+        figures = self._figures(task, two, run)
         found = figures(two.a, two.b)
         row = self._whole(two, found)
         if found.bitwise:
@@ -292,7 +283,7 @@ class Crew:
         if isinstance(two, TwoOfRows):
             row = row_of(row, first_off(two, found))
         if is_choice(two.a) and is_choice(two.b):
-            told = flips(two.a, two.b, scores(two))
+            told = flips(two.a, two.b, self._scores(task, two))
             row = row_of(row, told, {"message": joined(row["message"], told.get("message"))})
         row["parts"] = list(_parts(two, figures))
         if self._options.by is None:
@@ -306,12 +297,13 @@ class Crew:
         return [row, *by]
 
     def _figures(
-        self, two: Two, is_gradient: bool, run: Callable[..., Iterator[Any]]
+        self, task: Task, two: Two, run: Callable[..., Iterator[Any]]
     ) -> Callable[[torch.Tensor, torch.Tensor], Measures]:
         """Return what measures a pair's tensors, and parts of them."""
         rtol, atol = self._options.rtol, self._options.atol
         # Threads are for what is large; small pairs are done side by side as they are.
         how = run if two.a.numel() > SEGMENT else map
+        is_gradient = task.a[0]["kind"] == "grad"
         return functools.partial(measure, rtol=rtol, atol=atol, is_gradient=is_gradient, run=how)
 
     def _whole(self, two: Two, found: Measures) -> DiffRow:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from recorder.tokens.hashing import previous
 from ..log import joined
 from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
-from ..rowing.places import Keys, Places, real_rows
+from ..rowing.places import Keys, Places, among, real_rows
 from ..rowing.records import Records
 from ..rowing.same import apart
 from .blocks import SIDES
@@ -78,8 +79,8 @@ class _Side:
 
     def place(self, cells: Cells, at: int) -> Place:
         """Return where a cell that was found was recorded first."""
-        part, found = next(iter(cells.found.items()))
-        places = self.records.places[cells.numbers[part]]
+        found = next(iter(cells.found.values()))
+        places = self.records.places[found.number]
         number = int(found.first[at])
         record = self.records.every[int(places.record[number])]
         return Place(record.row["step"], record.row["rank"], int(places.row[number]))
@@ -98,30 +99,27 @@ class Common:
 
     def __init__(self, a: _Side, b: _Side) -> None:
         self._a, self._b = a, b
-        wanted, alone_a, alone_b = [], [], []
-        for g in range(len(a.ids)):
-            ids, others = a.ids[g], b.ids[g]
-            _check_numbers(a, b, g)
-            there = b.records.keys[g].of(ids)
-            known = b.records.keys[g].of(others).sort().values
-            has = _is_in(there, known)
+        _check_numbers(a, b)
+        wanted = []
+        for ids, others, keys in zip(a.ids, b.ids, b.records.keys, strict=True):
+            _, has = among(keys.of(others).sort().values, keys.of(ids))
             wanted.append(ids[has])
-            alone_a.append(len(ids) - int(has.sum()))
-            alone_b.append(len(others) - int(has.sum()))
-        self.only_a, self.only_b = sum(alone_a), sum(alone_b)
-        total = 1
-        for one in wanted:
-            total *= len(one)
+        total = math.prod(map(len, wanted))
         if len(wanted) > 1 and total > _MOST_COMBINED:
             raise LayoutError(
                 f"{total} combinations of rows along several dims are more than can be compared"
             )
-        self._ids = wanted
+        self._ids: torch.Tensor | None = None
+        self._known: torch.Tensor | None = None
         with _said_of(a.name):
             self._receiver = whole_of(a.records)
         self._of_a, self._of_b = a.joining(self._receiver), b.joining(self._receiver)
         self._cells = self._found(wanted) if total else None
-        self.both = 0 if self._cells is None else len(self._order)
+        self.both = 0 if self._cells is None else int(self._cells[0].is_found.sum())
+        lost = total - self.both  # both sides have their ids, and not in all parts
+        self.only_a, self.only_b = (
+            lost + sum(map(len, side.ids)) - sum(map(len, wanted)) for side in (a, b)
+        )
         self.apart: list[str] = []
         self.several: list[str] = []
         if self._cells is not None:
@@ -219,10 +217,8 @@ class Common:
         total = 0
         for side in (self._a, self._b):
             for part in range(len(side.records.parts)):
-                one = next(r for r in side.records.every if r.part == part)
-                rows = 1
-                for group in one.groups:
-                    rows *= len(group.ids)
+                one = side.records.first(part)
+                rows = math.prod(len(group.ids) for group in one.groups)
                 total += one.row["nbytes"] // max(1, rows)
         return max(1, total)
 
@@ -236,30 +232,27 @@ class Common:
         if self._cells is None:
             return
         ranks = self.ranks
-        size = max(1, memory // self.row_bytes)
-        pieces = range(0, self.both, size) if len(self._ids) == 1 else [0]
-        for start in pieces:
-            which = slice(start, start + size) if len(self._ids) == 1 else slice(None)
+        # Grids, of several groups, are there as a whole.
+        size = max(1, self.both if self._ids is None else memory // self.row_bytes)
+        for start in range(0, self.both, size):
+            which = slice(start, start + size)
             one, other = (
                 self._of_a.rows(self._cells[0], which),
                 self._of_b.rows(self._cells[1], which),
             )
             some = f"rows {start + 1} to {min(start + size, self.both)} of {self.both}"
-            note = joined(some if len(pieces) > 1 else "", self.one_sided)
+            note = joined(some if self.both > size else "", self.one_sided)
             yield TwoOfRows(
                 one, other, self.dim_names, ranks[0], ranks[1], note, common=self, start=start
             )
 
     def ids(self, number: int) -> list[int]:
-        """Return the id of a row in common; with several groups of rows, all their ids."""
-        if len(self._ids) > 1:
-            return []
-        one = self._ids[0][int(self._order[number])]
-        return [int(one)] if one.dim() == 0 else [int(n) for n in one]
+        """Return the id of a row in common; [] where several groups tell rows apart."""
+        return [] if self._ids is None else self._ids[number].reshape(-1).tolist()
 
     def places(self, number: int) -> tuple[Place, Place] | None:
         """Return where a row in common was recorded; None where several groups tell rows apart."""
-        if self._cells is None or len(self._ids) > 1:
+        if self._cells is None or self._ids is None:
             return None
         a, b = self._cells
         return self._a.place(a, number), self._b.place(b, number)
@@ -305,25 +298,24 @@ class Common:
             start: the number of the first row.
             size: how many.
         """
-        if len(self._ids) > 1:
+        if self._ids is None:
             return None
         a = self._a
         try:
             names = _names(a.source, a.records.every[0].row)
             records = Records.of(a.source, rows, lambda own: paired(own, names), {}, check=a.check)
             joining = Joining(a.source, records, whole_of(records), replicas="first", check=a.check)
-            ids = self._ids[0][self._order][start : start + size]
-            cells = joining.find([records.keys[0].of(ids)])
+            cells = joining.find([records.keys[0].of(self._ids[start : start + size])])
             return joining.rows(cells) if bool(cells.is_found.all()) else None
         except LayoutError:
             return None
 
     def _before(self) -> torch.Tensor | None:
         """Return for each row in common the number of the one of the token before, -1 without."""
-        if self._known is None or len(self._ids) > 1 or self._ids[0].dim() > 1:
+        if self._ids is None or self._known is None:
             return None
         positions, tokens = self._known.unbind(1)
-        return previous(self._ids[0][self._order], tokens, positions)
+        return previous(self._ids, tokens, positions)
 
     def order(self, start: int, size: int) -> torch.Tensor:
         """Return the numbers of some rows by where they stand in their sequences."""
@@ -334,7 +326,7 @@ class Common:
         return last.argsort(stable=True)
 
     def _found(self, wanted: Sequence[torch.Tensor]) -> tuple[Cells, Cells]:
-        """Return the cells of both sides, those of either alone left out, and note their order."""
+        """Return the cells of both sides, those of either alone left out, and note their ids."""
         sides = ((self._a, self._of_a), (self._b, self._of_b))
         keys = [
             [make.of(ids) for make, ids in zip(side.records.keys, wanted, strict=True)]
@@ -346,15 +338,13 @@ class Common:
             side.found(joining, own) for (side, joining), own in zip(sides, keys, strict=True)
         )
         has = one.is_found & other.is_found
-        self.only_a += int((~has).sum())
-        self.only_b += int((~has).sum())
-        self._order = has.nonzero().flatten()
-        self._known = self._facts(wanted[0][self._order])
+        self._ids = wanted[0][has]
+        self._known = self._facts(self._ids)
         return _kept(one, has), _kept(other, has)
 
     def _combined(self, keys: list[list[torch.Tensor]]) -> tuple[Cells, Cells]:
         """Return grids of both sides in one order, and which of their cells count."""
-        sizes = [len(one) for one in self._ids]
+        sizes = [len(one) for one in keys[0]]
         cells, grids, found = [], [], []
         sides = ((self._a, self._of_a), (self._b, self._of_b))
         for (side, joining), own in zip(sides, keys, strict=True):
@@ -365,12 +355,8 @@ class Common:
             grids.append({part: made[mesh] for part, made in one.grids.items()})
             cells.append(one)
         both = found[0] & found[1]
-        self.only_a += int((~both).sum())
-        self.only_b += int((~both).sum())
-        self._order = torch.arange(int(both.sum()), device="cpu")
-        self._known = None
         made = [
-            Cells(both, {}, one.records, {}, grid, one.several)
+            Cells(both, {}, one.records, grid, one.several)
             for one, grid in zip(cells, grids, strict=True)
         ]
         return made[0], made[1]
@@ -397,8 +383,7 @@ class Common:
         is_known = False
         for side in (self._a, self._b):
             for own, known in _facts_of(side):
-                there = torch.searchsorted(ordered, own).clamp_(max=max(len(ordered) - 1, 0))
-                has = ordered[there] == own if len(ordered) else own < own
+                there, has = among(ordered, own)
                 found[at[there[has]]] = known[has].to(torch.int64)
                 is_known |= bool(has.any())
         return found if is_known else None
@@ -413,21 +398,22 @@ def _said_of(side: str) -> Iterator[None]:
         raise err.of(side, SIDES) from None
 
 
-def _check_numbers(a: _Side, b: _Side, group: int) -> None:
+def _check_numbers(a: _Side, b: _Side) -> None:
     """Refuse ids that are of one number on one side, and of two on the other."""
-    one, other = (side.records.keys[group].numbers for side in (a, b))
-    if one != other and len(a.ids[group]) and len(b.ids[group]):
-        raise BadRows(
-            f"A's rows are told apart by {count(one, 'number')} each, and B's by {other}",
-            "give both the same ids",
-        )
+    for ids, others in zip(a.ids, b.ids, strict=True):
+        one, other = (math.prod(side.shape[1:]) for side in (ids, others))
+        if one != other and len(ids) and len(others):
+            raise BadRows(
+                f"A's rows are told apart by {count(one, 'number')} each, and B's by {other}",
+                "give both the same ids",
+            )
 
 
 def _kept(cells: Cells, has: torch.Tensor) -> Cells:
     """Return some of the cells that were found, of one group of rows."""
     which = (cells.is_found.to(torch.int64).cumsum(0) - 1)[has]
     found = {part: places.of(which) for part, places in cells.found.items()}
-    return Cells(has, found, cells.records, cells.numbers)
+    return Cells(has, found, cells.records)
 
 
 def _facts_of(side: _Side) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -453,10 +439,3 @@ def _distinct(every: Sequence[torch.Tensor], keys: Keys) -> torch.Tensor:
     first = torch.full((int(at.max()) + 1 if len(at) else 0,), len(ids), dtype=torch.int64)
     first.scatter_reduce_(0, at, torch.arange(len(ids)), "amin")
     return ids[first.sort().values]
-
-
-def _is_in(wanted: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    if not len(known):
-        return torch.zeros(len(wanted), dtype=torch.bool)
-    at = torch.searchsorted(known, wanted).clamp_(max=len(known) - 1)
-    return known[at] == wanted

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -25,8 +25,8 @@ from recorder.ranks import Rank
 from recorder.sizes import count
 
 from ..log import AS_THEY_STAND, LEFT_OUT, SEQ_BITS
-from .held import Held, Record, Source, held_by, rest_of, seqs_of
-from .joining import Joining, lacking_text, parts_text, records_at
+from .held import Held, Record, Source, held_by, rest_of
+from .joining import Joining, lacking_text, parts_text
 from .places import Found, real_rows
 from .records import Records
 from .same import Several
@@ -170,7 +170,7 @@ class Aligned:
             nothing = torch.empty(0, dtype=torch.int64, device="cpu")
             is_empty = not all(len(group.ids) for group in self.groups)
             note = "it has no rows" if is_empty else "all of its rows are padding"
-            return Made(rows, nothing, 0, [None] * self._world, self._numbers(()), note)
+            return Made(rows, nothing, 0, [None] * self._world, self._records.bare, note)
         unique = [
             _distinct(make.of(group.ids[at]), is_sorted=len(self.groups) > 1)
             for make, group, at in zip(self._records.keys, self.groups, real, strict=True)
@@ -229,23 +229,21 @@ class Aligned:
         group, records = self.groups[0], self._records
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
-        found = {part: records.places[part].find(keys) for part in range(len(records.parts))}
-        of_parts = {part: one.times > 0 for part, one in found.items()}
+        every = [records.find((part,), keys) for part in range(len(records.parts))]
+        of_parts = {part: one.times > 0 for part, one in enumerate(every)}
         there = torch.stack([*of_parts.values()]).all(0)
         if len(own) and not bool(there.any()):
             if (err := self.damaged) is not None:
                 raise err
             raise MissingRecord(self._why_none(len(own), [keys], of_parts), rows=len(own))
-        several, received, used = Several(), [], set()
-        for part, every in found.items():
-            one = every.of(there)
-            several = several.and_(self._joining.check_part(part, one))
-            used |= {*records_at(records, part, one).tolist()}
-            first = next(record for record in records.every if record.part == part)
-            received.append((first.row, self._as_received(first, part, one, own[there])))
-        chosen = [records.every[i] for i in sorted(used)]
-        nothing = torch.empty((0, *self._rest), device="cpu")
-        return self._made(nothing, own[there], len(own), chosen, several, of_parts), received
+        every = [one.of(there) for one in every]
+        several, received = Several(), []
+        for part, one in enumerate(every):
+            several = several.and_(self._joining.check_part(one))
+            first = records.first(part)
+            received.append((first.row, self._as_received(first, one, own[there])))
+        nothing, used = torch.empty((0, *self._rest), device="cpu"), records.having(every)
+        return self._made(nothing, own[there], len(own), used, several, of_parts), received
 
     def _made(
         self,
@@ -257,61 +255,53 @@ class Aligned:
         of_parts: Mapping[int, torch.Tensor],
     ) -> Made:
         self.cells = cells
+        logged = [one.logged for one in used if one.logged is not None]
+        senders: list[int | None] = [None] * self._world
+        for number in reversed(logged):
+            senders[number >> SEQ_BITS] = number & (1 << SEQ_BITS) - 1
         notes = [*self._joining.notes(several), lacking_text(self._records, of_parts)]
         return Made(
             rows,
             cells,
             wanted - len(cells),
-            seqs_of(self._latest(used), self._world),
-            self._numbers(used),
+            senders,
+            sorted({*logged, *self._records.bare}),
             "; ".join(filter(None, notes)),
             several.elsewhere,
         )
 
-    def _as_received(
-        self, first: Record, part: int, found: Found, cells: torch.Tensor
-    ) -> torch.Tensor:
+    def _as_received(self, first: Record, found: Found, cells: torch.Tensor) -> torch.Tensor:
         """Return a part's rows with the target's dims of rows in place of the records'."""
         group = self.groups[0]
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         sizes = [self._target.shape[i] for i in group.at]
         made = torch.zeros((math.prod(sizes), *rest_of(first)), dtype=dtype, device="cpu")
         if len(cells):
-            as_bits(made).index_copy_(0, cells, as_bits(self._joining.of_part(part, found)))
+            as_bits(made).index_copy_(0, cells, as_bits(self._joining.of_part(found)))
         made = made.reshape(*sizes, *made.shape[1:])
         at = first.groups[0].at
         before = sum(i not in at for i in range(min(at)))
         rows, rest = range(len(sizes)), range(len(sizes), made.dim())
         return made.permute([*rest[:before], *rows, *rest[before:]])
 
-    def _latest(self, used: Iterable[Record]) -> list[Record]:
-        """Return those of the latest attempt: another's `seq` is that of something else."""
-        latest = self._records.latest
-        return [one for one in used if latest.get(one.row["rank"]) == one.row["attempt"]]
-
-    def _numbers(self, used: Iterable[Record]) -> list[int]:
-        """Return records as in the log; those without rows too, which no tap has more use for."""
-        every = self._latest((*used, *self._records.bare))
-        return sorted({one.row["rank"] << SEQ_BITS | one.row["seq"] for one in every})
-
     def _why_none(
         self, wanted: int, keys: Sequence[torch.Tensor], of_parts: Mapping[int, torch.Tensor]
     ) -> str:
-        every, parts = self._records.every, self._records.parts
-        places = self._records.places[: len(parts)]
-        there = sum(bool((one.find(keys[0]).times > 0).any()) for one in places)
+        records, parts = self._records, self._records.parts
+        every = [records.find((part,), keys[0]) for part in range(len(parts))]
+        there = sum(bool((one.times > 0).any()) for one in every)
         if there and len(keys) == 1 and len(parts) > 1:
-            lacking = lacking_text(self._records, of_parts)
+            lacking = lacking_text(records, of_parts)
             return (
                 f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
                 f"{parts_text(parts)}, and only {there} of these have any"
                 f"{': ' * bool(lacking)}{lacking}; record all ranks"
             )
-        known = sum(len(one.keys) for one in places)
+        known = sum(len(records.places[one.number].keys) for one in every)
         return (
             f"no row in common: none of its {count(wanted, 'row')} is among the {known} that "
-            f"{count(len(every), 'record')} of this name and tags have; are these other tokens, or "
-            "ids with another salt?"
+            f"{count(len(records.every), 'record')} of this name and tags have; are these other "
+            "tokens, or ids with another salt?"
         )
 
 

@@ -8,10 +8,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import islice
 
 import torch
 
-from recorder.bits import as_bits, bytes_of
+from recorder.bits import as_bits, bytes_of, owns_memory
 from recorder.errors import LayoutError
 from recorder.format.payload import parse_dtype
 from recorder.layouts.rowed import moved
@@ -23,6 +26,9 @@ _READ_WHOLE = 1 << 16
 """A record of fewer bytes is read, and checked, in one go; so is one of which half is needed."""
 _CHECKED = 1 << 20
 """One of more bytes, little of which is needed, is not."""
+_KEPT_FROM, _MOST_KEPT = 1 << 20, 64 << 20
+_kept: list[torch.Tensor] = []
+"""Memory to read into: one piece, or one for each thread that reads at the same time."""
 
 
 class Gathered:
@@ -58,7 +64,7 @@ class Gathered:
             raise _several_dtypes(first, self._every[int(numbers[odd[0]])])
         dtype = parse_dtype(first.row["dtype"], "the manifest")
         rest = rest_of(first)
-        made = torch.empty((len(record), *rest), dtype=dtype, device="cpu")
+        made = unfilled((len(record), *rest), dtype)
         each = math.prod(rest) * made.itemsize
         nbytes, in_front = where.nbytes[numbers], where.in_front[numbers]
         is_most = 2 * each * counts >= nbytes
@@ -118,21 +124,33 @@ class Gathered:
             & (offset[1:] == offset[:-1] + each)
             & (places[1:] == places[:-1] + 1)
         )
-        starts = [0, *((~is_next).nonzero().flatten() + 1).tolist()]
-        into = (places[starts] * each).tolist()
-        ends = [*starts[1:], len(places)]
-        view = bytes_of(made)
-        runs: dict[int, list[tuple[int, memoryview]]] = {}
-        for number, begin, target, start, end in zip(
-            file[starts].tolist(), offset[starts].tolist(), into, starts, ends, strict=True
-        ):
-            run = begin, view[target : target + (end - start) * each]
-            if number in runs:
-                runs[number].append(run)
-            else:
-                runs[number] = [run]
-        for number, found in runs.items():
-            self._source.read_runs(where.paths[number], found)
+        first = torch.cat([order.new_zeros(1), (~is_next).nonzero().flatten() + 1])
+        sizes = first.diff(append=first.new_tensor([len(places)])) * each
+        begin = places[first] * each
+        runs = zip(offset[first].tolist(), begin.tolist(), (begin + sizes).tolist(), strict=True)
+        into = bytes_of(made)
+        files, counts = file[first].unique_consecutive(return_counts=True)
+        for number, count in zip(files.tolist(), counts.tolist(), strict=True):
+            self._source.read_runs(where.paths[number], into, islice(runs, count))
+
+
+def unfilled(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor to read into; a large one has the memory of the last, if that is free again.
+
+    The system hands out fresh memory page by page, which takes longer than to fill it.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not _KEPT_FROM <= nbytes <= _MOST_KEPT:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
+    memory = None
+    with suppress(IndexError):
+        memory = _kept.pop()
+    if memory is None or memory.nbytes < nbytes or not owns_memory(memory):
+        with torch.inference_mode(False):  # which may be over when this is read into again
+            memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    made = memory[:nbytes].view(dtype).view(tuple(shape))
+    _kept.append(memory)  # only now: another thread sees that it is taken
+    return made
 
 
 def _several_dtypes(one: Record, other: Record) -> LayoutError:

@@ -15,7 +15,7 @@ from recorder.tags import label
 
 from .gather import Gathered
 from .held import Record, rest_of
-from .places import Keys, real_rows
+from .places import UNKNOWN, Keys, among, real_rows
 from .same import APART, Apart, Several, apart, place_text
 
 _Rows = tuple[torch.Tensor, ...]
@@ -120,8 +120,8 @@ class Grid:
         for group, keys, wanted in zip(record.groups, self._keys, self._wanted, strict=True):
             rows = real_rows(group.ids)
             own = keys.of(group.ids[rows])
-            at = torch.searchsorted(wanted, own).clamp_(max=max(len(wanted) - 1, 0))
-            has = (wanted[at] == own) & (own != -1) if len(wanted) else own < own
+            at, has = among(wanted, own)
+            has &= own != UNKNOWN
             into.append(at[has])
             out_of.append(rows[has])
         if not all(map(len, into)):

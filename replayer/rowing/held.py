@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -38,7 +38,7 @@ class Source(Protocol):
     def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
         """Return the shard of a row's payload, and where in it that lies."""
 
-    def read_runs(self, path: Path, runs: Sequence[tuple[int, memoryview]]) -> None:
+    def read_runs(self, path: Path, into: memoryview, runs: Iterable[tuple[int, int, int]]) -> None:
         """Read runs of a shard's bytes into memory."""
 
 
@@ -80,11 +80,19 @@ class Held:
 
 @dataclass(frozen=True)
 class Record:
-    """One record: its manifest row, its rows along each group, and the number of its part."""
+    """One record.
+
+    Attributes:
+        row: its manifest row.
+        groups: its rows along each group.
+        part: the number of its part.
+        logged: its number in the log's `rows_from`; None where it is of an earlier attempt.
+    """
 
     row: ManifestRow
     groups: tuple[Rowed, ...]
     part: int
+    logged: int | None
 
 
 def held_by(
@@ -175,13 +183,3 @@ def rest_of(record: Record) -> list[int]:
     """Return the sizes of a record's dims that have no rows."""
     front = {i for group in record.groups for i in group.at}
     return [n for i, n in enumerate(record.row["shape"] or []) if i not in front]
-
-
-def seqs_of(records: Sequence[Record], world_size: int) -> list[int | None]:
-    """Return for each sender rank the `seq` of the first of some records, None without one."""
-    found: list[int | None] = [None] * world_size
-    for one in records:
-        rank = one.row["rank"]
-        if found[rank] is None:
-            found[rank] = one.row["seq"]
-    return found

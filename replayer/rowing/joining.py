@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,8 @@ from .places import Found
 from .records import Records
 from .same import Several, check_same, taken_elsewhere
 
+_MOST_PLANS = 256
+
 
 @dataclass(frozen=True)
 class Cells:
@@ -33,7 +36,6 @@ class Cells:
         is_found: of all of them, the last group's the fastest: bool, flat.
         found: for each part that is needed the places of those, where there is one group.
         records: those that have any of them.
-        numbers: for each of these parts that of its places, which several may share.
         grids: for each part what was recorded of all combinations, where there are several groups.
         several: those that were recorded several times.
         there: for each part that is needed, which of all combinations it has, as in `is_found`.
@@ -42,7 +44,6 @@ class Cells:
     is_found: torch.Tensor
     found: dict[int, Found]
     records: list[Record]
-    numbers: dict[int, int] = field(default_factory=dict)
     grids: dict[int, torch.Tensor] = field(default_factory=dict)
     several: Several = field(default_factory=Several)
     there: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -101,21 +102,14 @@ class Joining:
         if len(keys) > 1:
             return self._grids(keys, needed)
         records = self.records
-        found: dict[int, Found] = {}
-        numbers: dict[int, int] = {}
-        there: dict[int, torch.Tensor] = {}
-        for parts in needed:
-            number = numbers[parts[0]] = records.together(parts)
-            found[parts[0]] = records.places[number].find(keys[0])
-            there[parts[0]] = found[parts[0]].times > 0
+        found = {parts[0]: records.find(parts, keys[0]) for parts in needed}
+        there = {part: one.times > 0 for part, one in found.items()}
         is_found = torch.stack([*there.values()]).all(0)
-        used: set[int] = set()
-        for part in range(len(records.parts)):  # those that are not asked for are known, too
-            places = records.places[part].find(keys[0])
-            used |= {*records_at(records, part, places.of(is_found & (places.times > 0))).tolist()}
         found = {part: one.of(is_found) for part, one in found.items()}
-        chosen = [records.every[i] for i in sorted(used)]
-        return Cells(is_found, found, chosen, numbers, there=there)
+        others = {*range(len(records.parts))}.difference(*needed)  # which are known, too
+        more = [records.find((part,), keys[0]).of(is_found) for part in others]
+        used = records.having([*found.values(), *more])
+        return Cells(is_found, found, used, there=there)
 
     def check(self, cells: Cells) -> Several:
         """Hold rows that were recorded several times against the first of them.
@@ -125,17 +119,17 @@ class Joining:
             DamagedRecording: a record cannot be read.
         """
         several = cells.several
-        for part, found in cells.found.items():
-            several = several.and_(self.check_part(cells.numbers[part], found))
+        for found in cells.found.values():
+            several = several.and_(self.check_part(found))
         return several
 
-    def check_part(self, number: int, found: Found) -> Several:
-        """As `check`, of one part's rows, by the number of its places."""
+    def check_part(self, found: Found) -> Several:
+        """As `check`, of one part's rows."""
         is_fine = self.replicas != "error"
-        several = check_same(self.records, number, found, self._gathered, is_fine=is_fine)
+        several = check_same(self.records, found, self._gathered, is_fine=is_fine)
         if self.step is None or not several.whole:
             return several
-        elsewhere = taken_elsewhere(self.records, number, found, self._gathered, self.step)
+        elsewhere = taken_elsewhere(self.records, found, self._gathered, self.step)
         return several._replace(elsewhere=elsewhere)
 
     def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
@@ -154,10 +148,7 @@ class Joining:
             made = self._assembled(cells.grids, sizes)
             flat = made.reshape(math.prod(sizes), *made.shape[len(sizes) :])
             return flat[cells.is_found][which]
-        tensors = {
-            part: self.of_part(cells.numbers[part], Found(one.first[which], one.times[which]))
-            for part, one in cells.found.items()
-        }
+        tensors = {part: self.of_part(one.of(which)) for part, one in cells.found.items()}
         return self._assembled(tensors, [len(next(iter(tensors.values())))])
 
     def with_padding(self, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -179,9 +170,9 @@ class Joining:
         made = keep_padding(found, shape, rows.reshape(shape), own.reshape(shape))
         return made.reshape(rows.shape)
 
-    def of_part(self, number: int, found: Found) -> torch.Tensor:
+    def of_part(self, found: Found) -> torch.Tensor:
         """Return a part's rows: [rows, other dims]; of several the one that was asked for."""
-        places = self.records.places[number]
+        places = self.records.places[found.number]
         at = found.first if self.replicas != "last" else found.first + found.times - 1
         taken = self._gathered.rows(places.record[at], places.row[at])
         if self.replicas != "mean" or not bool((found.times > 1).any()):
@@ -204,6 +195,7 @@ class Joining:
         """
         if 0 in sizes:
             return [(0,)]
+        sizes = [1] * len(sizes)  # how many rows there are says nothing of their parts
         found = self._plan(sizes, self.receiver)
         self.assumed = "; ".join(filter(None, [*self._alone(), found.guesses]))
         self.guesses, moves = found.guesses, found.moves
@@ -222,10 +214,9 @@ class Joining:
         ]
 
     def _plan(self, sizes: Sequence[int], receiver: Held) -> Plan:
-        parts = self.records.parts
-        blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
+        parts = tuple(self.records.parts)
         try:
-            return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
+            return _planned(parts, receiver, tuple(sizes))
         except BlocksMissing as err:
             raise BlocksMissing(
                 f"not all parts of these rows were recorded: {parts_text(parts)}", err.advice
@@ -263,24 +254,26 @@ class Joining:
     def _grids(self, keys: Sequence[torch.Tensor], needed: Sequence[tuple[int, ...]]) -> Cells:
         records = self.records
         grids: dict[int, torch.Tensor] = {}
-        there: dict[int, torch.Tensor] = {}
         used: list[Record] = []
-        every: list[Grid] = []
+        every: dict[int, Grid] = {}
         for parts in needed:
-            number = records.together(parts)
-            found = records.places[number].find(keys[0])
-            near = records_at(records, number, found.of(found.times > 0)).tolist()
             grid = Grid(keys, records.keys, self._gathered, self.replicas, self.step)
-            used += [one for one in (records.every[i] for i in sorted(near)) if grid.add(one)]
-            first = next(one for one in records.every if one.part == parts[0])
-            grids[parts[0]] = grid.made(first)
-            there[parts[0]] = grid.filled.flatten()
-            every.append(grid)
-        is_found = torch.stack([*there.values()]).all(0).view(grid.filled.shape)
+            used += [one for one in records.having([records.find(parts, keys[0])]) if grid.add(one)]
+            grids[parts[0]] = grid.made(records.first(parts[0]))
+            every[parts[0]] = grid
+        is_found = torch.stack([grid.filled for grid in every.values()]).all(0)
         several = Several()
-        for grid in every:
+        for grid in every.values():
             several = several.and_(grid.checked(is_found))
-        return Cells(is_found.flatten(), {}, used, {}, grids, several, there)
+        there = {part: grid.filled.flatten() for part, grid in every.items()}
+        return Cells(is_found.flatten(), {}, used, grids, several, there)
+
+
+@lru_cache(maxsize=_MOST_PLANS)
+def _planned(parts: tuple[Held, ...], receiver: Held, sizes: tuple[int, ...]) -> Plan:
+    """Return what to copy of so many rows; from tap to tap that is mostly the same."""
+    blocks = [part.block(i, sizes) for i, part in enumerate(parts)]
+    return plan(blocks, world_of(parts), receiver.block(0, sizes), receiver.world_size)
 
 
 def whole_of(records: Records) -> Held:
@@ -335,24 +328,11 @@ def lacking_text(records: Records, there: Mapping[int, torch.Tensor]) -> str:
 
 def of_parts(records: Records, err: LayoutError) -> LayoutError:
     """Return an error of the layouts' said of parts, whose numbers are no ranks'."""
-    firsts = [
-        next(one for one in records.every if one.part == i) for i in range(len(records.parts))
-    ]
+    firsts = [records.first(part).row for part in range(len(records.parts))]
     where = [
-        f"part {i} is rank {one.row['rank']}'s at step {one.row['step']}"
-        for i, one in enumerate(firsts)
+        f"part {i} is rank {row['rank']}'s at step {row['step']}" for i, row in enumerate(firsts)
     ]
     found = err.of("", {"rank": "part"})
     if "part " in found.fact or "parts " in found.fact:
         found = type(found)(f"{found.fact} ({', '.join(where[:8])})", found.advice)
     return found
-
-
-def records_at(records: Records, part: int, found: Found) -> torch.Tensor:
-    """Return the numbers of all records that have some keys."""
-    places = records.places[part]
-    starts = found.first.repeat_interleave(found.times)
-    within = torch.arange(len(starts), device="cpu")
-    within -= (found.times.cumsum(0) - found.times).repeat_interleave(found.times)
-    found_at: torch.Tensor = places.record[starts + within].unique()
-    return found_at

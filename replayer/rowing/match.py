@@ -83,10 +83,9 @@ class RowMatcher:
             )
         selected = self._matcher.as_recorded(selected)
         key = selected.key
-        at: _Key = (kind, match_on.group_of_target(key.name, selected.tags))
-        at = (*at, key.step + self._matcher.step_offset if match_on.rows_use_step else None)
+        step = key.step + self._matcher.step_offset if match_on.rows_use_step else None
         number = self._matcher.upcoming(selected, kind) if match_on.rows_use_occurrence else None
-        at = (*at, number)
+        at: _Key = (kind, match_on.group_of_target(key.name, selected.tags), step, number)
         with self._lock:
             numbers = self._by_key().get(at)
             if numbers is None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,11 @@ from recorder.errors import BadRows
 from recorder.sizes import count
 from recorder.tokens.taken import real
 
-_UNKNOWN = -1
+UNKNOWN = -1
 
 
 class Keys:
-    """Ids as one integer each: equal for equal ids, `_UNKNOWN` for one of which nothing is known.
+    """Ids as one integer each: equal for equal ids, `UNKNOWN` for one of which nothing is known.
 
     Args:
         known: ids, [rows] or [rows, numbers], no padding among them.
@@ -26,7 +27,7 @@ class Keys:
 
     def __init__(self, known: torch.Tensor) -> None:
         self.numbers = 1 if known.dim() == 1 else int(known.shape[1])
-        self._levels: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._levels: list[tuple[torch.Tensor, torch.Tensor]] = []
         if self.numbers == 1:
             return
         codes = torch.zeros(len(known), dtype=torch.int64, device="cpu")
@@ -56,15 +57,14 @@ class Keys:
         codes = torch.zeros(len(ids), dtype=torch.int64, device="cpu")
         unknown = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         for column, (values, known) in zip(ids.unbind(1), self._levels, strict=True):
-            at, is_there = _found(values, column.contiguous())
-            assert known is not None
-            codes, is_known = _found(known, codes * max(len(values), 1) + at)
+            at, is_there = among(values, column.contiguous())
+            codes, is_known = among(known, codes * max(len(values), 1) + at)
             unknown |= ~is_there | ~is_known
-        return torch.where(unknown, _UNKNOWN, codes)
+        return torch.where(unknown, UNKNOWN, codes)
 
 
-def _found(values: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where sorted values have what is wanted, and whether they do."""
+def among(values: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where sorted values have what is wanted first, and whether they do."""
     if not len(values):
         return torch.zeros_like(wanted), torch.zeros(len(wanted), dtype=torch.bool, device="cpu")
     at = torch.searchsorted(values, wanted).clamp_(max=len(values) - 1)
@@ -75,16 +75,18 @@ class Found(NamedTuple):
     """The places of keys.
 
     Attributes:
-        first: of each key the first of its places in `Places`, whatever where it has none.
+        number: that of the `Places` in `Records.places`.
+        first: of each key the first of its places there, whatever where it has none.
         times: how many it has.
     """
 
+    number: int
     first: torch.Tensor
     times: torch.Tensor
 
-    def of(self, which: torch.Tensor) -> Found:
+    def of(self, which: torch.Tensor | slice) -> Found:
         """Return those of some keys."""
-        return Found(self.first[which], self.times[which])
+        return Found(self.number, self.first[which], self.times[which])
 
 
 class Places:
@@ -123,13 +125,17 @@ class Places:
         found.record, found.row = record[order][by_key], row[order][by_key]
         return found
 
-    def find(self, keys: torch.Tensor) -> Found:
-        """Return the places of some keys."""
-        first = torch.searchsorted(self.keys, keys)
-        behind = torch.searchsorted(self.keys, keys, right=True)
-        times = behind - first
-        times[keys == _UNKNOWN] = 0
-        return Found(first, times)
+    def find(self, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `first` and `times` of some keys, as `Found` has them."""
+        first, is_there = among(self.keys, keys)
+        times = (is_there & (keys != UNKNOWN)).to(torch.int64)
+        if not self._are_distinct:
+            times *= torch.searchsorted(self.keys, keys, right=True) - first
+        return first, times
+
+    @cached_property
+    def _are_distinct(self) -> bool:
+        return bool((self.keys[1:] != self.keys[:-1]).all())
 
 
 def real_rows(ids: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,8 +18,9 @@ from recorder.layouts.rowed import rowed
 from recorder.logical import layout_of
 from recorder.tokens.taken import real
 
+from ..log import SEQ_BITS
 from .held import Held, Record, Source, held_by
-from .places import Keys, Places, real_rows
+from .places import Found, Keys, Places, real_rows
 from .where import Where
 
 _MOST_SHARED = 32
@@ -36,11 +37,9 @@ class Records:
         places: for each part, and for some of them together, the places of its rows.
         where: where their payloads lie.
         steps: the step of each, int64.
-        bare: those that have no row at all, but padding.
+        bare: those that have no row at all, but padding: their numbers in the log.
         alone: the dims of groups that the receiver has not.
         damaged: why ids of further records could not be read, which are left out.
-        latest: the latest attempt of each rank, the others' records being those of no tap that
-            could be asked for by its key.
     """
 
     def __init__(
@@ -50,32 +49,52 @@ class Records:
         places: Sequence[Places],
         keys: Sequence[Keys],
         pairs: Sequence[int],
-        latest: Mapping[int, int],
         alone: Sequence[str] = (),
         damaged: Sequence[DamagedRecording] = (),
     ) -> None:
         self.every, self.parts, self.places = every, parts, list(places)
-        self.keys, self.pairs, self.latest = keys, pairs, latest
+        self.keys, self.pairs = keys, pairs
         self.alone, self.damaged = alone, damaged
-        self.bare = [
-            one for one in every if not all(bool(real(group.ids).any()) for group in one.groups)
-        ]
+        self.bare = sorted(
+            one.logged
+            for one in every
+            if one.logged is not None
+            and not all(bool(real(group.ids).any()) for group in one.groups)
+        )
         self.checked: dict[int, torch.Tensor] = {}
         self.where = Where(every)
         self.steps = torch.tensor(
             [one.row["step"] for one in every], dtype=torch.int64, device="cpu"
         )
-        self._together: dict[tuple[int, ...], int] = {}
+        self._merged: dict[tuple[int, ...], int] = {}
 
-    def together(self, parts: tuple[int, ...]) -> int:
-        """Return the number in `places` of parts that hold the same of their rows."""
+    def first(self, part: int) -> Record:
+        """Return the first record of a part."""
+        return next(one for one in self.every if one.part == part)
+
+    def find(self, parts: tuple[int, ...], keys: torch.Tensor) -> Found:
+        """Return the places of keys in a part, or in parts that hold the same of their rows."""
+        number = self._together(parts)
+        return Found(number, *self.places[number].find(keys))
+
+    def _together(self, parts: tuple[int, ...]) -> int:
         if len(parts) == 1:
             return parts[0]
-        number = self._together.get(parts)
+        number = self._merged.get(parts)
         if number is None:  # two threads may both make it, and either number will do
             self.places.append(Places.merged([self.places[part] for part in parts]))
-            number = self._together[parts] = len(self.places) - 1
+            number = self._merged[parts] = len(self.places) - 1
         return number
+
+    def having(self, found: Iterable[Found]) -> list[Record]:
+        """Return the records at some places, in the order in which they count."""
+        has = torch.zeros(len(self.every), dtype=torch.bool, device="cpu")
+        for one in found:
+            at = one.first.repeat_interleave(one.times)
+            before = (one.times.cumsum(0) - one.times).repeat_interleave(one.times)
+            at += torch.arange(len(at), device="cpu") - before
+            has[self.places[one.number].record[at].to(torch.int64)] = True
+        return [self.every[i] for i in has.nonzero().flatten().tolist()]
 
     @classmethod
     def of(
@@ -97,9 +116,8 @@ class Records:
             choose: of the names of the records' groups of rows, which belong to the other side's:
                 their numbers here and there, as `paired` has them.
             shared: places of other records, and to be added to.
-            alone: the dims of groups that the receiver has not.
-        damaged: why ids of further records could not be read, which are left out.
-        latest: the latest attempt of each rank; None where that does not matter.
+            latest: the latest attempt of each rank, the others' records being those of no tap that
+                could be asked for by its key; None where that does not matter.
             check: whether to hold ids against their digest.
             is_lenient: whether records whose ids cannot be read are left out, as long as there are
                 others.
@@ -145,7 +163,9 @@ class Records:
             mesh = source.mesh_of(row)
             part = held_by(dims, chosen, shape, row["rank"], mesh, source.world_size)
             number = numbers.setdefault(part, len(numbers))
-            found.append(Record(row, chosen, number))
+            is_latest = (latest or {}).get(row["rank"]) == row["attempt"]
+            logged = row["rank"] << SEQ_BITS | row["seq"] if is_latest else None
+            found.append(Record(row, chosen, number, logged))
         about = tuple((one.row["rows"], one.row["dims"], one.part) for one in found)
         known = shared.get((about, tuple(pairs or ())))
         if known is None:
@@ -156,8 +176,7 @@ class Records:
         of_pairs = [i for i, _ in pairs or ()]
         alone = [" ".join(one) for i, one in enumerate(names) if i not in of_pairs]
         of_receiver = [j for _, j in pairs or ()]
-        latest = latest or {}
-        return cls(found, list(numbers), places, keys, of_receiver, latest, alone, damaged)
+        return cls(found, list(numbers), places, keys, of_receiver, alone, damaged)
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:

@@ -14,7 +14,7 @@ from recorder.tags import label
 
 from .gather import Gathered
 from .held import Record
-from .places import Found
+from .places import Found, Places
 from .records import Records
 
 APART = (
@@ -73,24 +73,19 @@ def apart(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) ->
     """
     n = len(a)
     x, y = a.reshape(n, -1), b.reshape(n, -1)
-    same = (
-        (as_bits(x) == as_bits(y)).flatten(1).all(1)
-        if x.shape[1]
-        else torch.ones(n, dtype=torch.bool)
-    )
+    if not x.shape[1]:
+        nothing, no = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.bool)
+        return Apart(nothing, no, nothing, no)
+    same = (as_bits(x) == as_bits(y)).flatten(1).all(1)
     if not (a.dtype.is_floating_point or a.dtype.is_complex):
         far = (x.to(torch.float64) - y.to(torch.float64)).abs()
-        most = far.amax(1) if x.shape[1] else torch.zeros(n, dtype=torch.float64)
-        return Apart((~same).to(torch.float64), ~same, most, ~same)
+        return Apart((~same).to(torch.float64), ~same, far.amax(1), ~same)
     if a.dtype.is_complex:
         x, y = (torch.view_as_real(t).reshape(n, -1) for t in (x, y))
     x, y = x.to(torch.float64), y.to(torch.float64)
     equal = (x == y) | (x.isnan() & y.isnan())
     off = torch.where(equal, 0.0, (x - y).abs())
     size = torch.maximum(x.abs().nan_to_num(0, 0, 0), y.abs().nan_to_num(0, 0, 0))
-    if not x.shape[1]:
-        nothing = torch.zeros(n, dtype=torch.float64)
-        return Apart(nothing, ~same, nothing, ~same)
     most, largest = off.amax(1), size.amax(1)
     whole = off.square().mean(1).sqrt() / size.square().mean(1).sqrt().clamp_min(1e-300)
     within = rounding(dtype or a.dtype)
@@ -134,13 +129,12 @@ class Several(NamedTuple):
 
 
 def check_same(
-    records: Records, part: int, found: Found, gathered: Gathered, *, is_fine: bool = False
+    records: Records, found: Found, gathered: Gathered, *, is_fine: bool = False
 ) -> Several:
     """Hold rows that were recorded several times against the first of them, each once.
 
     Args:
         records: the records.
-        part: the number of the places.
         found: the rows.
         gathered: reads them.
         is_fine: whether they may be apart by more than rounding.
@@ -151,40 +145,37 @@ def check_same(
     several = found.times > 1
     if not bool(several.any()):
         return Several()
-    places = records.places[part]
-    known = records.checked.get(part)
+    places = records.places[found.number]
+    known = records.checked.get(found.number)
     if known is None:
-        known = records.checked[part] = torch.full((len(places.keys),), _NOT_YET)
+        known = records.checked[found.number] = torch.full((len(places.keys),), _NOT_YET)
     first, counts = found.first[several], found.times[several]
     todo = known[first] == _NOT_YET
     measured = known.clone() if bool(todo.any()) else known  # all of it, or none counts
-    for one, other in _others(records, part, first[todo], counts[todo]):
+    for one, other in _others(records, places, first[todo], counts[todo]):
         a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
         if bool(off.beyond.any()) and not is_fine:
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
-            raise _differ(records, part, int(one[worst]), int(other[worst]), off, worst)
+            raise _differ(records, places, int(one[worst]), int(other[worst]), off, worst)
         measured[one] = torch.maximum(measured[one], off.whole.to(known.dtype))
     measured[first] = measured[first].clamp_min(0.0)
-    records.checked[part] = measured
+    records.checked[found.number] = measured
     return Several(int(several.sum()), float(measured[first].max()))
 
 
-def taken_elsewhere(
-    records: Records, part: int, found: Found, gathered: Gathered, step: int
-) -> int:
+def taken_elsewhere(records: Records, found: Found, gathered: Gathered, step: int) -> int:
     """Return how many rows' first record is of another step than one, which has them otherwise.
 
     Args:
         records: the records, whose rows were held against each other (`check_same`).
-        part: the number of the places.
         found: the rows.
         gathered: reads them.
         step: the step.
     """
-    places, steps = records.places[part], records.steps
-    differ = records.checked[part][found.first.clamp_max(len(places.keys) - 1)] > 0
-    first, times = found.of((found.times > 1) & differ)
+    places, steps = records.places[found.number], records.steps
+    differ = records.checked[found.number][found.first] > 0
+    _, first, times = found.of((found.times > 1) & differ)
     own = torch.full_like(first, -1)
     for j in range(int(times.max()) if len(times) else 0):
         at = torch.where(times > j, first + j, first)
@@ -207,32 +198,23 @@ def _rows_at_once(records: Records) -> int:
 
 
 def _others(
-    records: Records, part: int, first: torch.Tensor, counts: torch.Tensor
+    records: Records, places: Places, first: torch.Tensor, counts: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield places and those of the same keys that are to be compared with them, in pieces."""
-    places = records.places[part]
-    codes: dict[tuple[str, str], int] = {}
-    digests = [
-        codes.setdefault((one.row["digest"], one.row["dims"] or ""), len(codes))
-        for one in records.every
-    ]
-    code = torch.tensor(digests, dtype=torch.int64, device="cpu")
     size = _rows_at_once(records)
     for j in range(1, int(counts.max()) if len(counts) else 0):
         one = first[counts > j]
         other = one + j
-        is_same = (code[places.record[one].long()] == code[places.record[other].long()]) & (
-            places.row[one] == places.row[other]
-        )
+        here, there = (records.where.content[places.record[at].long()] for at in (one, other))
+        is_same = (here == there) & (places.row[one] == places.row[other])
         one, other = one[~is_same], other[~is_same]
         if len(one):  # nothing is still split into one piece
             yield from zip(one.split(size), other.split(size), strict=True)
 
 
 def _differ(
-    records: Records, part: int, one: int, other: int, off: Apart, at: int
+    records: Records, places: Places, one: int, other: int, off: Apart, at: int
 ) -> ReplicasDiffer:
-    places = records.places[part]
     where = [
         place_text(records.every[int(places.record[p])], int(places.row[p])) for p in (one, other)
     ]

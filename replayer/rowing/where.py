@@ -1,9 +1,9 @@
-"""Where the payloads of records lie, and how large they are: as arrays, found out once."""
+"""Where the payloads of records lie, and what they are: as arrays, found out once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .held import Record, Source
 
 
 class Where:
-    """Of some records, their sizes and places.
+    """Of some records, what their payloads are and where.
 
     Args:
         every: the records.
@@ -61,9 +61,12 @@ class Where:
     @cached_property
     def dtype(self) -> torch.Tensor:
         """A number for the dtype of each, int64."""
-        codes: dict[str, int] = {}
-        found = [codes.setdefault(one.row["dtype"], len(codes)) for one in self._every]
-        return torch.tensor(found, dtype=torch.int64, device="cpu")
+        return _coded(one.row["dtype"] for one in self._every)
+
+    @cached_property
+    def content(self) -> torch.Tensor:
+        """A number for the digest of each and how it is laid out, int64."""
+        return _coded((one.row["digest"], one.row["dims"] or "") for one in self._every)
 
     def find(self, numbers: Sequence[int], source: Source) -> None:
         """Fill `file` and `offset` for some records.
@@ -81,3 +84,10 @@ class Where:
                 self.paths.append(path)
             self.file[number], self.offset[number] = at, place.offset
             self._found.add(number)
+
+
+def _coded(values: Iterable[Hashable]) -> torch.Tensor:
+    """Return numbers, the same for the same values: int64."""
+    codes: dict[Hashable, int] = {}
+    found = [codes.setdefault(value, len(codes)) for value in values]
+    return torch.tensor(found, dtype=torch.int64, device="cpu")
