@@ -14,6 +14,7 @@ GraftError                     every expected failure; the command line prints i
 +-- CaptureError               a value that cannot be recorded faithfully
 |   +-- BadTag                 a name or tag that cannot be part of a key
 +-- LayoutError                a layout that cannot be read, or two that contradict each other
+|   +-- BadRows                ids of rows that cannot be used, or do not fit
 |   +-- BlocksMissing          blocks that are needed were not recorded
 |   +-- ReplicasDiffer         ranks that should hold the same block do not
 |   +-- ShapesDiffer           two whole tensors that are to be compared have unequal shapes
@@ -196,6 +197,10 @@ _SIDES = {
 }
 
 
+class BadRows(LayoutError):
+    """Ids of rows that cannot be used, or do not fit a tensor or the other side's."""
+
+
 class BlocksMissing(LayoutError):
     """Blocks of a tensor that are needed were not recorded."""
 
@@ -216,7 +221,19 @@ class ReplayError(GraftError):
 
 
 class MissingRecord(ReplayError):
-    """Nothing recorded matches the tap."""
+    """Nothing recorded matches the tap.
+
+    Attributes:
+        rows: how many rows of it were looked for one by one; None where none were.
+        dtype: of the tensor that was tapped; None where nobody said.
+        shape: likewise.
+    """
+
+    def __init__(self, reason: str, rows: int | None = None) -> None:
+        self.rows = rows
+        self.dtype: str | None = None
+        self.shape: list[int] | None = None
+        super().__init__(reason)
 
 
 class TransformError(ReplayError):

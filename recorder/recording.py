@@ -27,9 +27,8 @@ from .format.members import (
     read_claims,
 )
 from .format.parts import Part, parts_of, read_part, read_sealed, shard_path
-from .format.rows import row_at, tag_columns
+from .format.rows import row_at, tag_columns, taps_of
 from .format.schema import (
-    AUXILIARY,
     COLUMNS,
     Description,
     ManifestRow,
@@ -140,9 +139,7 @@ class Recording:
         A rank that recorded nothing in its latest attempt has none, whatever earlier ones hold; nor
         has one that had not begun when others had, after a restart.
         """
-        rows = self.rows()
-        is_auxiliary = rows["kind"].is_in(AUXILIARY)
-        return self._of_latest(rows.filter(~is_auxiliary) if is_auxiliary.any() else rows)
+        return self._of_latest(taps_of(self.rows()))
 
     def _of_latest(self, rows: pl.DataFrame) -> pl.DataFrame:
         import polars as pl

@@ -14,6 +14,7 @@ from .format.claims import checked_meshes
 from .format.disk import PRIVATE, Access
 from .format.payload import parse_dtype
 from .format.schema import (
+    AUXILIARY,
     COLUMNS,
     FORMAT_VERSION,
     RECORDING,
@@ -82,12 +83,14 @@ def _write_rank(
     for attempt in sorted(attempts - found.foreign):
         store = Store(folder, attempt, Limits(access=access))
         kept = (stored for stored in found.whole if stored.row["attempt"] == attempt)
+        ids = 0
         for i, stored in enumerate(kept):
+            ids += stored.row["kind"] in AUXILIARY
             _write_record(store, stored)
             if i % _FLUSHED_EVERY == 0:
                 store.flush()
         store.close()
-        written += store.rows
+        written += store.rows - ids
         claim = dict(found.claims.get(attempt, {}))
         if checked_meshes(claim.get("meshes", [])) is None:
             del claim["meshes"]

@@ -43,6 +43,11 @@ class RowRecords:
         self._step, self._occurrences = -1, Counter[str]()
         self._lock = threading.RLock()
 
+    @property
+    def has_any(self) -> bool:
+        """Whether any ids were recorded."""
+        return bool(self._noted)
+
     def note(self, ids: Sequence[Ids], row: ManifestRow, shape: Sequence[int]) -> str | None:
         """Record what ids of rows a tap has, unless that is done.
 
@@ -56,7 +61,7 @@ class RowRecords:
             queued, so that it must not be either.
 
         Raises:
-            LayoutError: they cannot be read, or are not as many as the tensor has rows.
+            BadRows: they cannot be read, or are not as many as the tensor has rows.
         """
         taken = [one.taken() for one in ids]
         dims = layout_of(row.get("dims") or "", row["kind"])

@@ -46,6 +46,7 @@ from .taps import tap
 from .taps.call import Call
 from .taps.firsts import RowsOfFirsts
 from .taps.gradients import GradientTaps
+from .taps.inside import Blocks
 from .taps.rows import Ids, as_they_are
 from .taps.selection import Selected, Selection, about_note, part_of
 from .taps.sessions import activate, end, ended, is_parked
@@ -114,7 +115,8 @@ class Recorder:
         self.reason = ""
         self._ranks = RankWatch(rank, world_size)
         self._job = Job.from_environment()
-        self._selection = Selection(self.settings.filter)
+        self._rows_of_firsts = RowsOfFirsts()
+        self._selection = Selection(self.settings.filter, self._rows_of_firsts.keep)
         self.ignored = self._selection.ignored
         self._warnings = Warnings()
         self._gradients = GradientTaps()
@@ -124,7 +126,7 @@ class Recorder:
         self._standing = Standing(self._once)
         self._writer: Writer | None = None
         self._rows: RowRecords | None = None
-        self._rows_of_firsts = RowsOfFirsts()
+        self._blocks = Blocks()
         self._claiming = self._starting = False
         self._closed = self._is_interrupted = False
         self._lazy = False
@@ -220,6 +222,8 @@ class Recorder:
         if self.state != "running" or not (self._rank.is_final or self._confirm_rank()):
             return
         selected = self._selection.select_or_warn(call, self._rank.rank, self._once)
+        if call.inside and selected is None:
+            self._blocks.see(call, is_taken=False)
         if selected is None or not self._ensure_writer():
             return
         if selected.trouble:
@@ -243,6 +247,8 @@ class Recorder:
             return
         kind = classify(value)
         if kind == "tensor":
+            if call.inside:
+                self._blocks.see(call, is_taken=True)
             ids = self._rows_of_firsts.of(call, selected)
             if selected.forward:
                 self._record(call, selected, value, "tensor", ids)
@@ -319,6 +325,8 @@ class Recorder:
                 f"{count(bare, 'record')} without statistics, which were not gathered in time; "
                 "graft diff reads the tensors themselves there"
             )
+        for said in self._blocks.told():
+            self._once((said,), said)
         nothing = self._selection.why_nothing()
         if nothing is not None and "GRAFT_REPORTS" not in os.environ:
             self._say(nothing)
@@ -331,6 +339,7 @@ class Recorder:
             "ended_ns": time.time_ns(),
             "steps": self._selection.step,
             "rows": self._writer.rows_written if self._writer else 0,
+            "has_ids": self._rows is not None and self._rows.has_any,
             "bytes": self._writer.bytes_written if self._writer else 0,
             "dropped": self.progress().dropped,
         }

@@ -24,6 +24,9 @@ PART = "grad_part"
 RESERVED = frozenset({"step", "rank", "occurrence", "seq", "kind"})
 """Names that the key or the recorder gives; a tag of that name would be ambiguous."""
 
+OF_TAP = frozenset({"name", "value", "dims", "extras", "grad", "rows"})
+"""What `tap` takes beside tags: no tap could be given a tag of that name, so no block adds one."""
+
 
 class Key(NamedTuple):
     """What identifies a record on one rank.

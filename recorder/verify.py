@@ -26,7 +26,7 @@ from .format.claims import ClaimData, attempt_files, check_claim, read_claim
 from .format.members import LINKED, linked_folders, own_folders
 from .format.parts import Part, Places, parts_of, read_part, shard_path
 from .format.payload import parse_dtype
-from .format.rows import parse_tags, rows_of
+from .format.rows import parse_tags, rows_of, taps_of
 from .format.schema import Description, ManifestRow, read_description
 from .format.shard import Place, read_header
 from .sizes import format_shape
@@ -78,8 +78,9 @@ class RankReport:
 
     Attributes:
         rank: the rank.
-        records: rows of its manifest that could be read.
-        damaged: how many of these are damaged.
+        records: rows of its manifest that could be read, of taps.
+        ids: those that hold the ids of rows.
+        damaged: how many of all these are damaged.
         nbytes: bytes of payload that were checked.
         problems: what is wrong.
         claims: what its attempts say of themselves, those that could be read.
@@ -89,6 +90,7 @@ class RankReport:
 
     rank: int
     records: int = 0
+    ids: int = 0
     damaged: int = 0
     nbytes: int = 0
     problems: list[Problem] = field(default_factory=list)
@@ -214,8 +216,9 @@ class _RankCheck:
             return
         if all(claim.get("state") in ("complete", "stopped") for claim in claims):
             expected = sum(n for claim in claims if type(n := claim.get("rows")) is int)
-            if expected != self._report.records:
-                fact = f"its manifest has {self._report.records} rows, expected {expected}"
+            got = self._report.records + self._report.ids
+            if expected != got:
+                fact = f"its manifest has {got} rows, expected {expected}"
                 self._problem(self._folder, fact)
 
     def _check_part(
@@ -225,7 +228,9 @@ class _RankCheck:
         if read is None:
             return
         frame, places = read
-        self._report.records += frame.height
+        taps = taps_of(frame).height
+        self._report.records += taps
+        self._report.ids += frame.height - taps
         payloads: dict[tuple[str, str], list[ManifestRow]] = {}
         for row in rows_of(frame):
             if row["shard"] is None:

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +36,17 @@ from .own import Own
 from .replaced import Replacement, applied, measured, own_measured
 from .rowing.aligned import Aligned
 from .rowing.match import RowMatcher
+from .rowing.places import real_rows
 from .transforms import GraftInput, Transform
 
 if TYPE_CHECKING:
     from .settings import ReplaySettings
 
-_ROWS_HERE = (
-    "the target says which row is which, and the baseline's records of this name do not: taken by "
-    "their key, row for row as they stand"
+
+_ELSEWHERE = (
+    "taken from another step, though step {step} of the recording has them too, with other bits; "
+    "if the weights or something else changed in between, match on the step too, as with "
+    "--match-on name,step"
 )
 
 
@@ -76,6 +79,7 @@ class RowReplacements:
             check=self.settings.check,
             is_last=self.settings.replicas == "last",
         )
+        self._told: set[str] = set()  # names of which rows are said to be of another step
 
     def aligned(
         self,
@@ -99,25 +103,22 @@ class RowReplacements:
             ids: those that hold for it.
 
         Raises:
-            LayoutError: the ids cannot be read, or are not as many as its rows.
+            LayoutError: nobody says which part of its rows a rank holds.
+            BadRows: the ids cannot be read, or are not as many as its rows.
             ReplayError: taps are matched by order.
             DamagedRecording: the baseline's ids are not there.
         """
         if not ids:
             return None
-        dims = layout_of(dims_text(call.dims, placements), kind)
         if not self._row_matcher.has_any:
-            with suppress(LayoutError):  # ids that nobody needs are no error
-                if rowed(dims, target.shape, [one.taken() for one in ids]):
-                    self.warn(selected, _ROWS_HERE, "rows")
             return None
+        dims = layout_of(dims_text(call.dims, placements), kind)
         groups = rowed(dims, target.shape, [one.taken() for one in ids])
         check_meant(ids, [group.names for group in groups], call.dims)
         if not groups:
             return None
         records = self._row_matcher.find(selected, kind, [group.names for group in groups])
         if records is None:
-            self.warn(selected, _ROWS_HERE, "rows")
             return None
         return Aligned(
             self.recording,
@@ -129,7 +130,36 @@ class RowReplacements:
             self.rank,
             replicas=self.settings.replicas,
             check=self.settings.check,
+            step=self._own_step(selected),
         )
+
+    def _own_step(self, selected: Selected) -> int | None:
+        """Return the recorded step of a tap's own, where it may be told that rows are another's."""
+        is_chosen = self.settings.replicas not in ("error", "first")
+        if is_chosen or self.matcher.match_on.rows_use_step or selected.key.name in self._told:
+            return None
+        return selected.key.step + self.matcher.step_offset
+
+    def looked_for(
+        self, call: Call, target: torch.Tensor, kind: str, placements: str, ids: Sequence[Ids]
+    ) -> int | None:
+        """Return how many rows a tap has, padding left out; None where no ids tell them apart.
+
+        Args:
+            call: as all others, what `aligned` is given.
+            target: see there.
+            kind: see there.
+            placements: see there.
+            ids: see there.
+        """
+        if not ids:
+            return None
+        try:
+            dims = layout_of(dims_text(call.dims, placements), kind)
+            groups = rowed(dims, target.shape, [one.taken() for one in ids])
+        except LayoutError:  # ids that nobody needs are no error
+            return None
+        return math.prod(len(real_rows(one.ids)) for one in groups) if groups else None
 
     def make(
         self, call: Call, selected: Selected, target: torch.Tensor, kind: str, aligned: Aligned
@@ -172,8 +202,19 @@ class RowReplacements:
                 )
                 unmeasured = joined(unmeasured, why)
             tensor = aligned.put(new, made.cells)
+        elsewhere = ""
+        if made.elsewhere:
+            step = selected.key.step + self.matcher.step_offset
+            elsewhere = f"{count(made.elsewhere, 'row')} {_ELSEWHERE.format(step=step)}"
+            self._told.add(selected.key.name)
+            self.warn(selected, elsewhere, "step")
+        if aligned.damaged is not None:
+            self.warn(selected, f"{aligned.left_out}: {aligned.damaged}", "damaged")
+        if aligned.one_sided:
+            self.warn(selected, aligned.one_sided, "rows of a dim")
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
-        message = joined(made.note, lost, note, said, unmeasured)
+        said = joined(aligned.left_out, aligned.one_sided, note, said, unmeasured)
+        message = joined(made.note, elsewhere, lost, said)
         return Replacement(tensor, message, figures, row, made, new.numel())
 
     def said_of_choices(

@@ -79,6 +79,10 @@ COLUMNS = {
 }
 """The log's columns. `senders` has for each sender rank the `seq` of the record that was used."""
 
+AS_THEY_STAND = "row for row as they stand"
+"""What a message says of a graft where one side alone tells which row is which."""
+LEFT_OUT = "left out, whose ids are damaged"
+"""What a message says of records that rows could have been in."""
 WITHOUT_EFFECT = "without effect"
 """The outcome of a graft onto a tensor that nobody kept."""
 

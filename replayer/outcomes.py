@@ -124,6 +124,11 @@ class Outcomes:
             row["senders"] = senders
         if changed is not None:
             row["changed"] = changed
+        if isinstance(error, MissingRecord):
+            if error.rows is not None:
+                row["rows_found"], row["rows_missing"] = 0, error.rows
+            if error.dtype is not None and error.shape is not None:
+                row["dtype"], row["shape"] = error.dtype, error.shape
         if made is not None and error is None:
             row["numel"] = made.tensor.numel() if made.numel is None else made.numel
             if made.rows is not None:

@@ -24,13 +24,14 @@ from recorder.mesh import PIPELINE, FrozenMesh, MeshWatch, frozen
 from recorder.ranks import Rank
 from recorder.recording import Recording
 from recorder.taps.call import Call
+from recorder.taps.rows import Ids
 from recorder.taps.selection import Selected
 from recorder.taps.values import encode_value
 
 from . import graft, transforms
 from .byrow import RowReplacements
 from .casts import of_scaled
-from .log import OwnRow, joined
+from .log import AS_THEY_STAND, OwnRow, joined
 from .match import Match, Matcher
 from .measuring.choice import is_choice
 from .own import Own
@@ -67,8 +68,12 @@ _NEEDED = (
 
 
 _ROWS_THERE = (
-    "the baseline says which row is which, and the target does not: taken by its key, row for row "
-    "as they stand"
+    "the baseline says which row is which, and the target does not: taken by its key, "
+    f"{AS_THEY_STAND}"
+)
+_ROWS_HERE = (
+    "the target says which row is which, and the baseline's records of this name do not: taken by "
+    f"their key, {AS_THEY_STAND}"
 )
 
 
@@ -140,6 +145,7 @@ class Replacements:
         placements: str,
         mesh: FrozenMesh | None,
         match: Match,
+        ids: Sequence[Ids] = (),
     ) -> Replacement:
         """Return the tensor to write over `target`: its shape, dtype and device.
 
@@ -151,6 +157,7 @@ class Replacements:
             placements: a DTensor's, as text.
             mesh: where the rank stood at the tap.
             match: the records that belong to it.
+            ids: those that hold for it.
 
         Raises:
             ReplayError: the transform failed, or the result is not faithful.
@@ -186,7 +193,11 @@ class Replacements:
         stages = self._of_other_stage(selected, mesh, rows)
         if stages:
             self.warn(selected, stages, "stages")
-        one_sided = _ROWS_THERE if any(row["rows"] for row in rows.values()) else ""
+        one_sided = ""
+        if any(row["rows"] for row in rows.values()):
+            one_sided = _ROWS_THERE
+        elif self.by_rows.looked_for(call, target, kind, placements, ids) is not None:
+            one_sided = _ROWS_HERE
         if one_sided:
             self.warn(selected, one_sided, "rows")
         note = joined(

@@ -127,7 +127,7 @@ def without_weights(log: pl.DataFrame, records: pl.DataFrame) -> str:
     weights = several.filter(pl.col("dtype").is_in(_FLOATS) & ~pl.col("name").is_in(grafted))
     found = chosen.join(weights, on=on, suffix="_weights").unique("name", maintain_order=True)
     if not found.height:
-        return ""
+        return _not_recorded(log, chosen)
     row = found.row(0, named=True)
     tags = parse_tags(row["tags"])
     of = label(row["name"], row["tags"]) if tags else row["name"]
@@ -135,4 +135,44 @@ def without_weights(log: pl.DataFrame, records: pl.DataFrame) -> str:
         f"{of} was grafted, and {row['name_weights']}, recorded beside it with the same shape, was "
         "not: what is chosen is the baseline's, and how it is weighed the target's; graft both, or "
         "tap where the weights follow from the indices"
+    )
+
+
+def _not_recorded(log: pl.DataFrame, chosen: pl.DataFrame) -> str:
+    """Say that indices were grafted, and what the target has beside them was not recorded.
+
+    That are floats of the same tags, of as many rows, and as many numbers in each.
+
+    Args:
+        log: a replay's.
+        chosen: the records of indices of names that were grafted.
+    """
+    import polars as pl
+
+    on = ["rank", "step", "occurrence", "tags"]
+    number = pl.col("shape").list.last()
+    numbers = chosen.group_by("name").agg(number=number.first(), same=number.n_unique() == 1)
+    every = pl.col("rows_found") + pl.col("rows_missing")
+    indices = log.filter((pl.col("outcome") == "grafted") & (pl.col("kind") == "tensor"))
+    indices = indices.with_columns(every=every).join(numbers.filter("same"), on="name")
+    missing = log.filter(
+        (pl.col("outcome") == "missing")
+        & pl.col("dtype").is_in(_FLOATS)
+        & (pl.col("shape").list.len() > 1)
+    )
+    missing = missing.with_columns(
+        number=number, elements=pl.col("shape").list.eval(pl.element().product()).list.first()
+    )
+    found = indices.join(missing, on=[*on, "number"], suffix="_weights").filter(
+        pl.when(pl.col("every").is_null())
+        .then(pl.col("numel") == pl.col("elements"))
+        .otherwise(pl.col("every") == pl.col("rows_missing_weights"))
+    )
+    if not found.height:
+        return ""
+    row = found.sort("seq", "rank").row(0, named=True)
+    return (
+        f"{label(row['name'], row['tags'])} was grafted, and {row['name_weights']}, tapped beside "
+        "it with as many numbers a row, was not recorded: what is chosen is the baseline's, and "
+        "how it is weighed the target's; tap it in the baseline too, if these are its weights"
     )

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recorder.bits import plainly
+from recorder.bits import dtype_name, plainly
 from recorder.capture import local_part
 from recorder.diagnostics import call_site
 from recorder.errors import (
+    BadRows,
     GraftError,
     LayoutError,
     MissingRecord,
@@ -50,6 +51,7 @@ from recorder.taps.call import Call
 from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.firsts import RowsOfFirsts
 from recorder.taps.gradients import GradientTaps
+from recorder.taps.inside import Blocks
 from recorder.taps.rows import Ids, as_they_are
 from recorder.taps.selection import Selected, Selection, about_note
 from recorder.taps.sessions import activate, deactivate
@@ -145,11 +147,12 @@ class Replayer:
         self._frame = self.recording.latest()
         if is_polars_new:
             let_interrupts_through()
-        self._selection = Selection(self.settings.filter)
+        self._rows_of_firsts = RowsOfFirsts()
+        self._selection = Selection(self.settings.filter, self._rows_of_firsts.keep)
         self.ignored = self._selection.ignored
         self._only = None if self.settings.only is None else Only(self.settings.only)
         self._gradients = GradientTaps()
-        self._rows_of_firsts = RowsOfFirsts()
+        self._blocks = Blocks()
         self._tapped: Request | None = None
         self._made: Replacements | None = None
         self._outcomes = Outcomes(self.settings, self._ranks, self._selection, self._distrust)
@@ -283,6 +286,8 @@ class Replayer:
             return
         rank = self._ranks.current.rank
         selected = self._selection.select_or_warn(call, rank, self._outcomes.once)
+        if call.inside and selected is None:
+            self._blocks.see(call, is_taken=False)
         if selected is None or not self._ensure_log():
             return
         start = time.perf_counter()
@@ -306,6 +311,8 @@ class Replayer:
             return
         kind = classify(value)
         if kind == "tensor":
+            if call.inside:
+                self._blocks.see(call, is_taken=True)
             ids = self._rows_of_firsts.of(call, selected)
             if selected.forward:
                 self._attempt(call, selected, value, "tensor", start, ids)
@@ -382,6 +389,8 @@ class Replayer:
                 "tags_seen": sorted(self._selection.tags_seen),
             }
         )
+        for said in self._blocks.told():
+            self._outcomes.once((said,), said)
         if "GRAFT_REPORTS" in os.environ:
             return  # the wrapper speaks for all ranks
         why = self._selection.why_nothing()
@@ -469,9 +478,9 @@ class Replayer:
                 if aligned is not None:
                     made = self._replacements.by_rows.make(call, selected, target, kind, aligned)
                 else:
-                    match = self._replacements.find(selected, kind)
+                    match = self._found(call, selected, target, kind, placements, ids)
                     made = self._replacements.make(
-                        call, selected, target, kind, placements, mesh, match
+                        call, selected, target, kind, placements, mesh, match, ids
                     )
                 shared = self._sharing.overwrite(target, made.tensor, named(selected))
             repeat_to_the_end()
@@ -494,6 +503,27 @@ class Replayer:
         has_any = made is not None and made.numel != 0
         if error is None and has_any and target is not None and target.numel():
             self._watch_for_effect(call, row, value, target)
+
+    def _found(
+        self,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        placements: str,
+        ids: tuple[Ids, ...],
+    ) -> Match:
+        """Return the records of a tap; where there are none, the error knows what was tapped.
+
+        Raises:
+            MissingRecord: there are none.
+        """
+        try:
+            return self._replacements.find(selected, kind)
+        except MissingRecord as err:
+            err.rows = self._replacements.by_rows.looked_for(call, target, kind, placements, ids)
+            err.dtype, err.shape = dtype_name(target.dtype), list(target.shape)
+            raise
 
     def _watch_for_effect(
         self, call: Call, row: LogRow, value: torch.Tensor, target: torch.Tensor
@@ -549,9 +579,9 @@ class Replayer:
                 if aligned is not None:
                     made = self._replacements.by_rows.make(call, selected, target, "grad", aligned)
                 else:
-                    match = self._replacements.find(selected, "grad")
+                    match = self._found(call, selected, target, "grad", placements, ids)
                     made = self._replacements.make(
-                        call, selected, target, "grad", placements, mesh, match
+                        call, selected, target, "grad", placements, mesh, match, ids
                     )
                 graft.overwrite(target, made.tensor)
             replaced = copy
@@ -646,6 +676,8 @@ def _worded(err: Exception) -> GraftError:
     """Return an error with what a replay can do about it; what torch raised keeps its own words."""
     if isinstance(err, ReplicasDiffer):
         return ReplayError(f"{err}; to go on all the same, choose --replicas first, last or mean")
+    if isinstance(err, BadRows):  # no transform is asked before rows are known
+        return ReplayError(str(err))
     if isinstance(err, LayoutError):
         link = ", or" if err.advice else ";"
         return ReplayError(f"{err}{link} name a transform with --transform")

@@ -10,7 +10,7 @@ from recorder.format.rows import parse_tags, seen_in
 from recorder.sizes import count
 from recorder.tags import is_recompute, label
 
-from .log import SEQ_BITS, WITHOUT_EFFECT
+from .log import AS_THEY_STAND, LEFT_OUT, SEQ_BITS, WITHOUT_EFFECT
 from .match import MatchOn, selected_rows
 from .rename import oriented_to
 from .routing import without_weights
@@ -37,6 +37,10 @@ class Summary:
         rows: how many rows of grafted taps were recorded, how many not, and of how many taps.
         first_rows: the first of these taps, "" where there is none.
         weights: that a router's indices were grafted, and not their weights, or "".
+        one_sided: of how many grafted taps one side alone tells which row is which.
+        first_one_sided: the first of these and why, "" where there is none.
+        damaged: for how many grafted taps records were left out whose ids are damaged.
+        first_damaged: the first of these, "" where there is none.
         bare: how many grafted taps have no rows to graft, but padding.
         selected: records that the filter selects.
         unused: those of them that no tap was given.
@@ -57,6 +61,10 @@ class Summary:
     first_rows: str = ""
     weights: str = ""
     bare: int = 0
+    one_sided: int = 0
+    first_one_sided: str = ""
+    damaged: int = 0
+    first_damaged: str = ""
 
     def problems(self, strict: bool, refused: int = 0, status: int = 0) -> list[str]:
         """Return why the replay is not to be trusted; empty where it is.
@@ -88,6 +96,16 @@ class Summary:
             found.append(
                 f"--strict: {count(self.rows[1], 'row')} of {count(self.rows[2], 'tap')} had no "
                 f"record, the first: {self.first_rows}"
+            )
+        if strict and self.one_sided:
+            found.append(
+                f"--strict: {count(self.one_sided, 'tap')} matched where one side alone says which "
+                f"row is which, the first: {self.first_one_sided}"
+            )
+        if strict and self.damaged:
+            found.append(
+                f"--strict: rows of {count(self.damaged, 'tap')} may have been in records that are "
+                f"damaged, the first: {self.first_damaged}"
             )
         if strict and refused:
             found.append(f"--strict: {count(refused, 'tap')} could not be judged, see above")
@@ -174,19 +192,33 @@ def summarize(
         *_rows(log),
         without_weights(log, records),
         log.filter((log["outcome"] == "grafted") & (log["rows_found"] == 0)).height,
+        *_said(log, AS_THEY_STAND),
+        *_said(log, LEFT_OUT),
     )
 
 
 def _rows(log: pl.DataFrame) -> tuple[tuple[int, int, int], str]:
     import polars as pl
 
-    lacking = log.filter((pl.col("outcome") == "grafted") & (pl.col("rows_missing") > 0))
-    there, lost = (int(log[name].sum()) for name in ("rows_found", "rows_missing"))
+    grafted = log.filter(
+        pl.col("outcome") == "grafted"
+    )  # a tap that has none is one without record
+    lacking = grafted.filter(pl.col("rows_missing") > 0)
+    there, lost = (int(grafted[name].sum()) for name in ("rows_found", "rows_missing"))
     if not lacking.height:
         return (there, 0, 0), ""
     row = lacking.sort("seq", "rank").row(0, named=True)
     first = f"{label(row['name'], row['tags'])} step={row['step']} on rank {row['rank']}"
     return (there, lost, lacking.height), first
+
+
+def _said(log: pl.DataFrame, text: str) -> tuple[int, str]:
+    """Return of how many grafted taps the message says something, and the first of them."""
+    import polars as pl
+
+    is_so = pl.col("message").str.contains(text, literal=True)
+    found = log.filter((pl.col("outcome") == "grafted") & is_so)
+    return found.height, _first(found, "grafted")
 
 
 def _renames(log: pl.DataFrame, records: pl.DataFrame, settings: ReplaySettings) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from ..diagnostics import printable
 from ..errors import LayoutError
 from ..filters import Filter
-from ..format.rows import decoded, matching, parse_tags, rows_of, seen_in
+from ..format.rows import decoded, matching, parse_tags, rows_of, seen_in, taps_of
 from ..format.schema import ManifestRow
 from ..logical import layout_of
 from ..mesh import FrozenMesh
@@ -167,11 +167,13 @@ def print_taps(recording: Recording, rows: pl.DataFrame, found: list[Tap], width
     drops = [c["dropped"] for c in claims if isinstance(c.get("dropped"), int)]
     dropped = f", {count(sum(drops), 'tap')} dropped" if sum(drops) > 0 else ""
     command = " ".join(map(str, recording.meta.get("command") or []))
-    tapped = int(rows["nbytes"].sum() or 0)
+    tapped = taps_of(rows)
+    ids = _and_ids(rows.height - tapped.height)
+    nbytes = int(tapped["nbytes"].sum() or 0)
     console.print(
         printable(
             f"{recording.path}: {count(recording.world_size, 'rank')}, "
-            f"{count(rows.height, 'record')}, {format_size(tapped)} tapped"
+            f"{count(tapped.height, 'record')}{ids}, {format_size(nbytes)} tapped"
             f"{state}{absent}{again}{dropped}"
         ),
         soft_wrap=True,
@@ -200,6 +202,11 @@ def print_taps(recording: Recording, rows: pl.DataFrame, found: list[Tap], width
         }
         table.add_row(*(printable(cells[column]) for column in columns))
     console.print(table)
+
+
+def _and_ids(number: int) -> str:
+    """Return how many records hold the ids of rows, to stand behind the number of the others."""
+    return f" and {number} of ids of rows" if number else ""
 
 
 def print_records(recording: Recording, rows: pl.DataFrame, width: int) -> None:
@@ -286,7 +293,8 @@ def print_rank_check(one: RankReport) -> None:
     if one.problems:
         verdict = f"{count(one.damaged, 'record')} damaged, {count(len(one.problems), 'problem')}"
     console.print(
-        f"rank {one.rank}: {count(one.records, 'record')}, {format_size(one.nbytes)} checked, "
+        f"rank {one.rank}: {count(one.records, 'record')}{_and_ids(one.ids)}, "
+        f"{format_size(one.nbytes)} checked, "
         f"{verdict}",
         soft_wrap=True,
     )
@@ -298,6 +306,7 @@ def print_check(
     """Print what a check of all ranks came to."""
     console = console_of(200)
     records, damaged = sum(r.records for r in found), sum(r.damaged for r in found)
+    ids = _and_ids(sum(r.ids for r in found))
     nbytes = sum(r.nbytes for r in found)
     problems = sum(len(r.problems) for r in found)
     verdict = (
@@ -305,7 +314,7 @@ def print_check(
     )
     console.print(
         printable(
-            f"{checker.path}: {count(len(found), 'rank')}, {count(records, 'record')}, "
+            f"{checker.path}: {count(len(found), 'rank')}, {count(records, 'record')}{ids}, "
             f"{format_size(nbytes)} checked: {verdict}"
         ),
         soft_wrap=True,
@@ -325,6 +334,7 @@ def check_as_dict(
             {
                 "rank": one.rank,
                 "records": one.records,
+                "ids": one.ids,
                 "damaged": one.damaged,
                 "nbytes": one.nbytes,
                 "problems": [asdict(problem) for problem in one.problems],

@@ -21,6 +21,7 @@ from ..filters import Filter
 from ..format import disk
 from ..format.claims import ClaimData, claimed_ranks, claims_of, is_alive, is_live
 from ..format.disk import ACCESS
+from ..format.rows import taps_of
 from ..format.schema import RECORDING, rank_folder
 from ..job import Job
 from ..mailbox import (
@@ -237,9 +238,11 @@ def conclude(
     wrong |= _replaced(run, claims, reports)
     rows = sum(c.get("rows", 0) for c in claims)
     nbytes = sum(c.get("bytes", 0) for c in claims)
-    if is_open:  # those could not count for themselves
-        rows, nbytes, unread = _counted(run, claims)
+    if is_open or any(c.get("has_ids") for c in claims):  # which count all, or not themselves
+        counted, counted_bytes, unread = _counted(run, claims)
         notes += unread
+        rows = counted if is_open or not unread else rows
+        nbytes = counted_bytes if is_open else nbytes
     if rows or (claims and not wrong):
         ranked = len({c["rank"] for c in claims})
         stopped = sorted({str(c["reason"]) for c in claims if c.get("state") == "stopped"})
@@ -334,7 +337,7 @@ def _settled(folder: Path, one: ClaimData, reports: Sequence[Report]) -> list[st
 
 
 def _counted(folder: Path, claims: Sequence[ClaimData]) -> tuple[int, int, list[str]]:
-    """Return how many records of some claims can be read, their tensors' bytes, and notes."""
+    """Return how many taps of some claims can be read, the bytes of all tensors, and notes."""
     import polars as pl
 
     from ..recording import Recording
@@ -350,7 +353,7 @@ def _counted(folder: Path, claims: Sequence[ClaimData]) -> tuple[int, int, list[
     )
     kept = found.join(wanted, on=["rank", "attempt"], how="semi")
     stored = kept.drop_nulls("shard").unique(["shard", "tensor"])
-    return kept.height, int(stored["nbytes"].sum() or 0), []
+    return taps_of(kept).height, int(stored["nbytes"].sum() or 0), []
 
 
 def _claims_by(folder: Path, job: str) -> tuple[list[ClaimData], list[str]]:

@@ -51,6 +51,8 @@ class ClaimData(TypedDict, total=False):
     meshes: list[MeshEntry]
     steps: int
     rows: int
+    has_ids: bool
+    """Whether some of its rows hold the ids of rows, and are no taps."""
     bytes: int
     dropped: int
 

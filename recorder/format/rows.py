@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..errors import DamagedRecording, FilterError
 from ..filters import Filter
 from ..tags import TagValue
-from .schema import ManifestRow
+from .schema import AUXILIARY, ManifestRow
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,6 +36,12 @@ def parse_tags(text: str, path: object = "the manifest") -> dict[str, TagValue]:
 def rows_of(frame: pl.DataFrame) -> Iterator[ManifestRow]:
     """Yield the rows of a manifest, or of some of its columns."""
     return cast("Iterator[ManifestRow]", frame.iter_rows(named=True))
+
+
+def taps_of(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the manifest rows that people tapped, without those that hold the ids of rows."""
+    is_auxiliary = rows["kind"].is_in(AUXILIARY)
+    return rows.filter(~is_auxiliary) if is_auxiliary.any() else rows
 
 
 def row_at(frame: pl.DataFrame, number: int) -> ManifestRow:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..errors import LayoutError
+from ..errors import BadRows
 from ..tokens.taken import Taken
 from .dims import Dims
 
@@ -48,7 +48,7 @@ def rowed(dims: Dims, shape: Sequence[int], given: Iterable[Taken]) -> list[Rowe
         given: ids.
 
     Raises:
-        LayoutError: there are more ids than rows, or fewer.
+        BadRows: there are more ids than rows, or fewer.
     """
     found = []
     for one in given:
@@ -56,8 +56,9 @@ def rowed(dims: Dims, shape: Sequence[int], given: Iterable[Taken]) -> list[Rowe
         if order is None:
             continue
         if len(dims.dims) != len(shape):
-            raise LayoutError(
-                f"its dims {dims.text!r:.200} name {len(dims.dims)} dims, and it has {len(shape)}"
+            raise BadRows(
+                f"its dims {dims.text!r:.200} name {len(dims.dims)} dims, and it has {len(shape)}",
+                "name each of them, so that its rows are known",
             )
         at, names = order
         places = [one.names.index(name) for name in names]
@@ -65,10 +66,11 @@ def rowed(dims: Dims, shape: Sequence[int], given: Iterable[Taken]) -> list[Rowe
         fused = [math.prod(sizes)] if len(at) < len(names) else sizes
         here = [shape[i] for i in at]
         if fused != here:
-            raise LayoutError(
+            raise BadRows(
                 f"its rows along {' '.join(names)} have {'x'.join(map(str, fused))} ids, and the "
-                f"tensor {'x'.join(map(str, here))} places there; give the ids of these rows, at "
-                f"the tap if need be, as in rows={{{' '.join(names)!r}: ids}}"
+                f"tensor {'x'.join(map(str, here))} places there",
+                "give the ids of these rows, at the tap if need be, as in "
+                f"rows={{{' '.join(names)!r}: ids}}",
             )
         rest = range(len(names), one.ids.dim())
         ids = one.ids.permute([*places, *rest]).reshape(-1, *one.ids.shape[len(names) :])

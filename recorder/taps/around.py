@@ -16,6 +16,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ..diagnostics import call_site, say
+from ..errors import UsageError
+from ..tags import OF_TAP
 from . import sessions
 from .rows import Ids, over
 
@@ -118,12 +120,25 @@ class context(Scope):  # noqa: N801  # read as a verb at the call site
 
     Also a decorator, of coroutine functions and generators too. Contexts nest; the inner value of a
     tag wins, and a tag at the call wins over both. A new thread starts without tags.
+
+    Args:
+        **tags: the tags.
+
+    Raises:
+        UsageError: one has the name of something else that a tap takes, such as `rows`.
     """
 
     _around = ContextVar("graft_context", default=None)
     _what = "tags"
 
     def __init__(self, **tags: Any) -> None:
+        for tag in tags:
+            if tag in OF_TAP:
+                advice = "write with rows(t=ids)" if tag == "rows" else "call the tag otherwise"
+                raise UsageError(
+                    f"context adds tags, and {tag!r} cannot be one, since a tap takes it as "
+                    f"something else; {advice}"
+                )
         self._new = tags
 
     def _inside(self, outer: Mapping[str, Any] | None) -> Mapping[str, Any]:
@@ -152,9 +167,11 @@ class rows(Scope):  # noqa: N801  # read as a verb at the call site
 
     def __init__(self, several: Mapping[str, Any] | None = None, /, **dims: Any) -> None:
         self._new = Ids.given({**(several or {}), **dims})
+        self._block = tuple(one.names for one in self._new)
 
     def _inside(self, outer: tuple[Ids, ...] | None) -> tuple[Ids, ...]:
-        return over(outer or (), tuple(Ids(one.names, one.of) for one in self._new))
+        new = (Ids(one.names, one.of, block=self._block) for one in self._new)
+        return over(outer or (), tuple(new))
 
 
 def tags_around() -> Mapping[str, Any] | None:
@@ -168,10 +185,16 @@ _from_here_on: ContextVar[Callable[[], tuple[Ids, ...]] | None] = ContextVar(
 )
 
 
+def blocks_around() -> tuple[Ids, ...]:
+    """Return the ids of the blocks of rows around."""
+    around = rows._around.get()
+    given: tuple[Ids, ...] = () if around is None else around.value
+    return given
+
+
 def rows_around() -> tuple[Ids, ...]:
     """Return the ids of the rows around; those of a block hold before a hook's."""
-    around, hooks = rows._around.get(), _from_here_on.get()
-    given: tuple[Ids, ...] = () if around is None else around.value
+    given, hooks = blocks_around(), _from_here_on.get()
     return given if hooks is None else over(hooks(), given)
 
 

@@ -32,6 +32,7 @@ class Call:
         about: equal for taps of equal name and tags: these, and the types of the tags, since 1,
             1.0 and True are equal but differ as JSON.
         rows: the ids that hold for its dims.
+        inside: the ids of the blocks around it, whatever its dims.
     """
 
     __slots__ = (
@@ -44,6 +45,7 @@ class Call:
         "forward",
         "given",
         "grad",
+        "inside",
         "name",
         "rows",
         "tags",
@@ -73,6 +75,7 @@ class Call:
         self._site = site
         self.forward = forward
         self.rows: tuple[Ids, ...] = ()
+        self.inside: tuple[Ids, ...] = ()
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
@@ -103,7 +106,7 @@ class Call:
     def forget(self) -> None:
         """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
         self.given = self._value = self._place = None
-        self.rows = ()
+        self.rows = self.inside = ()
 
     @property
     def shown(self) -> str:

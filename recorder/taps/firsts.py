@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from ..tags import Key
 from .call import Call
 from .rows import Ids, as_they_are
 from .selection import Selected
@@ -17,21 +18,33 @@ class RowsOfFirsts:
     def __init__(self) -> None:
         self._of: dict[tuple[object, ...], tuple[Ids, ...]] = {}
         self._before: dict[tuple[object, ...], tuple[Ids, ...]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may tap under it
 
     def of(self, call: Call, selected: Selected) -> tuple[Ids, ...]:
         """Return the ids of a tap's rows: of a repetition, those of what it repeats."""
         if not (call.rows or self._of or self._before):
             return ()
+        if not selected.recompute:
+            self.keep(call, selected.key)
+            return call.rows
         first = selected.key[:4]
         with self._lock:
-            if selected.recompute:
-                return self._of.get(first) or self._before.get(first) or call.rows
-            if call.rows:
-                while len(self._of) >= _KEPT:
-                    self._of.pop(next(iter(self._of)))
-                self._of[first] = as_they_are(call.rows)  # the job may use their memory anew
-        return call.rows
+            return self._of.get(first) or self._before.get(first) or call.rows
+
+    def keep(self, call: Call, key: Key) -> None:
+        """Remember the ids of a tap's rows; of one that is not wanted too: its repetition may be.
+
+        Args:
+            call: the tap.
+            key: its key.
+        """
+        if not call.rows:
+            return
+        kept = as_they_are(call.rows)  # the job may use their memory anew
+        with self._lock:
+            while len(self._of) >= _KEPT:
+                self._of.pop(next(iter(self._of)))
+            self._of[key[:4]] = kept
 
     def next_step(self) -> None:
         """Forget the step before; a backward may come after its own has ended."""

@@ -66,7 +66,7 @@ class PartCall(Call):
             name, call.given, call.dims, call.extras, call.grad, call.tags, about, call._site,
             call.forward,
         )  # fmt: skip
-        self.rows = call.rows
+        self.rows, self.inside = call.rows, call.inside
         self._of: _Whole | None = of
         self._number = number
         self._whole = call.shown

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..errors import LayoutError, UsageError
+from ..errors import BadRows, UsageError
 from ..tokens.taken import Taken
 
 _MOST_NUMBERS = 64  # that make one id
@@ -26,14 +26,23 @@ class Ids:
         names: of the dims, in the order of the ids' own.
         of: the ids, or a callable that returns them, which is called once.
         at_tap: whether they were given at the tap itself, for dims that it has to have.
+        block: the dims of all ids that were given with them to one block; () at a tap.
     """
 
-    __slots__ = ("_given", "_taken", "_version", "at_tap", "names", "of")
+    __slots__ = ("_given", "_taken", "_version", "at_tap", "block", "names", "of")
 
-    def __init__(self, names: tuple[str, ...], of: Any, *, at_tap: bool = False) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        of: Any,
+        *,
+        at_tap: bool = False,
+        block: tuple[tuple[str, ...], ...] = (),
+    ) -> None:
         self.names = names
         self.of = of
         self.at_tap = at_tap
+        self.block = block
         self._given: Any = None
         self._taken: Taken | None = None
         self._version: int | None = -1
@@ -63,7 +72,7 @@ class Ids:
         """Return the ids, as they are when first asked for, or since they were last written to.
 
         Raises:
-            LayoutError: they are no integers, or not one dim for each name, or the callable failed.
+            BadRows: they are no integers, or not one dim for each name, or the callable failed.
         """
         if self._given is None:
             self._given = self._called() if callable(self.of) else self.of
@@ -83,13 +92,13 @@ class Ids:
             fact = (
                 f"the callable of the ids of rows along {label} raised {type(err).__name__}: {err}"
             )
-            raise LayoutError(fact) from err
+            raise BadRows(fact, "give ids, or a callable that returns them there") from err
 
     def kept(self) -> Ids:
         """Return these ids as they are now, whatever the job does to them.
 
         Raises:
-            LayoutError: as `taken`.
+            BadRows: as `taken`.
         """
         found = Ids(self.names, None, at_tap=self.at_tap)
         found._taken, found._given, found._version = self.taken(), _KEPT, _version(_KEPT)
@@ -105,13 +114,13 @@ def check_meant(ids: Iterable[Ids], names: Iterable[tuple[str, ...]], dims: str)
         dims: its layout as declared.
 
     Raises:
-        LayoutError: there are such.
+        BadRows: there are such.
     """
     known = {*names}
     for one in ids:
         if one.at_tap and tuple(sorted(one.names)) not in known:
             named = f"its dims are {dims!r:.200}" if dims else "it declares no dims"
-            raise LayoutError(
+            raise BadRows(
                 f"it was given rows along {' '.join(one.names)}, and {named}",
                 "name the dims that have these rows in both",
             )
@@ -139,7 +148,7 @@ def as_they_are(ids: tuple[Ids, ...]) -> tuple[Ids, ...]:
     """Return ids as they are now, for what comes to them later; as given where that cannot be."""
     try:
         return tuple(one.kept() for one in ids)
-    except LayoutError:  # which whoever takes them will say
+    except BadRows:  # which whoever takes them will say
         return ids
 
 
@@ -168,22 +177,24 @@ def _taken(names: tuple[str, ...], given: Any) -> Taken:
             else:
                 ids = torch.as_tensor(given, device="cpu")
         except Exception as err:
-            raise LayoutError(f"the ids of rows along {label} cannot be read: {err}") from None
+            raise BadRows(
+                f"the ids of rows along {label} cannot be read: {err}", "give a tensor of integers"
+            ) from None
         is_whole = not (ids.dtype.is_floating_point or ids.dtype.is_complex)
         if ids.numel() and (not is_whole or ids.dtype == torch.bool):
-            raise LayoutError(
-                f"the ids of rows along {label} are {ids.dtype}, expected integers; "
-                "recorder.token_rows makes them from tokens"
+            raise BadRows(
+                f"the ids of rows along {label} are {ids.dtype}, expected integers",
+                "recorder.token_rows makes them from tokens",
             )
         if ids.dim() not in (len(names), len(names) + 1):
-            raise LayoutError(
-                f"the ids of rows along {label} have the shape {list(ids.shape)}, expected one dim "
-                "for each name, and one more where several numbers are an id"
+            raise BadRows(
+                f"the ids of rows along {label} have the shape {list(ids.shape)}",
+                "give one dim for each name, and one more where several numbers are an id",
             )
         if ids.dim() > len(names) and not 1 <= ids.shape[-1] <= _MOST_NUMBERS:
-            raise LayoutError(
-                f"the ids of rows along {label} are of {ids.shape[-1]} numbers each, expected 1 to "
-                f"{_MOST_NUMBERS}"
+            raise BadRows(
+                f"the ids of rows along {label} are of {ids.shape[-1]} numbers each",
+                f"give 1 to {_MOST_NUMBERS}",
             )
         if ids.dim() > len(names) and ids.shape[-1] == 1:
             ids = ids.squeeze(-1)

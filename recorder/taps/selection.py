@@ -105,8 +105,13 @@ class _Env(dict[str, Any]):
 class Selection:
     """The taps of one rank as one session sees them. Thread-safe."""
 
-    def __init__(self, filter: Filter | None) -> None:
+    def __init__(
+        self,
+        filter: Filter | None,
+        on_unwanted: Callable[[Call, Key], None] = lambda call, key: None,
+    ) -> None:
         self.filter = filter
+        self._on_unwanted = on_unwanted
         self.step = 0
         self.selected = 0
         self.names_seen: set[str] = set()
@@ -191,7 +196,7 @@ class Selection:
         if site.wanted is False:
             if self._splits and not again:  # its repetition may be wanted, and is told apart by it
                 with self._lock:
-                    self._count(call, site, place)
+                    self._count_unwanted(call, site, place)
             return None
         step, occurrence, note, trouble = self.step, 0, "", ""
         if again and place is not None:  # it is wanted, or not, as of its first
@@ -210,7 +215,7 @@ class Selection:
             if not forward and not (grad and call.grad):
                 if not again:
                     with self._lock:  # of one key, it may want some taps and not others
-                        self._count(call, site, place)
+                        self._count_unwanted(call, site, place)
                 return None
         if place is not None and place.again and not place.again[0].keeps_graph:
             grad = False  # it comes by way of the first forward
@@ -235,6 +240,12 @@ class Selection:
             note,
             trouble,
         )
+
+    def _count_unwanted(self, call: Call, site: _Site, place: Place | None) -> None:
+        """Count a tap that is not wanted; tell of it where its repetition may be."""
+        occurrence = self._count(call, site, place)
+        if self._splits and not site.recompute:
+            self._on_unwanted(call, Key(call.name, site.key_text, self.step, occurrence))
 
     def _count(self, call: Call, site: _Site, place: Place | None) -> int:
         """Return the next occurrence of these tags."""

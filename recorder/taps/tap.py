@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from ..errors import LayoutError, ReplayError, is_from_the_job
 from ..ranks import is_group_up
 from . import sessions
-from .around import rows_around, tags_around
+from .around import blocks_around, rows_around, tags_around
 from .call import Call
 from .rows import Ids, over
 
@@ -187,6 +187,7 @@ def _dispatch(
 
 def _has_rows(call: Call, given: Mapping[str, Any] | None) -> bool:
     """Give a call the ids that hold for it; return whether those given at the tap can be read."""
+    call.inside = blocks_around()
     around = rows_around() if call.dims else ()
     try:
         call.rows = over(around, Ids.given(given, at_tap=True)) if given else around

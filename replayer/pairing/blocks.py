@@ -34,7 +34,7 @@ _BATCHED = {BATCH, SEQUENCE}
 _MOST_VARIANTS = 64
 
 
-_SIDES = {"senders": "the ranks", "sender": "rank", "rank": "rank", "receiver": "the other side"}
+SIDES = {"senders": "the ranks", "sender": "rank", "rank": "rank", "receiver": "the other side"}
 """What layouts speak of in a diff, where nothing is sent."""
 
 
@@ -81,10 +81,10 @@ class _Blocks:
         try:
             yield
         except BlocksMissing as err:
-            told = err.of(self.name, _SIDES)
+            told = err.of(self.name, SIDES)
             raise LayoutError(told.fact, f"{told.advice}; leave none out with --filter") from None
         except LayoutError as err:
-            raise err.of(self.name, _SIDES) from None
+            raise err.of(self.name, SIDES) from None
 
     def as_declared_by(self, other: _Blocks) -> _Blocks:
         """Return the one tensor of a job of one rank in the other side's dims, of which it is the

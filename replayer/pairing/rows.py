@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from recorder.errors import LayoutError, ReplicasDiffer
+from recorder.errors import BadRows, LayoutError, ReplicasDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.rowed import rowed
 from recorder.logical import layout_of
 from recorder.recording import Recording
+from recorder.sizes import count
 from recorder.tokens.hashing import previous
 
+from ..log import joined
 from ..rowing.held import Held, paired
 from ..rowing.joining import Cells, Joining, whole_of
 from ..rowing.places import Keys, Places, among, real_rows
 from ..rowing.records import Records
 from ..rowing.same import apart
+from .blocks import SIDES
 from .tensors import Two
 
 _MOST_COMBINED = 1 << 24
@@ -64,6 +68,11 @@ class _Side:
             for g, keys in enumerate(records.keys)
         ]
 
+    def found(self, joining: Joining, keys: Sequence[torch.Tensor]) -> Cells:
+        """Return which keys it has; what is wrong with it is said of this side."""
+        with _said_of(self.name):
+            return joining.find(keys)
+
     def joining(self, receiver: Held) -> Joining:
         """Return what brings its rows."""
         return Joining(self.source, self.records, receiver, replicas="error", check=self.check)
@@ -90,6 +99,7 @@ class Common:
 
     def __init__(self, a: _Side, b: _Side) -> None:
         self._a, self._b = a, b
+        _check_numbers(a, b)
         wanted = []
         for ids, others, keys in zip(a.ids, b.ids, b.records.keys, strict=True):
             _, has = among(keys.of(others).sort().values, keys.of(ids))
@@ -101,7 +111,8 @@ class Common:
             )
         self._ids: torch.Tensor | None = None
         self._known: torch.Tensor | None = None
-        self._receiver = whole_of(a.records)
+        with _said_of(a.name):
+            self._receiver = whole_of(a.records)
         self._of_a, self._of_b = a.joining(self._receiver), b.joining(self._receiver)
         self._cells = self._found(wanted) if total else None
         self.both = 0 if self._cells is None else int(self._cells[0].is_found.sum())
@@ -140,10 +151,12 @@ class Common:
             DamagedRecording: ids are not there.
         """
         names = [_names(source, rows[0]) for source, rows in ((a, rows_a), (b, rows_b))]
-        pairs = paired(names[0], names[1])
-        of_a = Records.of(a, rows_a, lambda own: pairs, shared[0], check=check)
+        pairs = paired(names[0], names[1], ("A", "B"))
+        with _said_of("A"):
+            of_a = Records.of(a, rows_a, lambda own: pairs, shared[0], check=check)
         back = [(j, i) for i, j in pairs]
-        of_b = Records.of(b, rows_b, lambda own: back, shared[1], check=check)
+        with _said_of("B"):
+            of_b = Records.of(b, rows_b, lambda own: back, shared[1], check=check)
         return cls(_Side("A", a, of_a, check), _Side("B", b, of_b, check))
 
     @property
@@ -154,6 +167,17 @@ class Common:
         return (
             f"no row in common: A has {self.only_a} and B {self.only_b}; are these other tokens, "
             "or ids with another salt?"
+        )
+
+    @property
+    def one_sided(self) -> str:
+        """Say along which dims one side alone tells rows apart, "" where along none."""
+        sides = (("A", self._a, "B"), ("B", self._b, "A"))
+        return "; ".join(
+            f"{name} says which row is which along {' and '.join(side.records.alone)}, and {other} "
+            "does not: compared along it as they stand"
+            for name, side, other in sides
+            if side.records.alone
         )
 
     def said_alone(self, share: float) -> str:
@@ -217,7 +241,7 @@ class Common:
                 self._of_b.rows(self._cells[1], which),
             )
             some = f"rows {start + 1} to {min(start + size, self.both)} of {self.both}"
-            note = some if self.both > size else ""
+            note = joined(some if self.both > size else "", self.one_sided)
             yield TwoOfRows(
                 one, other, self.dim_names, ranks[0], ranks[1], note, common=self, start=start
             )
@@ -310,7 +334,9 @@ class Common:
         ]
         if len(wanted) > 1:
             return self._combined(keys)
-        one, other = (joining.find(own) for (_, joining), own in zip(sides, keys, strict=True))
+        one, other = (
+            side.found(joining, own) for (side, joining), own in zip(sides, keys, strict=True)
+        )
         has = one.is_found & other.is_found
         self._ids = wanted[0][has]
         self._known = self._facts(self._ids)
@@ -320,9 +346,10 @@ class Common:
         """Return grids of both sides in one order, and which of their cells count."""
         sizes = [len(one) for one in keys[0]]
         cells, grids, found = [], [], []
-        for joining, own in zip((self._of_a, self._of_b), keys, strict=True):
+        sides = ((self._a, self._of_a), (self._b, self._of_b))
+        for (side, joining), own in zip(sides, keys, strict=True):
             order = [one.sort() for one in own]  # as a grid is made
-            one = joining.find([values for values, _ in order])
+            one = side.found(joining, [values for values, _ in order])
             mesh = torch.meshgrid(*(indices.argsort() for _, indices in order), indexing="ij")
             found.append(one.is_found.view(sizes)[mesh].flatten())
             grids.append({part: made[mesh] for part, made in one.grids.items()})
@@ -360,6 +387,26 @@ class Common:
                 found[at[there[has]]] = known[has].to(torch.int64)
                 is_known |= bool(has.any())
         return found if is_known else None
+
+
+@contextmanager
+def _said_of(side: str) -> Iterator[None]:
+    """Have errors of layouts and ids speak of a side of a diff."""
+    try:
+        yield
+    except LayoutError as err:
+        raise err.of(side, SIDES) from None
+
+
+def _check_numbers(a: _Side, b: _Side) -> None:
+    """Refuse ids that are of one number on one side, and of two on the other."""
+    for ids, others in zip(a.ids, b.ids, strict=True):
+        one, other = (math.prod(side.shape[1:]) for side in (ids, others))
+        if one != other and len(ids) and len(others):
+            raise BadRows(
+                f"A's rows are told apart by {count(one, 'number')} each, and B's by {other}",
+                "give both the same ids",
+            )
 
 
 def _kept(cells: Cells, has: torch.Tensor) -> Cells:

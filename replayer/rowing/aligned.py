@@ -8,14 +8,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
 import torch
 
 from recorder.bits import as_bits
-from recorder.errors import LayoutError, MissingRecord, TransformError
+from recorder.errors import DamagedRecording, LayoutError, MissingRecord, TransformError
 from recorder.format.payload import parse_dtype
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
@@ -24,9 +24,9 @@ from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.sizes import count
 
-from ..log import SEQ_BITS
+from ..log import AS_THEY_STAND, LEFT_OUT, SEQ_BITS
 from .held import Held, Record, Source, held_by, rest_of
-from .joining import Joining, parts_text
+from .joining import Joining, lacking_text, parts_text
 from .places import Found, real_rows
 from .records import Records
 from .same import Several
@@ -46,6 +46,7 @@ class Made:
         senders: for each sender rank the `seq` of the first record that was used.
         records: those that have one of the rows, or none at all, as in the log's `rows_from`.
         note: what to know of it.
+        elsewhere: as of `Several`.
     """
 
     rows: torch.Tensor = field(repr=False)
@@ -54,6 +55,7 @@ class Made:
     senders: list[int | None]
     records: list[int]
     note: str
+    elsewhere: int = 0
 
 
 class Aligned:
@@ -69,10 +71,13 @@ class Aligned:
         rank: its rank.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+        step: as of `Joining`.
 
     Attributes:
         groups: those of its rows that are matched.
         cells: which of its rows were found by the latest `make`.
+        left_out: that ids of records could not be read, "" where all could.
+        one_sided: along which dims one side alone says which row is which, "" where along none.
     """
 
     def __init__(
@@ -87,14 +92,19 @@ class Aligned:
         *,
         replicas: str,
         check: bool,
+        step: int | None = None,
     ) -> None:
         self._source, self._replicas, self._check = source, replicas, check
         self._records, self._target, self._world = records, target, source.world_size
         self.cells = torch.empty(0, dtype=torch.int64, device="cpu")
         self.groups = [groups[j] for j in records.pairs]
+        alone = [one.label for j, one in enumerate(groups) if j not in records.pairs]
+        number = count(len(records.damaged), "record")
+        self.left_out = f"{number} {LEFT_OUT}" if records.damaged else ""
+        self.one_sided = _said_alone(alone, records.alone)
         own = held_by(dims, self.groups, target.shape, rank.rank, mesh, rank.world_size)
         _check_sums(own, records)
-        self._joining = Joining(source, records, own, replicas=replicas, check=check)
+        self._joining = Joining(source, records, own, replicas=replicas, check=check, step=step)
 
     @property
     def own(self) -> torch.Tensor:
@@ -114,6 +124,13 @@ class Aligned:
     @property
     def _rest(self) -> tuple[int, ...]:
         return self._joining.receiver.shape
+
+    @property
+    def damaged(self) -> DamagedRecording | None:
+        """The first reason why ids of a record could not be read."""
+        for err in self._records.damaged:
+            return DamagedRecording(err.path, err.fact)  # one that was raised holds frames
+        return None
 
     @property
     def guesses(self) -> str:
@@ -166,14 +183,18 @@ class Aligned:
             at = (at[:, None] * len(values) + inverse).flatten()
             cell = (cell[:, None] * len(group.ids) + own).flatten()
         there = cells.is_found[at]
+        of_parts = {part: mask[at] for part, mask in cells.there.items()}
         if not bool(there.any()):
-            raise MissingRecord(self._why_none(wanted, [values for values, _ in unique]))
+            if (err := self.damaged) is not None:  # and it may have had them
+                raise err
+            why = self._why_none(wanted, [values for values, _ in unique], of_parts)
+            raise MissingRecord(why, rows=wanted)
         several = self._joining.check(cells)
         rows = self._joining.rows(cells)
         number = (cells.is_found.to(torch.int64).cumsum(0) - 1)[at[there]]
         if len(number) != len(rows) or not torch.equal(number, torch.arange(len(rows))):
             rows = rows.index_select(0, number)
-        return self._made(rows, cell[there], wanted, cells.records, several)
+        return self._made(rows, cell[there], wanted, cells.records, several, of_parts)
 
     def of_others(self, records: Records) -> Made:
         """Return what other records, of other tags, have of the same rows; as `make`."""
@@ -209,17 +230,20 @@ class Aligned:
         own = real_rows(group.ids)
         keys = records.keys[0].of(group.ids[own])
         every = [records.find((part,), keys) for part in range(len(records.parts))]
-        there = torch.stack([one.times > 0 for one in every]).all(0)
+        of_parts = {part: one.times > 0 for part, one in enumerate(every)}
+        there = torch.stack([*of_parts.values()]).all(0)
         if len(own) and not bool(there.any()):
-            raise MissingRecord(self._why_none(len(own), [keys]))
+            if (err := self.damaged) is not None:
+                raise err
+            raise MissingRecord(self._why_none(len(own), [keys], of_parts), rows=len(own))
         every = [one.of(there) for one in every]
         several, received = Several(), []
         for part, one in enumerate(every):
             several = several.and_(self._joining.check_part(one))
             first = records.first(part)
             received.append((first.row, self._as_received(first, one, own[there])))
-        nothing = torch.empty((0, *self._rest), device="cpu")
-        return self._made(nothing, own[there], len(own), records.having(every), several), received
+        nothing, used = torch.empty((0, *self._rest), device="cpu"), records.having(every)
+        return self._made(nothing, own[there], len(own), used, several, of_parts), received
 
     def _made(
         self,
@@ -228,19 +252,22 @@ class Aligned:
         wanted: int,
         used: Sequence[Record],
         several: Several,
+        of_parts: Mapping[int, torch.Tensor],
     ) -> Made:
         self.cells = cells
         logged = [one.logged for one in used if one.logged is not None]
         senders: list[int | None] = [None] * self._world
         for number in reversed(logged):
             senders[number >> SEQ_BITS] = number & (1 << SEQ_BITS) - 1
+        notes = [*self._joining.notes(several), lacking_text(self._records, of_parts)]
         return Made(
             rows,
             cells,
             wanted - len(cells),
             senders,
             sorted({*logged, *self._records.bare}),
-            "; ".join(self._joining.notes(several)),
+            "; ".join(filter(None, notes)),
+            several.elsewhere,
         )
 
     def _as_received(self, first: Record, found: Found, cells: torch.Tensor) -> torch.Tensor:
@@ -257,14 +284,18 @@ class Aligned:
         rows, rest = range(len(sizes)), range(len(sizes), made.dim())
         return made.permute([*rest[:before], *rows, *rest[before:]])
 
-    def _why_none(self, wanted: int, keys: Sequence[torch.Tensor]) -> str:
+    def _why_none(
+        self, wanted: int, keys: Sequence[torch.Tensor], of_parts: Mapping[int, torch.Tensor]
+    ) -> str:
         records, parts = self._records, self._records.parts
         every = [records.find((part,), keys[0]) for part in range(len(parts))]
         there = sum(bool((one.times > 0).any()) for one in every)
         if there and len(keys) == 1 and len(parts) > 1:
+            lacking = lacking_text(records, of_parts)
             return (
                 f"none of its {count(wanted, 'row')} was recorded in all parts that it is made of: "
-                f"{parts_text(parts)}, and only {there} of these have any; record all ranks"
+                f"{parts_text(parts)}, and only {there} of these have any"
+                f"{': ' * bool(lacking)}{lacking}; record all ranks"
             )
         known = sum(len(records.places[one.number].keys) for one in every)
         return (
@@ -280,6 +311,20 @@ def _distinct(keys: torch.Tensor, *, is_sorted: bool) -> tuple[torch.Tensor, tor
     if is_sorted or len(values) < len(keys):
         return values, inverse
     return keys, torch.arange(len(keys), device="cpu")  # as they stand: nothing needs moving then
+
+
+def _said_alone(receivers: Sequence[str], senders: Sequence[str]) -> str:
+    """Say along which dims the target alone says which row is which, and the baseline alone."""
+    said = [
+        f"{one} says which row is which along {' and '.join(dims)}, and {other} does not: taken "
+        f"along it {AS_THEY_STAND}"
+        for one, other, dims in (
+            ("the target", "the baseline", receivers),
+            ("the baseline", "the target", senders),
+        )
+        if dims
+    ]
+    return "; ".join(said)
 
 
 def _check_sums(own: Held, records: Records) -> None:

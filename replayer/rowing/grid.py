@@ -47,6 +47,7 @@ class Grid:
         keys: what makes ids integers, for each group.
         gathered: reads records.
         replicas: what to do with cells that were recorded several times.
+        step: as of `Joining`.
 
     Attributes:
         filled: which cells are there.
@@ -58,6 +59,7 @@ class Grid:
         keys: Sequence[Keys],
         gathered: Gathered,
         replicas: str,
+        step: int | None = None,
     ) -> None:
         self._wanted, self._keys = wanted, keys
         self._gathered, self._replicas = gathered, replicas
@@ -68,6 +70,8 @@ class Grid:
         self._from = torch.zeros(self.filled.shape, dtype=torch.int64, device="cpu")
         self._records: list[Record] = []
         self._worst = 0.0
+        self._step = step
+        self._elsewhere = torch.zeros_like(self.filled)
         self._apart: list[_Apart] = []
 
     def checked(self, found: torch.Tensor) -> Several:
@@ -88,7 +92,7 @@ class Grid:
         made = self._made
         if several and self._replicas == "mean" and self._total is None and made is not None:
             raise LayoutError(f"rows of {made.dtype} have no mean", "take the first of them")
-        return Several(several, self._worst)
+        return Several(several, self._worst, int((self._elsewhere & found).sum()))
 
     def made(self, first: Record) -> torch.Tensor:
         """Return the cells, zeros where none was found: [*groups, other dims].
@@ -157,6 +161,10 @@ class Grid:
     ) -> None:
         off = apart(held, values)
         self._worst = max(self._worst, float(off.whole.max()))
+        if self._records[-1].row["step"] == self._step:
+            steps = torch.tensor([one.row["step"] for one in self._records], device="cpu")
+            own = tuple(o.flatten()[i] for o, i in zip(cells, at, strict=True))
+            self._elsewhere[own] |= off.changed & (steps[self._from[own]] != self._step)
         if self._replicas != "error" or not bool(off.beyond.any()):
             return
         where = [one[off.beyond] for one in at]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from recorder.errors import LayoutError
+from recorder.errors import BadRows
 from recorder.format.schema import ManifestRow
 from recorder.format.shard import Place
 from recorder.layouts.blocks import Block, coordinates
@@ -150,12 +150,19 @@ def held_by(
 
 
 def paired(
-    senders: Sequence[tuple[str, ...]], receivers: Sequence[tuple[str, ...]]
+    senders: Sequence[tuple[str, ...]],
+    receivers: Sequence[tuple[str, ...]],
+    sides: tuple[str, str] = ("the baseline", "the target"),
 ) -> list[tuple[int, int]]:
     """Return which groups of rows belong together, by their names: one on each side do in any case.
 
+    Args:
+        senders: the names of one side's groups.
+        receivers: the names of the other's.
+        sides: what messages call them.
+
     Raises:
-        LayoutError: there are several, and none has a name of the other side's.
+        BadRows: there are several, and none has a name of the other side's.
     """
     if len(senders) == len(receivers) == 1:
         return [(0, 0)]
@@ -165,8 +172,8 @@ def paired(
         of_senders, of_receivers = (
             " and ".join(" ".join(names) for names in side) for side in (senders, receivers)
         )
-        raise LayoutError(
-            f"the baseline has rows along {of_senders}, and the target along {of_receivers}",
+        raise BadRows(
+            f"{sides[0]} has rows along {of_senders}, and {sides[1]} along {of_receivers}",
             "call those that belong together the same on both sides",
         )
     return found

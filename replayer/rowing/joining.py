@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -23,7 +23,7 @@ from .grid import Grid
 from .held import Held, Record, Source
 from .places import Found
 from .records import Records
-from .same import Several, check_same
+from .same import Several, check_same, taken_elsewhere
 
 _MOST_PLANS = 256
 
@@ -38,6 +38,7 @@ class Cells:
         records: those that have any of them.
         grids: for each part what was recorded of all combinations, where there are several groups.
         several: those that were recorded several times.
+        there: for each part that is needed, which of all combinations it has, as in `is_found`.
     """
 
     is_found: torch.Tensor
@@ -45,6 +46,7 @@ class Cells:
     records: list[Record]
     grids: dict[int, torch.Tensor] = field(default_factory=dict)
     several: Several = field(default_factory=Several)
+    there: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class Joining:
@@ -56,6 +58,8 @@ class Joining:
         receiver: what is wanted of each row.
         replicas: what to do with rows that were recorded several times: see `ReplaySettings`.
         check: whether to hold what is read against its digest.
+        step: the step from which rows should be, if it has them otherwise than others; None where
+            that does not matter.
 
     Attributes:
         assumed: what `find` took for granted, "" where nothing was.
@@ -63,10 +67,17 @@ class Joining:
     """
 
     def __init__(
-        self, source: Source, records: Records, receiver: Held, *, replicas: str, check: bool
+        self,
+        source: Source,
+        records: Records,
+        receiver: Held,
+        *,
+        replicas: str,
+        check: bool,
+        step: int | None = None,
     ) -> None:
         self.source, self.records, self.receiver = source, records, receiver
-        self.replicas = replicas
+        self.replicas, self.step = replicas, step
         self.assumed = self.guesses = ""
         self._gathered = Gathered(source, records, check=check)
 
@@ -92,11 +103,13 @@ class Joining:
             return self._grids(keys, needed)
         records = self.records
         found = {parts[0]: records.find(parts, keys[0]) for parts in needed}
-        is_found = torch.stack([one.times > 0 for one in found.values()]).all(0)
+        there = {part: one.times > 0 for part, one in found.items()}
+        is_found = torch.stack([*there.values()]).all(0)
         found = {part: one.of(is_found) for part, one in found.items()}
         others = {*range(len(records.parts))}.difference(*needed)  # which are known, too
-        there = [records.find((part,), keys[0]).of(is_found) for part in others]
-        return Cells(is_found, found, records.having([*found.values(), *there]))
+        more = [records.find((part,), keys[0]).of(is_found) for part in others]
+        used = records.having([*found.values(), *more])
+        return Cells(is_found, found, used, there=there)
 
     def check(self, cells: Cells) -> Several:
         """Hold rows that were recorded several times against the first of them.
@@ -112,9 +125,12 @@ class Joining:
 
     def check_part(self, found: Found) -> Several:
         """As `check`, of one part's rows."""
-        if self.replicas == "error":
-            return check_same(self.records, found, self._gathered)
-        return Several(int((found.times > 1).sum()))
+        is_fine = self.replicas != "error"
+        several = check_same(self.records, found, self._gathered, is_fine=is_fine)
+        if self.step is None or not several.whole:
+            return several
+        elsewhere = taken_elsewhere(self.records, found, self._gathered, self.step)
+        return several._replace(elsewhere=elsewhere)
 
     def rows(self, cells: Cells, which: slice = slice(None)) -> torch.Tensor:
         """Return what was recorded of the cells that were found: [cells, other dims], on the CPU.
@@ -238,19 +254,19 @@ class Joining:
     def _grids(self, keys: Sequence[torch.Tensor], needed: Sequence[tuple[int, ...]]) -> Cells:
         records = self.records
         grids: dict[int, torch.Tensor] = {}
-        is_found = torch.ones([len(one) for one in keys], dtype=torch.bool, device="cpu")
         used: list[Record] = []
-        every: list[Grid] = []
+        every: dict[int, Grid] = {}
         for parts in needed:
-            grid = Grid(keys, records.keys, self._gathered, self.replicas)
+            grid = Grid(keys, records.keys, self._gathered, self.replicas, self.step)
             used += [one for one in records.having([records.find(parts, keys[0])]) if grid.add(one)]
             grids[parts[0]] = grid.made(records.first(parts[0]))
-            is_found &= grid.filled
-            every.append(grid)
+            every[parts[0]] = grid
+        is_found = torch.stack([grid.filled for grid in every.values()]).all(0)
         several = Several()
-        for grid in every:
+        for grid in every.values():
             several = several.and_(grid.checked(is_found))
-        return Cells(is_found.flatten(), {}, used, grids, several)
+        there = {part: grid.filled.flatten() for part, grid in every.items()}
+        return Cells(is_found.flatten(), {}, used, grids, several, there)
 
 
 @lru_cache(maxsize=_MOST_PLANS)
@@ -287,6 +303,27 @@ def parts_text(parts: Sequence[Held]) -> str:
     )
     sizes = " ".join(f"{axis} of {n}" for axis, (_, n) in parts[0].mesh)
     return f"of {parts[0].dims.text!r:.200} over {sizes}, there is {there}"
+
+
+def lacking_text(records: Records, there: Mapping[int, torch.Tensor]) -> str:
+    """Say of rows that some parts have which others lack them, "" where all have the same.
+
+    Args:
+        records: the records.
+        there: for each part that is needed, which rows it has: bool, of one length.
+    """
+    masks = torch.stack([*there.values()])
+    partly = masks.any(0) & ~masks.all(0)
+    if not bool(partly.any()):
+        return ""
+    said = []
+    for part, mask in zip(there, masks, strict=True):
+        if lost := int((partly & ~mask).sum()):
+            where = " ".join(f"{axis}={at}" for axis, (at, _) in records.parts[part].mesh)
+            ranks = sorted({one.row["rank"] for one in records.every if one.part == part})
+            some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+            said.append(f"{where or 'one'} (rank {some}) lacks {lost}")
+    return f"{count(int(partly.sum()), 'row')} recorded in some parts only: {' and '.join(said)}"
 
 
 def of_parts(records: Records, err: LayoutError) -> LayoutError:

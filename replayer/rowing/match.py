@@ -71,7 +71,7 @@ class RowMatcher:
         Raises:
             ReplayError: it is matched by order, which says nothing of rows.
             LayoutError: the records contradict each other.
-            DamagedRecording: ids are not there.
+            DamagedRecording: the ids of none of the records can be read.
         """
         match_on = self._matcher.match_on
         if not self.has_any:
@@ -104,6 +104,7 @@ class RowMatcher:
                     self._shared,
                     latest=self._latest,
                     check=self._check,
+                    is_lenient=True,
                 )
                 while len(self._kept) >= _MOST_KEPT:
                     self._kept.pop(next(iter(self._kept)))

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from recorder.errors import LayoutError
+from recorder.errors import BadRows
+from recorder.sizes import count
 from recorder.tokens.taken import real
 
 UNKNOWN = -1
@@ -40,15 +41,15 @@ class Keys:
         """Return the keys of ids, int64 [rows].
 
         Raises:
-            LayoutError: an id is of another number of numbers.
+            BadRows: an id is of another number of numbers.
         """
         numbers = 1 if ids.dim() == 1 else int(ids.shape[1])
         if not len(ids):
             return torch.empty(0, dtype=torch.int64, device="cpu")
         if numbers != self.numbers:
-            raise LayoutError(
-                f"the baseline's rows are told apart by {self.numbers} numbers each, and the "
-                f"target's by {numbers}",
+            raise BadRows(
+                f"the baseline's rows are told apart by {count(self.numbers, 'number')} each, and "
+                f"the target's by {numbers}",
                 "give both the same ids",
             )
         if numbers == 1:

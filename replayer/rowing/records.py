@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from recorder.errors import LayoutError
+from recorder.errors import BadRows, DamagedRecording
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
 from recorder.layouts.rowed import rowed
@@ -36,7 +36,10 @@ class Records:
         pairs: for each group, its number among the receiver's.
         places: for each part, and for some of them together, the places of its rows.
         where: where their payloads lie.
+        steps: the step of each, int64.
         bare: those that have no row at all, but padding: their numbers in the log.
+        alone: the dims of groups that the receiver has not.
+        damaged: why ids of further records could not be read, which are left out.
     """
 
     def __init__(
@@ -46,9 +49,12 @@ class Records:
         places: Sequence[Places],
         keys: Sequence[Keys],
         pairs: Sequence[int],
+        alone: Sequence[str] = (),
+        damaged: Sequence[DamagedRecording] = (),
     ) -> None:
         self.every, self.parts, self.places = every, parts, list(places)
         self.keys, self.pairs = keys, pairs
+        self.alone, self.damaged = alone, damaged
         self.bare = sorted(
             one.logged
             for one in every
@@ -57,6 +63,9 @@ class Records:
         )
         self.checked: dict[int, torch.Tensor] = {}
         self.where = Where(every)
+        self.steps = torch.tensor(
+            [one.row["step"] for one in every], dtype=torch.int64, device="cpu"
+        )
         self._merged: dict[tuple[int, ...], int] = {}
 
     def first(self, part: int) -> Record:
@@ -97,6 +106,7 @@ class Records:
         *,
         latest: Mapping[int, int] | None = None,
         check: bool = True,
+        is_lenient: bool = False,
     ) -> Records:
         """Return what records hold of some groups of rows.
 
@@ -109,9 +119,12 @@ class Records:
             latest: the latest attempt of each rank, the others' records being those of no tap that
                 could be asked for by its key; None where that does not matter.
             check: whether to hold ids against their digest.
+            is_lenient: whether records whose ids cannot be read are left out, as long as there are
+                others.
 
         Raises:
-            LayoutError: they do not say what they hold, or not the same.
+            LayoutError: they do not say what they hold.
+            BadRows: they have rows along other dims than one another.
             DamagedRecording: ids are not there.
         """
         layouts: dict[tuple[str, str], Dims] = {}
@@ -119,20 +132,28 @@ class Records:
         found: list[Record] = []
         pairs: list[tuple[int, int]] | None = None
         names: list[tuple[str, ...]] = []
+        damaged: list[DamagedRecording] = []
         for row in rows:
+            try:
+                ids = source.ids(row, check=check)
+            except DamagedRecording as err:
+                damaged.append(DamagedRecording(err.path, err.fact))  # which holds no frames
+                if not is_lenient or len(damaged) == len(rows):
+                    raise
+                continue
             text = row["dims"] or "", row["kind"]
             dims = layouts.get(text)
             if dims is None:
                 dims = layouts[text] = layout_of(*text)
             shape = tuple(row["shape"] or ())
-            groups = rowed(dims, shape, source.ids(row, check=check))
+            groups = rowed(dims, shape, ids)
             if pairs is None:
                 names = [group.names for group in groups]
                 pairs = choose(names)
             own = [group.names for group in groups]
             is_one = len(own) == len(names) == 1  # may be called otherwise, if that pairs it alike
             if own != names and not (is_one and choose(own) == pairs):
-                raise LayoutError(
+                raise BadRows(
                     f"some records of {row['name']} have rows along "
                     f"{' and '.join(map(' '.join, names))} and others along "
                     f"{' and '.join(group.label for group in groups)}",
@@ -152,7 +173,10 @@ class Records:
                 shared.pop(next(iter(shared)))
             known = shared[about, tuple(pairs or ())] = _placed(found, len(numbers))
         places, keys = known
-        return cls(found, list(numbers), places, keys, [j for _, j in pairs or ()])
+        of_pairs = [i for i, _ in pairs or ()]
+        alone = [" ".join(one) for i, one in enumerate(names) if i not in of_pairs]
+        of_receiver = [j for _, j in pairs or ()]
+        return cls(found, list(numbers), places, keys, of_receiver, alone, damaged)
 
 
 def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Keys]]:
@@ -163,7 +187,10 @@ def _placed(found: Sequence[Record], parts: int) -> tuple[list[Places], list[Key
         ids = [one.groups[g].ids[at] for one, at in zip(found, rows, strict=True)]
         several = {one.shape[1:] for one in ids if len(one)}
         if len(several) > 1:
-            raise LayoutError("records' rows are told apart by more numbers in some than in others")
+            raise BadRows(
+                "records' rows are told apart by more numbers in some than in others",
+                "give all of them the same ids",
+            )
         # Of ids of which there are none nobody knows how many numbers each would be.
         shape = (0, *next(iter(several), ids[0].shape[1:]))
         ids = [one if len(one) else one.reshape(shape) for one in ids]

@@ -100,10 +100,13 @@ class Several(NamedTuple):
     Attributes:
         rows: how many.
         whole: their greatest difference, relative to the row; None where it was not measured.
+        elsewhere: how many of them are taken from another step than the tap's, which has them with
+            other bits.
     """
 
     rows: int = 0
     whole: float | None = None
+    elsewhere: int = 0
 
     def note(self, which: str) -> str:
         """Say it, "" where there are none."""
@@ -112,21 +115,32 @@ class Several(NamedTuple):
         taken = {"last": "the last was taken", "mean": "their mean was taken"}
         text = f"{count(self.rows, 'row')} recorded several times: "
         text += taken.get(which, "the first was taken")
-        if self.whole:
+        if self.whole and which in ("first", "error"):
             text += f", others are off by {self.whole:.2g} of the row at most"
+        elif self.whole:
+            text += f", two of them are {self.whole:.2g} of the row apart"
         return text
 
     def and_(self, other: Several) -> Several:
         """Return both, of other parts of the same rows."""
         known = [one.whole for one in (self, other) if one.whole is not None]
-        return Several(max(self.rows, other.rows), max(known, default=None))
+        elsewhere = max(self.elsewhere, other.elsewhere)
+        return Several(max(self.rows, other.rows), max(known, default=None), elsewhere)
 
 
-def check_same(records: Records, found: Found, gathered: Gathered) -> Several:
+def check_same(
+    records: Records, found: Found, gathered: Gathered, *, is_fine: bool = False
+) -> Several:
     """Hold rows that were recorded several times against the first of them, each once.
 
+    Args:
+        records: the records.
+        found: the rows.
+        gathered: reads them.
+        is_fine: whether they may be apart by more than rounding.
+
     Raises:
-        ReplicasDiffer: they are apart by more than rounding; names both places.
+        ReplicasDiffer: they may not, and are apart by more than rounding; names both places.
     """
     several = found.times > 1
     if not bool(several.any()):
@@ -141,7 +155,7 @@ def check_same(records: Records, found: Found, gathered: Gathered) -> Several:
     for one, other in _others(records, places, first[todo], counts[todo]):
         a, b = (gathered.rows(places.record[at], places.row[at]) for at in (one, other))
         off = apart(a, b)
-        if bool(off.beyond.any()):
+        if bool(off.beyond.any()) and not is_fine:
             worst = int(torch.where(off.beyond, off.whole, -1.0).argmax())
             raise _differ(records, places, int(one[worst]), int(other[worst]), off, worst)
         measured[one] = torch.maximum(measured[one], off.whole.to(known.dtype))
@@ -150,13 +164,44 @@ def check_same(records: Records, found: Found, gathered: Gathered) -> Several:
     return Several(int(several.sum()), float(measured[first].max()))
 
 
+def taken_elsewhere(records: Records, found: Found, gathered: Gathered, step: int) -> int:
+    """Return how many rows' first record is of another step than one, which has them otherwise.
+
+    Args:
+        records: the records, whose rows were held against each other (`check_same`).
+        found: the rows.
+        gathered: reads them.
+        step: the step.
+    """
+    places, steps = records.places[found.number], records.steps
+    differ = records.checked[found.number][found.first] > 0
+    _, first, times = found.of((found.times > 1) & differ)
+    own = torch.full_like(first, -1)
+    for j in range(int(times.max()) if len(times) else 0):
+        at = torch.where(times > j, first + j, first)
+        own = torch.where((own < 0) & (steps[places.record[at].long()] == step), at, own)
+    which = (own >= 0) & (own != first) & (steps[places.record[first].long()] != step)
+    number = 0
+    size = _rows_at_once(records)
+    pieces = zip(first[which].split(size), own[which].split(size), strict=True)
+    for two in pieces if bool(which.any()) else ():
+        a, b = (gathered.rows(places.record[at], places.row[at]) for at in two)
+        number += int(apart(a, b).changed.sum())
+    return number
+
+
+def _rows_at_once(records: Records) -> int:
+    """Return how many rows are compared in one go."""
+    one = records.every[0]
+    each = max(1, one.row["nbytes"] // max(1, len(one.groups[0].ids)))
+    return max(1, _CHUNK_BYTES // each)
+
+
 def _others(
     records: Records, places: Places, first: torch.Tensor, counts: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield places and those of the same keys that are to be compared with them, in pieces."""
-    row = records.every[0].row
-    each = max(1, row["nbytes"] // max(1, len(records.every[0].groups[0].ids)))
-    size = max(1, _CHUNK_BYTES // each)
+    size = _rows_at_once(records)
     for j in range(1, int(counts.max()) if len(counts) else 0):
         one = first[counts > j]
         other = one + j

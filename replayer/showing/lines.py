@@ -127,7 +127,7 @@ def chosen(row: DiffRow) -> str:
     if row["margin"] is None:
         return text
     return (
-        f"{text}, {row['ties']} of them near ties, by the baseline's scores apart by "
+        f"{text}, {row['ties']} of them near ties, by A's scores apart by "
         f"{_text(row['margin_typical'])} in the median and {_text(row['margin'])} at most"
     )
 

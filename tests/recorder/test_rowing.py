@@ -16,6 +16,8 @@ from typed import graft
 
 from recorder import Recorder, Recording, rows, step, tap, token_rows
 from recorder.errors import DamagedRecording, UnsupportedVersion, UsageError
+from recorder.taps.around import from_here_on
+from recorder.taps.rows import Ids
 from recorder.verify import Checker
 from recorder.writing import store as store_module
 from replayer import Replayer
@@ -200,6 +202,100 @@ class TestWhichHold:
             rows({"2t": [0]})
 
 
+class TestOfNoTap:
+    """Blocks whose dims none of the taps inside has, as where a name is mistyped."""
+
+    def play(self, record, run, capsys, job, **options):
+        """Return what a recording, and a replay onto the same job, say of blocks."""
+        record(job, **options)
+        said = [capsys.readouterr().err.splitlines()]
+        with Replayer(run, **options):
+            job(0)
+        said.append(capsys.readouterr().err.splitlines())
+        found = [[line for line in lines if "are of no tap" in line] for lines in said]
+        assert len(found[0]) == len(found[1])
+        return found[0] + found[1]
+
+    def test_a_mistyped_dim_is_told_once_at_the_end(self, record, run, capsys):
+        def job(rank):
+            for _ in range(3):
+                with rows(tt=[0, 1]):
+                    tap("x", t(2), dims="t h")
+                    tap("y", t(2))
+
+        found = self.play(record, run, capsys, job)
+        assert len(found) == 2
+        for line in found:
+            assert "rows along tt are of no tap: none of those inside has such dims, the f" in line
+            assert "first 'x' at " in line
+            assert line.endswith(", whose dims are 't h'; name the same dims in both")
+
+    def test_so_is_a_block_around_taps_that_declare_none(self, record, run, capsys):
+        @rows({"b s": [[0, 1]], "t": [0, 1]})
+        def job(rank):
+            tap("x", t(2))
+
+        found = self.play(record, run, capsys, job)
+        assert len(found) == 2
+        for line in found:
+            assert "rows along b s or t are of no tap" in line
+            assert line.endswith(", which declares no dims; name the same dims in both")
+
+    def test_an_outer_block_that_no_tap_of_the_inner_has_the_dims_of(self, record, run, capsys):
+        def job(rank):
+            with rows(tt=[0, 1]), rows(t=[0, 1]):
+                tap("x", t(2), dims="t h")
+
+        assert len(self.play(record, run, capsys, job)) == 2
+
+    @pytest.mark.parametrize(
+        "case", ["one has it", "fused", "parts", "several", "none", "values", "inner", "unselected"]
+    )
+    def test_blocks_that_are_meant_for_a_tap_or_have_none_are_not(self, record, run, capsys, case):
+        def job(rank):
+            if case == "one has it":
+                with rows(t=[0, 1]):
+                    tap("w", t(2))
+                    tap("x", t(2), dims="t h")
+            elif case == "fused":
+                with rows({"b s": [[0, 1]]}):
+                    tap("x", t(2), dims="(s*b)[cp] h")
+            elif case == "parts":
+                with rows(t=[0, 1]):
+                    tap("x", torch.ones(2, 4), dims="t {q: h | k: h}")
+            elif case == "several":  # of which a tap has some
+                with rows(t=[0, 1], n=[5]):
+                    tap("x", t(2), dims="t h")
+            elif case == "none":
+                with rows(tt=[0, 1]):
+                    pass
+                tap("x", t(2))
+            elif case == "values":
+                with rows(tt=[0, 1]):
+                    tap("lr", 0.1)
+            elif case == "inner":  # of the same dim: the outer's reach nobody, and are of one
+                with rows(t=[0, 1]), rows(t=[2, 3]):
+                    tap("x", t(2), dims="t h")
+            else:
+                with rows(t=[0, 1]):
+                    tap("w", t(2))
+                    tap("x", t(2), dims="t h")
+                with rows(tt=[0, 1]):
+                    tap("x", t(2), dims="t h")
+
+        options = {"filter": 'name == "w"'} if case == "unselected" else {}
+        assert self.play(record, run, capsys, job, **options) == []
+
+    def test_ids_of_a_hook_are_for_whoever_has_the_dims(self, record, capsys):
+        def job(rank):
+            from_here_on(Ids.given({"n": [0, 1]}))
+            tap("x", t(2), dims="t h")
+            from_here_on(())
+
+        record(job)
+        assert capsys.readouterr().err == ""
+
+
 class TestSnapshot:
     """Ids are those that held at the tap, whatever the job does to them afterwards."""
 
@@ -230,6 +326,25 @@ class TestSnapshot:
                     tap("x", t(2), dims="t h")
 
         assert ids_of(record(job)) == [{"t": [0, 1]}, {"t": [2, 3]}]
+
+    @pytest.mark.parametrize("kind", ["data", "numpy"])
+    def test_a_write_that_torch_does_not_count_is_seen_by_the_next_block(self, record, kind):
+        """As recorder/README.md says."""
+        ids = torch.tensor([0, 1])
+
+        def job(rank):
+            block = rows(t=ids)
+            with block:
+                tap("x", t(2), dims="t h")
+                if kind == "data":
+                    ids.data.add_(2)
+                else:
+                    np.add(ids.numpy(), 2, out=ids.numpy())
+                tap("x", t(2), dims="t h")
+            with block:
+                tap("x", t(2), dims="t h")
+
+        assert ids_of(record(job)) == [{"t": [0, 1]}, {"t": [0, 1]}, {"t": [2, 3]}]
 
     def test_a_gradient_has_those_of_its_forward(self, record):
         ids = torch.tensor([0, 1])
@@ -268,6 +383,30 @@ class TestSnapshot:
                 (taken,) = recording.ids(row)
                 assert taken.ids[0] == 2 * row["occurrence"]
         assert len(seconds) == (2 if kind is reentrant else len(seconds))
+
+    @pytest.mark.parametrize("filter", ["recompute == True", "recompute == True and step == 0"])
+    @pytest.mark.parametrize("kind", [frames, reentrant])
+    def test_a_repeated_forward_has_them_where_a_filter_wants_it_alone(
+        self, record, run, kind, filter
+    ):
+        """Once the block is left, and though its first was not wanted."""
+
+        def layer(x):
+            return tap("x", x * 2, dims="t h").sigmoid() * 3
+
+        def job(rank):
+            outs = []
+            for i in range(2):
+                with rows(t=[2 * i, 2 * i + 1]):
+                    outs.append(kind(layer, t(2).requires_grad_()).sum())
+            for out in outs[::-1]:
+                out.backward()
+
+        recording = record(job, filter=filter)
+        assert ids_of(recording) == [{"t": [2, 3]}, {"t": [0, 1]}]
+        with Replayer(run, filter=filter) as session:
+            job(0)
+        assert session.log()["rows_found"].to_list() == [2, 2]
 
 
 class TestCallables:
@@ -322,8 +461,11 @@ class TestRefused:
         [
             ([0, 1, 2], "its rows along t have 3 ids, and the tensor 2 places there"),
             ([0.0, 1.0], "are torch.float32, expected integers; recorder.token_rows makes them"),
-            (torch.ones(2, 1, 1, dtype=torch.int64), "have the shape [2, 1, 1], expected one dim"),
-            (torch.ones(2, 65, dtype=torch.int64), "are of 65 numbers each, expected 1 to 64"),
+            (
+                torch.ones(2, 1, 1, dtype=torch.int64),
+                "have the shape [2, 1, 1]; give one dim for each name",
+            ),
+            (torch.ones(2, 65, dtype=torch.int64), "are of 65 numbers each; give 1 to 64"),
             ("ab", "cannot be read"),
             (None, "cannot be read"),
         ],
@@ -505,9 +647,36 @@ class TestCommands:
                 step()
         return run
 
-    def test_verify_counts_them_in(self, recorded):
-        done = graft("verify", recorded)
-        assert done.exit_code == 0 and "8 records" in done.stdout and "whole" in done.stdout
+    def test_all_commands_count_what_was_tapped(self, recorded, tmp_path):
+        done = graft("verify", recorded, "--repair", tmp_path / "whole")
+        assert done.exit_code == 0 and "whole" in done.stdout
+        assert done.stdout.count("4 records and 4 of ids of rows, ") == 2
+        assert f"{tmp_path / 'whole'}: 4 records written" in done.stdout
+        checked = json.loads(graft("verify", recorded, "--json").stdout)["ranks"]
+        assert [(one["records"], one["ids"]) for one in checked] == [(4, 4)]
+        nbytes = 2 * (3 * 2 + 2 * 2) * 4
+        listed = graft("ls", recorded).stdout.splitlines()[0]
+        assert listed.endswith(f"1 rank, 4 records and 4 of ids of rows, {nbytes} B tapped")
+        some = graft("ls", recorded, "--filter", 'name == "x"').stdout.splitlines()[0]
+        assert ", 2 records, 48 B tapped" in some
+        compared = graft("diff", recorded, recorded).stdout.splitlines()[:2]
+        assert all(line.endswith("1 rank, 4 records") for line in compared)
+
+    def test_what_record_says_is_what_was_tapped_too(self, shell):
+        job = shell.write(
+            "job.py",
+            """
+            import torch
+            from recorder import rows, step, tap, token_rows
+
+            for _ in range(2):
+                with rows(t=token_rows([4, 5, 6])):
+                    tap("x", torch.ones(3, 2), dims="t h")
+                step()
+            """,
+        )
+        done = shell(shell.graft, "record", "-o", "run", "--", shell.python, job)
+        assert done.returncode == 0 and "run: 2 records from 1 rank, " in done.stderr
 
     def test_ls_and_show_name_their_kind(self, recorded):
         listed = json.loads(graft("ls", recorded, "--json").stdout)
@@ -545,6 +714,43 @@ class TestCommands:
         assert session.log()["outcome"].to_list() == ["error", "grafted"]
         assert "do not have the digest that was recorded" in session.log()["message"][0]
         assert bool((x == -9).all()) and bool((w == 1).all())
+
+    def test_records_whose_ids_are_damaged_are_left_out_and_the_others_taken(self, run, capsys):
+        with Recorder(run):
+            for ids in ([0, 1], [2, 3], [1, 4]):
+                tap("x", torch.tensor(ids)[:, None].float(), dims="t h", rows={"t": ids})
+        recording = Recording.open(run)
+        row = recording.rows().filter(kind="rows").row(0, named=True)
+        path, place = recording.place_of(row)
+        data = bytearray(path.read_bytes())
+        data[place.offset + 1] ^= 255
+        path.write_bytes(data)
+
+        def target():
+            for x, ids in zip(xs, ([0, 1, 2, 3], [4, 3], [0]), strict=True):
+                tap("x", x, dims="t h", rows={"t": ids})
+
+        xs = [torch.full((n, 1), -9.0) for n in (4, 2, 1)]
+        with Replayer(run) as session:
+            target()
+        assert [x.flatten().tolist() for x in xs] == [[-9, 1, 2, 3], [4, 3], [-9]]
+        log, said = session.log(), "1 record left out, whose ids are damaged"
+        assert log["outcome"].to_list() == ["grafted", "grafted", "error"]
+        assert log["rows_missing"].to_list() == [1, 0, None]
+        assert log["message"].to_list()[:2] == [f"1 row not found; {said}", said]
+        assert "do not have the digest that was recorded" in log["message"][2]
+        err = capsys.readouterr().err
+        assert err.count(f"tap x: {said}: ") == 1 and str(path) in err
+        assert any(
+            one.startswith(
+                "--strict: rows of 2 taps may have been in records that are damaged, the first: x "
+            )
+            for one in session.problems(True)
+        )
+        received = []
+        with Replayer(run, transform=lambda g: received.append(g.received_list[0]) or g.target):
+            target()
+        assert [one.flatten().tolist() for one in received] == [[0, 1, 2, 3], [4, 3]]
 
     def test_diff_of_a_recording_with_itself_is_equal(self, recorded):
         done = graft("diff", recorded, recorded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import gc
+import inspect
 import threading
 import weakref
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from recorder import Recorder, Recording, context, step, tap
+from recorder.errors import UsageError
+from recorder.tags import OF_TAP
 
 
 def test_returns_the_value_itself_and_never_calls_a_callable_while_inactive():
@@ -59,6 +62,16 @@ def test_contexts_nest_the_inner_value_wins_and_the_call_wins_over_both(record):
     table = record(job).manifest()
     assert table["phase"].to_list() == ["prefill", "prefill", "prefill", None]
     assert table["layer"].to_list() == [0, 1, 2, None]
+
+
+def test_a_context_refuses_what_no_tap_could_be_given_as_a_tag():
+    assert {*inspect.signature(tap).parameters} - {"tags"} == OF_TAP
+    for name in OF_TAP - {"rows"}:
+        said = f"context adds tags, and '{name}' cannot be one, since a tap takes it as something"
+        with pytest.raises(UsageError, match=f"{said} else; call the tag otherwise"):
+            context(layer=1, **{name: 3})
+    with pytest.raises(UsageError, match=r"'rows' cannot be one, .*; write with rows\(t=ids\)"):
+        context(rows=3)
 
 
 def test_context_is_a_decorator_that_may_recurse(record):

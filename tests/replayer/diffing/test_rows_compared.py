@@ -241,6 +241,18 @@ def test_rows_that_both_sides_computed_twice_and_otherwise_alike_are_said(tmp_pa
     assert found.pairs["rows"].to_list() == [3]
 
 
+def test_a_filter_by_step_leaves_records_out_before_rows_are_compared(tmp_path):
+    for path, order in ((tmp_path / "a", (0, 1)), (tmp_path / "b", (1, 0))):
+        with Recorder(path):
+            for i in order:
+                tap("h", randn(2, 4, seed=i), dims="t x", rows={"t": [2 * i, 2 * i + 1]})
+                step()
+    assert diff(tmp_path / "a", tmp_path / "b").pairs["rows"].to_list() == [4]
+    found = diff(tmp_path / "a", tmp_path / "b", filter="step == 1")
+    assert found.pairs["outcome"].to_list() == ["error"]
+    assert found.pairs["message"][0].startswith("no row in common: A has 2 and B 2")
+
+
 def test_padding_alone_is_nothing_to_compare(tmp_path):
     for path in (tmp_path / "a", tmp_path / "b"):
         with Recorder(path):
@@ -248,6 +260,40 @@ def test_padding_alone_is_nothing_to_compare(tmp_path):
     found = diff(tmp_path / "a", tmp_path / "b")
     assert found.status == 1
     assert found.pairs["message"].to_list() == ["all of its rows are padding, on both sides"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        ([[1], [2]], "A's rows are told apart by 2 numbers each, and B's by 1; give both the same"),
+        ({"e": [1, 2], "f": [1, 2]}, "A has rows along t, and B along e and f; call those that"),
+        ([1, 2], "B: some records of h have rows along t and others along e"),
+    ],
+)
+def test_what_is_wrong_with_ids_is_said_of_a_and_b(tmp_path, ids, said):
+    with Recorder(tmp_path / "a"):
+        tap("h", randn(2, 2), dims="t e", rows={"t": [[1, 2], [3, 4]]})
+    with Recorder(tmp_path / "b"):
+        if isinstance(ids, dict):
+            tap("h", randn(2, 2), dims="e f", rows=ids)
+        else:
+            tap("h", randn(2, 2), dims="t e", rows={"t": ids})
+            if ids == [1, 2]:
+                tap("h", randn(2, 2), dims="t e", rows={"t": ids, "e": ids})
+    message = diff(tmp_path / "a", tmp_path / "b").pairs["message"][0]
+    assert said in message and "baseline" not in message and "target" not in message
+
+
+def test_a_dim_along_which_one_side_alone_has_ids_is_told(tmp_path):
+    for path, ids in (
+        (tmp_path / "a", {"t": [1, 2], "e": [5, 6]}),
+        (tmp_path / "b", {"t": [2, 1]}),
+    ):
+        with Recorder(path):
+            tap("h", randn(2, 2), dims="t e", rows=ids)
+    for one, other, said in (("a", "b", "A"), ("b", "a", "B")):
+        message = diff(tmp_path / one, tmp_path / other).pairs["message"][0]
+        assert f"{said} says which row is which along e, and " in message
 
 
 def test_order_says_nothing_of_rows(tmp_path):

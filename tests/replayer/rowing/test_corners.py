@@ -185,7 +185,44 @@ class TestParts:
         row = only(session)
         assert row["outcome"] == "missing"
         assert "none of its 3 rows was recorded in all parts that it is made of" in row["message"]
-        assert "only 1 of these have any; record all ranks" in row["message"]
+        assert row["message"].endswith(
+            "and only 1 of these have any: 3 rows recorded in some parts only: tp=1 (rank 1) lacks "
+            "3; record all ranks"
+        )
+
+    @pytest.mark.parametrize("with_transform", [False, True])
+    def test_rows_that_one_part_lacks_are_told_with_that_part(self, meet, with_transform):
+        def base(rank):
+            ids = [[0, 1, 2, 3], [0, 1, 3, 4], [5], [5]][rank]
+            tap("x", numbered(len(ids), 1), dims="t[cp] h[tp]", rows={"t": ids})
+
+        x = filled(6, 2)
+        how = {"transform": lambda g: torch.cat(g.received_list[:2], 1)} if with_transform else {}
+        meshes = (lambda rank: {"tp": (rank % 2, 2), "cp": (rank // 2, 2)}, None)
+        job = tapped("x", x, "t h", {"t": [0, 2, 2, 4, 9, -1]})
+        (session,) = meet(base, job, (4, 1), meshes, **how)
+        row = only(session)
+        assert (row["rows_found"], row["rows_missing"]) == (1, 4)
+        assert row["message"] == (
+            "3 rows recorded in some parts only: tp=0 (rank 0, 2) lacks 1 and tp=1 (rank 1, 3) "
+            "lacks 2; 4 rows not found"
+        )
+
+    def test_combinations_that_one_part_lacks_are_told_too(self, meet):
+        def base(rank):
+            ids = {"t": [0, 1], "e": [[0, 1], [0, 2]][rank]}
+            tap("x", numbered(2, 2, 1), dims="t e h[tp]", rows=ids)
+
+        x = filled(2, 3, 2)
+        meshes = (lambda rank: {"tp": (rank, 2)}, None)
+        job = tapped("x", x, "t e h", {"t": [1, 7], "e": [0, 1, 2]})
+        (session,) = meet(base, job, (2, 1), meshes)
+        row = only(session)
+        assert (row["rows_found"], row["rows_missing"]) == (1, 5)
+        assert row["message"] == (
+            "2 rows recorded in some parts only: tp=0 (rank 0) lacks 1 and tp=1 (rank 1) lacks 1; "
+            "5 rows not found"
+        )
 
     @pytest.mark.parametrize("is_there", [True, False])
     def test_a_rank_of_a_sum_is_zero_just_where_the_other_has_all_of_it(self, meet, is_there):
@@ -294,6 +331,28 @@ class TestSeveralTimes:
         (session,) = meet(base, tapped("x", x, "t h", {"t": [1, 0]}))
         assert only(session)["message"] == "2 rows recorded several times: the first was taken"
 
+    @pytest.mark.parametrize(
+        ("replicas", "said"),
+        [
+            ("first", "the first was taken, others are off by 0.5 of the row at most"),
+            ("last", "the last was taken, two of them are 0.5 of the row apart"),
+            ("mean", "their mean was taken, two of them are 0.5 of the row apart"),
+        ],
+    )
+    @pytest.mark.parametrize("with_transform", [False, True])
+    def test_whichever_is_taken_how_far_they_are_apart_is_told(
+        self, meet, replicas, said, with_transform
+    ):
+        def base(rank):
+            for i in (1, 2):
+                tap("x", torch.full((2, 2), float(i)), dims="t h", rows={"t": [0, 1]})
+
+        x = filled(2, 2)
+        how = {"transform": lambda received, target: received[0]} if with_transform else {}
+        (session,) = meet(base, tapped("x", x, "t h", {"t": [1, 0]}), replicas=replicas, **how)
+        assert only(session)["message"] == f"2 rows recorded several times: {said}"
+        assert x[0, 0].item() == {"first": 1, "last": 2, "mean": 1.5}[replicas]
+
     @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
     def test_narrow_floats_are_held_against_each_other_too(self, meet, dtype):
         def base(rank):
@@ -321,6 +380,69 @@ class TestSeveralTimes:
         (session,) = meet(base, target)
         assert session.log()["outcome"].to_list() == ["grafted", "error"]
         assert x[0, 0].isnan() and bool((y == -9).all())
+
+
+class TestAnotherStep:
+    """In 16 bits, what other weights make of a row may be as near as rounding is."""
+
+    @staticmethod
+    def trained(x, numbers=(0, 1, 2), dtype=torch.bfloat16, dims="t h", ids=None):
+        ids = ids or {"t": [0, 1]}
+
+        def fire(rank):
+            for i in numbers:
+                value = torch.full((2, 2), 1 + i / 128).to(dtype)
+                tap("x", value if x is None else x[i], dims=dims, rows=ids)
+                step()
+
+        return fire
+
+    said = (
+        "2 rows taken from another step, though step 1 of the recording has them too, with other "
+        "bits; if the weights or something else changed in between, match on the step too"
+    )
+
+    def test_a_row_of_another_step_than_the_tap_s_own_is_told_once(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        (session,) = meet(self.trained(None), self.trained(x))
+        assert bool((x == 1).all()) and set(session.log()["outcome"]) == {"grafted"}
+        has = [self.said in message for message in session.log()["message"]]
+        assert has == [False, True, False] and capsys.readouterr().err.count(self.said) == 1
+
+    def test_so_is_one_of_several_dims(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        how = {"dims": "t h", "ids": {"t": [0, 1], "h": [3, 4]}}
+        meet(self.trained(None, **how), self.trained(x, **how))
+        assert capsys.readouterr().err.count(self.said.replace("2 rows", "4 rows")) == 1
+
+    def test_and_one_that_a_transform_gets(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        meet(self.trained(None), self.trained(x), transform=lambda received, target: received[0])
+        assert capsys.readouterr().err.count(self.said) == 1
+
+    def test_the_offset_of_steps_says_which_is_its_own(self, meet, capsys):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        meet(self.trained(None), self.trained(x, numbers=(0,)), step_offset=1)
+        assert self.said in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "options", [{"match_on": "name,step"}, {"replicas": "last"}, {"step_offset": 9}]
+    )
+    def test_who_says_what_is_meant_is_not_told(self, meet, capsys, options):
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        meet(self.trained(None), self.trained(x), **options)
+        assert capsys.readouterr().err == ""
+
+    def test_nor_is_one_whose_own_step_has_the_same_bits_or_not_that_row(self, meet, capsys):
+        def base(rank):
+            for value, ids in ((1.0, [0, 1]), (1.0, [0, 9]), (1 + 1 / 128, [0, 1])):
+                tap("x", torch.full((2, 2), value).bfloat16(), dims="t h", rows={"t": ids})
+                step()
+
+        x = torch.full((3, 2, 2), -9).bfloat16()
+        (session,) = meet(base, self.trained(x, numbers=(0, 1)))
+        assert capsys.readouterr().err == ""
+        assert all("off by" in message for message in session.log()["message"])
 
 
 class TestSeveralGroups:
@@ -522,7 +644,11 @@ class TestNotMeant:
             ("t h", {"t": lambda: 1 // 0}, "the callable of the ids of rows along t raised Zero"),
             ("t h", {"t": 1}, "the ids of rows along t have the shape []"),
             ("t h", {"t": "abc"}, "the ids of rows along t cannot be read"),
-            ("t h", {"t": [[0, 1], [1, 2], [2, 3]]}, "are told apart by 1 numbers each"),
+            (
+                "t h",
+                {"t": [[0, 1], [1, 2], [2, 3]]},
+                "are told apart by 1 number each, and the target's by 2",
+            ),
         ],
     )
     def test_ids_that_do_not_fit_a_tap_are_an_error_and_nothing_is_grafted_by_place(
@@ -532,6 +658,7 @@ class TestNotMeant:
         (session,) = meet(self.base, tapped("x", x, dims, ids))
         row = only(session)
         assert row["outcome"] == "error" and said in row["message"]
+        assert "; " in row["message"] and "transform" not in row["message"]
         assert bool((x == -9).all())
 
     def test_ids_around_of_dims_that_a_tap_does_not_have_are_not_for_it(self, meet):
@@ -563,6 +690,107 @@ class TestNotMeant:
 
         (session,) = meet(self.base, target)
         assert torch.equal(x, numbered(3, 2)) and only(session)["rows_found"] is None
+
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_which_strict_does_not_trust(self, meet, capsys, is_here):
+        def job(x, has_rows):
+            def fire(rank):
+                for _ in range(2):
+                    tap("x", x, dims="t h", rows={"t": [0, 1, 2]} if has_rows else None)
+                    step()
+
+            return fire
+
+        x = filled(3, 2)
+        sides = (job(numbered(3, 2), not is_here), job(x, is_here))
+        with pytest.raises(ReplayError) as err:
+            meet(*sides, strict=True)
+        said = (
+            "the target says which row is which, and the baseline's records of this name do not: "
+            "taken by their key, row for row as they stand"
+            if is_here
+            else "the baseline says which row is which, and the target does not: taken by its key, "
+            "row for row as they stand"
+        )
+        assert str(err.value) == (
+            "--strict: 2 taps matched where one side alone says which row is which, the first: x "
+            f"step=0 occurrence=0 on rank 0: {said}"
+        )
+        assert capsys.readouterr().err.count(said) == 1
+        (session,) = meet(*sides)
+        assert torch.equal(x, numbered(3, 2)) and session.problems() == []
+
+    @pytest.mark.parametrize("is_here", [False, True])
+    def test_along_one_of_several_dims_too(self, meet, capsys, is_here):
+        def job(x, ids):
+            def fire(rank):
+                for _ in range(2):
+                    tap("x", x, dims="t e h", rows=ids)
+
+            return fire
+
+        both, one = {"t": [0, 1], "e": [0, 1, 2]}, {"t": [1, 0]}
+        x = filled(2, 3, 1)
+        given = (one, both) if is_here else (both, one)
+        (session,) = meet(job(numbered(2, 3, 1), given[0]), job(x, given[1]))
+        assert torch.equal(x, numbered(2, 3, 1).flip(0))
+        sides = ("the target", "the baseline") if is_here else ("the baseline", "the target")
+        said = (
+            f"{sides[0]} says which row is which along e, and {sides[1]} does not: taken along it "
+            "row for row as they stand"
+        )
+        assert all(said in message for message in session.log()["message"])
+        assert capsys.readouterr().err.count(said) == 1
+        assert session.problems(True)[0].startswith("--strict: 2 taps matched where one side alone")
+
+    def test_a_tap_without_a_record_is_not_said_to_be_of_one_side(self, meet, capsys):
+        (session,) = meet(self.base, tapped("y", filled(3, 2), "t h", {"t": [0, 1, 2]}))
+        assert only(session)["outcome"] == "missing"
+        assert "which row is which" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("match_on", "found"), [(None, [0, 3]), ("name", [-9, 3]), ("name,step", [-9, 3])]
+)
+def test_a_filter_by_step_is_of_the_target_s_and_with_match_on_of_the_records_too(
+    meet, match_on, found
+):
+    """As replayer/README.md says."""
+
+    def base(rank):
+        for i in range(3):
+            tap("x", numbered(2, 1) + 2 * i, dims="t h", rows={"t": [2 * i, 2 * i + 1]})
+            step()
+
+    xs = [filled(2, 1) for _ in range(3)]
+
+    def target(rank):
+        for x in xs:
+            tap("x", x, dims="t h", rows={"t": [0, 3]})
+            step()
+
+    meet(base, target, filter="step == 1", match_on=match_on)
+    assert [x.flatten().tolist() for x in xs] == [[-9, -9], found, [-9, -9]]
+
+
+def test_a_tap_of_which_no_row_was_found_counts_them_all_as_missing(meet):
+    def base(rank):
+        tap("x", numbered(2, 2), dims="t h", rows={"t": [0, 1]})
+
+    x = filled(3, 2)
+
+    def target(rank):
+        tap("x", filled(3, 2), dims="t h", rows={"t": [7, -1, 8]})
+        tap("y", filled(3, 2), dims="t h", rows={"t": [0, 1, 2]})
+        tap("z", filled(3, 2), dims="t h")
+        tap("x", x, dims="t h", rows={"t": [0, 1, 2]})
+
+    (session,) = meet(base, target)
+    log = session.log()
+    assert log["outcome"].to_list() == ["missing"] * 3 + ["grafted"]
+    assert log["rows_found"].to_list() == [0, 0, None, 2]
+    assert log["rows_missing"].to_list() == [2, 3, None, 1]
+    assert session.summary().rows == (2, 1, 1)  # what is missing is told of by itself
 
 
 def test_in_process_a_rank_of_several_does_not_judge_what_others_take(meet):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tokened import BATCH, LENGTH, TOKENS, batch, randn, server
 
-from recorder import rows, tap, token_rows
+from recorder import Recorder, rows, tap, token_rows
 from recorder.tokens.hashing import before
 from recorder.tokens.known import known_of
 from replayer import Replayer, diff
@@ -143,6 +143,43 @@ def test_indices_without_their_weights_are_said(tmp_path):
         "tap where the weights follow from the indices",
     )
     assert torch.equal(routes[0][1][:, :LENGTH], chosen(NOISY)[0][1])
+
+
+def test_weights_that_the_server_did_not_record_are_said(tmp_path):
+    made = taps(chosen(SCORES))
+    server(tmp_path / "base", {about: one for about, one in made.items() if about[0] == "experts"})
+    session, routes = trained(tmp_path / "base", NOISY)
+    assert session.summary().notes == (
+        "experts layer=0 was grafted, and weights, tapped beside it with as many numbers a row, "
+        "was not recorded: what is chosen is the baseline's, and how it is weighed the target's; "
+        "tap it in the baseline too, if these are its weights",
+    )
+    assert torch.equal(routes[0][1][:, :LENGTH], chosen(NOISY)[0][1])
+
+
+def test_scores_or_other_rows_that_were_not_recorded_are_no_weights(tmp_path):
+    made = taps(chosen(SCORES))
+    server(tmp_path / "base", {about: one for about, one in made.items() if about[0] == "experts"})
+    (indices, weights), scores = chosen(NOISY)[0], NOISY[0]
+    with Replayer(tmp_path / "base") as session, rows({"b s": token_rows(TOKENS)}):
+        tap("experts", indices, dims="b s x", layer=0)
+        tap("scores", scores, dims="b s e", layer=0)
+        tap("weights", weights, dims="b s x", layer=1)
+        tap("mask", weights > 0.1, dims="b s x", layer=0)
+    with Replayer(tmp_path / "base") as other, rows({"b s": token_rows(TOKENS)[:, :5]}):
+        tap("weights", weights[:, :5].contiguous(), dims="b s x", layer=0)
+    assert session.summary().notes == other.summary().notes == ()
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_without_rows_the_shapes_say_what_stands_beside_a_choice(tmp_path, is_same):
+    (indices, weights), *_ = chosen(SCORES)
+    with Recorder(tmp_path / "base"):
+        tap("experts", indices)
+    with Replayer(tmp_path / "base") as session:
+        tap("experts", indices)
+        tap("weights", weights if is_same else weights[:, 1:])
+    assert bool(session.summary().notes) == is_same
 
 
 def test_clean_routes_are_not_suspected(tmp_path, capsys):
