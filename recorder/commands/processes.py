@@ -49,7 +49,9 @@ class Processes:
             self._parents[child] = pid
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
-            self._words[pid] = b" ".join(words).decode(errors="replace").strip()
+            text = b" ".join(words).decode(errors="replace").strip()
+            if text or pid not in self._words:  # one that has just ended has none any more
+                self._words[pid] = text
             if pid not in self._has_torch and _TORCH in (folder / "maps").read_bytes():
                 self._has_torch.add(pid)
         except OSError:

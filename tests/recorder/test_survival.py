@@ -313,7 +313,8 @@ def test_min_free_stops_in_good_order(shell, run, monkeypatch):
     with Recorder(run, min_free="50MiB") as recorder:
         for i in range(10):
             tap("x", torch.full((1 << 18,), float(i)), i=i)
-            time.sleep(0.15)
+            while recorder.state == "running" and recorder.progress().waiting:
+                time.sleep(0.01)
             free[0] -= 10 << 20
     assert recorder.state == "stopped" and "--min-free was reached" in recorder.reason
     back = Recording.open(run)

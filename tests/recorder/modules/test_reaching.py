@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from recorder import Recording
+from recorder.commands import processes
 
 JOBS = Path(__file__).parents[2] / "jobs"
 pytestmark = pytest.mark.processes
@@ -143,6 +144,19 @@ def test_a_process_that_cannot_be_reached_is_named(shell):
     assert (
         "-I job.py" in done.stderr and "nothing was recorded: no module was tapped" in done.stderr
     )
+
+
+def test_a_process_that_has_just_ended_keeps_its_name(tmp_path, monkeypatch):
+    folder = tmp_path / "17"
+    folder.mkdir()
+    (folder / "cmdline").write_bytes(b"python\0job.py\0")
+    (folder / "maps").write_bytes(b"... /libtorch.so")
+    monkeypatch.setattr(processes, "_PROC", tmp_path)
+    seen = processes.Processes()
+    seen.look(17)
+    (folder / "cmdline").write_bytes(b"")
+    seen.look(17)
+    assert seen.without(()) == ["pid 17: python job.py"]
 
 
 def test_a_program_without_torch_is_said_to_have_loaded_nothing(shell):
