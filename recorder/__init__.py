@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .modules.attach import attach, follow_rows
     from .recording import Recording
     from .session import Recorder
-    from .taps.around import context, rows
+    from .taps.blocks import context, rows
     from .taps.tap import step, tap
     from .tokens.book import TokenBook
     from .tokens.rows import token_rows
@@ -26,11 +26,11 @@ _LAZY = {
     "Recording": "recorder.recording",
     "TokenBook": "recorder.tokens.book",
     "attach": "recorder.modules.attach",
-    "context": "recorder.taps.around",
+    "context": "recorder.taps.blocks",
     "declare_mesh": "recorder.mesh",
     "follow_rows": "recorder.modules.attach",
     "global_layer": "recorder.mesh",
-    "rows": "recorder.taps.around",
+    "rows": "recorder.taps.blocks",
     "step": "recorder.taps.tap",
     "tap": "recorder.taps.tap",
     "token_rows": "recorder.tokens.rows",

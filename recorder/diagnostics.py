@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from types import FrameType
 
 _OWN = ("recorder.", "replayer.")
 _EXAMPLES = "replayer.demo."  # a job as users write them
+_ROOT = Path(__file__).resolve().parents[1]
+_FOLDERS = tuple(f"{_ROOT / name}{os.sep}" for name in ("recorder", "replayer"))
+_FOLDER_OF_EXAMPLES = f"{_ROOT / 'replayer' / 'demo'}{os.sep}"
 
 
 def call_site() -> str:
@@ -29,6 +34,11 @@ def call_site() -> str:
 def _is_own(package: object) -> bool:
     name = f"{package}."
     return name.startswith(_OWN) and not name.startswith(_EXAMPLES)
+
+
+def is_own(path: str) -> bool:
+    """Whether a file is of these packages, and not of the job."""
+    return path.startswith(_FOLDERS) and not path.startswith(_FOLDER_OF_EXAMPLES)
 
 
 def _is_torch_s(frame: FrameType) -> bool:

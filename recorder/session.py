@@ -42,7 +42,7 @@ from .rowing import RowRecords
 from .settings import RecordSettings
 from .sizes import count, format_duration, format_size
 from .tags import text
-from .taps import tap
+from .taps import firing
 from .taps.call import Call
 from .taps.firsts import RowsOfFirsts
 from .taps.gradients import GradientTaps
@@ -61,7 +61,7 @@ _MOST_INTERRUPTS = 20
 """That a close is begun again after; a disk that hangs takes no heed of any."""
 
 
-never_compiled(tap.fire, tap._fire_step)
+never_compiled(firing.fire, firing.fire_step)
 
 
 class Recorder:
@@ -86,6 +86,7 @@ class Recorder:
     """
 
     order = 0
+    grafts = False
 
     def __init__(
         self,
@@ -568,9 +569,8 @@ class Recorder:
                     raise
                 self.lost(call, f"{type(err).__name__}: {err}")
 
-        self._gradients.watch(
-            call.whole(),
-            call.name,
+        call.hear_gradient(
+            self._gradients,
             arrived,
             lambda reason: self._warn(call, reason, "asks for a gradient"),
         )

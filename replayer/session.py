@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ class Replayer:
     """
 
     order = 1
+    grafts = True
 
     def __init__(
         self,
@@ -320,9 +322,8 @@ class Replayer:
                 mesh = self._replacements.mesh(selected)  # backward() may come under another
                 parts = Parts(selected)
                 kept = as_they_are(ids)
-                self._gradients.watch(
-                    call.whole(),
-                    call.name,
+                call.hear_gradient(
+                    self._gradients,
                     lambda grad, part: self._on_gradient(call, parts, part, grad, mesh, kept),
                     lambda reason: self._tell(call, f"asks for a gradient: {reason}"),
                 )
@@ -462,36 +463,24 @@ class Replayer:
         """Graft onto a tensor in place."""
         if self._is_passed_over(selected, kind):
             return
-        match: Match | None = None
-        made: Replacement | None = None
-        error: GraftError | None = None
-        target: torch.Tensor | None = None
+        tried = _Tried()
         shared = ""
         try:
             with plainly():
                 target, placements = local_part(value)
                 graft.check_target(target)
                 mesh = self._replacements.mesh(selected)
-                aligned = self._replacements.by_rows.aligned(
-                    call, selected, target, kind, placements, mesh, ids
-                )
-                if aligned is not None:
-                    made = self._replacements.by_rows.make(call, selected, target, kind, aligned)
-                else:
-                    match = self._found(call, selected, target, kind, placements, ids)
-                    made = self._replacements.make(
-                        call, selected, target, kind, placements, mesh, match, ids
-                    )
+                made = self._make(tried, call, selected, target, kind, placements, mesh, ids)
                 shared = self._sharing.overwrite(target, made.tensor, named(selected))
             repeat_to_the_end()
         except Exception as err:
             if is_from_the_job(err):
                 raise
-            error = _worded(err)
+            tried.error = _worded(err)
         of_callable = "what was grafted is the result of the tap's callable"
         note = joined(
             selected.note,
-            made.note if made else "",
+            tried.made.note if tried.made else "",
             shared,
             of_callable if call.is_made_here else "",
         )
@@ -499,10 +488,35 @@ class Replayer:
             self._outcomes.once(
                 (selected.key.name, "sharing"), f"tap {named(selected)} was grafted: {shared}"
             )
-        row = self._finish(selected, kind, start, error, match, made, note)
-        has_any = made is not None and made.numel != 0
-        if error is None and has_any and target is not None and target.numel():
+        row = self._finish(selected, kind, start, tried, note)
+        has_any = tried.made is not None and tried.made.numel != 0
+        if tried.error is None and has_any and target.numel():
             self._watch_for_effect(call, row, value, target)
+
+    def _make(
+        self,
+        tried: _Tried,
+        call: Call,
+        selected: Selected,
+        target: torch.Tensor,
+        kind: str,
+        placements: str,
+        mesh: FrozenMesh | None,
+        ids: tuple[Ids, ...],
+    ) -> Replacement:
+        """Make what replaces a tensor, row by row or as a whole; `tried` has how far it came.
+
+        Raises:
+            GraftError: see `Replacements.make` and `RowReplacements.make`.
+        """
+        made, by_rows = self._replacements, self._replacements.by_rows
+        aligned = by_rows.aligned(call, selected, target, kind, placements, mesh, ids)
+        if aligned is not None:
+            tried.made = by_rows.make(call, selected, target, kind, aligned)
+        else:
+            tried.match = self._found(call, selected, target, kind, placements, ids)
+            tried.made = made.make(call, selected, target, kind, placements, mesh, tried.match, ids)
+        return tried.made
 
     def _found(
         self,
@@ -564,36 +578,24 @@ class Replayer:
         if self._is_passed_over(selected, "grad"):
             return None
         start = time.perf_counter()
-        match: Match | None = None
-        made: Replacement | None = None
-        error: GraftError | None = None
+        tried = _Tried()
         replaced: torch.Tensor | None = None
         try:
             copy = grad.clone()  # in its graph, for whoever differentiates twice
             self._check_parts(parts, number)
             with plainly():
                 target, placements = local_part(call.within(copy))
-                aligned = self._replacements.by_rows.aligned(
-                    call, selected, target, "grad", placements, mesh, ids
-                )
-                if aligned is not None:
-                    made = self._replacements.by_rows.make(call, selected, target, "grad", aligned)
-                else:
-                    match = self._found(call, selected, target, "grad", placements, ids)
-                    made = self._replacements.make(
-                        call, selected, target, "grad", placements, mesh, match, ids
-                    )
+                made = self._make(tried, call, selected, target, "grad", placements, mesh, ids)
                 graft.overwrite(target, made.tensor)
             replaced = copy
         except Exception as err:
             if is_from_the_job(err):
                 raise
-            error = _worded(err)
-        if isinstance(error, MissingRecord) and number > 0:
-            error, replaced = self._too_many(call, parts, number, grad)
-        note = made.note if made is not None and error is None else ""
-        row = self._finish(selected, "grad", start, error, match, made, note)
-        parts.rows.append(row)
+            tried.error = _worded(err)
+        if isinstance(tried.error, MissingRecord) and number > 0:
+            tried.error, replaced = self._too_many(call, parts, number, grad)
+        note = tried.made.note if tried.made is not None and tried.error is None else ""
+        parts.rows.append(self._finish(selected, "grad", start, tried, note))
         return replaced
 
     def _check_parts(self, parts: Parts, number: int) -> None:
@@ -640,36 +642,49 @@ class Replayer:
         """Compare a value with the recorded one; values have no memory to graft onto."""
         if self._is_passed_over(selected, "value"):
             return
-        match: Match | None = None
-        error: GraftError | None = None
+        tried = _Tried()
         is_equal, verdict = False, ""
         try:
-            match = self._replacements.find(selected, "value")
-            is_equal, verdict = self._replacements.compare(value, match)
+            tried.match = self._replacements.find(selected, "value")
+            is_equal, verdict = self._replacements.compare(value, tried.match)
         except Exception as err:
             if is_from_the_job(err):
                 raise
-            error = _worded(err)
-        changed = int(not is_equal) if error is None else None
-        self._finish(selected, "value", start, error, match, note=verdict, changed=changed)
+            tried.error = _worded(err)
+        changed = int(not is_equal) if tried.error is None else None
+        self._finish(selected, "value", start, tried, verdict, changed)
 
     def _finish(
         self,
         selected: Selected,
         kind: str,
         start: float,
-        error: GraftError | None,
-        match: Match | None,
-        made: Replacement | None = None,
-        note: str = "",
+        tried: _Tried,
+        note: str,
         changed: int | None = None,
     ) -> LogRow:
+        match, error = tried.match, tried.error
         senders = None
         if match is not None and error is None:
             senders = self._replacements.senders(match)
         return self._outcomes.finish(
-            selected, kind, start, error, match, senders, made, note, changed
+            selected, kind, start, error, match, senders, tried.made, note, changed
         )
+
+
+@dataclass
+class _Tried:
+    """How far a graft came.
+
+    Attributes:
+        match: the records, where it is not made row by row.
+        made: what replaces the tensor.
+        error: why it failed.
+    """
+
+    match: Match | None = None
+    made: Replacement | None = None
+    error: GraftError | None = None
 
 
 def _worded(err: Exception) -> GraftError:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..tags import TagValue
 from . import functions
-from .hooks import Binding, Hook, Model, Places, Shared, Turns, is_dead
+from .bindings import Binding, Model
+from .hooks import Hook, Places, Shared, Turns, is_dead
 from .settled import Settled
 from .table import Row, Section, Table
 from .tree import Base, bases, below, is_identity, named
@@ -83,7 +84,7 @@ class Attached:
         hook = self._before.get(id(module))
         if hook is None:
             hook = self._hook_before(module, (), ())
-        hook.also = lambda *call: do()
+        hook.ping = do
 
     def around(
         self, module: Any, before: Callable[..., None], after: Callable[..., None] | None

@@ -16,8 +16,9 @@ from typing import Any
 
 from ..bits import never_compiled
 from ..taps import sessions
-from ..taps.tap import outside_dynamo
-from .hooks import Binding, Places, Shared, Turns, guarded, innermost
+from ..taps.firing import outside_dynamo
+from .bindings import Binding, guarded
+from .hooks import Places, Shared, Turns, innermost
 from .members import Call
 
 _patched: dict[str, _Patch] = {}

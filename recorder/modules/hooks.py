@@ -22,17 +22,14 @@ from typing import Any, TypeVar
 import torch
 
 from ..bits import never_compiled
-from ..diagnostics import say
-from ..errors import ReplayError, is_from_the_job
-from ..tags import TagValue
 from ..taps import sessions
-from ..taps.tap import fire, outside_dynamo
-from .members import Absent, Call
-from .table import Row
+from ..taps.around import is_compiling
+from ..taps.firing import outside_dynamo
+from ..taps.sources import sources
+from .bindings import Binding, guarded, numbers
+from .members import Call
 
 log = logging.getLogger(__name__)
-ROOT = "root"
-"""The tag that tells a second model in a process, and those after it, from the first."""
 _DEEPEST = 80  # frames from a call to the module that it is made for
 
 T = TypeVar("T")
@@ -105,121 +102,6 @@ def _above(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
 
 
-class Model:
-    """A model that a table is taken for: the first that is called is 0, and has no tag of it.
-
-    Args:
-        begin: called as its first tap is to fire; gives it its number.
-        name: its name below the root.
-    """
-
-    def __init__(self, begin: Callable[[], int], name: str) -> None:
-        self.name = name
-        self.bindings: list[Binding] = []
-        self._begin: Callable[[], int] | None = begin
-
-    def begin(self) -> None:
-        """Give it its number, once."""
-        if self._begin is None:
-            return
-        number, self._begin = self._begin(), None
-        for one in self.bindings if number else ():
-            one.tags = {**one.tags, ROOT: number}
-
-
-class Binding:
-    """A row at one module.
-
-    Attributes:
-        row: the row.
-        model: the model that the module is in.
-        module: its qualified name.
-        names: what its taps are called, in turn.
-        dims: the layout of each, "" for none.
-        tags: their tags.
-        ran: how often the module, or the function in it, was called.
-        fired: how often it gave a tap.
-        misfit: why it did not fit at first, "" where it did.
-    """
-
-    __slots__ = (
-        "dims",
-        "fired",
-        "misfit",
-        "model",
-        "module",
-        "names",
-        "ran",
-        "row",
-        "tags",
-    )
-
-    def __init__(
-        self,
-        row: Row,
-        model: Model,
-        module: str,
-        names: tuple[str, ...],
-        dims: tuple[str, ...],
-        tags: Mapping[str, TagValue],
-    ) -> None:
-        self.row, self.model, self.module = row, model, module
-        self.names, self.dims, self.tags = names, dims, tags
-        self.ran = self.fired = 0
-        self.misfit = ""
-
-    @property
-    def site(self) -> str:
-        """Where it stands, for messages."""
-        name = f"{self.model.name}.{self.module}".strip(".")
-        return f"{name or 'the root'} ({self.row.where})"
-
-    def fire(self, call: Call, turn: int = 0) -> None:
-        """Fire the tap of one call, the `turn`-th of a function; a misfit is kept as `misfit`."""
-        if not self.ran:
-            self.model.begin()
-        self.ran += 1
-        number = turn if len(self.names) > 1 else 0
-        if number >= len(self.names):
-            return  # a function that is called more often than the row has names
-        place = self.row.path.place
-        try:
-            value = call.value(place)
-        except Absent as err:
-            if not self.row.taps and not self.row.dims and not place.members:
-                self._fire_each(call)  # the path names the tap, and so it can the members
-            elif not err.is_quiet:
-                self._tell(str(err))
-            elif not self.misfit:
-                self.misfit = str(err)
-            return
-        dims = self.dims[number] if len(self.dims) > 1 else "".join(self.dims[:1])
-        self._fire(self.names[number], value, dims)
-
-    def _fire(self, name: str, value: Any, dims: str) -> None:
-        self.fired += 1
-        place = self.row.path.place
-        fire(
-            name, value, dims or None, self.row.extras, self.row.grad or place.is_gradient,
-            self.tags, self.site, forward=not place.is_gradient,
-        )  # fmt: skip
-
-    def _fire_each(self, call: Call) -> None:
-        side = self.row.path.place.side
-        found = call.all(side)
-        if not found and not self.misfit:
-            self.misfit = f"its {side} has no tensor"
-        for members, tensor in found.items():
-            ending = f":{side}.{'.'.join(members)}"
-            self._fire(self.names[0].removesuffix(f":{side}") + ending, tensor, "")
-
-    def _tell(self, reason: str) -> None:
-        if not self.misfit:
-            self.misfit = reason
-            if sessions.active:
-                say(f"{self.row.where}: {self.module or 'the root'} is not tapped: {reason}")
-
-
 class Turns:
     """How often a function was called in one run of a module, in each thread.
 
@@ -262,9 +144,14 @@ class Shared:
         self._model = weakref.ref(model)
         self._rivals = rivals
 
+    @property
+    def has_rivals(self) -> bool:
+        """Whether there are several."""
+        return len(self._rivals) > 1
+
     def is_running(self, frame: FrameType | None) -> bool:
         """Whether the innermost of them on the stack is this hook's; of none, the first counts."""
-        if len(self._rivals) < 2:
+        if not self.has_rivals:
             return True
         alive = [(ref, model) for ref in self._rivals if (model := ref()) is not None]
         found = innermost({id(model): (ref, model) for ref, model in alive}, frame)
@@ -277,6 +164,8 @@ class Hook:
 
     Attributes:
         also: called before the taps, whether or not anything records, as a hook is.
+        ping: as `also`, and without what the hook is called with.
+        number: by which a compiled program knows it.
     """
 
     __name__ = "graft_tap"  # torch.jit asks a hook for it
@@ -296,15 +185,31 @@ class Hook:
         self.turns = turns
         self.places = places
         self.also: Callable[..., None] | None = None
+        self.ping: Callable[[], None] | None = None
+        self.number = str(next(numbers))  # which, unlike an integer, is constant to it
+        sources[self.number] = self
 
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: Any = None, output: Any = None
-    ) -> None:
-        """Fire the taps of a call."""
+    ) -> Any:
+        """Fire the taps of a call; return what the module gives in place of its output, or None."""
         if self.is_detached:  # torch may have listed it before
-            return
-        if sessions.active or self.also is not None:
-            _called(self, module, args, kwargs, output)
+            return None
+        if not sessions.listening and self.also is None and self.ping is None:
+            return None
+        if is_compiling() and self.is_plain:
+            from .traced import traced_call  # which takes torch's compiler
+
+            number = "" if self.ping is None else self.number
+            return traced_call(self.bindings, Call(module, args, kwargs, output), number)
+        _called(self, module, args, kwargs, output)
+        return None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its taps need nothing but the call, which is all that a compiled program has."""
+        is_shared = self.shared is not None and self.shared.has_rivals
+        return not (self.turns or is_shared) and self.places is None and self.also is None
 
     def __reduce__(self) -> Any:
         # A model that is copied or saved takes none of this along, and a hook cannot be left out:
@@ -337,6 +242,8 @@ def _fire_all(
         return
     if hook.also is not None:
         hook.also(module, args, kwargs, output)
+    if hook.ping is not None:
+        hook.ping()
     if not sessions.active:
         return
     if is_traced():
@@ -352,18 +259,3 @@ def _fire_all(
     for binding in hook.bindings:
         if hook.places is None or binding.module == here:
             guarded(binding, call)
-
-
-def guarded(binding: Binding, call: Call, turn: int = 0) -> None:
-    """Fire a binding; an error of its own never reaches the job."""
-    try:
-        binding.fire(call, turn)
-    except ReplayError:
-        raise  # asked for: --on-error raise
-    except Exception as err:
-        if is_from_the_job(err):
-            raise
-        log.debug("at a module", exc_info=True)
-        if not binding.misfit:
-            binding.misfit = f"{type(err).__name__}: {err}"
-            say(f"{binding.row.where}: {binding.module} is not tapped: {binding.misfit}")

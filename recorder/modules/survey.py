@@ -19,7 +19,8 @@ from ..job import Job
 from ..mailbox import SURVEY, SurveyedModule, SurveyedTensor, write_report
 from ..taps import sessions
 from ..taps.call import Call as Tap
-from .hooks import ROOT, Hook
+from .bindings import ROOT
+from .hooks import Hook
 from .members import Call
 from .tree import is_identity, named
 
@@ -30,6 +31,7 @@ _MOST_TENSORS = 8
 class Survey:
     """The modules of this process, and the session that sees what a table taps of them."""
 
+    grafts = False
     order = 0
     is_unsettled = False
     folders: tuple[Path | None, ...] = ()

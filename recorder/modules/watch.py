@@ -33,7 +33,7 @@ from ..mailbox import LOADED, SURVEY, TAPS, VARIABLE, write_report
 from ..mesh import forget_axes
 from ..settings import TapSettings
 from ..taps import sessions
-from ..taps.tap import outside_dynamo
+from ..taps.firing import outside_dynamo
 from .hooks import Hook
 from .request import Request
 from .survey import Survey, begin_survey

@@ -13,6 +13,7 @@ from ..tags import cut
 
 if TYPE_CHECKING:
     from .checkpoints import Place
+    from .gradients import Callback, GradientTaps, Heard
     from .rows import Ids
 
 UNKNOWN = object()
@@ -32,6 +33,7 @@ class Call:
         about: equal for taps of equal name and tags: these, and the types of the tags, since 1,
             1.0 and True are equal but differ as JSON.
         rows: the ids that hold for its dims.
+        heard: what hears the gradient of a compiled program's tap; None for all others.
         inside: the ids of the blocks around it, whatever its dims.
     """
 
@@ -45,6 +47,7 @@ class Call:
         "forward",
         "given",
         "grad",
+        "heard",
         "inside",
         "name",
         "rows",
@@ -75,6 +78,7 @@ class Call:
         self._site = site
         self.forward = forward
         self.rows: tuple[Ids, ...] = ()
+        self.heard: Heard | None = None
         self.inside: tuple[Ids, ...] = ()
 
     def value(self) -> Any:
@@ -91,6 +95,15 @@ class Call:
     def within(self, gradient: Any) -> Any:
         """Return what of a gradient of `whole` is this tap's."""
         return gradient
+
+    def hear_gradient(
+        self, taps: GradientTaps, arrived: Callback, tell: Callable[[str], None]
+    ) -> None:
+        """Have `arrived` called with the gradient of `whole`; see `GradientTaps.watch`."""
+        if self.heard is not None:
+            taps.watch_compiled(self.heard, arrived, tell)
+        else:
+            taps.watch(self.whole(), self.name, arrived, tell)
 
     @property
     def is_made_here(self) -> bool:
@@ -126,6 +139,8 @@ class Session(Protocol):
 
     order: int
     """The smaller sees a tap first: stand-ins -1, recorders 0, replayers 1."""
+    grafts: bool
+    """Whether it writes to what is tapped."""
     folders: tuple[Path | None, ...]
     """Where `graft ctl` reaches it; None where nothing does. It is off where all of them are."""
     overwrites: Job | None

@@ -28,6 +28,10 @@ NEVER = (
     "its gradient never came in the step of the tap, and is left out; "
     "tap parameters with grad=True only where backward() follows"
 )
+RETURNED = (
+    "its gradient never came: in a compiled program it is that of what tap returns; go on with "
+    "that, as in h = tap('h', h, grad=True)"
+)
 
 
 class _Line:
@@ -57,6 +61,27 @@ class _Line:
             self.hook = None
 
 
+class Heard:
+    """One firing of a compiled program's tap, whose gradient the program brings itself.
+
+    Attributes:
+        callbacks: those of the sessions that want it.
+        parts: in how many backwards it came.
+    """
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callback] = []
+        self.parts = 0
+
+    def replaced(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient that takes the place of one."""
+        number, self.parts = self.parts, self.parts + 1
+        for callback in self.callbacks:
+            found = callback(gradient, number)
+            gradient = gradient if found is None else found
+        return gradient
+
+
 class GradientTaps:
     """Registers gradient hooks for one session."""
 
@@ -64,6 +89,8 @@ class GradientTaps:
         # By identity: tensors compare by their elements. (torch.utils.weak would bring half of
         # torch's compiler into a job that needs none of it.)
         self._lines: dict[int, tuple[weakref.ref[torch.Tensor], dict[str, _Line]]] = {}
+        self._compiled: list[tuple[Heard, Callable[[str], None]]] = []
+        self._compiled_before: list[tuple[Heard, Callable[[str], None]]] = []
 
     def watch(
         self, tensor: torch.Tensor, name: str, callback: Callback, tell: Callable[[str], None]
@@ -87,8 +114,20 @@ class GradientTaps:
             if line.hook is None:
                 line.hook = tensor.register_hook(line.arrived)
 
+    def watch_compiled(self, heard: Heard, callback: Callback, tell: Callable[[str], None]) -> None:
+        """As `watch`, of a tap in a compiled program."""
+        heard.callbacks.append(callback)
+        self._compiled.append((heard, tell))
+
+    def _end_compiled(self) -> None:
+        for heard, tell in self._compiled_before:
+            if not heard.parts:
+                tell(RETURNED)
+        self._compiled_before, self._compiled = self._compiled, []
+
     def next_step(self) -> None:
         """Let no tap wait for a gradient of the next step."""
+        self._end_compiled()
         for _, lines in list(self._lines.values()):
             for line in lines.values():
                 for _, tell in line.waiting:
@@ -98,6 +137,8 @@ class GradientTaps:
 
     def close(self) -> None:
         """Let go of the parameters."""
+        self._end_compiled()
+        self._end_compiled()
         for _, lines in list(self._lines.values()):
             for line in lines.values():
                 line.waiting.clear()

@@ -66,7 +66,7 @@ class PartCall(Call):
             name, call.given, call.dims, call.extras, call.grad, call.tags, about, call._site,
             call.forward,
         )  # fmt: skip
-        self.rows, self.inside = call.rows, call.inside
+        self.rows, self.inside, self.heard = call.rows, call.inside, call.heard
         self._of: _Whole | None = of
         self._number = number
         self._whole = call.shown

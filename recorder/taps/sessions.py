@@ -44,6 +44,7 @@ class _Waiting:
     """Stands in for the sessions that `GRAFT_*` asks for until the first tap or step."""
 
     order = -1
+    grafts = False
     ignored: set[Any] = set()  # noqa: RUF012  # nobody adds to it
     is_unsettled = False
     folders: tuple[Path | None, ...] = ()
@@ -88,14 +89,15 @@ class _Orders(_Waiting):
         self.on_step()
 
     def on_step(self) -> None:
-        global active, parked
         (folder,) = self.folders
         assert folder is not None
         with _guard:
             if self not in (*active, *parked):
                 return  # another thread was here first
-            active = tuple(s for s in active if s is not self)
-            parked = tuple(s for s in parked if s is not self)
+            _set(
+                tuple(s for s in active if s is not self),
+                tuple(s for s in parked if s is not self),
+            )
             reached = [s for s in every() if folder in s.folders]
         wants = control.order_of(folder).filter
         for session in reached:
@@ -112,8 +114,12 @@ class _Orders(_Waiting):
 
 active: tuple[Session, ...] = ()
 """Those that listen now, in the order in which they see a tap; replaced as a whole."""
+listening = ""
+"""`record` or `graft`, what they do at most, or "": all that a compiled program depends on."""
 parked: tuple[Session, ...] = ()
 """Those that `graft ctl` has switched off: they see no tap, but every step."""
+has_any = False
+"""Whether any listens or is parked."""
 _ending: tuple[Session, ...] = ()
 _opening = False
 _is_asked = False
@@ -159,17 +165,25 @@ def _is_off(session: Session) -> bool:
     )
 
 
+def _set(sessions: tuple[Session, ...], off: tuple[Session, ...]) -> None:
+    """Let these be the sessions that listen, and those that are off."""
+    global active, has_any, listening, parked
+    active, parked = sessions, off
+    has_any = bool(active or parked)
+    grafts = any(one.grafts for one in sessions)
+    listening = "graft" if grafts else "record" if sessions else ""
+
+
 def _arrange(sessions: tuple[Session, ...]) -> None:
     """Let these sessions listen, but for those that are off. Whoever calls has the guard."""
-    global active, parked
+    global parked
     used = {folder for s in sessions if not isinstance(s, _Orders) for folder in s.folders}
     # What was asked of sessions that are gone is asked of nobody.
     kept = [s for s in sessions if not (isinstance(s, _Orders) and used.isdisjoint(s.folders))]
     kept.sort(key=lambda s: s.order)
     off = tuple(s for s in kept if _is_off(s))
     parked = tuple(kept)  # a signal that closes all finds each in one of the two
-    active = tuple(s for s in kept if s not in off)
-    parked = off
+    _set(tuple(s for s in kept if s not in off), off)
     control.keep({folder for folder in used if folder is not None})
 
 
@@ -233,6 +247,7 @@ def watch_environment() -> None:
     if asked and not _is_asked:
         _is_asked = True
         waiting = _Waiting()
+        waiting.grafts = "GRAFT_REPLAY" in asked
         folders = [os.environ.get(_FOLDERS[variable]) for variable in asked]
         with suppress(OSError):  # a working directory that is gone
             waiting.folders = tuple(Path(os.path.abspath(f)) if f else None for f in folders)

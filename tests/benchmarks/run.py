@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import compiled
 import cuda
 import diffing
 import localizing
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "rejected": taps.rejected,
     "small": taps.small,
     "large": taps.large,
+    "compiled": compiled.compiled,
     "modules-unselected": modules.unselected,
     "module-tap": modules.module_tap,
     "tokens-batches": tokens.batches,

@@ -189,7 +189,7 @@ class TestWhichHold:
 
         assert ids_of(record(job)) == [{}]
         err = capsys.readouterr().err
-        assert "rows is left at " in err and "taps in between have each other's rows" in err
+        assert "rows are left at " in err and "taps in between have each other's rows" in err
 
     def test_names_are_checked_where_the_block_is_made(self):
         with pytest.raises(UsageError, match="rows names no dim; write rows"):

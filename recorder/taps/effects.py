@@ -1,0 +1,71 @@
+"""What torch's compiler is told of the operators of taps, by its private names; and what it tells.
+
+An ordered effect is run once, and in its place among all others. Activation checkpointing marks
+what it repeats, effects too, and repeating one would fire its tap again: `let_be_an_effect` has it
+saved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.fx.traceback as tracing
+from torch._guards import TracingContext
+from torch._higher_order_ops import effects
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.utils import checkpoint
+
+from ..diagnostics import is_own
+
+_RECOMPUTE = "recompute"
+_OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
+OUTSIDE_GRAPHS = () if _OUTSIDE is None else (_OUTSIDE,)
+"""Tags of an operator that is to be run between CUDA graphs, and not captured."""
+
+
+def let_be_an_effect(operator: Any) -> None:
+    """Have an operator run once, whoever uses what it returns."""
+    effects._register_effectful_op(operator, effects._EffectType.ORDERED)
+
+    def in_checkpoint(mode: Any, *args: Any, **kwargs: Any) -> Any:
+        _save(getattr(mode, "ac_graph_id", None))
+        return operator(*args, **kwargs)
+
+    def in_program(mode: Any, *args: Any, **kwargs: Any) -> Any:
+        if _RECOMPUTE in tracing.current_meta:
+            _save(None)
+        return mode.__torch_dispatch__(operator, (), args, kwargs)
+
+    # What is to be repeated is marked before it is traced (torch 2.6), or meanwhile (2.13).
+    operator.py_impl(checkpoint._CachingTorchDispatchMode)(in_checkpoint)
+    operator.py_impl(FunctionalTensorMode)(in_program)
+
+
+def _save(checkpoint_id: int | None) -> None:
+    """Have the compiler save what it traces next."""
+    meta = tracing.current_meta
+    meta[_RECOMPUTE] = checkpoint.CheckpointPolicy.MUST_SAVE
+    if checkpoint_id is not None:
+        meta["ac_graph_id"] = checkpoint_id
+
+
+_numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def number_in_program() -> int:
+    """Return a number that no other tap in the program has that is traced."""
+    program = TracingContext.try_get()
+    if program is None:
+        return 0
+    _numbers[program] = _numbers.get(program, -1) + 1
+    return _numbers[program]
+
+
+def traced_site() -> str:
+    """Return where in the user's code the compiler is, `file:line`; "" where it is nowhere."""
+    if TracingContext.try_get() is None:
+        return ""
+    found = [one for one in TracingContext.extract_stack() if not is_own(one.filename)]
+    return f"{found[-1].filename}:{found[-1].lineno}" if found else ""

@@ -1,0 +1,234 @@
+"""Taps as operators, which a compiled program runs like any other.
+
+1. `seen` fires a tap that nothing is grafted onto, `grafted` one that may be: that returns what
+   takes the tensor's place. Both are ordered effects: the compiler runs them once and in their
+   place, also where nobody uses the tensor, and saves what they return for a backward that repeats
+   a forward.
+2. `gradient` brings the gradient of what `tap` returned, and returns what takes its place. Which
+   firing it is of, it knows by that one's ticket.
+3. `enter` and `leave` are the blocks around taps, `stepped` the end of an iteration, `pinged` a
+   hook that does something.
+
+What was constant of a tap as its program was traced comes as `about`, JSON; whole numbers and
+floats, which may be others from call to call, come beside it, and so do the ids of rows. What has
+no tensor is given any, since the compiler would run it as it traces it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypedDict
+
+import torch
+
+from ..tags import TagValue
+from . import sessions
+from .around import ROWS, TAGS
+from .effects import OUTSIDE_GRAPHS, let_be_an_effect
+from .firing import fire_step, offer
+from .gradients import Heard
+from .rows import Ids
+from .sources import sources
+
+_NAMESPACE = "tensorgraft"
+_TAP = "(Tensor x, Tensor[] ids, str about, SymInt[] ints, float[] floats)"
+_MOST_TICKETS = 1 << 16
+
+
+class Facts(TypedDict):
+    """What is constant of tags, in `about`.
+
+    Attributes:
+        tags: those that are constant.
+        ints: the names of the tags that come as whole numbers.
+        floats: the names of those that come as floats.
+        number: tells it from what else is in the program.
+    """
+
+    tags: dict[str, TagValue]
+    ints: list[str]
+    floats: list[str]
+    number: int
+
+
+class TapFacts(Facts):
+    """What is constant of a tap: what `fire` is given, and whose dims the ids of rows are.
+
+    Attributes:
+        source: the number of a module's row, None of a tap in the code.
+    """
+
+    name: str
+    dims: str | None
+    extras: Mapping[str, Any] | None
+    grad: bool
+    site: str
+    forward: bool
+    source: str | None
+    rows: list[list[str]]
+
+
+class BlockFacts(Facts):
+    """What is constant of a block, of `tags` or of `rows`, and whose dims those are."""
+
+    what: str
+    rows: list[list[str]]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _read(about: str) -> Any:
+    return json.loads(about)
+
+
+def _fire(
+    x: torch.Tensor,
+    ids: Sequence[torch.Tensor],
+    about: str,
+    ints: Sequence[int],
+    floats: Sequence[float],
+) -> Heard:
+    heard = Heard()
+    if not sessions.active:
+        return heard
+    facts: TapFacts = _read(about)
+    tags = _tags(facts, ints, floats)
+    source = facts["source"]
+    if source is not None:
+        row = sources.get(source)
+        if row is None:
+            return heard  # its table is taken for the model no more
+        tags = {**row.tap_tags(), **tags}
+    given = tuple(
+        Ids(tuple(names), one, at_tap=True) for names, one in zip(facts["rows"], ids, strict=True)
+    )
+    offer(
+        facts["name"], x, facts["dims"], facts["extras"], facts["grad"], tags, facts["site"],
+        facts["forward"], given, heard,
+    )  # fmt: skip
+    return heard
+
+
+def _seen(x: torch.Tensor, *rest: Any) -> None:
+    _fire(x, *rest)
+
+
+def _seen_for_gradient(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _ticket(_fire(x, *rest))
+
+
+def _grafted(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    found = x.clone()  # an operator returns no argument
+    return found, _ticket(_fire(found, *rest))
+
+
+_tickets: dict[int, Heard] = {}
+_next_ticket = itertools.count()
+
+
+def _ticket(heard: Heard) -> torch.Tensor:
+    """Return what a firing is known by in a backward."""
+    number = next(_next_ticket)
+    if heard.callbacks:
+        while len(_tickets) >= _MOST_TICKETS:
+            _tickets.pop(next(iter(_tickets)), None)
+        _tickets[number] = heard
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def _gradient(grad: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    found = grad.clone()  # as above
+    heard = _tickets.get(int(ticket))
+    return found if heard is None else heard.replaced(found)
+
+
+def _enter(
+    x: torch.Tensor,
+    ids: Sequence[torch.Tensor],
+    about: str,
+    ints: Sequence[int],
+    floats: Sequence[float],
+) -> None:
+    facts: BlockFacts = _read(about)
+    owner = facts  # the same one of equal text
+    if facts["what"] == "rows":
+        given = zip(facts["rows"], ids, strict=True)
+        ROWS.leave(owner)  # which a program that raised has not
+        ROWS.enter(tuple(Ids(tuple(names), one) for names, one in given), owner)
+    else:
+        TAGS.leave(owner)
+        TAGS.enter(_tags(facts, ints, floats), owner)
+
+
+def _leave(x: torch.Tensor, what: str) -> None:
+    (ROWS if what == "rows" else TAGS).leave_one()
+
+
+def _pinged(x: torch.Tensor, number: str) -> None:
+    hook = sources.get(number)
+    if hook is not None and hook.ping is not None:
+        hook.ping()
+
+
+def _stepped(x: torch.Tensor) -> None:
+    fire_step()
+
+
+def _tags(facts: Facts, ints: Sequence[int], floats: Sequence[float]) -> dict[str, TagValue]:
+    return {
+        **facts["tags"],
+        **dict(zip(facts["ints"], ints, strict=True)),
+        **dict(zip(facts["floats"], floats, strict=True)),
+    }
+
+
+def _nothing(*args: Any) -> None: ...
+
+
+def _like(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _a_ticket(*args: Any) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
+
+
+def _both(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), _a_ticket()
+
+
+_OPERATORS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
+    (f"seen{_TAP} -> ()", _seen, _nothing),
+    (f"seen_for_gradient{_TAP} -> Tensor", _seen_for_gradient, _a_ticket),
+    (f"grafted{_TAP} -> (Tensor, Tensor)", _grafted, _both),
+    (f"enter{_TAP} -> ()", _enter, _nothing),
+    ("leave(Tensor x, str what) -> ()", _leave, _nothing),
+    ("stepped(Tensor x) -> ()", _stepped, _nothing),
+    ("pinged(Tensor x, str number) -> ()", _pinged, _nothing),
+    ("gradient(Tensor grad, Tensor ticket) -> Tensor", _gradient, _like),
+)
+
+
+def _defined() -> torch.library.Library:
+    made = torch.library.Library(_NAMESPACE, "DEF")
+    for schema, function, fake in _OPERATORS:
+        name = schema.partition("(")[0]
+        made.define(schema, tags=OUTSIDE_GRAPHS)
+        made.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=made)
+        if name != "gradient":  # which is where the gradient flows
+            let_be_an_effect(getattr(torch.ops.tensorgraft, name).default)
+    return made
+
+
+_library = _defined()  # which lasts as long as this is kept
+seen = torch.ops.tensorgraft.seen.default
+seen_for_gradient = torch.ops.tensorgraft.seen_for_gradient.default
+grafted = torch.ops.tensorgraft.grafted.default
+enter = torch.ops.tensorgraft.enter.default
+leave = torch.ops.tensorgraft.leave.default
+stepped = torch.ops.tensorgraft.stepped.default
+pinged = torch.ops.tensorgraft.pinged.default
+gradient = torch.ops.tensorgraft.gradient.default

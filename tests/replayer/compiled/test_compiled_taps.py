@@ -1,0 +1,345 @@
+"""Taps in what torch.compile compiles: exact values, no graph break, grafts as in eager mode."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from tapping import outcomes
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+from recorder import Recorder, Recording, context, rows, step, tap
+from replayer import Replayer
+
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore"),  # whatever the compiler has to say
+]
+HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++"))
+BACKENDS = [
+    "eager",
+    "aot_eager",
+    pytest.param(
+        "inductor",
+        marks=pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler"),
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def compiled(function, backend="aot_eager", **options):
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
+
+
+def block(x, w, i):
+    h = torch.exp(x @ w)
+    h = tap("h", h, grad=True, layer=i, dims="t h")
+    with context(inner="y"):
+        z = torch.sin(h) * h
+        tap("dead", z + 1, layer=i)
+        tap("z", z, layer=i, flag=True, words=["a", 1], scale=0.5)
+    return (z * h * 2).sum(), h.detach(), z.detach()
+
+
+def repeated(x, w, i):
+    return checkpoint(block, x, w, i, use_reentrant=False)
+
+
+def train(function, seed=0, steps=3):
+    """Run steps of other sizes; return what each computed: loss, activations, gradients."""
+    found = []
+    for i in range(steps):
+        g = torch.Generator().manual_seed(seed + i)
+        x = torch.randn(5 + i, 8, generator=g, requires_grad=True)
+        w = torch.randn(8, 8, generator=g, requires_grad=True)
+        with context(outer=i):
+            loss, *others = function(x, w, i)
+        loss.backward()
+        step()
+        found.append([loss.detach(), *others, x.grad, w.grad])
+    return found
+
+
+def heights(function, backend):
+    """How many records there may be: three taps and a gradient, in three steps.
+
+    A checkpoint that is compiled fires nothing twice; by the eager backend it is repeated from some
+    torch on (not by 2.6), as in eager mode.
+    """
+    return (12, 21) if function is repeated and backend == "eager" else (12,)
+
+
+def assert_same(one, other, **how):
+    for a, b in zip(one, other, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, **(how or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", [block, repeated])
+def test_recordings_hold_what_the_compiled_program_computes(run, backend, function):
+    plain = train(compiled(function, backend))
+    torch._dynamo.reset()
+    with Recorder(run):
+        tapped = train(compiled(function, backend))
+    assert_same(plain, tapped)
+    back = Recording.open(run)
+    for i, (_, h, z, *_) in enumerate(tapped):
+        assert torch.equal(back.load(0, "h", step=i, layer=i, outer=i), h)
+        tags = {"layer": i, "outer": i, "inner": "y"}
+        assert torch.equal(
+            back.load(0, "z", step=i, flag=True, words=["a", 1], scale=0.5, **tags), z
+        )
+        assert torch.equal(back.load(0, "dead", step=i, **tags), z + 1)
+        assert back.load(0, "h", step=i, kind="grad", layer=i, outer=i).shape == h.shape
+    assert back.manifest().height in heights(function, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", [block, repeated])
+def test_grafts_are_those_of_eager_mode(run, backend, function):
+    with Recorder(run):
+        train(function)
+    with Replayer(run):
+        wanted = train(function, seed=50)
+    with Replayer(run) as session:
+        found = train(compiled(function, backend), seed=50)
+    assert_same(found, wanted, rtol=1e-5, atol=1e-5)
+    back = Recording.open(run)
+    for i, (_, h, *_) in enumerate(found):
+        assert torch.equal(back.load(0, "h", step=i, layer=i, outer=i), h)
+    assert session.problems() == [] and {*outcomes(session)} == {"grafted"}
+    # Also what nobody reads.
+    assert session.log().height in heights(function, backend)
+
+
+def test_on_and_off_compile_once_each(run, tmp_path):
+    function = compiled(block, dynamic=True)
+
+    def graphs():
+        return counters["stats"]["unique_graphs"]
+
+    train(function)
+    before = graphs()
+    for i in range(3):
+        with Recorder(tmp_path / str(i)):
+            train(function)
+        assert graphs() == before + 1, "one for all recordings"
+        train(function)
+    for _ in range(2):
+        with Replayer(tmp_path / "0"):
+            train(function)
+        assert graphs() == before + 2, "and one for all replays"
+
+
+def test_layers_of_a_loop_and_sizes_share_programs(run):
+    def layers(x, n):
+        for i in range(n):
+            x = tap("x", x.sin(), layer=i)
+        return x
+
+    function = compiled(layers)
+    with Recorder(run):
+        for size in range(3, 12):
+            function(torch.randn(size), 3)
+            step()
+    assert counters["stats"]["unique_graphs"] == 2, "one for the first size, one for all others"
+    manifest = Recording.open(run).manifest()
+    assert manifest["shape"].to_list() == [[size] for size in range(3, 12) for _ in range(3)]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_micro_batches_of_equal_tags_keep_their_own(run, backend, order):
+    """Several forwards before their backwards: what is repeated there is told by what it holds."""
+
+    def forward(x, w):
+        h = tap("h", torch.exp(x * w), grad=True)
+        return (torch.sin(h) * h).sum()
+
+    def repeat(x, w):
+        return checkpoint(forward, x, w, use_reentrant=False)
+
+    def job(function, seed):
+        g = torch.Generator().manual_seed(seed)
+        w = torch.randn(4, generator=g, requires_grad=True)
+        xs = [torch.randn(4, generator=g, requires_grad=True) for _ in order]
+        losses = [function(x, w) for x in xs]
+        for i in order:
+            losses[i].backward()
+        return [[x.grad for x in xs] + [w.grad]]
+
+    with Recorder(run):
+        job(forward, 0)
+    with Replayer(run):
+        wanted = job(forward, 9)
+    with Replayer(run) as session:
+        found = job(compiled(repeat, backend), 9)
+    assert_same(found, wanted, rtol=1e-6, atol=1e-6)
+    assert session.problems() == []
+    log = session.log().filter(session.log()["kind"] == "grad")
+    assert sorted(log["occurrence"].to_list()) == [0, 1, 2]
+
+
+def test_blocks_and_decorators_within_and_around(run):
+    @context(by="decorator")
+    def inner(x, i):
+        with context(held=1), context(i=i):
+            return tap("x", x + i)
+
+    def outer(x, i):
+        return inner(inner(x, i), 7)
+
+    function = compiled(outer)
+    with Recorder(run), context(around="yes"):
+        for i in range(3):
+            function(torch.zeros(2), i)
+        tap("after", torch.zeros(1))
+    manifest = Recording.open(run).manifest()
+    tags = '{{"around":"yes","by":"decorator","held":1,"i":{}}}'
+    assert manifest["tags"].to_list() == [
+        *(tags.format(i) for first in range(3) for i in (first, 7)),
+        '{"around":"yes"}',
+    ]
+
+
+def test_rows_within_and_around(run):
+    def job(x, ids, others):
+        with rows(t=ids):
+            x = tap("a", x * 2, dims="t h")
+        x = tap("b", x * 2, dims="n h", rows={"n": others})
+        return tap("c", x * 2, dims="s h")
+
+    def once(function, ids):
+        ids = torch.tensor(ids)
+        x = ids[:, None] * torch.ones(1, 3)
+        with rows(s=ids + 200):
+            return function(x, ids, ids + 100)
+
+    with Recorder(run):
+        once(compiled(job), [1, 2, 3, 4])
+    back = Recording.open(run)
+    tapped = back.manifest().filter(back.manifest()["kind"] == "tensor")
+    assert tapped.height == 3 and tapped["rows"].null_count() == 0
+    with Replayer(run) as session:
+        found = once(compiled(lambda x, *ids: job(x * 0, *ids)), [4, 2, 9])
+    assert session.log()["rows_found"].to_list() == [2, 2, 2]
+    assert found[:, 0].tolist() == [32, 16, 0]
+
+
+def test_parts_of_a_tensor(run):
+    def job(x):
+        qkv = tap("qkv", x + 1, dims="t ({q: r | k: 1 | v: 1}*d) # r=2 d=2")
+        return qkv * 1
+
+    with Recorder(run):
+        compiled(job)(torch.arange(24.0).view(3, 8))
+    back = Recording.open(run)
+    assert torch.equal(back.load(0, "k").flatten(1), torch.arange(24.0).view(3, 8)[:, 4:6] + 1)
+    with Replayer(run, filter='name != "v"') as session:
+        found = compiled(job)(torch.zeros(3, 8))
+    assert outcomes(session) == ["grafted"] * 2
+    assert torch.equal(found[:, :6], torch.arange(24.0).view(3, 8)[:, :6] + 1)
+    assert torch.equal(found[:, 6:], torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_inputs_parameters_and_leaves_are_grafted_in_place(run, backend):
+    def job(x, w):
+        y = x * 1
+        tap("view", y[1:3])
+        tap("input", x)
+        tap("w", w, grad=True)
+        return y + x * w
+
+    def once(function, by):
+        x, w = torch.full((4,), by), torch.full((4,), by, requires_grad=True)
+        found = function(x, w)
+        found.sum().backward()
+        return [found.detach(), x, w.detach(), w.grad]
+
+    with Recorder(run, filter='kind == "tensor"'):
+        once(job, 3.0)
+    with Replayer(run):
+        wanted = once(job, 1.0)
+    with Replayer(run) as session:
+        found = once(compiled(job, backend), 1.0)
+    assert outcomes(session)[:3] == ["grafted"] * 3
+    assert_same([found], [wanted])
+
+
+def test_a_gradient_that_tap_s_result_is_not_used_for_is_said(run, capsys):
+    def job(x):
+        y = x * 2
+        tap("y", y, grad=True)
+        return y.sum()
+
+    with Recorder(run):
+        compiled(job)(torch.ones(3, requires_grad=True)).backward()
+    said = capsys.readouterr().err
+    assert "asks for a gradient: its gradient never came: in a compiled program" in said
+    assert "h = tap('h', h, grad=True)" in said
+
+
+def test_a_callable_is_traced_and_a_step_may_be_inside(run):
+    def job(x):
+        tap("y", lambda: x * 3)
+        step()
+        return tap("z", x + 1)
+
+    with Recorder(run):
+        compiled(job)(torch.ones(2))
+        compiled(job)(torch.ones(2))
+    manifest = Recording.open(run).manifest()
+    found = manifest.select("name", "step").rows()
+    assert found == [("y", 0), ("z", 1), ("y", 1), ("z", 2)]
+
+
+def test_without_gradients_and_in_inference_mode(run):
+    def job(x):
+        return tap("x", x * 2, grad=True) + 1
+
+    w = torch.ones(3, requires_grad=True)
+    with Recorder(run):
+        with torch.no_grad():
+            compiled(job)(w)
+        with torch.inference_mode():
+            compiled(job)(torch.ones(3))
+    with Replayer(run) as session, torch.no_grad():
+        assert torch.equal(compiled(job)(w * 9), torch.full((3,), 3.0))
+    assert outcomes(session) == ["grafted"]
+
+
+def test_a_failing_graft_is_the_log_s_and_raises_where_asked_to(run):
+    from recorder.errors import ReplayError
+
+    def job(x):
+        return tap("x", x * 2) + 1
+
+    with Recorder(run):
+        job(torch.ones(3))
+    function = compiled(job)
+    with Replayer(run) as session:
+        assert torch.equal(function(torch.ones(4)), torch.full((4,), 3.0))
+    assert outcomes(session) == ["error"]
+    with pytest.raises(ReplayError), Replayer(run, on_error="raise"):
+        function(torch.ones(4))
+
+
+def test_the_site_is_that_of_the_tap(run, capsys):
+    def job(x):
+        return tap("x", x, dims="a b")
+
+    with Recorder(run):
+        compiled(job)(torch.ones(3))
+    assert f"at {__file__}:{job.__code__.co_firstlineno + 1} " in capsys.readouterr().err
