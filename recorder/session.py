@@ -42,7 +42,7 @@ from .rowing import RowRecords
 from .settings import RecordSettings
 from .sizes import count, format_duration, format_size
 from .tags import text
-from .taps import firing
+from .taps import firing, graphs
 from .taps.call import Call
 from .taps.firsts import RowsOfFirsts
 from .taps.gradients import GradientTaps
@@ -183,6 +183,7 @@ class Recorder:
             check_free(self.path, self._rank.rank, self._rank.world_size, self._job)
         if not lazily:
             self._selection.begin()
+        graphs.watch()
         self._lazy = lazily
         self.state = "running"
         return self

@@ -215,7 +215,8 @@ class RowReplacements:
         lost = f"{count(made.missing, 'row')} not found" if made.missing else ""
         said = joined(aligned.left_out, aligned.one_sided, note, said, unmeasured)
         message = joined(made.note, elsewhere, lost, said)
-        return Replacement(tensor, message, figures, row, made, new.numel())
+        mask = None if call.run is None else aligned.mask(made.cells)
+        return Replacement(tensor, message, figures, row, made, new.numel(), mask)
 
     def said_of_choices(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from recorder.taps.selection import Selected, Selection
 
 from .log import COLUMNS, LogRow, ReplayLog, joined
 from .match import Match
+from .measuring.compare import Difference
 from .replaced import Replacement
 from .settings import ReplaySettings
 
@@ -186,6 +187,25 @@ class Outcomes:
     def say(self, message: str) -> None:
         """Say something of this rank."""
         say(message, self._where())
+
+    def measure(
+        self, row: LogRow, figures: Difference | None, unmeasured: str, dropped: Sequence[str]
+    ) -> None:
+        """Write a row again, with figures that came later, and without those that never came.
+
+        Args:
+            row: the row.
+            figures: what was changed; None where that was not measured.
+            unmeasured: why not.
+            dropped: the columns that no figures are known for.
+        """
+        found: LogRow = {**row, "message": joined(row["message"], unmeasured)}
+        for name in dropped:
+            found.pop(name, None)  # type: ignore[misc]
+        if figures is not None:
+            found["rel_diff"], found["max_abs"] = figures.rel_diff, figures.max_abs
+            found["mean_abs"], found["changed"] = figures.mean_abs, figures.changed
+        self._write(found)
 
     def amend(self, row: LogRow, outcome: str, reason: str) -> None:
         """Write a row again, with what came to light since."""

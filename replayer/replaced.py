@@ -29,6 +29,7 @@ class Replacement:
         own: where it differs, and how; {} likewise.
         rows: where its rows come from, if they were matched one by one.
         numel: how many of its elements were recorded, where not all were.
+        mask: which these are, bool in its shape, where it is for a CUDA graph.
     """
 
     tensor: torch.Tensor
@@ -37,6 +38,7 @@ class Replacement:
     own: OwnRow = field(default_factory=OwnRow)
     rows: Made | None = None
     numel: int | None = None
+    mask: torch.Tensor | None = None
 
 
 def applied(transform: Transform, g: GraftInput) -> Any:

@@ -48,7 +48,8 @@ from recorder.ranks import RankWatch
 from recorder.recording import Recording
 from recorder.session import Recorder
 from recorder.tags import label
-from recorder.taps.call import Call
+from recorder.taps import graphs
+from recorder.taps.call import Call, Run
 from recorder.taps.checkpoints import repeat_to_the_end
 from recorder.taps.firsts import RowsOfFirsts
 from recorder.taps.gradients import GradientTaps
@@ -66,7 +67,7 @@ from .only import Only
 from .outcomes import Outcomes, named
 from .parts import FEWER, MORE, ZEROS, Parts
 from .rename import Rename
-from .replaced import Replacement
+from .replaced import Replacement, measured
 from .replacement import Replacements
 from .settings import ReplaySettings
 from .sharing import Sharing
@@ -195,6 +196,7 @@ class Replayer:
             raise UsageError("this Replayer was used before; make a new one")
         if not lazily:
             self._selection.begin()
+        graphs.watch()
         self._lazy = lazily
         self.state = "running"
         return [self] if self._recorder is None else [self._recorder.start(lazily=lazily), self]
@@ -470,8 +472,13 @@ class Replayer:
                 target, placements = local_part(value)
                 graft.check_target(target)
                 mesh = self._replacements.mesh(selected)
+                if call.run is not None and call.run.why:
+                    raise ReplayError(call.run.why)
                 made = self._make(tried, call, selected, target, kind, placements, mesh, ids)
-                shared = self._sharing.overwrite(target, made.tensor, named(selected))
+                if call.run is None:
+                    shared = self._sharing.overwrite(target, made.tensor, named(selected))
+                else:  # memory of the tap's own, which its graph reads
+                    graft.overwrite(target, made.tensor)
             repeat_to_the_end()
         except Exception as err:
             if is_from_the_job(err):
@@ -489,9 +496,29 @@ class Replayer:
                 (selected.key.name, "sharing"), f"tap {named(selected)} was grafted: {shared}"
             )
         row = self._finish(selected, kind, start, tried, note)
+        if call.run is not None:
+            self._settle(call.run, row, tried)
+            return
         has_any = tried.made is not None and tried.made.numel != 0
         if tried.error is None and has_any and target.numel():
             self._watch_for_effect(call, row, value, target)
+
+    def _settle(self, run: Run, row: LogRow, tried: _Tried) -> None:
+        """Measure a graft in a CUDA graph once that has run: before, its values are not known."""
+        run.is_grafted = tried.error is None
+        made = tried.made
+        run.mask = None if made is None else made.mask
+        if tried.error is not None or made is None or made.figures is None:
+            return
+
+        def measure(held: torch.Tensor, new: torch.Tensor) -> None:
+            with plainly():
+                if made.mask is not None:
+                    held, new = held[made.mask], new[made.mask]
+                figures, unmeasured = measured(held, new)
+            self._outcomes.measure(row, figures, unmeasured, [*made.own])
+
+        run.after.append(measure)
 
     def _make(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import BadRows
-from ..tokens.taken import Taken
+from ..tokens.taken import PADDING, Taken
 from .dims import Dims
 
 
@@ -80,6 +80,25 @@ def rowed(dims: Dims, shape: Sequence[int], given: Iterable[Taken]) -> list[Rowe
             known = own.permute([*places, len(names)]).reshape(-1, 2)
         found.append(Rowed(one.names, tuple(at), ids, known))
     return found
+
+
+def padded(dims: Dims, shape: Sequence[int], given: Taken) -> Taken:
+    """Return ids along one dim with padding at the end, as many as the tensor has rows there.
+
+    Args:
+        dims: the tensor's layout.
+        shape: its sizes.
+        given: ids; returned as they are where they are as many, or more, or of several dims.
+    """
+    order = _order(dims, given.names) if len(given.names) == 1 else None
+    more = shape[order[0][0]] - len(given.ids) if order and len(dims.dims) == len(shape) else 0
+    if more <= 0:
+        return given
+    padding = given.ids.new_full((more, *given.ids.shape[1:]), PADDING)
+    known = given.known
+    if known is not None:
+        known = torch.cat([known, known.new_full((more, 2), PADDING)])
+    return Taken(given.names, torch.cat([given.ids, padding]), known)
 
 
 def _order(dims: Dims, names: Sequence[str]) -> tuple[list[int], list[str]] | None:

@@ -9,7 +9,7 @@ import torch
 
 from ..taps import sessions
 from ..taps.operators import pinged
-from ..taps.tracing import is_traceable, traced
+from ..taps.tracing import is_exporting, is_traceable, traced
 from .bindings import Binding
 from .members import Absent, Call
 
@@ -25,6 +25,8 @@ def traced_call(bindings: Sequence[Binding], call: Call, number: str) -> Any:
     Returns:
         What the module gives in place of its output, None for that itself.
     """
+    if is_exporting():
+        return None
     if number:
         pinged(torch.zeros(0), number)
     if not sessions.listening:

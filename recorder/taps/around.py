@@ -22,6 +22,7 @@ class _Around:
     """What holds inside a block, what is around it included; the way back is part of it."""
 
     value: Any
+    added: Any
     owner: Any
     outer: _Around | None
 
@@ -49,7 +50,22 @@ class Stack(Generic[V]):
         """Let more hold from now on, until its owner leaves."""
         outer = self._around.get()
         value = self._inside(None if outer is None else outer.value, added)
-        self._around.set(_Around(value, owner, outer))
+        self._around.set(_Around(value, added, owner, outer))
+
+    def mark(self) -> object:
+        """Return what tells what is entered from now on."""
+        return self._around.get()
+
+    def since(self, mark: object) -> V | None:
+        """Return what alone holds that was entered since a mark; None where nothing was."""
+        around, added = self._around.get(), []
+        while around is not None and around is not mark:
+            added.append(around.added)
+            around = around.outer
+        value: V | None = None
+        for one in reversed(added):
+            value = self._inside(value, one)
+        return value
 
     def leave(self, owner: object) -> bool:
         """Let hold no more what an owner entered, nor what was entered since; an owner is itself.

@@ -24,6 +24,7 @@ class Scope:
 
     added: Any
     stack: Stack[Any]
+    what: str  # for the compiler, which takes no other object of a class
 
     def anew(self: S) -> S:
         """Return a block like this; the compiler enters none that was made outside of its code."""
@@ -35,7 +36,7 @@ class Scope:
         elif sessions.listening:  # else nobody hears, and the compiler need not follow
             from .tracing import entered  # which takes torch's compiler
 
-            entered(self.stack, self.added)
+            entered(self.what, self.added)
         return self
 
     def __exit__(
@@ -50,7 +51,7 @@ class Scope:
         elif sessions.listening:
             from .tracing import left
 
-            left(self.stack)
+            left(self.what)
 
     def __call__(self, function: F) -> F:
         """Return `function` with this around each of its calls."""
@@ -111,6 +112,7 @@ class context(Scope):  # noqa: N801  # read as a verb at the call site
     """
 
     stack = TAGS
+    what = "tags"
 
     def __init__(self, **tags: Any) -> None:
         for tag in tags:
@@ -145,6 +147,7 @@ class rows(Scope):  # noqa: N801  # read as a verb at the call site
     """
 
     stack = ROWS
+    what = "rows"
 
     def __init__(self, several: Mapping[str, Any] | None = None, /, **dims: Any) -> None:
         self.added = Ids.given({**(several or {}), **dims})

@@ -12,11 +12,34 @@ from ..job import Job
 from ..tags import cut
 
 if TYPE_CHECKING:
+    import torch
+
     from .checkpoints import Place
     from .gradients import Callback, GradientTaps, Heard
     from .rows import Ids
 
 UNKNOWN = object()
+IN_GRAPH = "one that comes in a CUDA graph can be recorded, and not grafted"
+
+
+class Run:
+    """One run of a CUDA graph, around which each tap in it fires twice.
+
+    Args:
+        is_before: for grafts, which are made before it; else for all else, after it.
+        why: why it cannot be grafted, "" where it can.
+
+    Attributes:
+        is_grafted: whether it is.
+        mask: of which elements, bool in the tensor's shape; None for all.
+        after: called after the run with what the graph computed, and with what was written over it.
+    """
+
+    def __init__(self, *, is_before: bool, why: str = "") -> None:
+        self.is_before, self.why = is_before, why
+        self.is_grafted = False
+        self.mask: torch.Tensor | None = None
+        self.after: list[Callable[[Any, Any], None]] = []
 
 
 class Call:
@@ -34,6 +57,7 @@ class Call:
             1.0 and True are equal but differ as JSON.
         rows: the ids that hold for its dims.
         heard: what hears the gradient of a compiled program's tap; None for all others.
+        run: the run of a CUDA graph that the tap is in, None outside.
         inside: the ids of the blocks around it, whatever its dims.
     """
 
@@ -51,6 +75,7 @@ class Call:
         "inside",
         "name",
         "rows",
+        "run",
         "tags",
     )
 
@@ -80,6 +105,7 @@ class Call:
         self.rows: tuple[Ids, ...] = ()
         self.heard: Heard | None = None
         self.inside: tuple[Ids, ...] = ()
+        self.run: Run | None = None
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
@@ -100,7 +126,9 @@ class Call:
         self, taps: GradientTaps, arrived: Callback, tell: Callable[[str], None]
     ) -> None:
         """Have `arrived` called with the gradient of `whole`; see `GradientTaps.watch`."""
-        if self.heard is not None:
+        if self.run is not None and self.run.is_before:
+            tell(IN_GRAPH)
+        elif self.heard is not None:
             taps.watch_compiled(self.heard, arrived, tell)
         else:
             taps.watch(self.whole(), self.name, arrived, tell)

@@ -21,7 +21,7 @@ from ..errors import LayoutError, ReplayError, is_from_the_job
 from ..ranks import is_group_up
 from . import sessions
 from .around import blocks_around, rows_around, tags_around
-from .call import Call
+from .call import Call, Run
 from .rows import Ids, over
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
+capturing: Callable[..., bool] | None = None
+"""Makes a tap one of a CUDA graph that is being captured, where such are watched; see `graphs`."""
 
 
 def fire(
@@ -71,6 +73,7 @@ def offer(
     forward: bool,
     rows: Mapping[str, Any] | tuple[Ids, ...] | None,
     heard: Heard | None = None,
+    run: Run | None = None,
 ) -> None:
     """Offer a tap to all sessions: as `fire`, but for a compiled caller's eyes.
 
@@ -85,8 +88,10 @@ def offer(
         forward: see `fire`.
         rows: see `tap`; or the ids themselves.
         heard: see `Call`.
+        run: see `Call`.
     """
     around = tags_around()
+    own = tags
     if around is not None:
         tags = {**around, **tags}
     values = tags.values()
@@ -102,8 +107,11 @@ def offer(
         if is_from_the_job(err) and not _is_a_comparison(err):
             raise
         # else a tag that cannot be hashed or compared
+    look = capturing if run is None else None
+    if look is not None and look(name, value, dims, extras, grad, own, site, forward, rows):
+        return
     call = Call(name, value, dims, extras, grad, tags, about, site, forward)
-    call.heard = heard
+    call.heard, call.run = heard, run
     _dispatch(call, rows)
 
 
@@ -198,6 +206,8 @@ def _parts_of(call: Call) -> list[Call]:
 def _offer(call: Call) -> None:
     """Offer a tap to each session."""
     for session in sessions.active:
+        if call.run is not None and call.run.is_before != session.grafts:
+            continue
         try:
             session.on_tap(call)
         except ReplayError:

@@ -66,7 +66,8 @@ class PartCall(Call):
             name, call.given, call.dims, call.extras, call.grad, call.tags, about, call._site,
             call.forward,
         )  # fmt: skip
-        self.rows, self.inside, self.heard = call.rows, call.inside, call.heard
+        self.rows, self.inside = call.rows, call.inside
+        self.heard, self.run = call.heard, call.run
         self._of: _Whole | None = of
         self._number = number
         self._whole = call.shown

@@ -66,6 +66,13 @@ class Ids:
             raise UsageError(f"rows names the dim {twice!r} twice; give its ids once")
         return found
 
+    @classmethod
+    def of_taken(cls, taken: Taken, *, at_tap: bool = False) -> Ids:
+        """Return ids that are known."""
+        made = cls(taken.names, None, at_tap=at_tap)
+        made._taken, made._given, made._version = taken, _KEPT, _version(_KEPT)
+        return made
+
     def taken(self) -> Taken:
         """Return the ids, as they are when first asked for, or since they were last written to.
 
@@ -98,9 +105,7 @@ class Ids:
         Raises:
             BadRows: as `taken`.
         """
-        found = Ids(self.names, None, at_tap=self.at_tap)
-        found._taken, found._given, found._version = self.taken(), _KEPT, _version(_KEPT)
-        return found
+        return Ids.of_taken(self.taken(), at_tap=self.at_tap)
 
 
 def check_meant(ids: Iterable[Ids], names: Iterable[tuple[str, ...]], dims: str) -> None:

@@ -17,7 +17,6 @@ import torch
 from ..errors import UsageError
 from ..tags import TagValue
 from . import operators, sessions
-from .around import ROWS, Stack
 from .effects import number_in_program, traced_site
 from .firing import fire
 from .operators import (
@@ -31,6 +30,8 @@ from .operators import (
     seen_for_gradient,
 )
 from .rows import Ids
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
 def traced(
@@ -61,6 +62,8 @@ def traced(
     """
     if callable(value):
         value = value()
+    if is_exporting():
+        return value  # what is exported runs where nothing of this is
     ids = Ids.given(given, at_tap=True) if given else ()
     is_known = type(name) is str and _is_plain(tags) and _is_plain(extras)
     if not (is_known and is_traceable(value)):
@@ -97,15 +100,17 @@ def is_traceable(value: Any) -> bool:
     return type(value) is torch.Tensor or type(value) is torch.nn.Parameter
 
 
-def entered(stack: Stack[Any], added: Any) -> None:
+def entered(what: str, added: Any) -> None:
     """Put the beginning of a block in the graph.
 
     Args:
-        stack: which of them.
+        what: `tags` or `rows`.
         added: what the block adds.
     """
+    if is_exporting():
+        return
     nothing = torch.zeros(0)
-    if stack is ROWS:
+    if what == "rows":
         names = tuple(one.names for one in added)
         enter(
             nothing, [_tensor(one.of) for one in added], _block("rows", {}, (), (), names), [], []
@@ -118,15 +123,17 @@ def entered(stack: Stack[Any], added: Any) -> None:
     enter(nothing, [], about, [*ints.values()], [*floats.values()])
 
 
-def left(stack: Stack[Any]) -> None:
+def left(what: str) -> None:
     """Put the end of a block in the graph."""
     # Without a tensor, it would be run as it is traced.
-    leave(torch.zeros(0), "rows" if stack is ROWS else "tags")
+    if not is_exporting():
+        leave(torch.zeros(0), what)
 
 
 def stepped() -> None:
     """Put the end of an iteration in the graph."""
-    operators.stepped(torch.zeros(0))
+    if not is_exporting():
+        operators.stepped(torch.zeros(0))
 
 
 def _apart(tags: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float], dict[str, TagValue]]:

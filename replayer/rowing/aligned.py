@@ -154,6 +154,14 @@ class Aligned:
         at = [group.at for group in self.groups]
         return moved_back(made.reshape(*sizes, *made.shape[1:]), self._target.shape, at)
 
+    def mask(self, cells: torch.Tensor) -> torch.Tensor:
+        """Return which elements of the target some of its rows are: bool, of its shape."""
+        sizes = [len(group.ids) for group in self.groups]
+        found = torch.zeros(math.prod(sizes), dtype=torch.bool, device=self._target.device)
+        found[cells.to(found.device)] = True
+        found = found.view(*sizes, *[1] * len(self._rest)).expand(*sizes, *self._rest)
+        return moved_back(found, self._target.shape, [group.at for group in self.groups])
+
     def make(self) -> Made:
         """Return the rows that were recorded.
 

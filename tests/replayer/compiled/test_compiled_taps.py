@@ -343,3 +343,55 @@ def test_the_site_is_that_of_the_tap(run, capsys):
     with Recorder(run):
         compiled(job)(torch.ones(3))
     assert f"at {__file__}:{job.__code__.co_firstlineno + 1} " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 does not say")
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_exported_has_no_taps(run, strict):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            with context(a=1):
+                x = tap("x", x * 2, grad=True)
+            step()
+            return tap("y", x + 1)
+
+    with Recorder(run):
+        exported = torch.export.export(Model(), (torch.ones(2),), strict=strict)
+    assert not any("tensorgraft" in str(node.target) for node in exported.graph.nodes)
+    assert not run.exists() or Recording.open(run).manifest().height == 0
+
+
+class TestWhatNoOperatorTakes:
+    """It breaks the graph at that place, as everything did, and is recorded and grafted."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+        counters.clear()
+        yield
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("how", ["number", "tensor as a tag", "sparse"])
+    def test_taps(self, run, how, capsys):
+        def job(x):
+            x = x + 1
+            if how == "number":
+                tap("n", 7)
+            elif how == "sparse":
+                tap("s", x.to_sparse())
+            else:
+                tap("t", x, bad=x)
+            return tap("x", x * 2)
+
+        function = torch.compile(job, backend="eager")
+        with Recorder(run):
+            assert function(torch.ones(2)).tolist() == [4, 4]
+        names = Recording.open(run).manifest()["name"].to_list()
+        said = capsys.readouterr().err
+        if how == "number":
+            assert names == ["n", "x"] and said == ""
+        else:
+            assert names == ["x"] and said.count("[graft ") == 1 and f"{__file__}:" in said
+        with Replayer(run, filter='name == "x"') as session:
+            assert function(torch.zeros(2)).tolist() == [4, 4]
+        assert outcomes(session) == ["grafted"]

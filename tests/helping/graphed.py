@@ -1,0 +1,71 @@
+"""A CUDA graph on the CPU: what is run while it is captured is run again as it is replayed."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _Tape(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if "empty" not in func.__name__:  # memory is there once, and nothing fills it
+            self.graph.calls.append((func, args, kwargs or {}, made))
+        return made
+
+
+class FakeGraph:
+    """As torch.cuda.CUDAGraph."""
+
+    capturing = 0
+
+    def __init__(self):
+        self.calls = []
+
+    def capture_begin(self, pool=None):
+        self.calls = []
+        FakeGraph.capturing += 1
+        self._tape = _Tape(self)
+        self._tape.__enter__()
+
+    def capture_end(self):
+        self._tape.__exit__(None, None, None)
+        FakeGraph.capturing -= 1
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, made in self.calls:
+                again = func(*args, **kwargs)
+                for one, other in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    is_tensor = isinstance(one, torch.Tensor)
+                    if is_tensor and one.data_ptr() != other.data_ptr():
+                        one.detach().copy_(other)
+
+    def reset(self):
+        self.calls = []
+
+
+class FakeBackend:
+    """As `recorder.taps.graphs.Cuda`, of such graphs."""
+
+    kind = FakeGraph
+
+    def __init__(self):
+        self.waits = 0
+
+    def is_there(self):
+        return True
+
+    def is_capturing(self, tensor):
+        return FakeGraph.capturing > 0
+
+    def mark(self, device):
+        return self
+
+    def wait(self, device, mark):
+        self.waits += 1
