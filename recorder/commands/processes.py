@@ -11,6 +11,7 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _TORCH = b"/libtorch"
+_TRIAL = "from ctypes import cdll"  # in which torch's compiler tries what this machine can do
 _MOST = 4  # named in a line
 
 
@@ -64,7 +65,7 @@ class Processes:
         """
         found = []
         for pid in sorted(self._has_torch):
-            if pid in loaded:
+            if pid in loaded or _TRIAL in self._words.get(pid, ""):
                 continue
             parent = self._parents.get(pid, 0)
             if parent in loaded and self._words.get(parent) == self._words.get(pid):

@@ -206,6 +206,11 @@ class Attached:
             hook = Hook(module, after, (), places, shared)
             self._hooks.append(hook)
             self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        if turns:
+            last = Hook(module, (), (), places, shared)
+            last.ends = True
+            self._hooks.append(last)
+            self._handles.append(module.register_forward_hook(last, with_kwargs=True))
         for path, line in of_functions.items():
             rows = functions.Line(line, turns[path], places, shared)
             self._functions.append(rows)

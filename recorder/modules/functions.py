@@ -16,12 +16,14 @@ from typing import Any
 
 from ..bits import never_compiled
 from ..taps import sessions
+from ..taps.around import is_compiling
 from ..taps.firing import outside_dynamo
+from ..taps.sources import sources
 from .bindings import Binding, guarded
 from .hooks import Places, Shared, Turns, innermost
 from .members import Call
 
-_patched: dict[str, _Patch] = {}
+_patched: dict[str, Patch] = {}
 
 
 class Line:
@@ -53,10 +55,22 @@ class Line:
         return [(one, turn) for one in self.bindings if self.places is None or one.module == here]
 
 
-class _Patch:
-    """One function that is replaced, and for which modules."""
+class Patch:
+    """One function that is replaced, and for which modules.
 
-    def __init__(self, holder: Any, name: str, original: Callable[..., Any]) -> None:
+    Attributes:
+        path: by which it is known.
+        at: the rows that models have of it, for each module.
+        original: the function.
+        known: all these rows, by number.
+        is_plain: whether they need nothing but the call and which module runs.
+    """
+
+    def __init__(self, path: str, holder: Any, name: str, original: Callable[..., Any]) -> None:
+        self.path = path
+        sources[path] = self
+        self.known: dict[str, Binding] = {}
+        self.is_plain = True
         self.at: dict[int, tuple[weakref.ref[Any], list[Line]]] = {}
         self.original = original
         self._holder, self._name = holder, name
@@ -64,13 +78,24 @@ class _Patch:
 
         @functools.wraps(original)
         def tapped(*args: Any, **kwargs: Any) -> Any:
-            if not sessions.active:
+            if not sessions.listening:
                 return original(*args, **kwargs)
+            if is_compiling() and self.is_plain:
+                from .traced import traced_function  # which takes torch's compiler
+
+                return traced_function(self, args, kwargs)
             return _called(self, args, kwargs)
 
         is_bare = isinstance(self._given, (staticmethod, classmethod))
         self._replacement = type(self._given)(tapped) if is_bare else tapped
         setattr(holder, name, self._replacement)
+
+    def bound(self, module: Any) -> list[Binding]:
+        """Return the rows while a module runs."""
+        found = self.at.get(id(module))
+        if found is None or found[0]() is not module:
+            return []
+        return [one for line in found[1] for one in line.bindings]
 
     def undo(self) -> None:
         """Put the function back; what was put around it meanwhile stays, and calls it through."""
@@ -82,7 +107,7 @@ class _Patch:
             setattr(self._holder, self._name, self._given)
 
 
-def _called(patch: _Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _called(patch: Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a function, and fire the taps of its input and output where any are meant."""
     found = outside_dynamo(_running)(patch)
     call = Call(patch.original, args, kwargs, None)
@@ -99,7 +124,7 @@ def _called(patch: _Patch, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 never_compiled(_called)
 
 
-def _running(patch: _Patch) -> list[tuple[Binding, int]]:
+def _running(patch: Patch) -> list[tuple[Binding, int]]:
     """Return the bindings of the innermost module that runs and has any, each with its turn."""
     here = sys._getframe(1)
     found = innermost(patch.at, here)
@@ -120,11 +145,14 @@ def bind(path: str, module: Any, line: Line) -> str:
         found = _find(path)
         if isinstance(found, str):
             return found
-        patch = _patched[path] = _Patch(*found)
+        patch = _patched[path] = Patch(path, *found)
     known = patch.at.get(id(module))
     if known is None or known[0]() is not module:
         known = patch.at[id(module)] = weakref.ref(module), []
     known[1].append(line)
+    patch.known.update({one.number: one for one in line.bindings})
+    # What only the frames tell, no compiled program knows.
+    patch.is_plain = patch.is_plain and line.places is None and not line.shared.has_rivals
     return ""
 
 

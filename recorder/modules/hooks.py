@@ -165,6 +165,7 @@ class Hook:
     Attributes:
         also: called before the taps, whether or not anything records, as a hook is.
         ping: as `also`, and without what the hook is called with.
+        ends: whether it is there to tell that a run of the module has ended.
         number: by which a compiled program knows it.
     """
 
@@ -186,6 +187,7 @@ class Hook:
         self.places = places
         self.also: Callable[..., None] | None = None
         self.ping: Callable[[], None] | None = None
+        self.ends = False
         self.number = str(next(numbers))  # which, unlike an integer, is constant to it
         sources[self.number] = self
 
@@ -198,10 +200,14 @@ class Hook:
         if not sessions.listening and self.also is None and self.ping is None:
             return None
         if is_compiling() and self.is_plain:
-            from .traced import traced_call  # which takes torch's compiler
+            from .traced import ended, traced_call  # which takes torch's compiler
 
-            number = "" if self.ping is None else self.number
+            if self.ends:
+                return ended(self.number)
+            number = "" if self.ping is None and not self.turns else self.number
             return traced_call(self.bindings, Call(module, args, kwargs, output), number)
+        if self.ends:
+            return None
         _called(self, module, args, kwargs, output)
         return None
 
@@ -209,7 +215,7 @@ class Hook:
     def is_plain(self) -> bool:
         """Whether its taps need nothing but the call, which is all that a compiled program has."""
         is_shared = self.shared is not None and self.shared.has_rivals
-        return not (self.turns or is_shared) and self.places is None and self.also is None
+        return not is_shared and self.places is None and self.also is None
 
     def __reduce__(self) -> Any:
         # A model that is copied or saved takes none of this along, and a hook cannot be left out:

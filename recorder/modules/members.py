@@ -19,12 +19,16 @@ class Absent(Exception):
     """What a place names is not there; the reason as one clause.
 
     Attributes:
+        reason: as one clause.
         is_quiet: whether that may be so from call to call, as where a norm gives one tensor or two.
     """
 
     def __init__(self, reason: str, is_quiet: bool = False) -> None:
-        super().__init__(reason)
-        self.is_quiet = is_quiet
+        # No more than this: the compiler follows it.
+        self.reason, self.is_quiet = reason, is_quiet
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Call:

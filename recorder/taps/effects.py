@@ -54,9 +54,14 @@ def _save(checkpoint_id: int | None) -> None:
 _numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
+def traced_program() -> Any:
+    """Return what stands for the program that is being traced, anew each time; None for none."""
+    return TracingContext.try_get()
+
+
 def number_in_program() -> int:
     """Return a number that no other tap in the program has that is traced."""
-    program = TracingContext.try_get()
+    program = traced_program()
     if program is None:
         return 0
     _numbers[program] = _numbers.get(program, -1) + 1

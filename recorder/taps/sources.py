@@ -25,4 +25,4 @@ class Pinged(Protocol):
 
 
 sources: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
-"""Each a `Source` or `Pinged`, as whoever put its number in the program knows."""
+"""Each a `Source`, a `Pinged` or a function by its path, as whoever put it there knows."""

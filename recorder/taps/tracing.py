@@ -92,7 +92,7 @@ def traced(
         ticket = seen_for_gradient(value.detach(), *rest)
     else:
         seen(value.detach(), *rest)
-    return _Heard.apply(value, ticket) if wants_gradient else value  # type: ignore[no-untyped-call]
+    return _Heard.apply(value, ticket) if wants_gradient else value  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def is_traceable(value: Any) -> bool:

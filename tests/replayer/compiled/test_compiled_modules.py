@@ -184,3 +184,63 @@ def test_a_model_of_transformers(tmp_path, is_training):
         assert outcomes(session) == ["grafted"] * 8 and session.problems() == []
     torch.testing.assert_close(found[0], found[1])
     assert not counters["graph_break"]
+
+
+def rotated(x, by):
+    return x.roll(by, -1), x * by
+
+
+class Turning(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        y, _ = rotated(self.inner(x), 1)
+        z, _ = rotated(y, 2)
+        return z
+
+
+class Turned(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Turning() for _ in range(2)])
+        self.head = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        x, _ = rotated(x, 3)  # of no layer
+        return self.head(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_functions_in_modules_are_tapped_where_they_are_called(tmp_path, backend):
+    table = tmp_path / "taps.toml"
+    table.write_text(f"""
+        [taps]
+        "layers.{{layer}} > {__name__}.rotated:output.0" = {{ tap = ["first", "second"] }}
+        "layers.{{layer}} > {__name__}.rotated:input.x" = {{ tap = ["in1", "in2"] }}
+        "layers.{{layer}}:output.7" = {{ tap = "absent" }}
+    """)
+
+    def made(seed):
+        torch.manual_seed(seed)
+        return Turned()
+
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    with Recorder(tmp_path / "eager", taps=str(table)):
+        made(0)(x)
+    with Recorder(tmp_path / "compiled", taps=str(table)):
+        torch.compile(made(0), backend=backend, fullgraph=True)(x)
+    wanted = digests(tmp_path / "eager")
+    assert len(wanted) == 8 and digests(tmp_path / "compiled") == wanted
+    found = []
+    for is_compiled in (False, True):
+        model = made(3)
+        with Replayer(tmp_path / "eager", taps=str(table)) as session:
+            called = torch.compile(model, backend=backend, fullgraph=True) if is_compiled else model
+            found.append(called(x))
+        assert outcomes(session) == ["grafted"] * 8
+    torch.testing.assert_close(found[0], found[1])
+    assert not counters["graph_break"]
