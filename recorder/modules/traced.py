@@ -34,7 +34,8 @@ def traced_call(bindings: Sequence[Binding], call: Call, number: str) -> Any:
         number: that of the hook, where it does something before; "" where not.
 
     Returns:
-        What the module gives in place of its output, None for that itself.
+        What a hook gives: another output, or before the call other arguments by position and by
+        name; None to leave them.
     """
     if is_exporting():
         return None
@@ -42,21 +43,11 @@ def traced_call(bindings: Sequence[Binding], call: Call, number: str) -> Any:
         pinged(torch.zeros(0), number)
     if not sessions.listening:
         return None
-    given = None
-    for binding in bindings:
-        try:
-            value = call.value(binding.row.path.place)
-        except Absent as err:
-            if binding.is_named_by_path:
-                for name, tensor in binding.each(call):
-                    _traced(binding, name, tensor, "")
-            else:
-                _keep_misfit(binding.number, err.reason, err.is_quiet)
-            continue
-        new = _traced(binding, binding.names[0], value, "".join(binding.dims[:1]))
-        if new is not value and value is call.output:
-            given = call.output = new
-    return given
+    changed = [_one(binding, call) for binding in bindings]
+    if not any(changed):
+        return None
+    is_after = bindings[0].row.path.place.side == "output"
+    return call.output if is_after else (call.args, call.kwargs)
 
 
 def ended(number: str) -> None:
@@ -78,23 +69,44 @@ def traced_function(patch: Patched, args: Any, kwargs: Any) -> Any:
     return call.output
 
 
-def _one(binding: Binding, call: Call, turn: int) -> None:
+def _one(binding: Binding, call: Call, turn: int = 0) -> bool:
+    """Put a row's taps in the graph; return whether the call has other tensors in it since."""
     at = turn if len(binding.names) > 1 else 0
     if at >= len(binding.names):
-        return  # it is called more often than the row has names
+        return False  # it is called more often than the row has names
+    place = binding.row.path.place
     try:
-        value = call.value(binding.row.path.place)
+        found = [(binding.names[at], call.value(place))]
+        dims = binding.dims[at] if len(binding.dims) > 1 else "".join(binding.dims[:1])
     except Absent as err:
-        if binding.is_named_by_path:
-            for name, tensor in binding.each(call):
-                _traced(binding, name, tensor, "")
-        else:
+        if not binding.is_named_by_path:
             _keep_misfit(binding.number, err.reason, err.is_quiet)
-        return
-    dims = binding.dims[at] if len(binding.dims) > 1 else "".join(binding.dims[:1])
-    new = _traced(binding, binding.names[at], value, dims)
-    if new is not value and value is call.output:
-        call.output = new
+            return False
+        found, dims = binding.each(call), ""
+    changed = False
+    for name, value in found:
+        new = _traced(binding, name, value, dims)
+        if new is value:
+            continue
+        changed = True
+        if place.side == "output":
+            call.output = _with(call.output, value, new)
+        else:
+            call.args, call.kwargs = _with(call.args, value, new), _with(call.kwargs, value, new)
+    return changed
+
+
+def _with(held: Any, value: Any, new: Any) -> Any:
+    """Return what holds a tensor with another in its place, whose gradient is heard."""
+    if held is value:
+        return new
+    if type(held) is tuple:
+        return tuple(_with(one, value, new) for one in held)
+    if type(held) is list:
+        return [_with(one, value, new) for one in held]
+    if type(held) is dict:
+        return {key: _with(one, value, new) for key, one in held.items()}
+    return held  # in which the gradient is not heard, which is said
 
 
 _runs: weakref.WeakKeyDictionary[Any, list[_Run]] = weakref.WeakKeyDictionary()

@@ -117,6 +117,28 @@ def test_the_same_records_and_grafts_as_in_eager_mode(tmp_path, backend):
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(
+    "path", ["layers.0.attn:grad_output.0", "layers.1:grad_input", "layers.1.attn:grad_output.1.p"]
+)
+def test_gradients_of_members_and_inputs(tmp_path, path):
+    for how in ("eager", "compiled"):
+        model = seeded(0)
+        called = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with Recorder(tmp_path / how, modules=[path], step_on="root"):
+            train(model, model if how == "eager" else called, 1)
+    wanted = digests(tmp_path / "eager")
+    assert len(wanted) == 3 and digests(tmp_path / "compiled") == wanted
+    found = []
+    for is_compiled in (False, True):
+        model = seeded(4)
+        called = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with Replayer(tmp_path / "eager", modules=[path], step_on="root") as session:
+            found.append(train(model, called if is_compiled else model, 5)[1])
+        assert outcomes(session) == ["grafted"] * 3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_no_operator_takes_breaks_the_graph_and_is_recorded(tmp_path):
     class Counting(torch.nn.Module):
         def forward(self, x):
