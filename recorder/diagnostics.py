@@ -11,6 +11,7 @@ _OWN = ("recorder.", "replayer.")
 _EXAMPLES = "replayer.demo."  # a job as users write them
 _ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = tuple(f"{_ROOT / name}{os.sep}" for name in ("recorder", "replayer"))
+_passed: set[str] = set()
 _FOLDER_OF_EXAMPLES = f"{_ROOT / 'replayer' / 'demo'}{os.sep}"
 
 
@@ -24,11 +25,16 @@ def call_site() -> str:
     while frame is not None:
         if not _is_own(frame.f_globals.get("__package__")):
             outside = outside or frame
-            if not _is_torch_s(frame):
+            if not (_is_torch_s(frame) or frame.f_code.co_filename in _passed):
                 break
         frame = frame.f_back
     found = frame or outside or sys._getframe(1)
     return f"{found.f_code.co_filename}:{found.f_lineno}"
+
+
+def pass_over(path: str) -> None:
+    """Let no call site be in a file, as of a library through which a program taps."""
+    _passed.add(path)
 
 
 def _is_own(package: object) -> bool:
@@ -37,8 +43,9 @@ def _is_own(package: object) -> bool:
 
 
 def is_own(path: str) -> bool:
-    """Whether a file is of these packages, and not of the job."""
-    return path.startswith(_FOLDERS) and not path.startswith(_FOLDER_OF_EXAMPLES)
+    """Whether a file is of these packages, or passed over, and not of the job."""
+    is_ours = path.startswith(_FOLDERS) and not path.startswith(_FOLDER_OF_EXAMPLES)
+    return is_ours or path in _passed
 
 
 def _is_torch_s(frame: FrameType) -> bool:

@@ -287,11 +287,13 @@ def _of_sglang(state: Any) -> Mesh | None:
             attention,
             {"attn_tp": "attention_tp", "attn_dp": "attention_dp", "attn_cp": "attention_cp"},
         )
-    # What users write at taps that both systems share, for what sglang calls otherwise.
-    for axis, called in (("ep", "moe_ep"), ("dp", "attn_dp"), ("cp", "attn_cp")):
-        if called in mesh:
-            mesh.setdefault(axis, mesh[called])
-    return mesh
+    return called_as_shared(mesh)
+
+
+def called_as_shared(mesh: Mesh) -> Mesh:
+    """Return a mesh with what taps that two systems share call axes that sglang calls otherwise."""
+    others = (("ep", "moe_ep"), ("dp", "attn_dp"), ("cp", "attn_cp"))
+    return {axis: mesh[called] for axis, called in others if called in mesh} | mesh
 
 
 _FRAMEWORKS: tuple[tuple[str, Callable[[Any], Mesh | None]], ...] = (

@@ -9,6 +9,7 @@ import click
 from recorder.commands.cli import ls, record, show, verify
 from recorder.commands.clicking import Group
 from recorder.commands.ctl import ctl
+from recorder.commands.importing import import_
 from recorder.commands.taps import taps
 from recorder.diagnostics import NO_NUMPY
 
@@ -40,7 +41,7 @@ def main() -> None:
 
 GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Start here": (demo, doctor, skill),
-    "Record and replay": (record, replay, ctl),
+    "Record and replay": (record, replay, ctl, import_),
     "Find the fault": (localize, check, bisect, diff),
     "Look": (taps, ls, show),
     "Keep": (verify,),

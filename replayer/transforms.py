@@ -2,7 +2,8 @@
 
 1. `load` turns `pkg.mod.fn` into a function.
 2. `Transform` decides once, from the signature, how to call it: `(g)` or `(received_list, target)`.
-3. `identity` is the one that is used where none is named and no layouts are declared.
+3. One that was written for sglang's dumper is given what that says of a dump (`GraftInput.dumped`).
+4. `identity` is the one that is used where none is named and no layouts are declared.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import torch
 from recorder.errors import TransformError, UsageError
 from recorder.imported import imported, is_path
 from recorder.sizes import count
-from recorder.tags import Key
+from recorder.tags import RECOMPUTE, Key
+from recorder.taps.dumped import NOT_REPEATED, REPEATED, STATUS
 
 if TYPE_CHECKING:
     from .relayout import Relayout
 
 Function = Callable[..., Any]
+_DUMPER_S = "GraftTransformInput"
+"""What sglang's dumper calls the argument of a transform, and what is a parameter of its there."""
+_GIVEN = "graft_input"
 HOW = "name a transform with --transform pkg.mod.fn (or Replayer(transform=...))"
 
 
@@ -116,6 +121,17 @@ class GraftInput:
             )
         return self._relayout
 
+    def dumped(self) -> GraftInput:
+        """Say of the tap what sglang's dumper says too, and return this.
+
+        The tags then tell whether activation checkpointing repeats the forward, and a sender that
+        gave no extras has None.
+        """
+        status = REPEATED if self.tags.get(RECOMPUTE) else NOT_REPEATED
+        self.tags = {**self.tags, STATUS: status}
+        self.received_extras_list = [extras or None for extras in self.received_extras_list]
+        return self
+
     def done(self) -> None:
         """Let go of the receiver's tensor: it is about to change."""
         self._given = self._relayout = None
@@ -136,10 +152,12 @@ class Transform:
             )
         self.function = function
         self.name = name or getattr(function, "__qualname__", type(function).__name__)
+        self._is_of_dumper = False
         self._one = self._takes_one()
 
     def __call__(self, g: GraftInput) -> Any:
         """Return what the function returns, unchecked."""
+        g = g.dumped() if self._is_of_dumper else g
         return self.function(g) if self._one else self.function(g.received_list, g.target)
 
     def _takes_one(self) -> bool:
@@ -150,6 +168,7 @@ class Transform:
         positional = [
             p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
+        self._is_of_dumper = bool(positional) and _is_of_dumper(positional[0])
         required = [p for p in positional if p.default is p.empty]
         has_rest = any(p.kind == p.VAR_POSITIONAL for p in parameters)
         keyword = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty]
@@ -165,6 +184,13 @@ class Transform:
             f"the transform {self.name}{inspect.signature(self.function)} takes neither one "
             "argument (g) nor two (received_list, target)"
         )
+
+
+def _is_of_dumper(parameter: inspect.Parameter) -> bool:
+    """Whether a function's first parameter is what sglang's dumper gives to transforms."""
+    annotation = parameter.annotation
+    called = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    return parameter.name == _GIVEN or called.rpartition(".")[2].strip("'\" ") == _DUMPER_S
 
 
 def check_path(path: str) -> None:

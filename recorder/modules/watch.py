@@ -32,7 +32,7 @@ from ..errors import GraftError, ReplayError, is_from_the_job
 from ..mailbox import LOADED, SURVEY, TAPS, VARIABLE, write_report
 from ..mesh import forget_axes
 from ..settings import TapSettings
-from ..taps import sessions
+from ..taps import dumper, sessions
 from ..taps.firing import outside_dynamo
 from .hooks import Hook
 from .request import Request
@@ -205,6 +205,7 @@ def _hooks_of(module: Any) -> list[Hook]:
 _watch = _Watch()
 os.register_at_fork(after_in_child=_watch.renew)
 _from_environment: dict[str, Request | None] = {}
+sessions.follow(dumper.follow)
 
 
 def _noting_init(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -59,6 +59,7 @@ class Call:
         heard: what hears the gradient of a compiled program's tap; None for all others.
         run: the run of a CUDA graph that the tap is in, None outside.
         inside: the ids of the blocks around it, whatever its dims.
+        step: the step it belongs to where the program says so; None for the session's own.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class Call:
         "name",
         "rows",
         "run",
+        "step",
         "tags",
     )
 
@@ -106,6 +108,7 @@ class Call:
         self.heard: Heard | None = None
         self.inside: tuple[Ids, ...] = ()
         self.run: Run | None = None
+        self.step: int | None = None
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""

@@ -74,6 +74,7 @@ def offer(
     rows: Mapping[str, Any] | tuple[Ids, ...] | None,
     heard: Heard | None = None,
     run: Run | None = None,
+    step: int | None = None,
 ) -> None:
     """Offer a tap to all sessions: as `fire`, but for a compiled caller's eyes.
 
@@ -89,6 +90,7 @@ def offer(
         rows: see `tap`; or the ids themselves.
         heard: see `Call`.
         run: see `Call`.
+        step: see `Call`.
     """
     around = tags_around()
     own = tags
@@ -111,7 +113,7 @@ def offer(
     if look is not None and look(name, value, dims, extras, grad, own, site, forward, rows):
         return
     call = Call(name, value, dims, extras, grad, tags, about, site, forward)
-    call.heard, call.run = heard, run
+    call.heard, call.run, call.step = heard, run, step
     _dispatch(call, rows)
 
 

@@ -9,7 +9,7 @@ why.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,9 +31,18 @@ SWITCHED = (
     "graft ctl switched it in the middle of step {step}, so occurrences there need not be those of "
     "another rank or run; begin another step, while nothing is tapped, with: graft ctl RUN step"
 )
+GONE = (
+    "its step {step} ended many steps ago, so its occurrence there is not known any more; "
+    "dump what belongs to one step together"
+)
 _CACHED = 100_000
+_MOST_STEPS = 64
+"""In which taps are counted at a time, where the program says to which step a tap belongs."""
 _NAMES_KEPT = 2_000
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+
+_Counted = tuple[str, str, bool]
+"""What is counted together: a name, the tags of the key, whether it is a second forward."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,11 @@ class Selection:
         self._sites: dict[Any, _Site] = {}
         self.ignored: set[Any] = set()
         self._rank: int | None = None
-        self._counts: Counter[tuple[str, str, bool]] = Counter()
+        self._counts: Counter[_Counted] = Counter()
+        # Of the latest steps, as they were used: the session's own, and those that taps name.
+        self._counts_in: OrderedDict[int, Counter[_Counted]] = OrderedDict({0: self._counts})
+        self._is_step_given = False
+        self._gone: set[int] = set()
         self._firsts = Firsts()
         self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
@@ -160,7 +173,10 @@ class Selection:
         """Begin the next step: occurrences count from 0 again."""
         with self._lock:
             self.step += 1
-            self._counts.clear()
+            self._gone.discard(self.step)
+            self._counts = self._counts_of(self.step)
+            if not self._is_step_given:
+                self._counts_in = OrderedDict({self.step: self._counts})
             self._threads.clear()
 
     def repeats(self) -> int:
@@ -198,7 +214,8 @@ class Selection:
                 with self._lock:
                     self._count_unwanted(call, site, place)
             return None
-        step, occurrence, note, trouble = self.step, 0, "", ""
+        own = self.step if call.step is None else call.step
+        step, occurrence, note, trouble = own, 0, "", ""
         if again and place is not None:  # it is wanted, or not, as of its first
             plain = self._site(call, rank, False)
             with self._lock:
@@ -245,16 +262,37 @@ class Selection:
         """Count a tap that is not wanted; tell of it where its repetition may be."""
         occurrence = self._count(call, site, place)
         if self._splits and not site.recompute:
-            self._on_unwanted(call, Key(call.name, site.key_text, self.step, occurrence))
+            step = self.step if call.step is None else call.step
+            self._on_unwanted(call, Key(call.name, site.key_text, step, occurrence))
 
     def _count(self, call: Call, site: _Site, place: Place | None) -> int:
         """Return the next occurrence of these tags."""
         counted = (call.name, site.key_text, site.recompute)
-        occurrence = self._counts[counted]
-        self._counts[counted] = occurrence + 1
+        step, counts = self.step, self._counts
+        if call.step is not None:
+            step, self._is_step_given = call.step, True
+            counts = self._counts_of(step)
+        occurrence = counts[counted]
+        counts[counted] = occurrence + 1
         if not (site.recompute or (place is not None and place.again)):
-            self._firsts.note(counted, place, self.step, occurrence)
+            self._firsts.note(counted, place, step, occurrence)
         return occurrence
+
+    def _counts_of(self, step: int) -> Counter[_Counted]:
+        """Return how often each of several taps came in a step.
+
+        Raises:
+            BadTag: that is not known any more.
+        """
+        if step in self._gone:
+            raise BadTag(GONE.format(step=step))
+        found = self._counts_in.setdefault(step, Counter())
+        self._counts_in.move_to_end(step)
+        while len(self._counts_in) > _MOST_STEPS:
+            oldest = next(one for one in self._counts_in if one != self.step)
+            del self._counts_in[oldest]
+            self._gone.add(oldest)
+        return found
 
     def _is_another_thread_s(self, call: Call, site: _Site, place: Place | None) -> bool:
         """Whether another thread, not ended yet, tapped these tags in this step.

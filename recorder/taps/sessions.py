@@ -120,6 +120,7 @@ parked: tuple[Session, ...] = ()
 """Those that `graft ctl` has switched off: they see no tap, but every step."""
 has_any = False
 """Whether any listens or is parked."""
+_followers: tuple[Callable[[bool], None], ...] = ()
 _ending: tuple[Session, ...] = ()
 _opening = False
 _is_asked = False
@@ -169,9 +170,25 @@ def _set(sessions: tuple[Session, ...], off: tuple[Session, ...]) -> None:
     """Let these be the sessions that listen, and those that are off."""
     global active, has_any, listening, parked
     active, parked = sessions, off
-    has_any = bool(active or parked)
+    had_any, has_any = has_any, bool(active or parked)
     grafts = any(one.grafts for one in sessions)
     listening = "graft" if grafts else "record" if sessions else ""
+    if has_any is not had_any:
+        for follower in _followers:
+            follower(has_any)
+
+
+def follow(follower: Callable[[bool], None]) -> None:
+    """Have a function called as the first session comes, and as the last has gone.
+
+    Args:
+        follower: called with whether there is any; at once if so. It must not raise.
+    """
+    global _followers
+    with _guard:
+        _followers = (*_followers, follower)
+        if has_any:
+            follower(True)
 
 
 def _arrange(sessions: tuple[Session, ...]) -> None:

@@ -25,11 +25,17 @@ class Standing:
     def __init__(self, warn: Callable[[tuple[str, ...], str], None]) -> None:
         self._warn = warn
         self._watch = MeshWatch()
+        self._is_fixed = False
+        self._fixed: Mesh | None = None
         self._noted: Mesh | None = None
+
+    def fix(self, mesh: Mesh | None) -> None:
+        """Let the rank stand where this says, whatever is to be found in this process."""
+        self._is_fixed, self._fixed = True, mesh
 
     def current(self, step: int) -> Mesh | None:
         """Return where the rank stands now; None where nobody says."""
-        return self._watch.current(step)
+        return self._fixed if self._is_fixed else self._watch.current(step)
 
     def is_noted(self, mesh: Mesh | None) -> bool:
         """Whether that is where the rank was said to stand last."""
