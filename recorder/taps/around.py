@@ -79,6 +79,19 @@ class Stack(Generic[V]):
             self._around.set(around.outer)
         return first is None or first.owner is owner
 
+    def left_to(self, holds: Callable[[Any], bool]) -> list[Any]:
+        """Let hold no more what was entered last by owners that hold no more; return all others."""
+        first = around = self._around.get()
+        while around is not None and not holds(around.owner):
+            around = around.outer
+        if around is not first:
+            self._around.set(around)
+        owners = []
+        while around is not None:
+            owners.append(around.owner)
+            around = around.outer
+        return owners
+
     def leave_one(self) -> None:
         """Let hold no more what was entered last."""
         around = self._around.get()

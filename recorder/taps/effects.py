@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as tracing
-from torch._guards import TracingContext
+from torch._guards import CompileContext, TracingContext
 from torch._higher_order_ops import effects
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.utils import checkpoint
@@ -23,6 +23,10 @@ _RECOMPUTE = "recompute"
 _OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
 OUTSIDE_GRAPHS = () if _OUTSIDE is None else (_OUTSIDE,)
 """Tags of an operator that is to be run between CUDA graphs, and not captured."""
+
+
+version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+"""Returns a block in which a write to a tensor is none to what autograd has saved."""
 
 
 def let_be_an_effect(operator: Any) -> None:
@@ -57,6 +61,21 @@ _numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 def traced_program() -> Any:
     """Return what stands for the program that is being traced, anew each time; None for none."""
     return TracingContext.try_get()
+
+
+_blocks: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+
+
+def blocks_in_program() -> list[int]:
+    """Return the numbers of the blocks around what is traced; whoever traces one adds it."""
+    program = traced_program()
+    return [] if program is None else _blocks.setdefault(program, [])
+
+
+def name_of_program() -> str:
+    """Return what tells the program that is traced from others of the process, "" where nothing."""
+    found = CompileContext.current_compile_id()
+    return "" if found is None else str(found)
 
 
 def number_in_program() -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import LayoutError, ReplayError, is_from_the_job
 from ..ranks import is_group_up
 from . import sessions
-from .around import blocks_around, rows_around, tags_around
+from .around import ROWS, TAGS, blocks_around, rows_around, tags_around
 from .call import Call, Run
 from .rows import Ids, over
 
@@ -57,9 +57,23 @@ def fire(
         forward: whether the value itself is meant, and not its gradient alone.
         rows: see `tap`.
     """
+    for stack in (TAGS, ROWS):
+        stack.left_to(_is_of_code)
     # The mark below makes a compiled caller break its graph here; this keeps the compiler from
     # tracing what we do with the tensor.
     outside_dynamo(offer)(name, value, dims, extras, grad, tags, site, forward, rows)
+
+
+def _is_of_code(owner: Any) -> bool:
+    """Whether what owns a block is no compiled program, of which none is under way here."""
+    return type(owner) is not dict
+
+
+def lose(name: str, site: str, reason: str) -> None:
+    """Tell all sessions that a tap could not be handled."""
+    call = Call(name, None, site=site)
+    for session in sessions.active:
+        session.lost(call, reason)
 
 
 def offer(

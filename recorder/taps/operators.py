@@ -25,7 +25,7 @@ from typing import Any, TypedDict
 import torch
 
 from ..tags import TagValue
-from . import sessions
+from . import firing, sessions
 from .around import ROWS, TAGS
 from .effects import OUTSIDE_GRAPHS, let_be_an_effect
 from .firing import fire_step, offer
@@ -36,6 +36,10 @@ from .sources import sources
 _NAMESPACE = "tensorgraft"
 _TAP = "(Tensor x, Tensor[] ids, str about, SymInt[] ints, float[] floats)"
 _MOST_TICKETS = 1 << 16
+MOVED = (
+    "the compiler has moved it out of the context or rows around it in the code; give these at the "
+    "tap itself"
+)
 
 
 class Facts(TypedDict):
@@ -46,12 +50,16 @@ class Facts(TypedDict):
         ints: the names of the tags that come as whole numbers.
         floats: the names of those that come as floats.
         number: tells it from what else is in the program.
+        program: tells the program from others.
+        inside: the numbers of the program's blocks that it is in.
     """
 
     tags: dict[str, TagValue]
     ints: list[str]
     floats: list[str]
     number: int
+    program: str
+    inside: list[int]
 
 
 class TapFacts(Facts):
@@ -95,6 +103,9 @@ def _fire(
         return heard
     facts: TapFacts = _read(about)
     tags = _tags(facts, ints, floats)
+    if not _is_in_its_blocks(facts):
+        firing.lose(facts["name"], facts["site"], MOVED)
+        return heard
     source = facts["source"]
     if source is not None:
         row = sources.get(source)
@@ -109,6 +120,20 @@ def _fire(
         facts["forward"], given, heard,
     )  # fmt: skip
     return heard
+
+
+def _is_in_its_blocks(facts: Facts) -> bool:
+    """Leave what programs entered that raised; return whether the blocks of a tap are around it."""
+    around: set[int] = set()
+    for stack in (TAGS, ROWS):
+        owners = stack.left_to(
+            lambda owner: (
+                type(owner) is not dict
+                or (owner["program"] == facts["program"] and owner["number"] in facts["inside"])
+            )
+        )
+        around.update(one["number"] for one in owners if type(one) is dict)
+    return around.issuperset(facts["inside"])
 
 
 def _seen(x: torch.Tensor, *rest: Any) -> None:
@@ -153,12 +178,11 @@ def _enter(
 ) -> None:
     facts: BlockFacts = _read(about)
     owner = facts  # the same one of equal text
+    _is_in_its_blocks(facts)
     if facts["what"] == "rows":
         given = zip(facts["rows"], ids, strict=True)
-        ROWS.leave(owner)  # which a program that raised has not
         ROWS.enter(tuple(Ids(tuple(names), one) for names, one in given), owner)
     else:
-        TAGS.leave(owner)
         TAGS.enter(_tags(facts, ints, floats), owner)
 
 

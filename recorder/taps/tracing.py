@@ -17,7 +17,13 @@ import torch
 from ..errors import UsageError
 from ..tags import TagValue
 from . import operators, sessions
-from .effects import number_in_program, traced_site
+from .effects import (
+    blocks_in_program,
+    name_of_program,
+    number_in_program,
+    traced_site,
+    version_preserved,
+)
 from .firing import fire
 from .operators import (
     BlockFacts,
@@ -92,7 +98,7 @@ def traced(
         ticket = seen_for_gradient(value.detach(), *rest)
     else:
         seen(value.detach(), *rest)
-    return _Heard.apply(value, ticket) if wants_gradient else value  # type: ignore[no-untyped-call, unused-ignore]
+    return _heard(value, ticket) if wants_gradient else value
 
 
 def is_traceable(value: Any) -> bool:
@@ -127,6 +133,7 @@ def left(what: str) -> None:
     """Put the end of a block in the graph."""
     # Without a tensor, it would be run as it is traced.
     if not is_exporting():
+        _left()
         leave(torch.zeros(0), what)
 
 
@@ -198,6 +205,8 @@ def _about(
         site=site or traced_site(),
         forward=forward,
         number=number_in_program(),
+        program=name_of_program(),
+        inside=blocks_in_program(),
     )
     return json.dumps(facts)
 
@@ -211,15 +220,39 @@ def _block(
     rows: tuple[tuple[str, ...], ...],
 ) -> str:
     """Return what is constant of a block, as JSON; called as it is traced."""
+    number = number_in_program()
     facts = BlockFacts(
         what=what,
         tags=dict(tags),
         ints=list(ints),
         floats=list(floats),
         rows=[list(one) for one in rows],
-        number=number_in_program(),
+        number=number,
+        program=name_of_program(),
+        inside=blocks_in_program(),
     )
-    return json.dumps(facts)
+    about = json.dumps(facts)
+    blocks_in_program().append(number)
+    return about
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _left() -> None:
+    """Note that the innermost block ends, as it is traced."""
+    if around := blocks_in_program():
+        around.pop()
+
+
+def _heard(value: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
+    """Have a value's gradient heard from here on; return what to go on with."""
+    new: torch.Tensor = _Heard.apply(value, ticket)  # type: ignore[no-untyped-call, unused-ignore]
+    if value.is_leaf or value._base is not None:  # which must not, or hears what is not its own
+        return new
+    # In place, since the job may go on with it by another name, or write to it. What is saved of it
+    # for the backward still holds the same.
+    with version_preserved(value):
+        value.copy_(new)
+    return value
 
 
 class _Heard(torch.autograd.Function):
@@ -228,7 +261,7 @@ class _Heard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(ticket)
-        return value.clone()  # the job may write to it
+        return value.view_as(value)  # its memory, which torch lets nobody write to by this name
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:

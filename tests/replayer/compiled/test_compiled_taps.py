@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import pytest
@@ -213,6 +214,32 @@ def test_blocks_and_decorators_within_and_around(run):
     ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_of_a_program_that_raised_is_left(run, backend):
+    def job(x, i):
+        x = tap("before", x + 1)
+        with context(a=1), rows(t=torch.arange(3)):
+            x = tap("x", x * 2, dims="t")
+            return x[i]
+
+    function = compiled(job, backend)
+    with Recorder(run):
+        for i in (1, 7, 1):
+            with contextlib.suppress(IndexError, RuntimeError):
+                function(torch.ones(3), torch.tensor([i]))
+        with contextlib.suppress(IndexError, RuntimeError):
+            function(torch.ones(3), torch.tensor([9]))
+        compiled(lambda x: tap("other", x * 1, dims="t"), backend)(torch.ones(3))
+        with contextlib.suppress(IndexError, RuntimeError):
+            function(torch.ones(3), torch.tensor([9]))
+        tap("after", torch.ones(3), dims="t")
+    rows_of = Recording.open(run).manifest().filter(kind="tensor")
+    for name, tags, ids in rows_of.select("name", "tags", "rows").iter_rows():
+        assert (tags, ids is not None) == (('{"a":1}', True) if name == "x" else ("{}", False)), (
+            name
+        )
+
+
 def test_rows_within_and_around(run):
     def job(x, ids, others):
         with rows(t=ids):
@@ -278,17 +305,57 @@ def test_views_inputs_parameters_and_leaves_are_grafted_in_place(run, backend):
     assert_same([found], [wanted])
 
 
-def test_a_gradient_that_tap_s_result_is_not_used_for_is_said(run, capsys):
-    def job(x):
-        y = x * 2
-        tap("y", y, grad=True)
-        return y.sum()
+@pytest.mark.parametrize("how", ["used", "not used"])
+def test_a_gradient_comes_whether_or_not_tap_s_result_is_used(run, how, capsys):
+    def job(x, w):
+        y = torch.exp(x * 2)
+        z = tap("y", y, grad=True)
+        v = tap("v", y[1:], grad=True)
+        u = tap("w", w, grad=True)
+        return (z * y.sin()).sum() + (v * u).sum() if how == "used" else (y * y.sin() * w[0]).sum()
 
+    x, w = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
     with Recorder(run):
-        compiled(job)(torch.ones(3, requires_grad=True)).backward()
+        compiled(job)(x, w).backward()
+    names = Recording.open(run).manifest().filter(kind="grad")["name"].to_list()
     said = capsys.readouterr().err
-    assert "asks for a gradient: its gradient never came: in a compiled program" in said
-    assert "h = tap('h', h, grad=True)" in said
+    if how == "used":
+        assert sorted(names) == ["v", "w", "y"] and said == ""
+    else:  # what is a view, or a leaf, stays what it is
+        assert names == ["y"] and said.count("its gradient never came: in a compiled program") == 2
+        assert "h = tap('h', h, grad=True)" in said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_written_to_a_tapped_tensor_is_seen_by_all_who_have_it(run, backend):
+    def job(x):
+        h = x * 2
+        y = tap("h", h, grad=True)
+        y.add_(1)
+        z = h + 3
+        tap("z", z, grad=True)
+        z.mul_(2)
+        return (h * z).sum()
+
+    def once(function):
+        x = torch.ones(3, requires_grad=True)
+        found = function(x)
+        found.backward()
+        return [found.detach(), x.grad]
+
+    plain = once(compiled(job, backend))
+    torch._dynamo.reset()
+    with Recorder(run):
+        tapped = once(compiled(job, backend))
+    assert_same([plain], [tapped], rtol=1e-6, atol=1e-6)
+    assert_same([plain], [once(job)], rtol=1e-6, atol=1e-6)
+    with (
+        pytest.raises(Exception, match="is a view and is being modified inplace"),
+        Recorder(run, overwrite=True),
+    ):
+        compiled(lambda x: tap("v", (x * 2)[:2], grad=True).add_(1).sum(), backend)(
+            torch.ones(3, requires_grad=True)
+        )
 
 
 def test_a_callable_is_traced_and_a_step_may_be_inside(run):
