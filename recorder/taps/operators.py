@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -27,6 +28,7 @@ import torch
 from ..tags import TagValue
 from . import firing, sessions
 from .around import ROWS, TAGS
+from .checkpoints import is_in_backward
 from .effects import OUTSIDE_GRAPHS, let_be_an_effect
 from .firing import fire_step, offer
 from .gradients import Heard
@@ -37,28 +39,36 @@ _NAMESPACE = "tensorgraft"
 _TAP = "(Tensor x, Tensor[] ids, str about, SymInt[] ints, float[] floats)"
 _MOST_TICKETS = 1 << 16
 MOVED = (
-    "the compiler has moved it out of the context or rows around it in the code; give these at the "
-    "tap itself"
+    "the compiler runs it in another place than it stands, before or behind other taps, steps or "
+    "blocks, so which record is its own cannot be told; compile with the backend aot_eager"
 )
 
 
-class Facts(TypedDict):
+class Place(TypedDict):
+    """Where something stands.
+
+    Attributes:
+        number: tells it from what else is in the program, in order.
+        program: tells the program from others.
+    """
+
+    number: int
+    program: str
+
+
+class Facts(Place):
     """What is constant of tags, in `about`.
 
     Attributes:
         tags: those that are constant.
         ints: the names of the tags that come as whole numbers.
         floats: the names of those that come as floats.
-        number: tells it from what else is in the program.
-        program: tells the program from others.
         inside: the numbers of the program's blocks that it is in.
     """
 
     tags: dict[str, TagValue]
     ints: list[str]
     floats: list[str]
-    number: int
-    program: str
     inside: list[int]
 
 
@@ -103,7 +113,7 @@ def _fire(
         return heard
     facts: TapFacts = _read(about)
     tags = _tags(facts, ints, floats)
-    if not _is_in_its_blocks(facts):
+    if not (_is_in_turn(facts) and _is_in_its_blocks(facts)):
         firing.lose(facts["name"], facts["site"], MOVED)
         return heard
     source = facts["source"]
@@ -120,6 +130,24 @@ def _fire(
         facts["forward"], given, heard,
     )  # fmt: skip
     return heard
+
+
+_turns: dict[tuple[int, str], int] = {}
+
+
+def _is_in_turn(facts: Place) -> bool:
+    """Whether a tap, block or step runs where it stands: its number follows the one before.
+
+    What a checkpoint repeats in a backward has its numbers again.
+    """
+    if is_in_backward():
+        return True
+    key = threading.get_ident(), facts["program"]
+    number, before = facts["number"], _turns.get(key, -1)
+    if len(_turns) > _MOST_TICKETS:
+        _turns.clear()
+    _turns[key] = number
+    return number in (0, before + 1)
 
 
 def _is_in_its_blocks(facts: Facts) -> bool:
@@ -178,6 +206,7 @@ def _enter(
 ) -> None:
     facts: BlockFacts = _read(about)
     owner = facts  # the same one of equal text
+    _is_in_turn(facts)
     _is_in_its_blocks(facts)
     if facts["what"] == "rows":
         given = zip(facts["rows"], ids, strict=True)
@@ -196,7 +225,8 @@ def _pinged(x: torch.Tensor, number: str) -> None:
         hook.ping()
 
 
-def _stepped(x: torch.Tensor) -> None:
+def _stepped(x: torch.Tensor, about: str) -> None:
+    _is_in_turn(_read(about))
     fire_step()
 
 
@@ -229,7 +259,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     (f"grafted{_TAP} -> (Tensor, Tensor)", _grafted, _both),
     (f"enter{_TAP} -> ()", _enter, _nothing),
     ("leave(Tensor x, str what) -> ()", _leave, _nothing),
-    ("stepped(Tensor x) -> ()", _stepped, _nothing),
+    ("stepped(Tensor x, str about) -> ()", _stepped, _nothing),
     ("pinged(Tensor x, str number) -> ()", _pinged, _nothing),
     ("gradient(Tensor grad, Tensor ticket) -> Tensor", _gradient, _like),
 )

@@ -140,7 +140,7 @@ def left(what: str) -> None:
 def stepped() -> None:
     """Put the end of an iteration in the graph."""
     if not is_exporting():
-        operators.stepped(torch.zeros(0))
+        operators.stepped(torch.zeros(0), _place())
 
 
 def _apart(tags: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float], dict[str, TagValue]]:
@@ -241,6 +241,11 @@ def _left() -> None:
     """Note that the innermost block ends, as it is traced."""
     if around := blocks_in_program():
         around.pop()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _place() -> str:
+    return json.dumps(operators.Place(number=number_in_program(), program=name_of_program()))
 
 
 def _heard(value: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:

@@ -264,6 +264,31 @@ def test_rows_within_and_around(run):
     assert found[:, 0].tolist() == [32, 16, 0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_the_compiler_moves_is_refused_and_not_taken_for_another(run, backend):
+    def job(x):
+        h = tap("h", x + 1)
+        y = h[1:]
+        step()
+        y = tap("y", y)
+        step()
+        return tap("x", x) + h.sum() + y.sum()
+
+    with Recorder(run):
+        for i in range(3):
+            job(torch.full((3,), 10.0 * i))
+    with Replayer(run, filter='name == "h"') as session:
+        function = compiled(job, backend)
+        for _ in range(3):
+            function(torch.zeros(3))
+    log = session.log().filter(session.log()["outcome"] == "grafted")
+    assert set(log["step"]) <= {0, 2, 4} and (log["step"] % 2 == 0).all()
+    is_moved = log.height < 3
+    assert not is_moved or "in another place than it stands" in session.reason
+    if backend != "inductor":
+        assert not is_moved
+
+
 def test_parts_of_a_tensor(run):
     def job(x):
         qkv = tap("qkv", x + 1, dims="t ({q: r | k: 1 | v: 1}*d) # r=2 d=2")
