@@ -38,6 +38,7 @@ from .sources import sources
 _NAMESPACE = "tensorgraft"
 _TAP = "(Tensor x, Tensor[] ids, str about, SymInt[] ints, float[] floats)"
 _MOST_TICKETS = 1 << 16
+_COMPILED = "a compiled program"
 MOVED = (
     "the compiler runs it in another place than it stands, before or behind other taps, steps or "
     "blocks, so which record is its own cannot be told; compile with the backend aot_eager"
@@ -206,7 +207,8 @@ def _enter(
 ) -> None:
     facts: BlockFacts = _read(about)
     owner = facts  # the same one of equal text
-    _is_in_turn(facts)
+    if not _is_in_turn(facts):
+        firing.lose(facts["what"], _COMPILED, MOVED)
     _is_in_its_blocks(facts)
     if facts["what"] == "rows":
         given = zip(facts["rows"], ids, strict=True)
@@ -226,7 +228,8 @@ def _pinged(x: torch.Tensor, number: str) -> None:
 
 
 def _stepped(x: torch.Tensor, about: str) -> None:
-    _is_in_turn(_read(about))
+    if not _is_in_turn(_read(about)):
+        firing.lose("step()", _COMPILED, MOVED)
     fire_step()
 
 
