@@ -79,18 +79,21 @@ class Stack(Generic[V]):
             self._around.set(around.outer)
         return first is None or first.owner is owner
 
-    def left_to(self, holds: Callable[[Any], bool]) -> list[Any]:
-        """Let hold no more what was entered last by owners that hold no more; return all others."""
+    def leave_while(self, is_over: Callable[[Any], bool]) -> None:
+        """Let hold no more what was entered last by owners of whom that is over."""
         first = around = self._around.get()
-        while around is not None and not holds(around.owner):
+        while around is not None and is_over(around.owner):
             around = around.outer
         if around is not first:
             self._around.set(around)
-        owners = []
+
+    def owners(self) -> list[Any]:
+        """Return who has entered what holds, the innermost first."""
+        around, found = self._around.get(), []
         while around is not None:
-            owners.append(around.owner)
+            found.append(around.owner)
             around = around.outer
-        return owners
+        return found
 
     def leave_one(self) -> None:
         """Let hold no more what was entered last."""

@@ -57,16 +57,16 @@ def fire(
         forward: whether the value itself is meant, and not its gradient alone.
         rows: see `tap`.
     """
-    for stack in (TAGS, ROWS):
-        stack.left_to(_is_of_code)
+    TAGS.leave_while(_is_of_program)
+    ROWS.leave_while(_is_of_program)
     # The mark below makes a compiled caller break its graph here; this keeps the compiler from
     # tracing what we do with the tensor.
     outside_dynamo(offer)(name, value, dims, extras, grad, tags, site, forward, rows)
 
 
-def _is_of_code(owner: Any) -> bool:
-    """Whether what owns a block is no compiled program, of which none is under way here."""
-    return type(owner) is not dict
+def _is_of_program(owner: Any) -> bool:
+    """Whether a compiled program entered a block, and raised: none is under way in eager code."""
+    return type(owner) is dict
 
 
 def lose(name: str, site: str, reason: str) -> None:

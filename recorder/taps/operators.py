@@ -155,13 +155,13 @@ def _is_in_its_blocks(facts: Facts) -> bool:
     """Leave what programs entered that raised; return whether the blocks of a tap are around it."""
     around: set[int] = set()
     for stack in (TAGS, ROWS):
-        owners = stack.left_to(
+        stack.leave_while(
             lambda owner: (
-                type(owner) is not dict
-                or (owner["program"] == facts["program"] and owner["number"] in facts["inside"])
+                type(owner) is dict
+                and (owner["program"] != facts["program"] or owner["number"] not in facts["inside"])
             )
         )
-        around.update(one["number"] for one in owners if type(one) is dict)
+        around.update(one["number"] for one in stack.owners() if type(one) is dict)
     return around.issuperset(facts["inside"])
 
 
