@@ -21,7 +21,7 @@ from ..taps.firing import outside_dynamo
 from ..taps.sources import sources
 from .bindings import Binding, guarded
 from .hooks import Places, Shared, Turns, innermost
-from .members import Call
+from .members import Call, parameters_of
 
 _patched: dict[str, Patch] = {}
 
@@ -73,6 +73,7 @@ class Patch:
         self.is_plain = True
         self.at: dict[int, tuple[weakref.ref[Any], list[Line]]] = {}
         self.original = original
+        parameters_of(original)
         self._holder, self._name = holder, name
         self._given = vars(holder).get(name)  # None where a class above has it
 

@@ -12,7 +12,7 @@ import torch
 from ..paths import Place
 
 _MOST = 12  # names in a message
-_signatures: dict[type, inspect.Signature | None] = {}
+_parameters: dict[Any, tuple[str, ...]] = {}
 
 
 class Absent(Exception):
@@ -88,16 +88,15 @@ class Call:
         first, rest = members[0], members[1:]
         if first in self.kwargs:
             return self.kwargs[first], rest
-        signature = _signature(self._signature_of)
-        names = list(signature.parameters) if signature is not None else []
+        taken = parameters_of(self._signature_of)
         if first.isdigit():
             position = int(first)
             if position < len(self.args):
                 return self.args[position], rest
-            if position < len(names) and names[position] in self.kwargs:
-                return self.kwargs[names[position]], rest
-        elif first in names and names.index(first) < len(self.args):
-            return self.args[names.index(first)], rest
+            if position < len(taken) and taken[position] in self.kwargs:
+                return self.kwargs[taken[position]], rest
+        elif first in taken and taken.index(first) < len(self.args):
+            return self.args[taken.index(first)], rest
         known = [*(str(i) for i in range(len(self.args))), *self.kwargs]
         raise Absent(f"it is called with {_named(known)}, and not with {first!r}")
 
@@ -199,16 +198,19 @@ def _is_data(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _signature(of: Any) -> inspect.Signature | None:
-    """Return the signature of a module's forward, or of a function."""
+def parameters_of(of: Any) -> tuple[str, ...]:
+    """Return the names of what a module's forward takes, or a function; none where nobody knows.
+
+    Not every compiler follows the first look; the next is one into a dictionary.
+    """
     is_module = isinstance(of, torch.nn.Module)
     key = type(of) if is_module else of
-    if key not in _signatures:
+    if key not in _parameters:
         try:
-            _signatures[key] = inspect.signature(of.forward if is_module else of)
+            _parameters[key] = tuple(inspect.signature(of.forward if is_module else of).parameters)
         except (TypeError, ValueError):
-            _signatures[key] = None
-    return _signatures[key]
+            _parameters[key] = ()
+    return _parameters[key]
 
 
 def _named(names: list[str]) -> str:

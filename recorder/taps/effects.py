@@ -29,6 +29,10 @@ version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ign
 """Returns a block in which a write to a tensor is none to what autograd has saved."""
 
 
+# torch 2.6 takes what collects a program's effects for none, and drops those at its end.
+torch.fx.node.has_side_effect(torch.ops.prims._sink_tokens.default)
+
+
 def let_be_an_effect(operator: Any) -> None:
     """Have an operator run once, whoever uses what it returns."""
     effects._register_effectful_op(operator, effects._EffectType.ORDERED)
@@ -45,6 +49,33 @@ def let_be_an_effect(operator: Any) -> None:
     # What is to be repeated is marked before it is traced (torch 2.6), or meanwhile (2.13).
     operator.py_impl(checkpoint._CachingTorchDispatchMode)(in_checkpoint)
     operator.py_impl(FunctionalTensorMode)(in_program)
+    _keep_in_order(operator)
+
+
+def _keep_in_order(operator: Any) -> None:
+    """Have inductor run an operator behind the effects that stand before it.
+
+    From torch 2.9 to 2.14 it forgets that: it notes what an effect waits for by the name of its
+    buffer, and looks for it by that of its operation (pytorch/pytorch#188301).
+    """
+    try:
+        from torch._inductor.lowering import fallback_handler, register_lowering
+        from torch._inductor.virtualized import V
+    except ImportError:  # there is no inductor, so nobody is to be told
+        return
+    run = fallback_handler(operator, add_to_fallback_set=False)
+
+    def lowered(*args: Any, **kwargs: Any) -> Any:
+        graph = V.graph
+        before = graph.effectful_ops.get(effects._EffectType.ORDERED)
+        known = len(graph.operations)
+        found = run(*args, **kwargs)
+        if before is not None:
+            for one in graph.operations[known:]:
+                graph.additional_star_deps[one.get_operation_name()].add(before.get_name())
+        return found
+
+    register_lowering(operator, type_promotion_kind=None)(lowered)
 
 
 def _save(checkpoint_id: int | None) -> None:

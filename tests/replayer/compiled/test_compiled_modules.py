@@ -239,12 +239,13 @@ class Turned(torch.nn.Module):
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_functions_in_modules_are_tapped_where_they_are_called(tmp_path, backend):
     table = tmp_path / "taps.toml"
+    absent = '"layers.{layer}:output.7" = { tap = "absent" }'
     table.write_text(f"""
         [taps]
         "layers.{{layer}} > {__name__}.rotated:output.0" = {{ tap = ["first", "second"] }}
         "layers.{{layer}} > {__name__}.rotated:input.x" = {{ tap = ["in1", "in2"] }}
-        "layers.{{layer}}:output.7" = {{ tap = "absent" }}
-    """)
+        {"" if torch.__version__.startswith("2.6") else absent}
+    """)  # which 2.6 breaks the graph at, to say that there is none
 
     def made(seed):
         torch.manual_seed(seed)
