@@ -12,20 +12,33 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as tracing
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.trace_rules import manual_torch_name_rule_map
 from torch._guards import CompileContext, TracingContext
 from torch._higher_order_ops import effects
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import checkpoint
 
 from ..diagnostics import is_own
 
 _RECOMPUTE = "recompute"
 _OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_STATIC = "torch.fx.experimental.symbolic_shapes.statically_known_true"
+is_known = statically_known_true if _STATIC in manual_torch_name_rule_map else bool
+"""Whether the compiler knows that something holds of sizes, which 2.6 can but watch."""
+_FUNCTORCH = torch._C._functorch.TransformType  # type: ignore[attr-defined, unused-ignore]
+_LIFTED = (_FUNCTORCH.Grad, _FUNCTORCH.Functionalize)
+_THROUGH = frozenset(
+    {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "autograd.function"}
+    | {"invoke_subgraph"}
+)
+"""What the compiler traces by itself and effects lead out of."""
 OUTSIDE_GRAPHS = () if _OUTSIDE is None else (_OUTSIDE,)
 """Tags of an operator that is to be run between CUDA graphs, and not captured."""
 
 
-version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined, unused-ignore]
 """Returns a block in which a write to a tensor is none to what autograd has saved."""
 
 
@@ -84,6 +97,42 @@ def _save(checkpoint_id: int | None) -> None:
     meta[_RECOMPUTE] = checkpoint.CheckpointPolicy.MUST_SAVE
     if checkpoint_id is not None:
         meta["ac_graph_id"] = checkpoint_id
+
+
+def unfit_place() -> str:
+    """Return why an effect cannot stand where the compiler is; "" where it can.
+
+    What a branch or a loop runs is a program of its own, out of which no effect leads but where the
+    backend runs it as it stands; and no effect is there for what is many tensors at once.
+    """
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined, unused-ignore]
+    if any(one.key() not in _LIFTED for one in stack):
+        return "it is inside torch.func (vmap, jvp); tap outside of it"
+    if is_as_it_stands():
+        return ""
+    here = InstructionTranslator.current_tx().output
+    around = [name for name, _ in here.current_tracer.source_fn_stack if name not in _THROUGH]
+    if not around:
+        return ""
+    return (
+        f"it is inside {around[0]}, out of which a compiled program keeps no tap; tap outside of "
+        "it, or compile with the backend eager"
+    )
+
+
+def is_as_it_stands() -> bool:
+    """Whether the backend runs a program as it is traced, loops and branches too."""
+    backend = InstructionTranslator.current_tx().output.compiler_fn
+    return getattr(backend, "compiler_name", "") == "eager"
+
+
+def put_in_program(operator: Any, about: str) -> None:
+    """Have the whole program that is traced run an operator, whatever is being traced of it."""
+    tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    while tracer.parent is not None:
+        tracer = tracer.parent
+    graph = tracer.graph
+    graph.call_function(operator, (graph.call_function(torch.zeros, (0,)), about))
 
 
 _numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

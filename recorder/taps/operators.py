@@ -7,7 +7,7 @@
 2. `gradient` brings the gradient of what `tap` returned, and returns what takes its place. Which
    firing it is of, it knows by that one's ticket.
 3. `enter` and `leave` are the blocks around taps, `stepped` the end of an iteration, `pinged` a
-   hook that does something.
+   hook that does something. `lost` tells of a tap that stands where no operator can.
 
 What was constant of a tap as its program was traced comes as `about`, JSON; whole numbers and
 floats, which may be others from call to call, come beside it, and so do the ids of rows. What has
@@ -51,10 +51,12 @@ class Place(TypedDict):
     Attributes:
         number: tells it from what else is in the program, in order.
         program: tells the program from others.
+        ordered: whether it runs as it stands, also if again and again, or not at all.
     """
 
     number: int
     program: str
+    ordered: bool
 
 
 class Facts(Place):
@@ -78,6 +80,7 @@ class TapFacts(Facts):
 
     Attributes:
         source: the number of a module's row, None of a tap in the code.
+        shared: the dims along which its elements are one in memory.
     """
 
     name: str
@@ -87,6 +90,7 @@ class TapFacts(Facts):
     site: str
     forward: bool
     source: str | None
+    shared: list[int]
     rows: list[list[str]]
 
 
@@ -95,6 +99,14 @@ class BlockFacts(Facts):
 
     what: str
     rows: list[list[str]]
+
+
+class Loss(TypedDict):
+    """A tap that no operator can be put in the program for, and why."""
+
+    name: str
+    site: str
+    why: str
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -123,6 +135,11 @@ def _fire(
         if row is None:
             return heard  # its table is taken for the model no more
         tags = {**row.tap_tags(), **tags}
+    if facts["shared"] and x.numel():
+        whole = x.shape
+        for dim in facts["shared"]:
+            x = x.narrow(dim, 0, 1)
+        x = x.expand(whole)  # as the job has it, where nothing can be written to
     given = tuple(
         Ids(tuple(names), one, at_tap=True) for names, one in zip(facts["rows"], ids, strict=True)
     )
@@ -141,7 +158,7 @@ def _is_in_turn(facts: Place) -> bool:
 
     What a checkpoint repeats in a backward has its numbers again.
     """
-    if is_in_backward():
+    if facts["ordered"] or is_in_backward():
         return True
     key = threading.get_ident(), facts["program"]
     number, before = facts["number"], _turns.get(key, -1)
@@ -221,6 +238,11 @@ def _leave(x: torch.Tensor, what: str) -> None:
     (ROWS if what == "rows" else TAGS).leave_one()
 
 
+def _lost(x: torch.Tensor, about: str) -> None:
+    facts: Loss = _read(about)
+    firing.lose(facts["name"], facts["site"], facts["why"])
+
+
 def _pinged(x: torch.Tensor, number: str) -> None:
     hook = sources.get(number)
     if hook is not None and hook.ping is not None:
@@ -263,6 +285,7 @@ _OPERATORS: tuple[tuple[str, Callable[..., Any], Callable[..., Any]], ...] = (
     (f"enter{_TAP} -> ()", _enter, _nothing),
     ("leave(Tensor x, str what) -> ()", _leave, _nothing),
     ("stepped(Tensor x, str about) -> ()", _stepped, _nothing),
+    ("lost(Tensor x, str about) -> ()", _lost, _nothing),
     ("pinged(Tensor x, str number) -> ()", _pinged, _nothing),
     ("gradient(Tensor grad, Tensor ticket) -> Tensor", _gradient, _like),
 )
@@ -287,5 +310,6 @@ grafted = torch.ops.tensorgraft.grafted.default
 enter = torch.ops.tensorgraft.enter.default
 leave = torch.ops.tensorgraft.leave.default
 stepped = torch.ops.tensorgraft.stepped.default
+lost = torch.ops.tensorgraft.lost.default
 pinged = torch.ops.tensorgraft.pinged.default
 gradient = torch.ops.tensorgraft.gradient.default

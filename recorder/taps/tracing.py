@@ -19,9 +19,13 @@ from ..tags import TagValue
 from . import operators, sessions
 from .effects import (
     blocks_in_program,
+    is_as_it_stands,
+    is_known,
     name_of_program,
     number_in_program,
+    put_in_program,
     traced_site,
+    unfit_place,
     version_preserved,
 )
 from .firing import fire
@@ -70,12 +74,15 @@ def traced(
         value = value()
     if is_exporting():
         return value  # what is exported runs where nothing of this is
+    if _is_refused("".join((name,)) if type(name) is str else "", _real(site)):
+        return value
     ids = Ids.given(given, at_tap=True) if given else ()
     is_known = type(name) is str and _is_plain(tags) and _is_plain(extras)
     if not (is_known and is_traceable(value)):
         fire(name, value, dims, extras, grad, tags, site, forward, given)
         return value
     ints, floats, words = _apart(tags)
+    shared = _shared(value)
     wants_gradient = bool(grad) and value.requires_grad and torch.is_grad_enabled()
     about = _about(
         _real(name),
@@ -89,9 +96,10 @@ def traced(
         _real(source),
         _real(site),
         bool(forward),
+        shared,
     )
     rest = [_tensor(one.of) for one in ids], about, [*ints.values()], [*floats.values()]
-    if sessions.listening == "graft" and forward:
+    if sessions.listening == "graft" and forward and not shared:
         new, ticket = grafted(value.detach(), *rest)
         value.data.copy_(new)  # its graph stays what it is
     elif wants_gradient:
@@ -113,7 +121,7 @@ def entered(what: str, added: Any) -> None:
         what: `tags` or `rows`.
         added: what the block adds.
     """
-    if is_exporting():
+    if is_exporting() or _is_unfit():
         return
     nothing = torch.zeros(0)
     if what == "rows":
@@ -132,15 +140,24 @@ def entered(what: str, added: Any) -> None:
 def left(what: str) -> None:
     """Put the end of a block in the graph."""
     # Without a tensor, it would be run as it is traced.
-    if not is_exporting():
+    if not (is_exporting() or _is_unfit()):
         _left()
         leave(torch.zeros(0), what)
 
 
 def stepped() -> None:
     """Put the end of an iteration in the graph."""
-    if not is_exporting():
+    if not (is_exporting() or _is_refused("step()", "")):
         operators.stepped(torch.zeros(0), _place())
+
+
+def _shared(value: torch.Tensor) -> tuple[int, ...]:
+    """Return the dims along which a tensor's elements are one in memory."""
+    found = []
+    for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if is_known(stride == 0) and not is_known(size == 1):
+            found.append(dim)
+    return tuple(found)
 
 
 def _apart(tags: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float], dict[str, TagValue]]:
@@ -178,6 +195,22 @@ def _real(value: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _is_unfit() -> bool:
+    """Whether no operator can stand where the compiler is."""
+    return unfit_place() != ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _is_refused(name: str, site: str) -> bool:
+    """Whether no operator can stand where the compiler is; the program then tells, each time."""
+    why = unfit_place()
+    if why:
+        facts = operators.Loss(name=name, site=site or traced_site(), why=why)
+        put_in_program(operators.lost, json.dumps(facts))
+    return why != ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _about(
     name: str,
     dims: str | None,
@@ -190,6 +223,7 @@ def _about(
     source: str | None,
     site: str,
     forward: bool,
+    shared: tuple[int, ...],
 ) -> str:
     """Return what is constant of a tap, as JSON; called as it is traced."""
     facts = TapFacts(
@@ -204,8 +238,10 @@ def _about(
         source=source,
         site=site or traced_site(),
         forward=forward,
+        shared=list(shared),
         number=number_in_program(),
         program=name_of_program(),
+        ordered=is_as_it_stands(),
         inside=blocks_in_program(),
     )
     return json.dumps(facts)
@@ -229,6 +265,7 @@ def _block(
         rows=[list(one) for one in rows],
         number=number,
         program=name_of_program(),
+        ordered=is_as_it_stands(),
         inside=blocks_in_program(),
     )
     about = json.dumps(facts)
@@ -245,7 +282,10 @@ def _left() -> None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _place() -> str:
-    return json.dumps(operators.Place(number=number_in_program(), program=name_of_program()))
+    place = operators.Place(
+        number=number_in_program(), program=name_of_program(), ordered=is_as_it_stands()
+    )
+    return json.dumps(place)
 
 
 def _heard(value: torch.Tensor, ticket: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 
 import pytest
 import torch
+from compiling import BACKENDS
 from tapping import outcomes
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -18,15 +18,6 @@ from replayer import Replayer
 pytestmark = [
     pytest.mark.thorough,
     pytest.mark.filterwarnings("ignore"),  # whatever the compiler has to say
-]
-HAS_COMPILER = any(shutil.which(name) for name in ("g++", "clang++"))
-BACKENDS = [
-    "eager",
-    "aot_eager",
-    pytest.param(
-        "inductor",
-        marks=pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler"),
-    ),
 ]
 
 

@@ -1,0 +1,152 @@
+"""Taps where the compiler makes a program of its own: branches, loops, regions; and in vmap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiling import BACKENDS
+from tapping import outcomes
+
+from recorder import Recorder, Recording, context, step, tap
+from replayer import Replayer
+
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inner(x):
+    with context(inner=1):
+        return tap("t", x * 2)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return inner(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def branch(x):
+    return torch.cond(x.sum() > 0, inner, lambda x: tap("t", x * 3), (x,))
+
+
+def loop(x):
+    def body(i, x):
+        return i + 1, inner(x)
+
+    return torch._higher_order_ops.while_loop(lambda i, x: i < 2, body, (torch.tensor(0), x))[1]
+
+
+def batch(x):
+    return torch.vmap(inner)(x)
+
+
+def function(x):
+    return Doubled.apply(x)
+
+
+marked = getattr(torch.compiler, "nested_compile_region", lambda function: function)(inner)
+
+
+def region(x):
+    return marked(x)
+
+
+def around(part):
+    def job(x):
+        with context(part=1):
+            x = tap("before", x + 1)
+            x = part(x)
+            return tap("after", x * 1)
+
+    return job
+
+
+def once(job, scale=1.0):
+    found = job(torch.full((3, 2), scale))
+    step()
+    return found.detach()
+
+
+def recorded(run):
+    rows = Recording.open(run).manifest().sort("seq")
+    return rows.select("name", "tags").rows()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", [branch, loop, batch])
+def test_what_no_effect_leads_out_of_is_refused_each_time(tmp_path, capsys, backend, part):
+    """Also in a second session, for which nothing is compiled; the taps around it are there."""
+    is_kept = backend == "eager" and part is not batch
+    kept = [("t", '{"inner":1,"part":1}')] * ((1 + (part is loop)) * is_kept)
+    wanted = [("before", '{"part":1}'), *kept, ("after", '{"part":1}')]
+    job = torch.compile(around(part), backend=backend)
+    plain = once(around(part))
+    for run in (tmp_path / "one", tmp_path / "two"):
+        with Recorder(run):
+            assert torch.equal(once(job), plain)
+        assert recorded(run) == wanted
+        said = capsys.readouterr().err
+        assert is_kept or (f"tap 't' at {__file__}:" in said and "tap outside of it" in said)
+        assert not is_kept or not said
+    with Replayer(run) as session:
+        assert torch.equal(once(job, 5.0), plain)
+    assert outcomes(session) == ["grafted"] * len(wanted)
+    assert bool(session.reason) is not is_kept
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_inside_is_refused_too(run, capsys, backend):
+    def body(x):
+        step()
+        return x * 2
+
+    def job(x):
+        return torch.cond(x.sum() > 0, body, lambda x: x * 3, (x,))
+
+    with Recorder(run):
+        torch.compile(job, backend=backend)(torch.ones(3))
+    said = capsys.readouterr().err
+    assert ("tap 'step()' at " in said) is (backend != "eager")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", [function, region])
+def test_regions_that_effects_lead_out_of_are_as_in_eager_mode(run, backend, part):
+    if part is region and not hasattr(torch.compiler, "nested_compile_region"):
+        pytest.skip("torch 2.6 has none")
+    job = torch.compile(around(part), backend=backend, fullgraph=True)
+    with Recorder(run):
+        plain = once(job)
+    assert [name for name, _ in recorded(run)] == ["before", "t", "after"]
+    with Replayer(run) as session:
+        assert torch.equal(once(job, 5.0), plain)
+    assert outcomes(session) == ["grafted"] * 3 and not session.reason
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["computed", "input"])
+def test_a_graft_onto_an_expanded_tensor_is_refused_and_the_job_goes_on(run, capsys, backend, of):
+    def job(x):
+        return tap("h", (x * 2 if of == "computed" else x)[:1].expand(4, 2)) * 1
+
+    made = torch.compile(job, backend=backend, fullgraph=True)
+    with Recorder(run):
+        made(torch.ones(3, 2))
+    back = Recording.open(run)
+    assert torch.equal(back.load(0, "h"), job(torch.ones(3, 2)))
+    plain = job(torch.ones(3, 2) * 5)
+    for filter in (None, 'name == "other"'):
+        with Replayer(run, filter=filter) as session:
+            assert torch.equal(made(torch.ones(3, 2) * 5), plain)
+        assert outcomes(session) == (["error"] if filter is None else [])
+    assert "overlap in memory" in capsys.readouterr().err
