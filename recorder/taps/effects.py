@@ -25,8 +25,6 @@ from ..diagnostics import is_own
 _RECOMPUTE = "recompute"
 _OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
 _STATIC = "torch.fx.experimental.symbolic_shapes.statically_known_true"
-is_known = statically_known_true if _STATIC in manual_torch_name_rule_map else bool
-"""Whether the compiler knows that something holds of sizes, which 2.6 can but watch."""
 _FUNCTORCH = torch._C._functorch.TransformType  # type: ignore[attr-defined, unused-ignore]
 _LIFTED = (_FUNCTORCH.Grad, _FUNCTORCH.Functionalize)
 _THROUGH = frozenset(
@@ -44,6 +42,14 @@ version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ign
 
 # torch 2.6 takes what collects a program's effects for none, and drops those at its end.
 torch.fx.node.has_side_effect(torch.ops.prims._sink_tokens.default)
+
+
+def _watched(fact: Any) -> bool:
+    return True if fact else False  # noqa: SIM210  # 2.6 follows no bool() of it
+
+
+is_known = statically_known_true if _STATIC in manual_torch_name_rule_map else _watched
+"""Whether the compiler knows that something holds of sizes, which 2.6 can but watch."""
 
 
 def let_be_an_effect(operator: Any) -> None:

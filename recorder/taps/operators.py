@@ -20,12 +20,11 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import torch
 
-from ..tags import TagValue
 from . import firing, sessions
 from .around import ROWS, TAGS
 from .checkpoints import is_in_backward
@@ -63,15 +62,11 @@ class Facts(Place):
     """What is constant of tags, in `about`.
 
     Attributes:
-        tags: those that are constant.
-        ints: the names of the tags that come as whole numbers.
-        floats: the names of those that come as floats.
+        tags: what is constant of them, see `whole`.
         inside: the numbers of the program's blocks that it is in.
     """
 
-    tags: dict[str, TagValue]
-    ints: list[str]
-    floats: list[str]
+    tags: Any
     inside: list[int]
 
 
@@ -79,13 +74,14 @@ class TapFacts(Facts):
     """What is constant of a tap: what `fire` is given, and whose dims the ids of rows are.
 
     Attributes:
+        extras: what is constant of them, see `whole`.
         source: the number of a module's row, None of a tap in the code.
         shared: the dims along which its elements are one in memory.
     """
 
     name: str
     dims: str | None
-    extras: Mapping[str, Any] | None
+    extras: Any
     grad: bool
     site: str
     forward: bool
@@ -125,7 +121,8 @@ def _fire(
     if not sessions.active:
         return heard
     facts: TapFacts = _read(about)
-    tags = _tags(facts, ints, floats)
+    numbers = iter(ints), iter(floats)
+    tags, extras = whole(facts["tags"], *numbers), whole(facts["extras"], *numbers)
     if not (_is_in_turn(facts) and _is_in_its_blocks(facts)):
         firing.lose(facts["name"], facts["site"], MOVED)
         return heard
@@ -136,15 +133,15 @@ def _fire(
             return heard  # its table is taken for the model no more
         tags = {**row.tap_tags(), **tags}
     if facts["shared"] and x.numel():
-        whole = x.shape
+        shape = x.shape
         for dim in facts["shared"]:
             x = x.narrow(dim, 0, 1)
-        x = x.expand(whole)  # as the job has it, where nothing can be written to
+        x = x.expand(shape)  # as the job has it, where nothing can be written to
     given = tuple(
         Ids(tuple(names), one, at_tap=True) for names, one in zip(facts["rows"], ids, strict=True)
     )
     offer(
-        facts["name"], x, facts["dims"], facts["extras"], facts["grad"], tags, facts["site"],
+        facts["name"], x, facts["dims"], extras, facts["grad"], tags, facts["site"],
         facts["forward"], given, heard,
     )  # fmt: skip
     return heard
@@ -231,7 +228,7 @@ def _enter(
         given = zip(facts["rows"], ids, strict=True)
         ROWS.enter(tuple(Ids(tuple(names), one) for names, one in given), owner)
     else:
-        TAGS.enter(_tags(facts, ints, floats), owner)
+        TAGS.enter(whole(facts["tags"], iter(ints), iter(floats)), owner)
 
 
 def _leave(x: torch.Tensor, what: str) -> None:
@@ -255,12 +252,28 @@ def _stepped(x: torch.Tensor, about: str) -> None:
     fire_step()
 
 
-def _tags(facts: Facts, ints: Sequence[int], floats: Sequence[float]) -> dict[str, TagValue]:
-    return {
-        **facts["tags"],
-        **dict(zip(facts["ints"], ints, strict=True)),
-        **dict(zip(facts["floats"], floats, strict=True)),
-    }
+def whole(constant: Any, ints: Iterator[int], floats: Iterator[float]) -> Any:
+    """Return a plain value of which what is constant and the numbers came apart.
+
+    Args:
+        constant: the value as JSON, with `["int"]` and `["float"]` for numbers, `["list", ...]` for
+            a list, and `["dtype", name]` and `["device", name]`.
+        ints: the whole numbers, in order.
+        floats: the floats, in order.
+    """
+    if isinstance(constant, dict):
+        return {key: whole(one, ints, floats) for key, one in constant.items()}
+    if not isinstance(constant, list):
+        return constant
+    kind, *rest = constant
+    if kind == "int":
+        return next(ints)
+    if kind == "float":
+        return next(floats)
+    if kind == "list":
+        return [whole(one, ints, floats) for one in rest]
+    name = rest[0]
+    return torch.device(name) if kind == "device" else getattr(torch, name.removeprefix("torch."))
 
 
 def _nothing(*args: Any) -> None: ...

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
-from ..tags import TagValue
 from . import operators, sessions
 from .effects import (
     blocks_in_program,
@@ -41,6 +40,9 @@ from .operators import (
 )
 from .rows import Ids
 
+_WIDE = 1 << 63
+_LISTS = (list, tuple, torch.Size)
+_PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
@@ -81,24 +83,24 @@ def traced(
     if not (is_known and is_traceable(value)):
         fire(name, value, dims, extras, grad, tags, site, forward, given)
         return value
-    ints, floats, words = _apart(tags)
+    ints: list[int] = []
+    floats: list[float] = []
+    own, more = _apart(tags, ints, floats), _apart(extras, ints, floats)
     shared = _shared(value)
     wants_gradient = bool(grad) and value.requires_grad and torch.is_grad_enabled()
     about = _about(
         _real(name),
         _real(dims),
-        _real(extras),
+        more,
         wants_gradient,
-        _real(words),
-        tuple(ints),
-        tuple(floats),
+        own,
         tuple(one.names for one in ids),
         _real(source),
         _real(site),
         bool(forward),
         shared,
     )
-    rest = [_tensor(one.of) for one in ids], about, [*ints.values()], [*floats.values()]
+    rest = [_tensor(one.of) for one in ids], about, ints, floats
     if sessions.listening == "graft" and forward and not shared:
         new, ticket = grafted(value.detach(), *rest)
         value.data.copy_(new)  # its graph stays what it is
@@ -126,15 +128,14 @@ def entered(what: str, added: Any) -> None:
     nothing = torch.zeros(0)
     if what == "rows":
         names = tuple(one.names for one in added)
-        enter(
-            nothing, [_tensor(one.of) for one in added], _block("rows", {}, (), (), names), [], []
-        )
+        enter(nothing, [_tensor(one.of) for one in added], _block("rows", {}, names), [], [])
         return
     if not _is_plain(added):
         raise UsageError("a context in a compiled program has tags that are no plain values")
-    ints, floats, words = _apart(added)
-    about = _block("tags", _real(words), tuple(ints), tuple(floats), ())
-    enter(nothing, [], about, [*ints.values()], [*floats.values()])
+    ints: list[int] = []
+    floats: list[float] = []
+    about = _block("tags", _apart(added, ints, floats), ())
+    enter(nothing, [], about, ints, floats)
 
 
 def left(what: str) -> None:
@@ -153,19 +154,39 @@ def stepped() -> None:
 
 def _shared(value: torch.Tensor) -> tuple[int, ...]:
     """Return the dims along which a tensor's elements are one in memory."""
-    found = []
+    found: list[int] = []
+    if value.layout is not torch.strided:
+        return ()
     for dim, (size, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
         if is_known(stride == 0) and not is_known(size == 1):
             found.append(dim)
     return tuple(found)
 
 
-def _apart(tags: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, float], dict[str, TagValue]]:
-    """Return tags that may be others from call to call, and those that are constant."""
-    ints = {tag: one for tag, one in tags.items() if type(one) is int}
-    floats = {tag: one for tag, one in tags.items() if type(one) is float}
-    words = {tag: one for tag, one in tags.items() if type(one) not in (int, float)}
-    return ints, floats, words
+def _apart(value: Any, ints: list[int], floats: list[float]) -> Any:
+    """Return what is constant of a plain value, as `operators.whole` reads it; put the rest aside.
+
+    Args:
+        value: the value.
+        ints: gets the whole numbers in it, which may be others from call to call.
+        floats: gets the floats.
+    """
+    kind = type(value)
+    if kind is int and not is_known(value >= _WIDE) and not is_known(value < -_WIDE):
+        ints.append(value)
+        return ["int"]
+    if kind is float:
+        floats.append(value)
+        return ["float"]
+    if kind is dict:
+        return {_real(key): _apart(one, ints, floats) for key, one in value.items()}
+    if kind in _LISTS:
+        return ["list", *[_apart(one, ints, floats) for one in value]]
+    if kind is torch.dtype:
+        return ["dtype", str(value)]
+    if kind is torch.device:
+        return ["device", str(value)]
+    return _real(value)
 
 
 def _tensor(ids: Any) -> torch.Tensor:
@@ -177,18 +198,14 @@ def _is_plain(value: Any) -> bool:
     kind = type(value)
     if kind is dict:
         return all(_is_plain(one) for pair in value.items() for one in pair)
-    if kind is list or kind is tuple:
+    if kind in _LISTS:
         return all(_is_plain(one) for one in value)
-    return kind in (str, int, float, bool, type(None))
+    return kind in _PLAIN
 
 
 def _real(value: Any) -> Any:
-    """Return a plain value as one that Dynamo has looked at, which constants have to be."""
+    """Return a text or a bool as one that Dynamo has looked at, which constants have to be."""
     kind = type(value)
-    if kind is dict:
-        return {_real(key): _real(one) for key, one in value.items()}
-    if kind is list or kind is tuple:
-        return [_real(one) for one in value]
     if kind is str:
         return "".join((value,))
     return bool(value) if kind is bool else value
@@ -214,11 +231,9 @@ def _is_refused(name: str, site: str) -> bool:
 def _about(
     name: str,
     dims: str | None,
-    extras: Mapping[str, Any] | None,
+    extras: Any,
     grad: bool,
-    tags: Mapping[str, Any],
-    ints: tuple[str, ...],
-    floats: tuple[str, ...],
+    tags: Any,
     rows: tuple[tuple[str, ...], ...],
     source: str | None,
     site: str,
@@ -231,9 +246,7 @@ def _about(
         dims=dims,
         extras=extras,
         grad=grad,
-        tags=dict(tags),
-        ints=list(ints),
-        floats=list(floats),
+        tags=tags,
         rows=[list(one) for one in rows],
         source=source,
         site=site or traced_site(),
@@ -250,18 +263,14 @@ def _about(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _block(
     what: str,
-    tags: Mapping[str, Any],
-    ints: tuple[str, ...],
-    floats: tuple[str, ...],
+    tags: Any,
     rows: tuple[tuple[str, ...], ...],
 ) -> str:
     """Return what is constant of a block, as JSON; called as it is traced."""
     number = number_in_program()
     facts = BlockFacts(
         what=what,
-        tags=dict(tags),
-        ints=list(ints),
-        floats=list(floats),
+        tags=tags,
         rows=[list(one) for one in rows],
         number=number,
         program=name_of_program(),

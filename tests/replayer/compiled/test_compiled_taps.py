@@ -151,6 +151,29 @@ def test_layers_of_a_loop_and_sizes_share_programs(run):
     assert manifest["shape"].to_list() == [[size] for size in range(3, 12) for _ in range(3)]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_and_types_in_tags_and_extras_are_those_of_each_call(tmp_path, capsys, backend):
+    def job(x, scale):
+        extras = {"shape": x.shape, "of": {"n": [x.shape[0], 1]}, "by": (scale, True), "empty": []}
+        with context(around=[x.shape[0], "a"]):
+            tap("h", x * 2, extras=extras, size=x.shape, dtype=x.dtype)
+            tap("wide", x, number=(1 << 63) - 1, other=-(1 << 63))
+            tap("refused", x, device=x.device)
+            tap("refused", x, number=1 << 63)
+            return tap("n", x + 1, deep=[[x.shape[0]], []], scale=scale)
+
+    rows = []
+    for name, function in (("eager", job), ("compiled", compiled(job, backend))):
+        with Recorder(tmp_path / name):
+            for n in (2, 3, 4):
+                function(torch.ones(n, 3), 0.5 * n)
+        found = Recording.open(tmp_path / name).manifest().sort("seq")
+        rows.append(found.select("name", "tags", "extras", "occurrence").rows())
+    assert rows[0] == rows[1] and len(rows[0]) == 9
+    said = capsys.readouterr().err
+    assert said.count("'device' is a device") == said.count("more than 64 bits") == 2
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_micro_batches_of_equal_tags_keep_their_own(run, backend, order):
