@@ -88,6 +88,14 @@ def check(tensor: torch.Tensor) -> None:
         )
 
 
+def is_lifted() -> bool:
+    """Whether tensors are several at once here, as in torch.vmap, or dual numbers."""
+    functorch = torch._C._functorch
+    kinds = functorch.TransformType
+    stack = functorch.get_interpreter_stack() or ()
+    return any(one.key() not in (kinds.Grad, kinds.Functionalize) for one in stack)
+
+
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a strided tensor's elements lie inside its storage."""
     if tensor.numel() == 0:

@@ -20,13 +20,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import checkpoint
 
+from ..bits import is_lifted
 from ..diagnostics import is_own
 
 _RECOMPUTE = "recompute"
 _OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
 _STATIC = "torch.fx.experimental.symbolic_shapes.statically_known_true"
-_FUNCTORCH = torch._C._functorch.TransformType  # type: ignore[attr-defined, unused-ignore]
-_LIFTED = (_FUNCTORCH.Grad, _FUNCTORCH.Functionalize)
 _THROUGH = frozenset(
     {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "autograd.function"}
     | {"invoke_subgraph"}
@@ -111,8 +110,7 @@ def unfit_place() -> str:
     What a branch or a loop runs is a program of its own, out of which no effect leads but where the
     backend runs it as it stands; and no effect is there for what is many tensors at once.
     """
-    stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined, unused-ignore]
-    if any(one.key() not in _LIFTED for one in stack):
+    if is_lifted():
         return "it is inside torch.func (vmap, jvp); tap outside of it"
     if is_as_it_stands():
         return ""

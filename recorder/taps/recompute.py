@@ -5,16 +5,20 @@
    every checkpoint that is a node has one of too, or in the checkpoint that is none.
 3. `Firsts.find` gives the firing in a recomputation its first: the k-th of its tags in there is the
    k-th of them in the forward that is repeated, whatever else ran in between.
+4. `Firsts.around` gives it the tags of contexts that were around that forward, and are left.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..tags import TagValue
 from .checkpoints import Again, Place, nodes_so_far
 
 _REMEMBERED = 1 << 17
@@ -45,6 +49,11 @@ MORE = (
     "the forward that it repeats fired fewer taps of these tags, so which record is its own cannot "
     "be told; make both runs of a checkpointed function the same"
 )
+OTHER_TAGS = (
+    "it repeats a forward in which taps of this name had other tags, so which record is its own "
+    "cannot be told; let the contexts that were around that forward be around the backward too, or "
+    "give their tags at the tap"
+)
 IN_ORDER = (
     "it repeats one of several forwards, and which cannot be told from this kind of checkpoint: "
     "the first to be repeated counts as the first; tag micro-batches apart"
@@ -73,6 +82,7 @@ class _Activation:
     def __init__(self, task: int) -> None:
         self.task = task
         self.counts: dict[Counted, int] = {}
+        self.around: Mapping[str, TagValue] | None = None
         self.fired: dict[Counted, list[tuple[int, First]]] = {}
 
 
@@ -135,13 +145,38 @@ class Firsts:
             found = self._by_node(counted, place, inner.node, k)
         else:
             found = self._in_order(counted, step, so_far)
-        if found is None and counted in run.fired:
-            return MORE
+        if found is None:
+            if counted in run.fired:
+                return MORE
+            if self._has_other_tags(counted, inner):
+                return OTHER_TAGS
         if isinstance(found, First):
             run.fired.setdefault(counted, []).append((nodes_so_far(), found))
             if place.within:
                 self._enter(place, counted, found)
         return found
+
+    def around(self, name: str, tags: str, place: Place) -> Mapping[str, TagValue]:
+        """Return the tags of the contexts that were around a forward, where they are no more.
+
+        All that fired in it has them, but for what was given anew inside. They are those by which
+        the first of its taps to be repeated is another.
+
+        Args:
+            name: of a tap that fires in a recomputation.
+            tags: those of its key.
+            place: where it fires.
+        """
+        inner = place.again[0]
+        region = None if inner.checkpoint is None else self._regions.get(inner.checkpoint)
+        if region is None:
+            return {}
+        run = self._activation(inner, place.task)
+        if run.around is None:
+            if (name, tags, False) in region:
+                return {}
+            run.around = _left_out(name, tags, region)
+        return run.around or {}
 
     def _enter(self, place: Place, counted: Counted, first: tuple[int, int]) -> None:
         latest, regions = self._latest
@@ -206,6 +241,18 @@ class Firsts:
             return SEVERAL_THREADS
         return self._claimed(counted, *found[thread], inner)
 
+    def _has_other_tags(self, counted: Counted, again: Again) -> bool:
+        """Whether taps of a name, and none of these tags, fired in the forward that is repeated."""
+        if again.checkpoint is not None:
+            return any(_is_like(one, counted) for one in self._regions.get(again.checkpoint, {}))
+        node = again.node
+        return node is not None and any(
+            _is_like(one, counted) and _until(line, node) < len(line) // _WIDTH
+            for known in (self._old, self._new)
+            for one, lines in known.items()
+            if (line := lines.get(_here.number)) is not None
+        )
+
     def _claimed(self, counted: Counted, line: list[int], at: int, by: Again) -> First | str:
         """Return a first firing, unless another checkpoint of the kind has repeated it already."""
         first = First(*line[at * _WIDTH + 1 : at * _WIDTH + 3])
@@ -228,6 +275,29 @@ class Firsts:
 
 def _key_of(again: Again) -> tuple[int, int | None, int]:
     return again.at, again.node, id(again.checkpoint)
+
+
+def _left_out(name: str, tags: str, region: _Region) -> dict[str, TagValue] | None:
+    """Return the tags that a tap lacks to be one of a region; None where that cannot be told.
+
+    All in the region have them: what stands around the region is in none of its taps alone.
+    """
+    own = _pairs(tags)
+    fired = [(one, _pairs(text)) for one, text, _ in region]
+    of_all = set.intersection(*(set(of.items()) for _, of in fired)) if fired else set()
+    like = [of for one, of in fired if one == name and own.items() <= of.items()]
+    found = {frozenset(of.items() - own.items()) for of in like}
+    left = [one for one in found if one <= of_all]
+    return {tag: json.loads(text) for tag, text in left[0]} if len(left) == 1 else None
+
+
+def _pairs(tags: str) -> dict[str, str]:
+    """Return the JSON of each tag, which tells 1, 1.0 and true apart."""
+    return {tag: json.dumps(value) for tag, value in json.loads(tags).items()}
+
+
+def _is_like(one: Counted, other: Counted) -> bool:
+    return one[0] == other[0] and one != other
 
 
 def _until(line: list[int], node: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,6 +136,7 @@ class Selection:
         self._is_step_given = False
         self._gone: set[int] = set()
         self._firsts = Firsts()
+        self._repeatable: set[str] = set()
         self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
         self._switched = -1
@@ -209,6 +210,9 @@ class Selection:
         place = call.place(look)
         again = place is not None and bool(place.again)
         site = self._site(call, rank, again)
+        if again and place is not None and (around := self._around(call, site, place)):
+            call.tags, call.about = {**around, **call.tags}, ()
+            site = self._site(call, rank, again)
         if site.wanted is False:
             if self._splits and not again:  # its repetition may be wanted, and is told apart by it
                 with self._lock:
@@ -258,6 +262,11 @@ class Selection:
             trouble,
         )
 
+    def _around(self, call: Call, site: _Site, place: Place) -> Mapping[str, TagValue]:
+        """Return the tags that one in a recomputation has lost, as its context was left."""
+        with self._lock:
+            return self._firsts.around(call.name, site.key_text, place)
+
     def _count_unwanted(self, call: Call, site: _Site, place: Place | None) -> None:
         """Count a tap that is not wanted; tell of it where its repetition may be."""
         occurrence = self._count(call, site, place)
@@ -276,6 +285,9 @@ class Selection:
         counts[counted] = occurrence + 1
         if not (site.recompute or (place is not None and place.again)):
             self._firsts.note(counted, place, step, occurrence)
+            if place is not None and place.within and call.name not in self._repeatable:
+                self._repeatable.add(call.name)
+                self.ignored.clear()
         return occurrence
 
     def _counts_of(self, step: int) -> Counter[_Counted]:
@@ -368,7 +380,8 @@ class Selection:
                 self.ignored.clear()
             if rank == self._rank:
                 self._sites[about] = site
-                if wanted is False and not again and not self._splits:
+                is_told = name in self._repeatable  # its tags may lack a context's, see `_around`
+                if wanted is False and not (again or self._splits or is_told):
                     self.ignored.add(about)
         return site
 

@@ -40,6 +40,9 @@ from .operators import (
 )
 from .rows import Ids
 
+_UNHEARD = (
+    "its gradient is not, as the tap is in no_grad of a compiled program; tap it outside of that"
+)
 _WIDE = 1 << 63
 _LISTS = (list, tuple, torch.Size)
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
@@ -88,6 +91,8 @@ def traced(
     own, more = _apart(tags, ints, floats), _apart(extras, ints, floats)
     shared = _shared(value)
     wants_gradient = bool(grad) and value.requires_grad and torch.is_grad_enabled()
+    if grad and value.requires_grad and not wants_gradient and not value.is_leaf:
+        _without_gradient(_real(name), _real(site))
     about = _about(
         _real(name),
         _real(dims),
@@ -225,6 +230,12 @@ def _is_refused(name: str, site: str) -> bool:
         facts = operators.Loss(name=name, site=site or traced_site(), why=why)
         put_in_program(operators.lost, json.dumps(facts))
     return why != ""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def _without_gradient(name: str, site: str) -> None:
+    facts = operators.Loss(name=name, site=site or traced_site(), why=_UNHEARD)
+    put_in_program(operators.lost, json.dumps(facts))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]

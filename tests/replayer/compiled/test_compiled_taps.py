@@ -416,6 +416,23 @@ def test_a_gradient_comes_whether_or_not_tap_s_result_is_used(run, how, capsys):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_no_grad_hides_is_told(run, capsys, backend):
+    def job(x):
+        h = x * 2
+        with torch.no_grad():
+            tap("h", h, grad=True)
+            tap("leaf", x, grad=True)  # as in an evaluation: nothing is said in eager mode either
+        return (h * h).sum()
+
+    with Recorder(run):
+        compiled(job, backend)(torch.ones(3, requires_grad=True)).backward()
+    assert Recording.open(run).manifest()["name"].to_list() == ["h", "leaf"]
+    said = capsys.readouterr().err
+    assert "tap 'h' at " in said and "no_grad of a compiled program" in said
+    assert "leaf" not in said
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_written_to_a_tapped_tensor_is_seen_by_all_who_have_it(run, backend):
     def job(x):
         h = x * 2
