@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import threading
@@ -76,13 +77,17 @@ class First(NamedTuple):
 _Region = dict[Counted, list[tuple[int, int]]]
 
 
+_NONE: tuple[list[int], list[Counted]] = ([], [])
+
+
 class _Activation:
     """One run of a repeated forward: what has fired in it."""
 
     def __init__(self, task: int) -> None:
         self.task = task
         self.counts: dict[Counted, int] = {}
-        self.around: Mapping[str, TagValue] | None = None
+        self.around: Mapping[str, TagValue] | None = None  # not known
+        self.is_begun = False
         self.fired: dict[Counted, list[tuple[int, First]]] = {}
 
 
@@ -94,6 +99,7 @@ class Firsts:
         self._new: dict[Counted, dict[int, list[int]]] = {}
         self._old: dict[Counted, dict[int, list[int]]] = {}
         self._room = _REMEMBERED
+        self._order: dict[int, tuple[list[int], list[Counted]]] = {}  # as they fired
         self._claims: dict[tuple[Counted, First], int | None] = {}
         self._regions: weakref.WeakKeyDictionary[Any, _Region] = weakref.WeakKeyDictionary()
         self._latest: tuple[Place | None, list[_Region]] = (None, [])
@@ -114,9 +120,18 @@ class Firsts:
         line = lines.get(thread)
         if line is None:
             line = lines[thread] = []
-        line += (nodes_so_far(), step, occurrence)
+        nodes = nodes_so_far()
+        line += (nodes, step, occurrence)
+        order = self._order.get(thread)
+        if order is None:
+            order = self._order[thread] = [], []
+        order[0].append(nodes)
+        order[1].append(counted)
         self._room -= 1
         if not self._room:
+            for known in self._order.values():
+                for one in known:
+                    del one[:-_REMEMBERED]
             self._old, self._new, self._room = self._new, {}, _REMEMBERED
             self._claims.clear()
         if place is not None and place.within:
@@ -159,24 +174,49 @@ class Firsts:
     def around(self, name: str, tags: str, place: Place) -> Mapping[str, TagValue]:
         """Return the tags of the contexts that were around a forward, where they are no more.
 
-        All that fired in it has them, but for what was given anew inside. They are those by which
-        the first of its taps to be repeated is another.
+        They are those by which the first of its taps to be repeated is another. All that fired in
+        it has them, but for what was given anew inside.
 
         Args:
             name: of a tap that fires in a recomputation.
             tags: those of its key.
             place: where it fires.
         """
-        inner = place.again[0]
-        region = None if inner.checkpoint is None else self._regions.get(inner.checkpoint)
-        if region is None:
-            return {}
+        inner, *others = place.again
         run = self._activation(inner, place.task)
+        if run.around is not None:
+            return run.around
+        if inner.checkpoint is not None:
+            region = self._regions.get(inner.checkpoint)
+            if region is not None and (name, tags, False) not in region:
+                run.around = _left_out(name, tags, region)
+        elif inner.node is not None and not run.is_begun:
+            run.around = self._left_out_by_node(name, tags, inner.node)
+        run.is_begun = True
         if run.around is None:
-            if (name, tags, False) in region:
-                return {}
-            run.around = _left_out(name, tags, region)
+            known = (self._activations.get(_key_of(outer)) for outer in others)
+            run.around = next((one.around for one in known if one and one.around), None)
         return run.around or {}
+
+    def lacks(self, name: str, tags: str, place: Place) -> bool:
+        """Whether a tap may be the repetition of one that has more tags, all else being equal."""
+        again = place.again[0]
+        own = _pairs(tags).items()
+        return any(
+            one[0] == name and own < _pairs(one[1]).items() and self._is_since(one, again)
+            for one in {**self._old, **self._new}
+        )
+
+    def _left_out_by_node(self, name: str, tags: str, node: int) -> Mapping[str, TagValue] | None:
+        """Return the tags that the first tap of a repetition lacks to be the first since a node."""
+        nodes, fired = self._order.get(_here.number, _NONE)
+        at = bisect.bisect_right(nodes, node)
+        if at == len(nodes) or fired[at][0] != name:
+            return None
+        own, first = _pairs(tags), _pairs(fired[at][1])
+        if not own.items() <= first.items():
+            return None
+        return {tag: json.loads(text) for tag, text in first.items() if tag not in own}
 
     def _enter(self, place: Place, counted: Counted, first: tuple[int, int]) -> None:
         latest, regions = self._latest
@@ -243,14 +283,19 @@ class Firsts:
 
     def _has_other_tags(self, counted: Counted, again: Again) -> bool:
         """Whether taps of a name, and none of these tags, fired in the forward that is repeated."""
+        return any(
+            _is_like(one, counted) and self._is_since(one, again)
+            for one in {**self._old, **self._new}
+        )
+
+    def _is_since(self, counted: Counted, again: Again) -> bool:
+        """Whether a tap fired in the forward that is repeated, or since it as far as is known."""
         if again.checkpoint is not None:
-            return any(_is_like(one, counted) for one in self._regions.get(again.checkpoint, {}))
-        node = again.node
+            return counted in self._regions.get(again.checkpoint, {})
+        node, thread = again.node, _here.number
+        lines = (known.get(counted, {}).get(thread) for known in (self._old, self._new))
         return node is not None and any(
-            _is_like(one, counted) and _until(line, node) < len(line) // _WIDTH
-            for known in (self._old, self._new)
-            for one, lines in known.items()
-            if (line := lines.get(_here.number)) is not None
+            _until(line, node) < len(line) // _WIDTH for line in lines if line is not None
         )
 
     def _claimed(self, counted: Counted, line: list[int], at: int, by: Again) -> First | str:

@@ -20,7 +20,7 @@ from ..filters import Filter
 from ..tags import MOST_TAG_BYTES, PART, RECOMPUTE, Key, TagValue
 from .call import Call
 from .checkpoints import Place, look
-from .recompute import IN_ORDER, First, Firsts
+from .recompute import IN_ORDER, OTHER_TAGS, First, Firsts
 from .values import classify
 
 THREADS = (
@@ -137,6 +137,7 @@ class Selection:
         self._gone: set[int] = set()
         self._firsts = Firsts()
         self._repeatable: set[str] = set()
+        self._is_repeating = False
         self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
         self._switched = -1
@@ -217,7 +218,7 @@ class Selection:
             if self._splits and not again:  # its repetition may be wanted, and is told apart by it
                 with self._lock:
                     self._count_unwanted(call, site, place)
-            return None
+            return self._unsure(call, site, place) if again and place is not None else None
         own = self.step if call.step is None else call.step
         step, occurrence, note, trouble = own, 0, "", ""
         if again and place is not None:  # it is wanted, or not, as of its first
@@ -265,7 +266,22 @@ class Selection:
     def _around(self, call: Call, site: _Site, place: Place) -> Mapping[str, TagValue]:
         """Return the tags that one in a recomputation has lost, as its context was left."""
         with self._lock:
+            if place.again[0].node is not None and self.filter is not None:
+                if not self._is_repeating:  # from here on none is ignored
+                    self._is_repeating = True
+                    self.ignored.clear()
+                return {}  # of those that were not wanted nobody knows where they were
             return self._firsts.around(call.name, site.key_text, place)
+
+    def _unsure(self, call: Call, site: _Site, place: Place) -> Selected | None:
+        """Return one in a recomputation that would be wanted, had it the tags that it may lack."""
+        with self._lock:
+            if not self._firsts.lacks(call.name, site.key_text, place):
+                return None
+            key = Key(call.name, site.key_text, self.step, 0)
+            return Selected(
+                key, site.tags, site.text, True, self.next_seq(), True, False, trouble=OTHER_TAGS
+            )
 
     def _count_unwanted(self, call: Call, site: _Site, place: Place | None) -> None:
         """Count a tap that is not wanted; tell of it where its repetition may be."""
@@ -380,8 +396,9 @@ class Selection:
                 self.ignored.clear()
             if rank == self._rank:
                 self._sites[about] = site
-                is_told = name in self._repeatable  # its tags may lack a context's, see `_around`
-                if wanted is False and not (again or self._splits or is_told):
+                # Its tags may lack a context's where it is repeated: see `_around`.
+                may_lack = self._is_repeating or name in self._repeatable
+                if wanted is False and not (again or self._splits or may_lack):
                     self.ignored.add(about)
         return site
 
