@@ -34,10 +34,15 @@ class Stack(Generic[V]):
         name: of its variable.
         inside: returns what holds in a block, of what holds around it, None where nothing does, and
             of what it adds.
+
+    Attributes:
+        has_programs: whether a compiled program has entered a block, which it does not leave where
+            it raises.
     """
 
     def __init__(self, name: str, inside: Callable[[V | None, V], V]) -> None:
         self._inside = inside
+        self.has_programs = False
         self._around: ContextVar[_Around | None] = ContextVar(name, default=None)
 
     @property

@@ -57,8 +57,10 @@ def fire(
         forward: whether the value itself is meant, and not its gradient alone.
         rows: see `tap`.
     """
-    TAGS.leave_while(_is_of_program)
-    ROWS.leave_while(_is_of_program)
+    if TAGS.has_programs:
+        TAGS.leave_while(_is_of_program)
+    if ROWS.has_programs:
+        ROWS.leave_while(_is_of_program)
     # The mark below makes a compiled caller break its graph here; this keeps the compiler from
     # tracing what we do with the tensor.
     outside_dynamo(offer)(name, value, dims, extras, grad, tags, site, forward, rows)

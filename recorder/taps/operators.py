@@ -226,8 +226,10 @@ def _enter(
     _is_in_its_blocks(facts)
     if facts["what"] == "rows":
         given = zip(facts["rows"], ids, strict=True)
+        ROWS.has_programs = True
         ROWS.enter(tuple(Ids(tuple(names), one) for names, one in given), owner)
     else:
+        TAGS.has_programs = True
         TAGS.enter(whole(facts["tags"], iter(ints), iter(floats)), owner)
 
 
