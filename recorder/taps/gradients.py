@@ -20,6 +20,7 @@ import torch
 
 Callback = Callable[[torch.Tensor, int], "torch.Tensor | None"]
 
+_MOST_WAITING = 4096
 SEVERAL = (
     "several taps of one parameter wait for a gradient and get them first in, first out; "
     "tap it once a backward, or tap activations, where each backward finds its own"
@@ -69,13 +70,22 @@ class Heard:
         parts: in how many backwards it came.
     """
 
+    arrived = 0  # of all of them, how many came
+
     def __init__(self) -> None:
         self.callbacks: list[Callback] = []
         self.parts = 0
+        self._before = Heard.arrived
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there was a backward since the tap, as far as such gradients tell."""
+        return Heard.arrived > self._before
 
     def replaced(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return the gradient that takes the place of one."""
         number, self.parts = self.parts, self.parts + 1
+        Heard.arrived += 1
         for callback in self.callbacks:
             found = callback(gradient, number)
             gradient = gradient if found is None else found
@@ -120,10 +130,16 @@ class GradientTaps:
         self._compiled.append((heard, tell))
 
     def _end_compiled(self) -> None:
-        for heard, tell in self._compiled_before:
+        # A program may end several steps before its backward.
+        waiting = [one for one in self._compiled_before if not (one[0].parts or one[0].is_due)]
+        self._tell([one for one in self._compiled_before if one[0].is_due])
+        self._compiled_before = [*waiting[-_MOST_WAITING:], *self._compiled]
+        self._compiled = []
+
+    def _tell(self, compiled: list[tuple[Heard, Callable[[str], None]]]) -> None:
+        for heard, tell in compiled:
             if not heard.parts:
                 tell(RETURNED)
-        self._compiled_before, self._compiled = self._compiled, []
 
     def next_step(self) -> None:
         """Let no tap wait for a gradient of the next step."""
@@ -137,8 +153,7 @@ class GradientTaps:
 
     def close(self) -> None:
         """Let go of the parameters."""
-        self._end_compiled()
-        self._end_compiled()
+        self._tell([*self._compiled_before, *self._compiled])
         for _, lines in list(self._lines.values()):
             for line in lines.values():
                 line.waiting.clear()

@@ -432,6 +432,23 @@ def test_a_gradient_that_no_grad_hides_is_told(run, capsys, backend):
     assert "leaf" not in said
 
 
+def test_a_gradient_that_comes_steps_later_has_come(run, capsys):
+    def job(x):
+        h = tap("h", x.sin(), grad=True)
+        step()
+        step()
+        return h * 2
+
+    with Recorder(run):
+        function = compiled(job)
+        for _ in range(3):
+            function(torch.ones(3, requires_grad=True)).sum().backward()
+            step()
+    rows = Recording.open(run).manifest()
+    assert rows.filter(rows["kind"] == "grad")["step"].to_list() == [0, 3, 6]
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_written_to_a_tapped_tensor_is_seen_by_all_who_have_it(run, backend):
     def job(x):
