@@ -12,7 +12,7 @@ from ..diagnostics import call_site, say
 from ..errors import UsageError
 from ..tags import OF_TAP
 from . import sessions
-from .around import ROWS, TAGS, Stack, is_compiling
+from .around import ROWS, TAGS, Stack, is_compiling, note_blocks
 from .rows import Ids
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,6 +32,8 @@ class Scope:
 
     def __enter__(self: S) -> S:
         if not is_compiling():
+            if self.stack.find_out is None and sessions.has_any:
+                note_blocks()
             self.stack.enter(self.added, self)
         elif sessions.listening:  # else nobody hears, and the compiler need not follow
             from .tracing import entered  # which takes torch's compiler

@@ -26,9 +26,14 @@ from .rows import Ids, over
 
 if TYPE_CHECKING:
     from .gradients import Heard
+    from .repeats import Repeat, Repeats
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
+has_programs = False
+"""Whether a compiled program has ever entered a block, which it may have left behind."""
+repeats: Repeats | None = None
+"""Knows the tags around the forward that a tap repeats, where there may be any; see `repeats`."""
 capturing: Callable[..., bool] | None = None
 """Makes a tap one of a CUDA graph that is being captured, where such are watched; see `graphs`."""
 
@@ -57,8 +62,9 @@ def fire(
         forward: whether the value itself is meant, and not its gradient alone.
         rows: see `tap`.
     """
-    TAGS.leave_while(_is_of_program)
-    ROWS.leave_while(_is_of_program)
+    if has_programs:
+        TAGS.leave_while(_is_of_program)
+        ROWS.leave_while(_is_of_program)
     # The mark below makes a compiled caller break its graph here; this keeps the compiler from
     # tracing what we do with the tensor.
     outside_dynamo(offer)(name, value, dims, extras, grad, tags, site, forward, rows)
@@ -107,6 +113,11 @@ def offer(
         step: see `Call`.
     """
     around = tags_around()
+    again: Repeat | None = None
+    if repeats is not None and repeats.task() != -1 and run is None:
+        again = repeats.again()
+        if again is not None:
+            around = again.tags
     own = tags
     if around is not None:
         tags = {**around, **tags}
@@ -128,6 +139,10 @@ def offer(
         return
     call = Call(name, value, dims, extras, grad, tags, about, site, forward)
     call.heard, call.run, call.step = heard, run, step
+    if again is not None:
+        again.give(call)
+    elif repeats is not None and run is None:
+        repeats.see(call)
     _dispatch(call, rows)
 
 
@@ -194,6 +209,9 @@ def _has_rows(call: Call, given: Mapping[str, Any] | tuple[Ids, ...] | None) -> 
     try:
         ids = given if isinstance(given, tuple) else Ids.given(given, at_tap=True) if given else ()
         call.rows = over(around, ids) if ids else around
+        if call.own_rows is not None:
+            call.inside = call.own_rows
+            call.own_rows = over(call.own_rows, ids) if call.dims else ()
     except Exception as err:
         if is_from_the_job(err):
             raise

@@ -206,6 +206,7 @@ def _enter(
     floats: Sequence[float],
 ) -> None:
     facts: BlockFacts = _read(about)
+    firing.has_programs = True
     owner = facts  # the same one of equal text
     if not _is_in_turn(facts):
         firing.lose(facts["what"], _COMPILED, MOVED)

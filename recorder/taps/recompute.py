@@ -15,7 +15,7 @@ import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from .checkpoints import Again, Place, nodes_so_far
+from .checkpoints import Again, Place, key_of, nodes_so_far
 
 _REMEMBERED = 1 << 17
 """First firings, of all tags together: at least as many of the latest, at most twice as many."""
@@ -162,7 +162,7 @@ class Firsts:
             fired.append(first)
 
     def _activation(self, again: Again, task: int) -> _Activation:
-        key = _key_of(again)
+        key = key_of(again)
         found = self._activations.get(key)
         if found is None or task != found.task:  # a frame may lie where another did
             found = self._activations[key] = _Activation(task)
@@ -182,7 +182,7 @@ class Firsts:
         inner, *others = place.again
         # A checkpoint inside another's may have been made when that was repeated.
         for outer in others:
-            repeating = self._activations.get(_key_of(outer))
+            repeating = self._activations.get(key_of(outer))
             fired = [] if repeating is None else repeating.fired.get(counted, [])
             after = [first for start, first in fired if start > node]
             if k < len(after):
@@ -224,10 +224,6 @@ class Firsts:
             self._unlinked.clear()
         self._unlinked[key] = at + 1
         return First(step, at)
-
-
-def _key_of(again: Again) -> tuple[int, int | None, int]:
-    return again.at, again.node, id(again.checkpoint)
 
 
 def _until(line: list[int], node: int) -> int:

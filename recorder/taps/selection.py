@@ -18,6 +18,7 @@ from .. import tags as tagging
 from ..errors import BadTag, FilterError
 from ..filters import Filter
 from ..tags import MOST_TAG_BYTES, PART, RECOMPUTE, Key, TagValue
+from . import repeats  # noqa: F401  # knows the tags of what is repeated, once it is imported
 from .call import Call
 from .checkpoints import Place, look
 from .recompute import IN_ORDER, First, Firsts
@@ -315,6 +316,8 @@ class Selection:
         """Return what one in a recomputation repeats, a note, what is wrong, if it repeats any."""
         counted = (call.name, plain.key_text, False)
         so_far = self._counts[counted]
+        if call.trouble:
+            return First(self.step, so_far), "", call.trouble, True
         found = self._firsts.find(counted, place, self.step, so_far)
         if isinstance(found, First):
             unsure = place.again[0].is_unknown and so_far > 1
