@@ -78,6 +78,7 @@ class TapFacts(Facts):
 
     Attributes:
         source: the number of a module's row, None of a tap in the code.
+        is_unheard: whether its gradient is asked for where the program can bring none.
     """
 
     name: str
@@ -86,6 +87,7 @@ class TapFacts(Facts):
     grad: bool
     site: str
     forward: bool
+    is_unheard: bool
     source: str | None
     rows: list[list[str]]
 
@@ -117,6 +119,7 @@ def _fire(
     if not (_is_in_turn(facts) and _is_in_its_blocks(facts)):
         firing.lose(facts["name"], facts["site"], MOVED)
         return heard
+    heard.is_unheard = facts["is_unheard"]
     source = facts["source"]
     if source is not None:
         row = sources.get(source)

@@ -76,12 +76,15 @@ def traced(
         fire(name, value, dims, extras, grad, tags, site, forward, given)
         return value
     ints, floats, words = _apart(tags)
-    wants_gradient = bool(grad) and value.requires_grad and torch.is_grad_enabled()
+    asks_for_gradient = bool(grad) and value.requires_grad
+    wants_gradient = asks_for_gradient and torch.is_grad_enabled()
+    # A leaf is one in an evaluation, and eager code waits for no gradient of it either.
+    is_unheard = asks_for_gradient and not wants_gradient and not value.is_leaf
     about = _about(
         _real(name),
         _real(dims),
         _real(extras),
-        wants_gradient,
+        wants_gradient or is_unheard,
         _real(words),
         tuple(ints),
         tuple(floats),
@@ -89,6 +92,7 @@ def traced(
         _real(source),
         _real(site),
         bool(forward),
+        is_unheard,
     )
     rest = [_tensor(one.of) for one in ids], about, [*ints.values()], [*floats.values()]
     if sessions.listening == "graft" and forward:
@@ -190,6 +194,7 @@ def _about(
     source: str | None,
     site: str,
     forward: bool,
+    is_unheard: bool,
 ) -> str:
     """Return what is constant of a tap, as JSON; called as it is traced."""
     facts = TapFacts(
@@ -204,6 +209,7 @@ def _about(
         source=source,
         site=site or traced_site(),
         forward=forward,
+        is_unheard=is_unheard,
         number=number_in_program(),
         program=name_of_program(),
         inside=blocks_in_program(),
