@@ -15,16 +15,21 @@ from typing import Any, Generic, TypeVar
 from .rows import Ids, over
 
 V = TypeVar("V")
+_HERE = object()
 
 
 @dataclass(frozen=True)
 class _Around:
-    """What holds inside a block, what is around it included; the way back is part of it."""
+    """What holds inside a block, what is around it included; the way back is part of it.
+
+    `where` is what `Stack.find_out` said as it was entered.
+    """
 
     value: Any
     added: Any
     owner: Any
     outer: _Around | None
+    where: Any = None
 
 
 class Stack(Generic[V]):
@@ -36,13 +41,14 @@ class Stack(Generic[V]):
             of what it adds.
 
     Attributes:
-        has_programs: whether a compiled program has entered a block, which it does not leave where
-            it raises.
+        find_out: says where a block is entered, for `below`; None where nobody asks.
+        moved: is told what held, and what holds now, in this order; None where nobody asks.
     """
 
     def __init__(self, name: str, inside: Callable[[V | None, V], V]) -> None:
         self._inside = inside
-        self.has_programs = False
+        self.find_out: Callable[[], Any] | None = None
+        self.moved: Callable[[V | None, V | None], None] | None = None
         self._around: ContextVar[_Around | None] = ContextVar(name, default=None)
 
     @property
@@ -55,15 +61,32 @@ class Stack(Generic[V]):
         """Let more hold from now on, until its owner leaves."""
         outer = self._around.get()
         value = self._inside(None if outer is None else outer.value, added)
-        self._around.set(_Around(value, added, owner, outer))
+        where = None if self.find_out is None else self.find_out()
+        self._move(outer, _Around(value, added, owner, outer, where))
 
     def mark(self) -> object:
         """Return what tells what is entered from now on."""
         return self._around.get()
 
-    def since(self, mark: object) -> V | None:
-        """Return what alone holds that was entered since a mark; None where nothing was."""
-        around, added = self._around.get(), []
+    def below(self, is_so: Callable[[Any], bool]) -> object:
+        """Return a mark: below what was entered last, for as long as it is so where that was."""
+        around = self._around.get()
+        while around is not None and is_so(around.where):
+            around = around.outer
+        return around
+
+    def value_at(self, mark: Any) -> V | None:
+        """Return what held as a mark was made."""
+        return None if mark is None else mark.value
+
+    def since(self, mark: object, *, until: Any = _HERE) -> V | None:
+        """Return what alone holds that was entered since a mark; None where nothing was.
+
+        Args:
+            mark: what is around it.
+            until: a later mark; what was entered after that is left out.
+        """
+        around, added = self._around.get() if until is _HERE else until, []
         while around is not None and around is not mark:
             added.append(around.added)
             around = around.outer
@@ -81,7 +104,7 @@ class Stack(Generic[V]):
         while around is not None and around.owner is not owner:
             around = around.outer  # an inner one that was never left, as in a dropped generator
         if around is not None:
-            self._around.set(around.outer)
+            self._move(first, around.outer)
         return first is None or first.owner is owner
 
     def leave_while(self, is_over: Callable[[Any], bool]) -> None:
@@ -90,7 +113,7 @@ class Stack(Generic[V]):
         while around is not None and is_over(around.owner):
             around = around.outer
         if around is not first:
-            self._around.set(around)
+            self._move(first, around)
 
     def owners(self) -> list[Any]:
         """Return who has entered what holds, the innermost first."""
@@ -104,7 +127,12 @@ class Stack(Generic[V]):
         """Let hold no more what was entered last."""
         around = self._around.get()
         if around is not None:
-            self._around.set(around.outer)
+            self._move(around, around.outer)
+
+    def _move(self, before: _Around | None, now: _Around | None) -> None:
+        self._around.set(now)
+        if self.moved is not None:
+            self.moved(self.value_at(before), self.value_at(now))
 
 
 def _inside_of_tags(outer: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, TypeVar
@@ -32,6 +33,8 @@ class Scope:
 
     def __enter__(self: S) -> S:
         if not is_compiling():
+            if self.stack.find_out is None and sessions.has_any:
+                _note_blocks()
             self.stack.enter(self.added, self)
         elif sessions.listening:  # else nobody hears, and the compiler need not follow
             from .tracing import entered  # which takes torch's compiler
@@ -157,6 +160,12 @@ class rows(Scope):  # noqa: N801  # read as a verb at the call site
         made = rows(x=())
         made.added = self.added
         return made
+
+
+def _note_blocks() -> None:
+    """Have blocks noted from now on, where a session is asked for and no tap has opened it yet."""
+    if "torch" in sys.modules:
+        from . import repeats  # noqa: F401  # which begins as it is imported
 
 
 _told: tuple[Any, ...] = ()

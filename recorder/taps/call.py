@@ -60,6 +60,9 @@ class Call:
         run: the run of a CUDA graph that the tap is in, None outside.
         inside: the ids of the blocks around it, whatever its dims.
         step: the step it belongs to where the program says so; None for the session's own.
+        trouble: why the tags around it cannot be told, "" where they can.
+        own_rows: in a forward that a checkpoint repeats, the ids that were given in there or at the
+            tap; None elsewhere.
     """
 
     __slots__ = (
@@ -75,10 +78,12 @@ class Call:
         "heard",
         "inside",
         "name",
+        "own_rows",
         "rows",
         "run",
         "step",
         "tags",
+        "trouble",
     )
 
     def __init__(
@@ -109,6 +114,8 @@ class Call:
         self.inside: tuple[Ids, ...] = ()
         self.run: Run | None = None
         self.step: int | None = None
+        self.trouble = ""
+        self.own_rows: tuple[Ids, ...] | None = None
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""
@@ -151,6 +158,7 @@ class Call:
         """Let go of the value: a hook on a tensor that held it would keep it alive for good."""
         self.given = self._value = self._place = None
         self.rows = self.inside = ()
+        self.own_rows = None
 
     @property
     def shown(self) -> str:

@@ -20,7 +20,9 @@ import torch
 
 nodes_so_far = torch._C._autograd._get_sequence_nr
 """Returns the number of nodes that autograd made so far in this thread."""
-_task = torch._C._current_graph_task_id
+current_task = _task = torch._C._current_graph_task_id
+"""Returns the number of the backward that calls, -1 outside of any."""
+_current_node = getattr(torch._C, "_current_autograd_node", None)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.7
 _ENGINE = "_engine_run_backward"
 _AUTOGRAD = ("torch.autograd", "torch._tensor")
@@ -94,6 +96,24 @@ def look() -> Place | None:
 def is_in_backward() -> bool:
     """Whether the caller is called by the autograd engine, as what a checkpoint repeats is."""
     return _task() != -1
+
+
+def is_of_caller() -> bool:
+    """Whether this thread has called for a backward, and is none of the engine's own."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != _ENGINE:
+        frame = frame.f_back
+    return frame is not None
+
+
+def number_of_current_node() -> int | None:
+    """Return the number of the node in whose backward this is, None where it cannot be told."""
+    return None if _current_node is None else _number(_current_node())
+
+
+def key_of(again: Again) -> tuple[int, int | None, int]:
+    """Return what tells a repetition from others for as long as it runs."""
+    return again.at, again.node, id(again.checkpoint)
 
 
 def _caller_of_engine(frame: FrameType | None) -> FrameType | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..errors import LayoutError, ReplayError, is_from_the_job
 from ..ranks import is_group_up
@@ -28,7 +28,35 @@ if TYPE_CHECKING:
     from .gradients import Heard
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Repeat(Protocol):
+    """A tap in a forward that a checkpoint repeats: see `repeats`."""
+
+    tags: Mapping[str, Any] | None
+
+    def give(self, call: Call) -> None:
+        """Tell a call what is known of it."""
+
+
+class Repeats(Protocol):
+    """Knows what was around the forwards that may be repeated: see `repeats`."""
+
+    def task(self) -> int:
+        """Return the backward that runs here, -1 for none."""
+
+    def again(self) -> Repeat | None:
+        """Return what a tap repeats here."""
+
+    def see(self, call: Call) -> None:
+        """Note where a tap fires."""
+
+
 log = logging.getLogger(__name__)
+has_programs = False
+"""Whether a compiled program has ever entered a block, which it may have left behind."""
+repeats: Repeats | None = None
+"""Knows the tags around the forward that a tap repeats, where there may be any; see `repeats`."""
 capturing: Callable[..., bool] | None = None
 """Makes a tap one of a CUDA graph that is being captured, where such are watched; see `graphs`."""
 
@@ -57,9 +85,8 @@ def fire(
         forward: whether the value itself is meant, and not its gradient alone.
         rows: see `tap`.
     """
-    if TAGS.has_programs:
+    if has_programs:
         TAGS.leave_while(_is_of_program)
-    if ROWS.has_programs:
         ROWS.leave_while(_is_of_program)
     # The mark below makes a compiled caller break its graph here; this keeps the compiler from
     # tracing what we do with the tensor.
@@ -109,6 +136,11 @@ def offer(
         step: see `Call`.
     """
     around = tags_around()
+    again: Repeat | None = None
+    if repeats is not None and repeats.task() != -1 and run is None:
+        again = repeats.again()
+        if again is not None:
+            around = again.tags
     own = tags
     if around is not None:
         tags = {**around, **tags}
@@ -130,6 +162,10 @@ def offer(
         return
     call = Call(name, value, dims, extras, grad, tags, about, site, forward)
     call.heard, call.run, call.step = heard, run, step
+    if again is not None:
+        again.give(call)
+    elif repeats is not None and run is None:
+        repeats.see(call)
     _dispatch(call, rows)
 
 
@@ -196,6 +232,9 @@ def _has_rows(call: Call, given: Mapping[str, Any] | tuple[Ids, ...] | None) -> 
     try:
         ids = given if isinstance(given, tuple) else Ids.given(given, at_tap=True) if given else ()
         call.rows = over(around, ids) if ids else around
+        if call.own_rows is not None:
+            call.inside = call.own_rows
+            call.own_rows = over(call.own_rows, ids) if call.dims else ()
     except Exception as err:
         if is_from_the_job(err):
             raise

@@ -29,7 +29,10 @@ class RowsOfFirsts:
             return call.rows
         first = selected.key[:4]
         with self._lock:
-            return self._of.get(first) or self._before.get(first) or call.rows
+            found = self._of.get(first) or self._before.get(first)
+        if found or call.own_rows is None:
+            return found or call.rows
+        return call.own_rows  # what holds around the backward is none of its forward's
 
     def keep(self, call: Call, key: Key) -> None:
         """Remember the ids of a tap's rows; of one that is not wanted too: its repetition may be.

@@ -33,6 +33,10 @@ RETURNED = (
     "its gradient never came: in a compiled program it is that of what tap returns; go on with "
     "that, as in h = tap('h', h, grad=True)"
 )
+UNHEARD = (
+    "in a compiled program a gradient is that of what tap returns, which has none under no_grad; "
+    "tap it outside of no_grad()"
+)
 
 
 class _Line:
@@ -68,6 +72,7 @@ class Heard:
     Attributes:
         callbacks: those of the sessions that want it.
         parts: in how many backwards it came.
+        is_unheard: whether it cannot come, since the tap is where gradients are off.
     """
 
     arrived = 0  # of all of them, how many came
@@ -75,6 +80,7 @@ class Heard:
     def __init__(self) -> None:
         self.callbacks: list[Callback] = []
         self.parts = 0
+        self.is_unheard = False
         self._before = Heard.arrived
 
     @property
@@ -126,6 +132,9 @@ class GradientTaps:
 
     def watch_compiled(self, heard: Heard, callback: Callback, tell: Callable[[str], None]) -> None:
         """As `watch`, of a tap in a compiled program."""
+        if heard.is_unheard:
+            tell(UNHEARD)
+            return
         heard.callbacks.append(callback)
         self._compiled.append((heard, tell))
 

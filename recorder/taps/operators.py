@@ -76,6 +76,7 @@ class TapFacts(Facts):
     Attributes:
         extras: what is constant of them, see `whole`.
         source: the number of a module's row, None of a tap in the code.
+        is_unheard: whether its gradient is asked for where the program can bring none.
         shared: the dims along which its elements are one in memory.
     """
 
@@ -85,6 +86,7 @@ class TapFacts(Facts):
     grad: bool
     site: str
     forward: bool
+    is_unheard: bool
     source: str | None
     shared: list[int]
     rows: list[list[str]]
@@ -126,6 +128,7 @@ def _fire(
     if not (_is_in_turn(facts) and _is_in_its_blocks(facts)):
         firing.lose(facts["name"], facts["site"], MOVED)
         return heard
+    heard.is_unheard = facts["is_unheard"]
     source = facts["source"]
     if source is not None:
         row = sources.get(source)
@@ -220,16 +223,15 @@ def _enter(
     floats: Sequence[float],
 ) -> None:
     facts: BlockFacts = _read(about)
+    firing.has_programs = True
     owner = facts  # the same one of equal text
     if not _is_in_turn(facts):
         firing.lose(facts["what"], _COMPILED, MOVED)
     _is_in_its_blocks(facts)
     if facts["what"] == "rows":
         given = zip(facts["rows"], ids, strict=True)
-        ROWS.has_programs = True
         ROWS.enter(tuple(Ids(tuple(names), one) for names, one in given), owner)
     else:
-        TAGS.has_programs = True
         TAGS.enter(whole(facts["tags"], iter(ints), iter(floats)), owner)
 
 

@@ -68,6 +68,7 @@ class PartCall(Call):
         )  # fmt: skip
         self.rows, self.inside = call.rows, call.inside
         self.heard, self.run = call.heard, call.run
+        self.trouble, self.own_rows = call.trouble, call.own_rows
         self._of: _Whole | None = of
         self._number = number
         self._whole = call.shown

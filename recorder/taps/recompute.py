@@ -5,22 +5,17 @@
    every checkpoint that is a node has one of too, or in the checkpoint that is none.
 3. `Firsts.find` gives the firing in a recomputation its first: the k-th of its tags in there is the
    k-th of them in the forward that is repeated, whatever else ran in between.
-4. `Firsts.around` gives it the tags of contexts that were around that forward, and are left.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import json
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ..tags import TagValue
-from .checkpoints import Again, Place, nodes_so_far
+from .checkpoints import Again, Place, key_of, nodes_so_far
 
 _REMEMBERED = 1 << 17
 """First firings, of all tags together: at least as many of the latest, at most twice as many."""
@@ -50,11 +45,6 @@ MORE = (
     "the forward that it repeats fired fewer taps of these tags, so which record is its own cannot "
     "be told; make both runs of a checkpointed function the same"
 )
-OTHER_TAGS = (
-    "it repeats a forward in which taps of this name had other tags, so which record is its own "
-    "cannot be told; let the contexts that were around that forward be around the backward too, or "
-    "give their tags at the tap"
-)
 IN_ORDER = (
     "it repeats one of several forwards, and which cannot be told from this kind of checkpoint: "
     "the first to be repeated counts as the first; tag micro-batches apart"
@@ -77,17 +67,12 @@ class First(NamedTuple):
 _Region = dict[Counted, list[tuple[int, int]]]
 
 
-_NONE: tuple[list[int], list[Counted]] = ([], [])
-
-
 class _Activation:
     """One run of a repeated forward: what has fired in it."""
 
     def __init__(self, task: int) -> None:
         self.task = task
         self.counts: dict[Counted, int] = {}
-        self.around: Mapping[str, TagValue] | None = None  # not known
-        self.is_begun = False
         self.fired: dict[Counted, list[tuple[int, First]]] = {}
 
 
@@ -99,7 +84,6 @@ class Firsts:
         self._new: dict[Counted, dict[int, list[int]]] = {}
         self._old: dict[Counted, dict[int, list[int]]] = {}
         self._room = _REMEMBERED
-        self._order: dict[int, tuple[list[int], list[Counted]]] = {}  # as they fired
         self._claims: dict[tuple[Counted, First], int | None] = {}
         self._regions: weakref.WeakKeyDictionary[Any, _Region] = weakref.WeakKeyDictionary()
         self._latest: tuple[Place | None, list[_Region]] = (None, [])
@@ -120,18 +104,9 @@ class Firsts:
         line = lines.get(thread)
         if line is None:
             line = lines[thread] = []
-        nodes = nodes_so_far()
-        line += (nodes, step, occurrence)
-        order = self._order.get(thread)
-        if order is None:
-            order = self._order[thread] = [], []
-        order[0].append(nodes)
-        order[1].append(counted)
+        line += (nodes_so_far(), step, occurrence)
         self._room -= 1
         if not self._room:
-            for known in self._order.values():
-                for one in known:
-                    del one[:-_REMEMBERED]
             self._old, self._new, self._room = self._new, {}, _REMEMBERED
             self._claims.clear()
         if place is not None and place.within:
@@ -160,63 +135,13 @@ class Firsts:
             found = self._by_node(counted, place, inner.node, k)
         else:
             found = self._in_order(counted, step, so_far)
-        if found is None:
-            if counted in run.fired:
-                return MORE
-            if self._has_other_tags(counted, inner):
-                return OTHER_TAGS
+        if found is None and counted in run.fired:
+            return MORE
         if isinstance(found, First):
             run.fired.setdefault(counted, []).append((nodes_so_far(), found))
             if place.within:
                 self._enter(place, counted, found)
         return found
-
-    def around(self, name: str, tags: str, place: Place) -> Mapping[str, TagValue]:
-        """Return the tags of the contexts that were around a forward, where they are no more.
-
-        They are those by which the first of its taps to be repeated is another. All that fired in
-        it has them, but for what was given anew inside.
-
-        Args:
-            name: of a tap that fires in a recomputation.
-            tags: those of its key.
-            place: where it fires.
-        """
-        inner, *others = place.again
-        run = self._activation(inner, place.task)
-        if run.around is not None:
-            return run.around
-        if inner.checkpoint is not None:
-            region = self._regions.get(inner.checkpoint)
-            if region is not None and (name, tags, False) not in region:
-                run.around = _left_out(name, tags, region)
-        elif inner.node is not None and not run.is_begun:
-            run.around = self._left_out_by_node(name, tags, inner.node)
-        run.is_begun = True
-        if run.around is None:
-            known = (self._activations.get(_key_of(outer)) for outer in others)
-            run.around = next((one.around for one in known if one and one.around), None)
-        return run.around or {}
-
-    def lacks(self, name: str, tags: str, place: Place) -> bool:
-        """Whether a tap may be the repetition of one that has more tags, all else being equal."""
-        again = place.again[0]
-        own = _pairs(tags).items()
-        return any(
-            one[0] == name and own < _pairs(one[1]).items() and self._is_since(one, again)
-            for one in {**self._old, **self._new}
-        )
-
-    def _left_out_by_node(self, name: str, tags: str, node: int) -> Mapping[str, TagValue] | None:
-        """Return the tags that the first tap of a repetition lacks to be the first since a node."""
-        nodes, fired = self._order.get(_here.number, _NONE)
-        at = bisect.bisect_right(nodes, node)
-        if at == len(nodes) or fired[at][0] != name:
-            return None
-        own, first = _pairs(tags), _pairs(fired[at][1])
-        if not own.items() <= first.items():
-            return None
-        return {tag: json.loads(text) for tag, text in first.items() if tag not in own}
 
     def _enter(self, place: Place, counted: Counted, first: tuple[int, int]) -> None:
         latest, regions = self._latest
@@ -237,7 +162,7 @@ class Firsts:
             fired.append(first)
 
     def _activation(self, again: Again, task: int) -> _Activation:
-        key = _key_of(again)
+        key = key_of(again)
         found = self._activations.get(key)
         if found is None or task != found.task:  # a frame may lie where another did
             found = self._activations[key] = _Activation(task)
@@ -257,7 +182,7 @@ class Firsts:
         inner, *others = place.again
         # A checkpoint inside another's may have been made when that was repeated.
         for outer in others:
-            repeating = self._activations.get(_key_of(outer))
+            repeating = self._activations.get(key_of(outer))
             fired = [] if repeating is None else repeating.fired.get(counted, [])
             after = [first for start, first in fired if start > node]
             if k < len(after):
@@ -281,23 +206,6 @@ class Firsts:
             return SEVERAL_THREADS
         return self._claimed(counted, *found[thread], inner)
 
-    def _has_other_tags(self, counted: Counted, again: Again) -> bool:
-        """Whether taps of a name, and none of these tags, fired in the forward that is repeated."""
-        return any(
-            _is_like(one, counted) and self._is_since(one, again)
-            for one in {**self._old, **self._new}
-        )
-
-    def _is_since(self, counted: Counted, again: Again) -> bool:
-        """Whether a tap fired in the forward that is repeated, or since it as far as is known."""
-        if again.checkpoint is not None:
-            return counted in self._regions.get(again.checkpoint, {})
-        node, thread = again.node, _here.number
-        lines = (known.get(counted, {}).get(thread) for known in (self._old, self._new))
-        return node is not None and any(
-            _until(line, node) < len(line) // _WIDTH for line in lines if line is not None
-        )
-
     def _claimed(self, counted: Counted, line: list[int], at: int, by: Again) -> First | str:
         """Return a first firing, unless another checkpoint of the kind has repeated it already."""
         first = First(*line[at * _WIDTH + 1 : at * _WIDTH + 3])
@@ -316,33 +224,6 @@ class Firsts:
             self._unlinked.clear()
         self._unlinked[key] = at + 1
         return First(step, at)
-
-
-def _key_of(again: Again) -> tuple[int, int | None, int]:
-    return again.at, again.node, id(again.checkpoint)
-
-
-def _left_out(name: str, tags: str, region: _Region) -> dict[str, TagValue] | None:
-    """Return the tags that a tap lacks to be one of a region; None where that cannot be told.
-
-    All in the region have them: what stands around the region is in none of its taps alone.
-    """
-    own = _pairs(tags)
-    fired = [(one, _pairs(text)) for one, text, _ in region]
-    of_all = set.intersection(*(set(of.items()) for _, of in fired)) if fired else set()
-    like = [of for one, of in fired if one == name and own.items() <= of.items()]
-    found = {frozenset(of.items() - own.items()) for of in like}
-    left = [one for one in found if one <= of_all]
-    return {tag: json.loads(text) for tag, text in left[0]} if len(left) == 1 else None
-
-
-def _pairs(tags: str) -> dict[str, str]:
-    """Return the JSON of each tag, which tells 1, 1.0 and true apart."""
-    return {tag: json.dumps(value) for tag, value in json.loads(tags).items()}
-
-
-def _is_like(one: Counted, other: Counted) -> bool:
-    return one[0] == other[0] and one != other
 
 
 def _until(line: list[int], node: int) -> int:

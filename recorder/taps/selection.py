@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ from .. import tags as tagging
 from ..errors import BadTag, FilterError
 from ..filters import Filter
 from ..tags import MOST_TAG_BYTES, PART, RECOMPUTE, Key, TagValue
+from . import repeats  # noqa: F401  # knows the tags of what is repeated, once it is imported
 from .call import Call
 from .checkpoints import Place, look
-from .recompute import IN_ORDER, OTHER_TAGS, First, Firsts
+from .recompute import IN_ORDER, First, Firsts
 from .values import classify
 
 THREADS = (
@@ -136,8 +137,6 @@ class Selection:
         self._is_step_given = False
         self._gone: set[int] = set()
         self._firsts = Firsts()
-        self._repeatable: set[str] = set()
-        self._is_repeating = False
         self._threads: dict[tuple[str, str, bool], int] = {}
         self._lock = threading.RLock()  # a signal's handler may tap, or end a step, under it
         self._switched = -1
@@ -211,14 +210,11 @@ class Selection:
         place = call.place(look)
         again = place is not None and bool(place.again)
         site = self._site(call, rank, again)
-        if again and place is not None and (around := self._around(call, site, place)):
-            call.tags, call.about = {**around, **call.tags}, ()
-            site = self._site(call, rank, again)
         if site.wanted is False:
             if self._splits and not again:  # its repetition may be wanted, and is told apart by it
                 with self._lock:
                     self._count_unwanted(call, site, place)
-            return self._unsure(call, site, place) if again and place is not None else None
+            return None
         own = self.step if call.step is None else call.step
         step, occurrence, note, trouble = own, 0, "", ""
         if again and place is not None:  # it is wanted, or not, as of its first
@@ -263,26 +259,6 @@ class Selection:
             trouble,
         )
 
-    def _around(self, call: Call, site: _Site, place: Place) -> Mapping[str, TagValue]:
-        """Return the tags that one in a recomputation has lost, as its context was left."""
-        with self._lock:
-            if place.again[0].node is not None and self.filter is not None:
-                if not self._is_repeating:  # from here on none is ignored
-                    self._is_repeating = True
-                    self.ignored.clear()
-                return {}  # of those that were not wanted nobody knows where they were
-            return self._firsts.around(call.name, site.key_text, place)
-
-    def _unsure(self, call: Call, site: _Site, place: Place) -> Selected | None:
-        """Return one in a recomputation that would be wanted, had it the tags that it may lack."""
-        with self._lock:
-            if not self._firsts.lacks(call.name, site.key_text, place):
-                return None
-            key = Key(call.name, site.key_text, self.step, 0)
-            return Selected(
-                key, site.tags, site.text, True, self.next_seq(), True, False, trouble=OTHER_TAGS
-            )
-
     def _count_unwanted(self, call: Call, site: _Site, place: Place | None) -> None:
         """Count a tap that is not wanted; tell of it where its repetition may be."""
         occurrence = self._count(call, site, place)
@@ -301,9 +277,6 @@ class Selection:
         counts[counted] = occurrence + 1
         if not (site.recompute or (place is not None and place.again)):
             self._firsts.note(counted, place, step, occurrence)
-            if place is not None and place.within and call.name not in self._repeatable:
-                self._repeatable.add(call.name)
-                self.ignored.clear()
         return occurrence
 
     def _counts_of(self, step: int) -> Counter[_Counted]:
@@ -343,6 +316,8 @@ class Selection:
         """Return what one in a recomputation repeats, a note, what is wrong, if it repeats any."""
         counted = (call.name, plain.key_text, False)
         so_far = self._counts[counted]
+        if call.trouble:
+            return First(self.step, so_far), "", call.trouble, True
         found = self._firsts.find(counted, place, self.step, so_far)
         if isinstance(found, First):
             unsure = place.again[0].is_unknown and so_far > 1
@@ -396,9 +371,7 @@ class Selection:
                 self.ignored.clear()
             if rank == self._rank:
                 self._sites[about] = site
-                # Its tags may lack a context's where it is repeated: see `_around`.
-                may_lack = self._is_repeating or name in self._repeatable
-                if wanted is False and not (again or self._splits or may_lack):
+                if wanted is False and not again and not self._splits:
                     self.ignored.add(about)
         return site
 

@@ -40,9 +40,6 @@ from .operators import (
 )
 from .rows import Ids
 
-_UNHEARD = (
-    "its gradient is not, as the tap is in no_grad of a compiled program; tap it outside of that"
-)
 _WIDE = 1 << 63
 _LISTS = (list, tuple, torch.Size)
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
@@ -90,20 +87,22 @@ def traced(
     floats: list[float] = []
     own, more = _apart(tags, ints, floats), _apart(extras, ints, floats)
     shared = _shared(value)
-    wants_gradient = bool(grad) and value.requires_grad and torch.is_grad_enabled()
-    if grad and value.requires_grad and not wants_gradient and not value.is_leaf:
-        _without_gradient(_real(name), _real(site))
+    asks_for_gradient = bool(grad) and value.requires_grad
+    wants_gradient = asks_for_gradient and torch.is_grad_enabled()
+    # A leaf is one in an evaluation, and eager code waits for no gradient of it either.
+    is_unheard = asks_for_gradient and not wants_gradient and not value.is_leaf
     about = _about(
         _real(name),
         _real(dims),
         more,
-        wants_gradient,
+        wants_gradient or is_unheard,
         own,
         tuple(one.names for one in ids),
         _real(source),
         _real(site),
         bool(forward),
         shared,
+        is_unheard,
     )
     rest = [_tensor(one.of) for one in ids], about, ints, floats
     if sessions.listening == "graft" and forward and not shared:
@@ -233,12 +232,6 @@ def _is_refused(name: str, site: str) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
-def _without_gradient(name: str, site: str) -> None:
-    facts = operators.Loss(name=name, site=site or traced_site(), why=_UNHEARD)
-    put_in_program(operators.lost, json.dumps(facts))
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _about(
     name: str,
     dims: str | None,
@@ -250,6 +243,7 @@ def _about(
     site: str,
     forward: bool,
     shared: tuple[int, ...],
+    is_unheard: bool,
 ) -> str:
     """Return what is constant of a tap, as JSON; called as it is traced."""
     facts = TapFacts(
@@ -263,6 +257,7 @@ def _about(
         site=site or traced_site(),
         forward=forward,
         shared=list(shared),
+        is_unheard=is_unheard,
         number=number_in_program(),
         program=name_of_program(),
         ordered=is_as_it_stands(),
