@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+import typed
 from dumping import imported, needs_sglang, place
 
 from recorder import Recorder, Recording
 from recorder.errors import RecordingError
 from recorder.importing import import_dumps
 from replayer import Replayer
-from replayer.cli import main
 
 # The dumper saves tensors whose gradient it waits for, and torch tells it of that.
 pytestmark = pytest.mark.filterwarnings("ignore:backward hook")
@@ -49,7 +48,7 @@ def dumper_of(module, monkeypatch, dumps):
 
 
 def graft(*words):
-    done = CliRunner().invoke(main, ["import", *map(str, words)])
+    done = typed.graft("import", *words)
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     return done
 
@@ -87,8 +86,8 @@ def test_a_folder_of_two_ranks_equals_a_recording_of_the_same_job_and_replays(
     back = Recording.open(out)
     columns = ["rank", "step", "name", "tags", "kind", "occurrence", "dims", "digest", "value"]
     assert back.rows().select(columns).equals(live.rows().select(columns))
-    assert CliRunner().invoke(main, ["diff", str(run), str(out)]).exit_code == 0
-    assert CliRunner().invoke(main, ["verify", str(out)]).exit_code == 0
+    assert typed.graft("diff", run, out).exit_code == 0
+    assert typed.graft("verify", out).exit_code == 0
     for rank in range(2):
         dumper = dumper_of(rank, enable=False, **options)
         with Replayer(out, rank=rank, world_size=2, strict=True) as replay:
