@@ -20,7 +20,7 @@ import torch
 
 nodes_so_far = torch._C._autograd._get_sequence_nr
 """Returns the number of nodes that autograd made so far in this thread."""
-current_task = _task = torch._C._current_graph_task_id
+current_task = torch._C._current_graph_task_id
 """Returns the number of the backward that calls, -1 outside of any."""
 _current_node = getattr(torch._C, "_current_autograd_node", None)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # torch 2.7
@@ -68,7 +68,7 @@ class Place:
 
 def look() -> Place | None:
     """Return where the tap that calls this fires; None where no checkpoint is to be seen."""
-    task = _task()
+    task = current_task()
     if task == -1:
         if _top_hooks is None:
             return None
@@ -95,7 +95,7 @@ def look() -> Place | None:
 
 def is_in_backward() -> bool:
     """Whether the caller is called by the autograd engine, as what a checkpoint repeats is."""
-    return _task() != -1
+    return current_task() != -1
 
 
 def is_of_caller() -> bool:

@@ -27,15 +27,15 @@ _RECOMPUTE = "recompute"
 _OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
 _STATIC = "torch.fx.experimental.symbolic_shapes.statically_known_true"
 _THROUGH = frozenset(
-    {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "autograd.function"}
-    | {"invoke_subgraph"}
+    {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}
+    | {"autograd.function", "invoke_subgraph"}
 )
 """What the compiler traces by itself and effects lead out of."""
 OUTSIDE_GRAPHS = () if _OUTSIDE is None else (_OUTSIDE,)
 """Tags of an operator that is to be run between CUDA graphs, and not captured."""
 
 
-version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined, unused-ignore]
+version_preserved = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 """Returns a block in which a write to a tensor is none to what autograd has saved."""
 
 
@@ -73,7 +73,7 @@ def let_be_an_effect(operator: Any) -> None:
 def _keep_in_order(operator: Any) -> None:
     """Have inductor run an operator behind the effects that stand before it.
 
-    From torch 2.9 to 2.14 it forgets that: it notes what an effect waits for by the name of its
+    Torch 2.13 and 2.14 forget that: inductor notes what an effect waits for by the name of its
     buffer, and looks for it by that of its operation (pytorch/pytorch#188301).
     """
     try:
@@ -85,12 +85,13 @@ def _keep_in_order(operator: Any) -> None:
 
     def lowered(*args: Any, **kwargs: Any) -> Any:
         graph = V.graph
+        waits = getattr(graph, "additional_star_deps", None)  # which a torch may have no more
         before = graph.effectful_ops.get(effects._EffectType.ORDERED)
         known = len(graph.operations)
         found = run(*args, **kwargs)
-        if before is not None:
+        if before is not None and waits is not None:
             for one in graph.operations[known:]:
-                graph.additional_star_deps[one.get_operation_name()].add(before.get_name())
+                waits[one.get_operation_name()].add(before.get_name())
         return found
 
     register_lowering(operator, type_promotion_kind=None)(lowered)

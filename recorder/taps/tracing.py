@@ -76,11 +76,11 @@ def traced(
         value = value()
     if is_exporting():
         return value  # what is exported runs where nothing of this is
-    if _is_refused("".join((name,)) if type(name) is str else "", _real(site)):
+    is_named = type(name) is str
+    if _is_refused(_real(name) if is_named else "", _real(site)):
         return value
     ids = Ids.given(given, at_tap=True) if given else ()
-    is_known = type(name) is str and _is_plain(tags) and _is_plain(extras)
-    if not (is_known and is_traceable(value)):
+    if not (is_named and _is_plain(tags) and _is_plain(extras) and is_traceable(value)):
         fire(name, value, dims, extras, grad, tags, site, forward, given)
         return value
     ints: list[int] = []

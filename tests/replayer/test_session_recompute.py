@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import weakref
-
 import pytest
 import torch
-from checkpointing import KINDS, ORDERS, Job, as_megatron, check, frames, plain, reentrant
+from checkpointing import (
+    KINDS,
+    ORDERS,
+    Job,
+    as_deepspeed_without_a_node,
+    as_megatron,
+    check,
+    frames,
+    plain,
+    reentrant,
+)
 from tapping import outcomes
 
 from recorder import tap
@@ -215,25 +222,6 @@ def test_a_forward_that_fires_more_taps_when_it_is_repeated_is_not_guessed_at(
 
 
 def test_a_kind_that_tells_nothing_is_taken_in_order_and_that_is_noted(record, replay, capsys):
-    def as_deepspeed_without_a_node(function, *args):
-        kept, count = weakref.WeakKeyDictionary(), itertools.count()  # noqa: F841
-        again = []
-
-        def checkpoint_pack(x):
-            return next(count)
-
-        def checkpoint_unpack(i):
-            if not again:
-                hooks = torch.autograd.graph.saved_tensors_hooks(
-                    lambda x: again.append(x.detach()) or x, lambda x: x
-                )
-                with torch.enable_grad(), hooks:
-                    function(*args)
-            return again[i]
-
-        with torch.autograd.graph.saved_tensors_hooks(checkpoint_pack, checkpoint_unpack):
-            return function(*args)
-
     base = Job(plain)
     record(base)
     target = Job(as_deepspeed_without_a_node, (0, 1, 2), shift=100.0)
