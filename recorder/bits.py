@@ -56,6 +56,20 @@ def _undispatched() -> AbstractContextManager[Any]:
 
 
 def check(tensor: torch.Tensor) -> None:
+    """Refuse a tensor whose elements cannot be read faithfully, or not now.
+
+    Raises:
+        CaptureError: the reason, as one clause.
+    """
+    check_kind(tensor)
+    if is_capturing(tensor):
+        raise CaptureError(
+            "a CUDA graph is being captured, and a copy made now would be replayed with it; "
+            "tap outside the captured region, or run this job without CUDA graphs"
+        )
+
+
+def check_kind(tensor: torch.Tensor) -> None:
     """Refuse a tensor whose elements cannot be read faithfully.
 
     Raises:
@@ -80,11 +94,6 @@ def check(tensor: torch.Tensor) -> None:
     if not has_memory(tensor):
         raise CaptureError(
             "its memory was freed, as FSDP frees parameters that are sharded; tap it earlier"
-        )
-    if is_capturing(tensor):
-        raise CaptureError(
-            "a CUDA graph is being captured, and a copy made now would be replayed with it; "
-            "tap outside the captured region, or run this job without CUDA graphs"
         )
 
 
@@ -146,14 +155,18 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def as_bits(tensor: torch.Tensor) -> torch.Tensor:
+def as_bits(tensor: torch.Tensor, *, in_graph: bool = False) -> torch.Tensor:
     """Return the tensor's elements, in its own order and strides, viewed as integers.
+
+    Args:
+        tensor: the tensor.
+        in_graph: whether what is done with them may become part of a CUDA graph.
 
     Raises:
         CaptureError: it cannot be captured faithfully.
     """
     try:
-        check(tensor)
+        (check_kind if in_graph else check)(tensor)
         plain = tensor.detach()
         if type(plain) is not torch.Tensor:
             plain = plain.as_subclass(torch.Tensor)

@@ -27,10 +27,12 @@ _RECOMPUTE = "recompute"
 _OUTSIDE = getattr(torch.Tag, "cudagraph_unsafe", None)
 _STATIC = "torch.fx.experimental.symbolic_shapes.statically_known_true"
 _THROUGH = frozenset(
-    {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap"}
-    | {"autograd.function", "invoke_subgraph"}
+    {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "autograd.function"}
+    | ({"invoke_subgraph"} if hasattr(effects, "_get_effect") else set())  # torch 2.10
 )
 """What the compiler traces by itself and effects lead out of."""
+LOWERING = 1
+"""To be raised with what `_tell_inductor` tells: inductor's cache of programs asks not for that."""
 OUTSIDE_GRAPHS = () if _OUTSIDE is None else (_OUTSIDE,)
 """Tags of an operator that is to be run between CUDA graphs, and not captured."""
 
@@ -67,13 +69,14 @@ def let_be_an_effect(operator: Any) -> None:
     # What is to be repeated is marked before it is traced (torch 2.6), or meanwhile (2.13).
     operator.py_impl(checkpoint._CachingTorchDispatchMode)(in_checkpoint)
     operator.py_impl(FunctionalTensorMode)(in_program)
-    _keep_in_order(operator)
+    _tell_inductor(operator)
 
 
-def _keep_in_order(operator: Any) -> None:
-    """Have inductor run an operator behind the effects that stand before it.
+def _tell_inductor(operator: Any) -> None:
+    """Have inductor run an operator out of CUDA graphs, behind the effects that stand before it.
 
-    Torch 2.13 and 2.14 forget that: inductor notes what an effect waits for by the name of its
+    From torch 2.10 on it looks for an operator's tags where it finds but that there is some effect.
+    And 2.13 and 2.14 forget the order: inductor notes what an effect waits for by the name of its
     buffer, and looks for it by that of its operation (pytorch/pytorch#188301).
     """
     try:
@@ -89,12 +92,22 @@ def _keep_in_order(operator: Any) -> None:
         before = graph.effectful_ops.get(effects._EffectType.ORDERED)
         known = len(graph.operations)
         found = run(*args, **kwargs)
-        if before is not None and waits is not None:
-            for one in graph.operations[known:]:
+        made: list[Any] = graph.operations[known:]
+        for one in made:
+            if before is not None and waits is not None:
                 waits[one.get_operation_name()].add(before.get_name())
+            if getattr(one, "op_overload", None) is operator:
+                one.fx_node = _as_called(operator, one.fx_node)
         return found
 
     register_lowering(operator, type_promotion_kind=None)(lowered)
+
+
+def _as_called(operator: Any, effect: Any) -> Any:
+    """Return a call of an operator that stands for the effect it is of."""
+    made = torch.fx.Graph().create_node("call_function", operator, name=effect.name)
+    made.meta = effect.meta
+    return made
 
 
 def _save(checkpoint_id: int | None) -> None:
@@ -123,6 +136,14 @@ def unfit_place() -> str:
         f"it is inside {around[0]}, out of which a compiled program keeps no tap; tap outside of "
         "it, or compile with the backend eager"
     )
+
+
+def is_strictly_exported() -> bool:
+    """Whether Dynamo traces what is to be exported."""
+    try:
+        return bool(InstructionTranslator.current_tx().export)
+    except AttributeError:  # Dynamo traces nothing
+        return False
 
 
 def is_as_it_stands() -> bool:

@@ -22,7 +22,7 @@ import torch
 
 from ..bits import as_bits, is_capturing, never_compiled
 from ..diagnostics import call_site, say
-from ..errors import LayoutError
+from ..errors import CaptureError, LayoutError
 from ..layouts.parse import parse_dims
 from ..layouts.rowed import padded
 from . import firing, sessions
@@ -117,9 +117,9 @@ class _Site:
         # Not filled: that would be captured too, and done again in each run.
         self.new = torch.empty_like(value)
         self.mask = torch.empty_like(value, dtype=torch.bool)
-        bits = as_bits(value)
+        bits = as_bits(value.data, in_graph=True)  # which autograd takes for no write to the value
         mask = self.mask.view(*self.mask.shape, *[1] * (bits.dim() - value.dim()))
-        bits.copy_(torch.where(mask, as_bits(self.new), bits))
+        bits.copy_(torch.where(mask, as_bits(self.new, in_graph=True), bits))
 
     def fire(self, run: Run, value: Any) -> None:
         """Fire the tap before a run, or after it."""
@@ -265,10 +265,13 @@ def hold(
     given = (name, dims, extras, grad, inner, site or call_site(), forward)
     ids = rows if isinstance(rows, tuple) else Ids.given(rows, at_tap=True) if rows else ()
     with torch.no_grad():
-        held = _copied(value) if is_tensor else value
-        made = _Site(held, given, over(ROWS.since(capture.rows) or (), ids))
-        if is_tensor and forward and sessions.listening == "graft":
-            made.let_be_grafted(value)
+        try:
+            held = _copied(value) if is_tensor else value
+            made = _Site(held, given, over(ROWS.since(capture.rows) or (), ids))
+            if is_tensor and forward and sessions.listening == "graft":
+                made.let_be_grafted(value)
+        except (CaptureError, torch.OutOfMemoryError):
+            return False  # and is refused
     capture.sites.append(made)
     if is_tensor and grad and value.requires_grad:
         value.register_hook(functools.partial(_hold_gradient, made))
@@ -282,7 +285,7 @@ def _can_be_held(value: torch.Tensor) -> bool:
 
 def _copied(value: torch.Tensor) -> torch.Tensor:
     held = torch.empty_like(value)
-    as_bits(held).copy_(as_bits(value))
+    as_bits(held, in_graph=True).copy_(as_bits(value, in_graph=True))
     return held.detach()
 
 

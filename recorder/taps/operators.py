@@ -51,11 +51,13 @@ class Place(TypedDict):
         number: tells it from what else is in the program, in order.
         program: tells the program from others.
         ordered: whether it runs as it stands, also if again and again, or not at all.
+        lowering: `effects.LOWERING`, so that no program is taken from a cache of another.
     """
 
     number: int
     program: str
     ordered: bool
+    lowering: int
 
 
 class Facts(Place):

@@ -17,9 +17,11 @@ import torch
 from ..errors import UsageError
 from . import operators, sessions
 from .effects import (
+    LOWERING,
     blocks_in_program,
     is_as_it_stands,
     is_known,
+    is_strictly_exported,
     name_of_program,
     number_in_program,
     put_in_program,
@@ -43,7 +45,7 @@ from .rows import Ids
 _WIDE = 1 << 63
 _LISTS = (list, tuple, torch.Size)
 _PLAIN = (str, int, float, bool, type(None), torch.dtype, torch.device)
-is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
+_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.7
 
 
 def traced(
@@ -216,6 +218,16 @@ def _real(value: Any) -> Any:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def is_exporting() -> bool:
+    """Whether a program is exported; asked as it is traced.
+
+    Dynamo of torch 2.7 to 2.11 takes torch's own for true in whatever it compiles, and before 2.8
+    it is false in a strict export.
+    """
+    return bool(_exporting()) or is_strictly_exported()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _is_unfit() -> bool:
     """Whether no operator can stand where the compiler is."""
     return unfit_place() != ""
@@ -261,6 +273,7 @@ def _about(
         number=number_in_program(),
         program=name_of_program(),
         ordered=is_as_it_stands(),
+        lowering=LOWERING,
         inside=blocks_in_program(),
     )
     return json.dumps(facts)
@@ -281,6 +294,7 @@ def _block(
         number=number,
         program=name_of_program(),
         ordered=is_as_it_stands(),
+        lowering=LOWERING,
         inside=blocks_in_program(),
     )
     about = json.dumps(facts)
@@ -298,7 +312,10 @@ def _left() -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def _place() -> str:
     place = operators.Place(
-        number=number_in_program(), program=name_of_program(), ordered=is_as_it_stands()
+        number=number_in_program(),
+        program=name_of_program(),
+        ordered=is_as_it_stands(),
+        lowering=LOWERING,
     )
     return json.dumps(place)
 

@@ -29,8 +29,23 @@ def _program(is_tapped: bool) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def compiled(base: Path, quick: bool) -> list[Result]:
     """Taps of 32 KiB behind elementwise layers, which the compiler fuses where nothing taps."""
+    return _compiled(base, quick, torch.device("cpu"))
+
+
+def compiled_on_cuda(base: Path, quick: bool) -> list[Result]:
+    """The same on a GPU; nothing where there is none."""
+    return _compiled(base, quick, torch.device("cuda")) if torch.cuda.is_available() else []
+
+
+def _compiled(base: Path, quick: bool, device: torch.device) -> list[Result]:
     calls = 3 if quick else 20
-    value = torch.randn(64, 128)
+    value = torch.randn(64, 128, device=device)
+    where = " on a GPU" if device.type == "cuda" else ""
+
+    def settle() -> None:
+        if where:
+            torch.cuda.synchronize()
+
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -40,9 +55,11 @@ def compiled(base: Path, quick: bool) -> list[Result]:
     outside = _program(True)
 
     def each(function: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        settle()
         start = time.perf_counter()
         for _ in range(calls):
             function(value)
+        settle()
         return (time.perf_counter() - start) / calls / _LAYERS
 
     def recording(function: Callable[[torch.Tensor], torch.Tensor]) -> float:
@@ -59,8 +76,10 @@ def compiled(base: Path, quick: bool) -> list[Result]:
             with Replayer(run, metrics=False):
                 function(value)
                 step()
+                settle()
                 start = time.perf_counter()
                 function(value)
+                settle()
                 return (time.perf_counter() - start) / _LAYERS
 
     found = interleaved(
@@ -84,7 +103,7 @@ def compiled(base: Path, quick: bool) -> list[Result]:
     ]
     return [
         Result(
-            name, micro[ours], peer, micro[theirs], "us",
+            name + where, micro[ours], peer, micro[theirs], "us",
             f"{micro[ours] / micro[theirs]:.2f} x", "none set", None,
         )
         for name, ours, peer, theirs in rows

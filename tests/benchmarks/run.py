@@ -61,6 +61,7 @@ BENCHMARKS = {
     "diff-many": diffing.many,
     "diff-manifests": diffing.manifests,
     "cuda": cuda.cuda,
+    "cuda-compiled": compiled.compiled_on_cuda,
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from recorder.taps import graphs
 
 
 class _Tape(TorchDispatchMode):
@@ -54,9 +57,11 @@ class FakeBackend:
     """As `recorder.taps.graphs.Cuda`, of such graphs."""
 
     kind = FakeGraph
+    device = "cpu"
 
     def __init__(self):
         self.waits = 0
+        FakeGraph.capturing = 0
 
     def is_there(self):
         return True
@@ -69,3 +74,38 @@ class FakeBackend:
 
     def wait(self, device, mark):
         self.waits += 1
+
+
+class RealBackend(graphs.Cuda):
+    """`recorder.taps.graphs.Cuda`, which counts."""
+
+    device = "cuda"
+
+    def __init__(self):
+        self.waits = 0
+
+    def wait(self, device, mark):
+        self.waits += 1
+        super().wait(device, mark)
+
+
+MACHINES = [
+    FakeBackend,
+    pytest.param(
+        RealBackend,
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    ),
+]
+
+
+def captured_by(backend, function):
+    """Return a graph of what a function does, and what it returned as that was captured."""
+    graph = backend.kind()
+    if isinstance(backend, RealBackend):
+        with torch.cuda.graph(graph):
+            return graph, function()
+    graph.capture_begin()
+    try:
+        return graph, function()
+    finally:  # as torch.cuda.graph ends it
+        graph.capture_end()

@@ -547,7 +547,6 @@ def test_the_site_is_that_of_the_tap(run, capsys):
     assert f"at {__file__}:{job.__code__.co_firstlineno + 1} " in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 does not say")
 @pytest.mark.parametrize("strict", [True, False])
 def test_what_is_exported_has_no_taps(run, strict):
     class Model(torch.nn.Module):
@@ -557,6 +556,8 @@ def test_what_is_exported_has_no_taps(run, strict):
             step()
             return tap("y", x + 1)
 
+    if not (strict or hasattr(torch.compiler, "is_exporting")):
+        pytest.skip("torch 2.6 does not say")
     with Recorder(run):
         exported = torch.export.export(Model(), (torch.ones(2),), strict=strict)
     assert not any("tensorgraft" in str(node.target) for node in exported.graph.nodes)

@@ -1,24 +1,30 @@
-"""Taps in CUDA graphs: fired around each run, with what that computed; by a fake of captures."""
+"""Taps in CUDA graphs: fired around each run, with what that computed.
+
+By a fake of captures, and by real ones where there is a GPU.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from graphed import FakeBackend, FakeGraph
+from graphed import MACHINES, captured_by
 from tapping import outcomes
 
-from recorder import Recorder, Recording, context, rows, step, tap
+from recorder import Recorder, Recording, bits, context, rows, step, tap
 from recorder.taps import graphs
-from replayer import Replayer
+from replayer import Replayer, graft
 
 
-@pytest.fixture(autouse=True)
-def backend(monkeypatch):
-    made = FakeBackend()
+@pytest.fixture(autouse=True, params=MACHINES)
+def backend(request, monkeypatch):
+    made = request.param()
     monkeypatch.setattr(graphs, "backend", made)
+    for module in (bits, graft):
+        monkeypatch.setattr(module, "is_capturing", made.is_capturing)
+    torch.set_default_device(made.device)
     yield made
+    torch.set_default_device(None)
     graphs.unwatch()
-    FakeGraph.capturing = 0
 
 
 class Captured:
@@ -26,12 +32,7 @@ class Captured:
 
     def __init__(self, job, size=4):
         self.x = torch.zeros(size)
-        self.graph = FakeGraph()
-        self.graph.capture_begin()
-        try:
-            self.y = job(self.x)
-        finally:  # as torch.cuda.graph ends it
-            self.graph.capture_end()
+        self.graph, self.y = captured_by(graphs.backend, lambda: job(self.x))
 
     def __call__(self, value):
         self.x.fill_(value)
@@ -199,6 +200,20 @@ def test_gradients_that_are_captured_too_are_recorded(run, capsys):
         Captured(training)(1.0)
     assert session.log().height == 0
     assert "comes in a CUDA graph can be recorded, and not grafted" in capsys.readouterr().err
+
+
+def test_a_backward_goes_on_with_what_was_grafted(run):
+    w = torch.full((4,), 0.5, requires_grad=True)
+
+    def training(x):
+        h = tap("h", torch.tanh(w * x))  # whose backward reads what it returned
+        return torch.autograd.grad(h.sum(), w)[0]
+
+    with Recorder(run):
+        tap("h", torch.full((4,), 0.5))
+    with Replayer(run):
+        found = Captured(training)(2.0)
+    assert found.tolist() == [(1 - 0.5**2) * 2] * 4
 
 
 def test_values_and_expanded_tensors(run):
