@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._higher_order_ops.effects import with_effects
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recorder.taps import graphs
+from recorder.taps import graphs, operators
+
+_RUN = {
+    getattr(torch.ops.tensorgraft, schema.partition("(")[0]).default: run
+    for schema, run, _ in operators._OPERATORS
+}
 
 
 class _Tape(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, graph):
         super().__init__()
         self.graph = graph
 
+    @classmethod
+    def is_infra_mode(cls):
+        return True  # Dynamo runs what it compiled under no other
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is with_effects:
+            token, func, *args = args
+            made = self.__torch_dispatch__(func, types, args, kwargs)
+            return (token, *made) if isinstance(made, tuple) else (token, made)
+        if func in _RUN:  # what it does is captured, and not that it is called
+            with self:
+                return _RUN[func](*args, **(kwargs or {}))
         made = func(*args, **(kwargs or {}))
         if "empty" not in func.__name__:  # memory is there once, and nothing fills it
             self.graph.calls.append((func, args, kwargs or {}, made))

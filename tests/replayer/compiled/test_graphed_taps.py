@@ -9,6 +9,7 @@ import pytest
 import torch
 from graphed import MACHINES, captured_by
 from tapping import outcomes
+from torch._higher_order_ops import effects
 
 from recorder import Recorder, Recording, bits, context, rows, step, tap
 from recorder.taps import graphs
@@ -234,3 +235,40 @@ def test_values_and_expanded_tensors(run):
         assert Captured(inner)(9.0).tolist() == [9.0] * 4
     assert outcomes(session) == ["compared", "error"]
     assert "overlap" in session.log()["message"][1]
+
+
+@pytest.mark.filterwarnings("ignore")  # whatever the compiler has to say
+@pytest.mark.parametrize("how", ["eager", "aot_eager"])
+def test_what_is_compiled_and_then_captured(run, backend, how):
+    if backend.device == "cpu" and not hasattr(effects, "_get_effect"):
+        pytest.skip("before torch 2.10 the fake is not asked for what effects do")
+    torch._dynamo.reset()
+
+    def inner(x):
+        with context(layer=3):
+            y = tap("y", torch.tanh(x))
+        return tap("z", y * 2)
+
+    def captured():
+        program = torch.compile(inner, backend=how, fullgraph=True)
+        program(torch.zeros(4))  # warmed up, as whoever captures does
+        step()
+        return Captured(program)
+
+    with Recorder(run):
+        made = captured()
+        for value in (1.0, 2.0):
+            made(value)
+            step()
+    back = Recording.open(run)
+    for i, value in enumerate((1.0, 2.0), 1):
+        wanted = torch.full((4,), value).tanh()
+        assert torch.equal(back.load(0, "y", step=i, layer=3), wanted.cpu())
+        assert torch.equal(back.load(0, "z", step=i), wanted.cpu() * 2)
+    assert back.manifest().height == 6
+    with Replayer(run) as session:
+        made = captured()
+        for value in (1.0, 2.0):
+            assert torch.equal(made(5.0), torch.full((4,), value).tanh() * 2)
+            step()
+    assert outcomes(session) == ["grafted"] * 6
