@@ -141,18 +141,30 @@ def _one_owner() -> tuple[int, int]:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether the bytes from `data_ptr` on are the tensor's elements, in order, on the CPU.
 
-    For most tensors this is all there is to find out; the others are for `as_bits`.
+    For most tensors this is all there is to find out; the others are for `as_bits`. The keys that
+    torch dispatches by say at once that it is strided, on the CPU, of no subclass, and not lazily
+    conjugate or negative; to ask for each gives the interpreter away, which a busy thread keeps.
     """
-    return (
-        type(tensor) in _PLAIN_TYPES
-        and tensor.is_cpu
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not (tensor.is_neg() or tensor.is_quantized or tensor.is_nested)
-        and not (tensor.dtype.is_complex and tensor.is_conj())
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and has_memory(tensor)
-    )
+    if (
+        type(tensor) not in _PLAIN_TYPES
+        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys()
+        or not tensor.is_contiguous()
+    ):
+        return False
+    nbytes = tensor.nbytes
+    begin = tensor.storage_offset() * tensor.element_size()
+    has_all = nbytes == 0 or tensor.untyped_storage().nbytes() >= begin + nbytes
+    return has_all and (tensor.data_ptr() != 0 or nbytes == 0)
+
+
+@functools.cache
+def _plain_keys() -> frozenset[int]:
+    """Return the dispatch keys of plain tensors: inputs, leaves, and those of inference mode."""
+    with plainly():
+        made = [torch.empty(1, device="cpu"), torch.empty(1, device="cpu", requires_grad=True)]
+        with torch.inference_mode():
+            made.append(torch.empty(1, device="cpu"))
+        return frozenset(torch._C._dispatch_keys(one).raw_repr() for one in made)
 
 
 def as_bits(tensor: torch.Tensor, *, in_graph: bool = False) -> torch.Tensor:

@@ -65,26 +65,16 @@ class Call:
             tap; None elsewhere.
     """
 
-    __slots__ = (
-        "_place",
-        "_site",
-        "_value",
-        "about",
-        "dims",
-        "extras",
-        "forward",
-        "given",
-        "grad",
-        "heard",
-        "inside",
-        "name",
-        "own_rows",
-        "rows",
-        "run",
-        "step",
-        "tags",
-        "trouble",
-    )
+    # Of most, so that a tap sets few.
+    rows: tuple[Ids, ...] = ()
+    heard: Heard | None = None
+    inside: tuple[Ids, ...] = ()
+    run: Run | None = None
+    step: int | None = None
+    trouble = ""
+    own_rows: tuple[Ids, ...] | None = None
+    _value: Any = UNKNOWN
+    _place: Any = UNKNOWN
 
     def __init__(
         self,
@@ -105,17 +95,8 @@ class Call:
         self.grad = grad
         self.tags: Mapping[str, Any] = tags or {}
         self.given = given
-        self._value: Any = UNKNOWN
-        self._place: Any = UNKNOWN
         self._site = site
         self.forward = forward
-        self.rows: tuple[Ids, ...] = ()
-        self.heard: Heard | None = None
-        self.inside: tuple[Ids, ...] = ()
-        self.run: Run | None = None
-        self.step: int | None = None
-        self.trouble = ""
-        self.own_rows: tuple[Ids, ...] | None = None
 
     def value(self) -> Any:
         """Return the tapped value; a callable is called here, once, whoever asks first."""

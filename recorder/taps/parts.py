@@ -67,7 +67,7 @@ class PartCall(Call):
             call.forward,
         )  # fmt: skip
         self.rows, self.inside = call.rows, call.inside
-        self.heard, self.run = call.heard, call.run
+        self.heard, self.run, self.step = call.heard, call.run, call.step
         self.trouble, self.own_rows = call.trouble, call.own_rows
         self._of: _Whole | None = of
         self._number = number
