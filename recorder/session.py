@@ -325,7 +325,7 @@ class Recorder:
         if bare:
             self._say(
                 f"{count(bare, 'record')} without statistics, which were not gathered in time; "
-                "graft diff reads the tensors themselves there"
+                f"graft verify {self.path} fills them in"
             )
         for said in self._blocks.told():
             self._once((said,), said)

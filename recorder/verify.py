@@ -5,12 +5,12 @@
 2. Of each payload the digest is checked: in several threads, since reading and hashing leave the
    interpreter to others, and in pieces of a few megabytes each.
 3. What is wrong becomes a `Problem`: the rank, the file and, for a record, its key.
+4. Statistics that are missing are filled in, since the bytes are read anyway: see `filling`.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 
 from .errors import DamagedRecording, MixedRecordings, RecordingError, UnsupportedVersion
+from .filling import Filling
 from .format import disk
 from .format.claims import ClaimData, attempt_files, check_claim, read_claim
 from .format.members import LINKED, linked_folders, own_folders
@@ -86,6 +87,8 @@ class RankReport:
         claims: what its attempts say of themselves, those that could be read.
         foreign: those of its attempts that are of another recording, rank or version.
         whole: the records that nothing is wrong with, where they were asked for.
+        filled: how many records have got their statistics.
+        unfilled: how many have none still, and `why` not.
     """
 
     rank: int
@@ -97,6 +100,9 @@ class RankReport:
     claims: dict[int, ClaimData] = field(default_factory=dict)
     foreign: set[int] = field(default_factory=set)
     whole: list[Stored] = field(default_factory=list)
+    filled: int = 0
+    unfilled: int = 0
+    why: str = ""
 
 
 class Checker:
@@ -155,7 +161,7 @@ class _RankCheck:
         self._keep = keep
         self._report = RankReport(rank)
         self._headers: dict[str, Places | None] = {}
-        self._local = threading.local()
+        self._filling = None if keep else Filling(about)  # what is kept is recorded anew
 
     def run(self, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> RankReport:
         self._read_claims()
@@ -255,6 +261,12 @@ class _RankCheck:
             self._report.nbytes += place.nbytes if place is not None else 0
             for row in rows:
                 self._settle(row, path, fact or _wrong_row(row), place)
+        if self._filling is not None:
+            self._filling.write(part, self._report.claims.get(part.attempt, {}))
+            report, filling = self._report, self._filling
+            report.filled, report.unfilled, report.why = (
+                filling.filled, filling.missing, filling.why
+            )  # fmt: skip
         self._check_own_shard(part, places)
 
     def _find(
@@ -290,16 +302,24 @@ class _RankCheck:
         """Return what is wrong with a payload, "" where nothing is; called from many threads."""
         if any(row["nbytes"] != place.nbytes for row in rows):
             return f"it has {place.nbytes} bytes, the manifest says {rows[0]['nbytes']}"
+        filling = self._filling
+        missing = None
+        if filling is not None and not any(map(_wrong_row, rows)):
+            missing = filling.begin(rows)
         try:
             hashed = xxhash.xxh3_128()
             for piece in pieces_of(path, place):
                 hashed.update(piece)
+                if filling is not None and missing is not None:
+                    filling.add(missing, piece)
         except FileNotFoundError:
             return "its shard is missing"
         except OSError as err:
             return str(err.strerror or err)
         if any(row["digest"] != hashed.hexdigest() for row in rows):
             return "its bytes do not have the digest that was recorded"
+        if filling is not None and missing is not None:
+            filling.end(missing, rows)
         return ""
 
     def _settle(self, row: ManifestRow, path: Path, fact: str, place: Place | None = None) -> None:
@@ -330,7 +350,7 @@ class _RankCheck:
 
 
 def pieces_of(path: Path, place: Place) -> Iterator[memoryview]:
-    """Return a payload's bytes piece by piece, each of them gone with the next.
+    """Return a payload's bytes in pieces of a whole number of elements, each gone with the next.
 
     Raises:
         OSError: the file ends before, or cannot be read.
@@ -340,12 +360,16 @@ def pieces_of(path: Path, place: Place) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(_PIECE, place.nbytes)))
         done = 0
         while done < place.nbytes:
-            got = os.preadv(file, [buffer[: place.nbytes - done]], place.offset + done)
-            if got == 0:
-                end = place.offset + place.nbytes
-                raise OSError(0, f"its shard ends at byte {place.offset + done}, it at {end}")
-            yield buffer[:got]
-            done += got
+            piece = buffer[: place.nbytes - done]
+            filled = 0
+            while filled < len(piece):
+                got = os.preadv(file, [piece[filled:]], place.offset + done + filled)
+                if got == 0:
+                    at, end = place.offset + done + filled, place.offset + place.nbytes
+                    raise OSError(0, f"its shard ends at byte {at}, it at {end}")
+                filled += got
+            yield piece
+            done += filled
     finally:
         os.close(file)
 

@@ -112,7 +112,8 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
 def verify(run: str, out: str | None, as_json: bool) -> None:
     """Check a recording: the manifest, the structure of each shard, the digest of each tensor.
 
-    Names every damaged record, rank by rank. Ends with 0 if all is whole, else with 1.
+    Names every damaged record, rank by rank. Ends with 0 if all is whole, else with 1. Fills in the
+    statistics of records that have none, where they were not gathered in time.
 
     \b
     Example:

@@ -319,8 +319,22 @@ def print_check(
         ),
         soft_wrap=True,
     )
+    for line in _filled_lines(found):
+        console.print(printable(line), soft_wrap=True)
     if out is not None:
         console.print(printable(f"{out}: {count(written or 0, 'record')} written"), soft_wrap=True)
+
+
+def _filled_lines(found: list[RankReport]) -> list[str]:
+    """Return what became of statistics that were missing, one line each."""
+    filled, unfilled = (sum(getattr(r, name) for r in found) for name in ("filled", "unfilled"))
+    lines = []
+    if filled:
+        lines.append(f"statistics of {count(filled, 'record')} filled in")
+    if unfilled:
+        why = next(r.why for r in found if r.why)
+        lines.append(f"statistics of {count(unfilled, 'record')} are not filled in: {why}")
+    return lines
 
 
 def check_as_dict(
@@ -337,6 +351,7 @@ def check_as_dict(
                 "ids": one.ids,
                 "damaged": one.damaged,
                 "nbytes": one.nbytes,
+                "filled": one.filled,
                 "problems": [asdict(problem) for problem in one.problems],
             }
             for one in found

@@ -55,7 +55,7 @@ class Summaries:
         self._staging.lend(parts)
         with self._wake:
             while self._queue and self._queue[0].is_taken_back:
-                self._leave_out(self._queue.popleft().payload)
+                self.leave_out(self._queue.popleft().payload)
             self._queue.extend(parts)
             self._wake.notify_all()
 
@@ -82,7 +82,7 @@ class Summaries:
                 before = self._done
                 if not self._wake.wait(patience) and self._done == before:
                     for part in (*self._working, *self._queue):
-                        self._leave_out(part.payload)
+                        self.leave_out(part.payload)
                     return False
         return True
 
@@ -116,7 +116,7 @@ class Summaries:
                 self._busy, self._working = True, parts
             if self._useless:
                 for part in parts:
-                    self._leave_out(part.payload)
+                    self.leave_out(part.payload)
             else:
                 try:
                     self._summarise(parts)
@@ -126,6 +126,8 @@ class Summaries:
             self._staging.give_back(parts)
 
     def _summarise(self, parts: list[Part]) -> None:
+        if all(part.payload.is_left_out for part in parts):
+            return
         for part in parts:
             part.wait()
         if self._wide is None:
@@ -134,7 +136,7 @@ class Summaries:
             for part, found in zip(parts, self._of_many(parts), strict=True):
                 # Asked for behind the work: what was made of changed bytes is not to be told.
                 if part.is_taken_back:
-                    self._leave_out(part.payload)
+                    self.leave_out(part.payload)
                 else:
                     self._found.append((part.payload, found))
             return
@@ -147,12 +149,13 @@ class Summaries:
         if not part.is_taken_back:
             payload.statistics.add(self._staging.tensor(part.offset, part.nbytes))
         if part.is_taken_back:
-            self._leave_out(payload)
+            self.leave_out(payload)
         elif part.last:
             self._found.append((payload, payload.statistics.result()))
             payload.statistics = None
 
-    def _leave_out(self, payload: Payload) -> None:
+    def leave_out(self, payload: Payload) -> None:
+        """Give up the statistics of a payload."""
         if payload.dtype is not None and has_statistics(payload.dtype) and not payload.is_left_out:
             payload.is_left_out, payload.statistics = True, None
             self.left_out += 1

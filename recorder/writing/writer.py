@@ -46,6 +46,7 @@ _WORKING_BYTES = 64 << 20  # what is in hand: rows, chunks as float64, a part of
 _GATHER_SECONDS = 0.05  # lets a burst of taps pass before work begins beside it
 _BATCH_BYTES = 32 << 20  # what is made safe in one go
 _OLDEST_SECONDS = 0.5  # taps wait, or are dropped, while something older than this is not yet safe
+_LARGE_BYTES = 1 << 20
 _RELEASED_BYTES = 4 << 20
 _RELEASED_PARTS = 512
 _HELD_SECONDS = 0.1  # held for longer than this in all, the job's owner hears of it
@@ -57,7 +58,7 @@ CUT_SHORT = (
 )
 _HANDLER_SECONDS = 4.0
 _STEP_SECONDS = 60.0  # a step that takes longer is several to `max_hold`
-_LENT_SECONDS = 0.25  # while statistics come, room is waited for; when they do not, it is taken
+_SPARE_CORES = 3  # the job and the writing have one each
 _FIGURES_SECONDS = 5.0  # in which no statistics come: then they are not waited for any more
 
 
@@ -107,7 +108,7 @@ class Writer:
             budget - min(budget // 4, _WORKING_BYTES),
             on_short=self._hurry,
             # Where statistics are all there is of a payload, room is waited for.
-            patience=_LENT_SECONDS if limits.keeps_payloads else _FIGURES_SECONDS,
+            patience=0.0 if limits.keeps_payloads else _FIGURES_SECONDS,
         )
         self._store = Store(folder, attempt, limits)
         self._summaries = Summaries(self._staging, self._nudge) if statistics else None
@@ -116,6 +117,8 @@ class Writer:
         self._urgent = self._staging.budget * 3 // 4
         self._asleep = False
         self._gathering = False
+        self._is_busy = limits.keeps_payloads and _cores() < _SPARE_CORES
+        self._held_at_take = 0.0
         self._closing = False
         self._ended = False
         self._has_given_up = False
@@ -402,6 +405,7 @@ class Writer:
         if self._queue:
             self._queued_since = min(self._queued_since, self._taken_since)
         if self._summaries is not None:
+            self._leave_to_verify(batch)
             self._summaries.add([part for part in batch if part.payload.dtype is not None])
         stored: list[Part] = []
         size = 0
@@ -419,6 +423,18 @@ class Writer:
         with self._caught_up_lock:
             self._taken_since = math.inf
             self._caught_up.notify_all()
+
+    def _leave_to_verify(self, batch: list[Part]) -> None:
+        """Leave out the statistics of what is large, where the job was held and no core is free.
+
+        They would cost it as much as the disk does, and be given up when their room is needed.
+        """
+        held, self._held_at_take = self._held - self._held_at_take, self._held
+        if not (held and self._is_busy) or self._summaries is None:
+            return
+        for part in batch:
+            if part.payload.nbytes >= _LARGE_BYTES:
+                self._summaries.leave_out(part.payload)
 
     def _store_part(self, part: Part) -> None:
         payload = part.payload
@@ -482,6 +498,14 @@ class Writer:
             with self._caught_up_lock:
                 self._caught_up.notify_all()
             self._on_stop(state, reason)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
 
 
 def _import_polars() -> None:

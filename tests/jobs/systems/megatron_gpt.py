@@ -130,7 +130,7 @@ def main() -> None:
 
     with torch.no_grad():
         tiny.finish(run(model, tiny.TOKENS), args.logits)
-    dist.destroy_process_group()
+    tiny.leave()
 
 
 if __name__ == "__main__":

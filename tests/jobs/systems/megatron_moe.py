@@ -7,6 +7,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import weights as tiny
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -77,7 +78,7 @@ def main() -> None:
         out = model(tokens, torch.arange(LENGTH).expand_as(tokens), mask)
         if rank < ranks - 1:
             dist.send(out.contiguous(), rank + 1)
-    dist.destroy_process_group()
+    tiny.leave()
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def main() -> None:
             elif typed:
                 logits = gathered(logits, dim=-1)
             tiny.finish(logits, args.logits)
-    dist.destroy_process_group()
+    tiny.leave()
 
 
 if __name__ == "__main__":

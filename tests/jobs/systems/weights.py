@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
@@ -195,3 +196,12 @@ def finish(logits: Tensor, path: Path | None) -> None:
         print(f"logits {tuple(logits.shape)} {logits.dtype}, sum {logits.sum().item():.12f}")
         if path:
             save_file({"logits": logits}, path)
+
+
+def leave() -> None:
+    """Destroy the process groups, once no thread of gloo's can hold tensors of the last exchange.
+
+    An interpreter that ends while one does is aborted (pytorch#179291); a barrier exchanges none.
+    """
+    dist.barrier()
+    dist.destroy_process_group()

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 import torch
 
-from recorder import Recorder, Recording, step, tap
+from recorder import Recorder, Recording, filling, step, tap
 from recorder.format.schema import STATISTICS
 from recorder.format.tables import add_to_parquet
 from recorder.verify import Checker
@@ -81,9 +81,13 @@ def test_no_row_waits_for_a_statistics_thread_that_is_stopped_for_good(
     assert back.claims()[0]["state"] == "complete" and back.claims()[0]["rows"] == 200
     rows = back.rows()
     assert rows.height == 200 and all(rows[name].null_count() == 200 for name in STATISTICS)
-    assert all(not rank.problems for rank in Checker(run).ranks())
+    gate.set()  # it would stop those who fill in too
+    (report,) = Checker(run).ranks()
+    assert (report.filled, report.unfilled, report.problems) == (200, 0, [])
+    means = Recording.open(run).rows().sort("seq")["mean"]
+    assert means.to_list() == [float(i) for i in range(200)]
     err = capsys.readouterr().err
-    assert "200 records without statistics, which were not gathered in time; graft diff" in err
+    assert "200 records without statistics, which were not gathered in time; graft verify" in err
 
 
 @pytest.mark.parametrize("keep_last", [None, 2])
@@ -202,3 +206,116 @@ def test_figures_are_added_to_rows_that_have_none_and_to_no_others(run, record):
     assert pl.read_parquet(path)["mean"].to_list() == [0.0, 7.0, 2.0]
     add_to_parquet(path.with_name("gone.parquet"), rows, COLUMNS, STATISTICS)
     assert not path.with_name("gone.parquet").exists()
+
+
+class TestWhatVerifyFillsIn:
+    @pytest.fixture
+    def bare(self, run, gate, small_parts, monkeypatch):
+        """Make a recording whose statistics never came."""
+        monkeypatch.setattr(writer_module, "_FIGURES_SECONDS", 0.05)
+
+        def made(**settings):
+            with Recorder(run, **settings):
+                for i, value in enumerate(values()):
+                    tap("x", value, i=i)
+                tap("n", 3)
+            gate.set()
+            return run
+
+        return made
+
+    def test_what_is_missing_is_what_was_recorded_and_nothing_else(self, bare, tmp_path):
+        run = bare()
+        before = Recording.open(run).rows().sort("seq")
+        assert before["nan_count"].null_count() == before.height
+        (report,) = Checker(run).ranks()
+        assert (report.filled, report.unfilled, report.problems) == (before.height - 1, 0, [])
+        with Recorder(tmp_path / "other"):
+            for i, value in enumerate(values()):
+                tap("x", value, i=i)
+            tap("n", 3)
+        rows, other = (
+            Recording.open(path).rows().sort("seq") for path in (run, tmp_path / "other")
+        )
+        assert rows.select(STATISTICS).equals(other.select(STATISTICS))
+        others = [name for name in rows.columns if name not in STATISTICS]
+        assert rows.select(others).equals(before.select(others))
+        (again,) = Checker(run).ranks()
+        assert (again.filled, again.unfilled, again.problems) == (0, 0, [])
+
+    def test_large_payloads_are_taken_in_piece_by_piece(self, run, gate, monkeypatch):
+        monkeypatch.setattr(writer_module, "_FIGURES_SECONDS", 0.05)
+        value = torch.randn(3 * MIB + 5, dtype=torch.float64)
+        with Recorder(run):
+            tap("x", value)
+        gate.set()
+        (report,) = Checker(run).ranks()
+        assert report.filled == 1
+        row = Recording.open(run).rows().row(0, named=True)
+        assert row["mean"] == pytest.approx(value.mean().item(), rel=1e-12, abs=1e-15)
+        assert row["max"] == value.max().item()
+
+    @pytest.mark.parametrize("level", ["digests", "stats"])
+    def test_what_nobody_asked_for_or_nothing_is_left_of_stays_so(self, bare, level):
+        (report,) = Checker(bare(level=level)).ranks()
+        assert (report.filled, report.unfilled, report.problems) == (0, 0, [])
+
+    def test_a_damaged_record_has_none_and_the_others_have(self, bare):
+        run = bare()
+        (shard, *_) = sorted(run.rglob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        (report,) = Checker(run).ranks()
+        assert report.damaged and report.filled
+        rows = Recording.open(run).rows()
+        assert rows["nan_count"].null_count() == 1 + report.damaged
+
+    def test_what_cannot_be_written_is_said(self, bare, monkeypatch):
+        run = bare()
+
+        def refuse(*args):
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(filling, "add_to_parquet", refuse)
+        (report,) = Checker(run).ranks()
+        assert report.filled == 0 and report.unfilled and not report.problems
+        assert report.why == "Read-only file system"
+
+    def test_a_killed_job_s_are_left_and_that_is_said(self, run, gate, tmp_path):
+        with Recorder(run) as recorder:
+            for i in range(3):
+                tap("x", torch.full((100,), float(i)), i=i)
+            wait_for(lambda: recorder._writer.rows_written == 3)
+            (open_still,) = Checker(run).ranks()
+            assert open_still.unfilled == 3 and "still being recorded" in open_still.why
+            gate.set()
+
+    def test_the_command_says_what_it_did(self, bare, shell):
+        run = bare()
+        said = shell(shell.graft, "verify", run)
+        assert said.returncode == 0 and "statistics of 20 records filled in" in said.stdout
+        assert "filled in" not in shell(shell.graft, "verify", run).stdout
+
+
+def values():
+    g = torch.Generator().manual_seed(0)
+    for i in range(20):
+        value = torch.randn(50 + i, generator=g).to(
+            [torch.float32, torch.bfloat16, torch.int16, torch.float64][i % 4]
+        )
+        if i == 4:
+            value[0] = float("nan")
+        yield value if i != 7 else value[:0]
+
+
+def test_where_no_core_is_free_a_job_that_is_held_waits_for_no_statistics(run, monkeypatch, capsys):
+    monkeypatch.setattr(writer_module, "_cores", lambda: 2)
+    with Recorder(run, staging=16 * MIB):
+        for i in range(64):
+            tap("x", torch.full((MIB // 2,), float(i)), i=i)
+    missing = Recording.open(run).rows()["nan_count"].null_count()
+    assert missing and f"{missing} records without statistics" in capsys.readouterr().err
+    (report,) = Checker(run).ranks()
+    assert report.filled == missing and not report.problems
+    assert Recording.open(run).rows().sort("seq")["mean"].to_list() == [float(i) for i in range(64)]

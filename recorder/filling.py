@@ -1,0 +1,97 @@
+"""Fills in the statistics that were not gathered as a recording was made.
+
+`verify` reads all bytes anyway: a `Filling` takes in those of records without statistics, from many
+threads, and writes a part's at once, where its rows are sealed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .bits import has_statistics, plainly
+from .errors import DamagedRecording
+from .format import disk
+from .format.claims import ClaimData
+from .format.parts import Part
+from .format.payload import parse_dtype
+from .format.schema import COLUMNS, STATISTICS, Description, ManifestRow
+from .format.tables import add_to_parquet
+from .writing.statistics import Statistics, workspace
+
+_ENDED = ("complete", "stopped", "failed")
+
+
+class Filling:
+    """The statistics of a rank's records that have none.
+
+    Args:
+        about: what the recording says of itself.
+
+    Attributes:
+        filled: how many records have got theirs.
+        missing: how many have none still.
+        why: why not, "" where all have.
+    """
+
+    def __init__(self, about: Description) -> None:
+        # With another level nobody asked for them, or there is nothing to gather them from.
+        self._is_on = about.get("options", {}).get("level", "tensors") == "tensors"
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._found: list[dict[str, Any]] = []
+        self.filled = self.missing = 0
+        self.why = ""
+
+    def begin(self, rows: Sequence[ManifestRow]) -> Statistics | None:
+        """Return what takes in the bytes of records that share a payload; None where none does."""
+        if not self._is_on or not any(map(_has_none, rows)):
+            return None
+        try:
+            dtype = parse_dtype(rows[0]["dtype"], "")
+        except DamagedRecording:
+            return None
+        if not has_statistics(dtype):
+            return None
+        if getattr(self._local, "wide", None) is None:
+            self._local.wide = workspace()
+        return Statistics(dtype, self._local.wide)
+
+    def add(self, statistics: Statistics, piece: memoryview) -> None:
+        """Take in a piece of a payload, a whole number of elements."""
+        with plainly():
+            statistics.add(torch.frombuffer(piece, dtype=torch.uint8))
+
+    def end(self, statistics: Statistics, rows: Sequence[ManifestRow]) -> None:
+        """Note the statistics of records whose payload is whole."""
+        found = statistics.result()
+        with self._lock:
+            self._found += [{"seq": row["seq"], **found} for row in rows if _has_none(row)]
+
+    def write(self, part: Part, claim: ClaimData) -> None:
+        """Write what was found of a part's records; what cannot be is counted."""
+        found, self._found = self._found, []
+        if not found:
+            return
+        why = "" if claim.get("state") in _ENDED else "it is perhaps still being recorded"
+        if not why and not part.is_sealed:
+            why = "the job was killed, and they have no place in what is left of it"
+        if not why:
+            try:
+                access = disk.access_of(part.folder)
+                add_to_parquet(part.path, found, COLUMNS, STATISTICS, access)
+            except (OSError, DamagedRecording) as err:
+                why = (isinstance(err, OSError) and err.strerror) or str(err)
+        if why:
+            self.missing += len(found)
+            self.why = self.why or why
+        else:
+            self.filled += len(found)
+
+
+def _has_none(row: ManifestRow) -> bool:
+    """Whether a record is without statistics; all that have any have this one."""
+    return row["nan_count"] is None
