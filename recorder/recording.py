@@ -2,7 +2,8 @@
 
 1. `Recording.open` checks the version and lists the ranks.
 2. `rows` reads the manifest: the parquet part of each finished shard, the journal of the open one.
-3. `load` finds a key through the `Index`, then `read` brings its bytes back, digest checked.
+3. `load` finds a key, from the third on through the `Index`; `read` brings its bytes back, digest
+   checked.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import DamagedRecording, NoSuchRecord, UsageError
 from .format.claims import ClaimData, checked_meshes
 from .format.ids import HeldIds
-from .format.index import Group, Index, nearest, whole_key
+from .format.index import Group, Index, nearest, searched, whole_key
 from .format.members import (
     Incomplete,
     incomplete,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _HEADERS_KEPT = 256
 _TRIES = 20
+_SEARCHED = 2  # keys, before an index is made: it takes as long as many searches
 
 
 class Recording:
@@ -71,7 +73,9 @@ class Recording:
         self._claims: list[ClaimData] = []
         self._places: dict[tuple[str, str], Place] = {}
         self._headers: dict[str, dict[str, Place]] = {}
-        self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
+        self._frames: dict[int | None, pl.DataFrame] = {}
+        self._indices: dict[int | None, Index] = {}
+        self._looked_up = 0
         self._files: Files | None = None
         self._lock = threading.Lock()
         self._paths: dict[tuple[str, int], Path] = {}
@@ -214,8 +218,11 @@ class Recording:
         Raises:
             NoSuchRecord: nothing is recorded under this key; names the nearest.
         """
-        frame, index = self._index(attempt)
         group = self._group(name, tags)
+        known = self._searched(attempt, kind, group, step, occurrence)
+        if rank in known:
+            return row_at(self._frame(attempt), known[rank])
+        frame, index = self._index(attempt)
         number = index.find_on(rank, kind, group, step, occurrence)
         if number is not None:
             return row_at(frame, number)
@@ -298,20 +305,38 @@ class Recording:
         Raises:
             NoSuchRecord: no rank has it; names the nearest.
         """
-        frame, index = self._index(attempt)
         group = self._group(name, tags)
-        found = index.find(kind, group, step, occurrence)
+        found = self._searched(attempt, kind, group, step, occurrence)
+        frame = self._frame(attempt)
+        if not found:
+            frame, index = self._index(attempt)
+            found = index.find(kind, group, step, occurrence)
         if not found:
             asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence}"
             close = nearest(index, kind, group, step, occurrence)
             raise NoSuchRecord(asked, [one.text for one in close])
         return [row_at(frame, found[rank]) for rank in sorted(found)]
 
+    def _frame(self, attempt: int | None) -> pl.DataFrame:
+        if attempt not in self._frames:
+            rows = self.rows(attempt) if attempt is not None else self._of_latest(self.rows())
+            self._frames[attempt] = rows
+        return self._frames[attempt]
+
     def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:
+        frame = self._frame(attempt)
         if attempt not in self._indices:
-            frame = self.rows(attempt) if attempt is not None else self._of_latest(self.rows())
-            self._indices[attempt] = frame, Index.build(frame)
-        return self._indices[attempt]
+            self._indices[attempt] = Index.build(frame)
+        return frame, self._indices[attempt]
+
+    def _searched(
+        self, attempt: int | None, kind: str, group: Group, step: int, occurrence: int
+    ) -> dict[int, int]:
+        """Return the rows of a key on all ranks by the index, or, of the first keys, without it."""
+        self._looked_up += 1
+        if attempt in self._indices or self._looked_up > _SEARCHED:
+            return self._index(attempt)[1].find(kind, group, step, occurrence)
+        return searched(self._frame(attempt), kind, group, step, occurrence)
 
     def _group(self, name: str, tags: Mapping[str, Any]) -> Group:
         try:
