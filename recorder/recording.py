@@ -2,11 +2,13 @@
 
 1. `Recording.open` checks the version and lists the ranks.
 2. `rows` reads the manifest: the parquet part of each finished shard, the journal of the open one.
-3. `load` finds a key through the `Index`, then `read` brings its bytes back, digest checked.
+3. `load` finds a key, from the third on through the `Index`; `read` brings its bytes back, digest
+   checked.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import DamagedRecording, NoSuchRecord, UsageError
 from .format.claims import ClaimData, checked_meshes
 from .format.ids import HeldIds
-from .format.index import Group, Index, nearest, whole_key
+from .format.index import Group, Index, nearest, searched, whole_key
 from .format.members import (
     Incomplete,
     incomplete,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _HEADERS_KEPT = 256
 _TRIES = 20
+_SEARCHED = 2  # keys, before an index is made: it takes as long as many searches
 
 
 class Recording:
@@ -70,7 +73,9 @@ class Recording:
         self._claims: list[ClaimData] = []
         self._places: dict[tuple[str, str], Place] = {}
         self._headers: dict[str, dict[str, Place]] = {}
-        self._indices: dict[int | None, tuple[pl.DataFrame, Index]] = {}
+        self._frames: dict[int | None, pl.DataFrame] = {}
+        self._indices: dict[int | None, Index] = {}
+        self._looked_up = 0
         self._files: Files | None = None
         self._lock = threading.Lock()
         self._paths: dict[tuple[str, int], Path] = {}
@@ -213,8 +218,11 @@ class Recording:
         Raises:
             NoSuchRecord: nothing is recorded under this key; names the nearest.
         """
-        frame, index = self._index(attempt)
         group = self._group(name, tags)
+        known = self._searched(attempt, kind, group, step, occurrence)
+        if rank in known:
+            return row_at(self._frame(attempt), known[rank])
+        frame, index = self._index(attempt)
         number = index.find_on(rank, kind, group, step, occurrence)
         if number is not None:
             return row_at(frame, number)
@@ -297,20 +305,38 @@ class Recording:
         Raises:
             NoSuchRecord: no rank has it; names the nearest.
         """
-        frame, index = self._index(attempt)
         group = self._group(name, tags)
-        found = index.find(kind, group, step, occurrence)
+        found = self._searched(attempt, kind, group, step, occurrence)
+        frame = self._frame(attempt)
+        if not found:
+            frame, index = self._index(attempt)
+            found = index.find(kind, group, step, occurrence)
         if not found:
             asked = f"{label(name, canonical(tags))} step={step} occurrence={occurrence}"
             close = nearest(index, kind, group, step, occurrence)
             raise NoSuchRecord(asked, [one.text for one in close])
         return [row_at(frame, found[rank]) for rank in sorted(found)]
 
+    def _frame(self, attempt: int | None) -> pl.DataFrame:
+        if attempt not in self._frames:
+            rows = self.rows(attempt) if attempt is not None else self._of_latest(self.rows())
+            self._frames[attempt] = rows
+        return self._frames[attempt]
+
     def _index(self, attempt: int | None) -> tuple[pl.DataFrame, Index]:
+        frame = self._frame(attempt)
         if attempt not in self._indices:
-            frame = self.rows(attempt) if attempt is not None else self._of_latest(self.rows())
-            self._indices[attempt] = frame, Index.build(frame)
-        return self._indices[attempt]
+            self._indices[attempt] = Index.build(frame)
+        return frame, self._indices[attempt]
+
+    def _searched(
+        self, attempt: int | None, kind: str, group: Group, step: int, occurrence: int
+    ) -> dict[int, int]:
+        """Return the rows of a key on all ranks by the index, or, of the first keys, without it."""
+        self._looked_up += 1
+        if attempt in self._indices or self._looked_up > _SEARCHED:
+            return self._index(attempt)[1].find(kind, group, step, occurrence)
+        return searched(self._frame(attempt), kind, group, step, occurrence)
 
     def _group(self, name: str, tags: Mapping[str, Any]) -> Group:
         try:
@@ -397,6 +423,46 @@ class Recording:
             DamagedRecording: the bytes are not there.
         """
         self._through_names(path, lambda file: self._opened().read_runs(file, into, runs))
+
+    def read_many(
+        self,
+        payloads: Sequence[tuple[int, str, str, str]],
+        into: memoryview,
+        nbytes: int,
+        *,
+        check: bool = True,
+    ) -> list[int]:
+        """Read payloads of one size into memory, one behind the other.
+
+        Args:
+            payloads: of each the rank, the shard, the tensor's name in it and the digest.
+            into: the memory.
+            nbytes: of each payload.
+            check: compare the bytes with the digests.
+
+        Returns:
+            The numbers of those that are not there, or not those that were recorded; `read` says
+            why.
+        """
+        import xxhash
+
+        wrong: list[int] = []
+        for (rank, shard), group in itertools.groupby(enumerate(payloads), lambda p: p[1][:2]):
+            these = list(group)
+            try:
+                path = self._shard_path(shard, rank)
+                places = [self._place(shard, tensor, path) for _, (*_, tensor, _) in these]
+                if any(place.nbytes != nbytes for place in places):
+                    raise DamagedRecording(path, "a tensor has another size than the manifest says")
+                self.read_runs(path, into, _runs(these[0][0] * nbytes, places))
+            except (DamagedRecording, OSError):
+                wrong += [number for number, _ in these]
+                continue
+            for number, (*_, digest) in these if check else ():
+                data = into[number * nbytes : (number + 1) * nbytes]
+                if xxhash.xxh3_128_hexdigest(data) != digest:
+                    wrong.append(number)
+        return wrong
 
     def place_of(self, row: ManifestRow) -> tuple[Path, Place]:
         """Return the shard of a row's payload, and where in it that lies.
@@ -512,6 +578,18 @@ class Recording:
         if tensor not in header:
             raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
         return header[tensor]
+
+
+def _runs(at: int, places: Iterable[Place]) -> list[tuple[int, int, int]]:
+    """Return what `read_runs` reads places by, one behind the other in memory from `at` on."""
+    runs: list[tuple[int, int, int]] = []
+    for place in places:
+        if runs and runs[-1][0] + runs[-1][2] - runs[-1][1] == place.offset:
+            runs[-1] = (*runs[-1][:2], at + place.nbytes)
+        else:
+            runs.append((place.offset, at, at + place.nbytes))
+        at += place.nbytes
+    return runs
 
 
 def _is_sorted(rows: pl.DataFrame) -> bool:

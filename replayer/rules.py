@@ -219,6 +219,53 @@ class Rules:
         within = self.is_within({**row, **floor}, tags)
         return {"outcome": "close" if within else "differs", **floor}
 
+    @property
+    def is_by_rounding(self) -> bool:
+        """Whether nothing but rounding decides on pairs, whatever their names."""
+        return self.judges_many and self.rtol is None and self.atol is None
+
+    @property
+    def judges_many(self) -> bool:
+        """Whether `outcomes` can judge: without thresholds and noise floors."""
+        return not self.thresholds and self.floors is None
+
+    def outcomes(self, table: pl.DataFrame) -> pl.Series:
+        """Return what `outcome` says of pairs that differ and are finite, all at once.
+
+        Args:
+            table: the measures of whole tensors, with `kind`, a row a pair.
+        """
+        import polars as pl
+
+        fine = pl.col("mismatched") == 0
+        if self.rtol is None and self.atol is None:
+            usual = {rtol: allowance(rtol) for rtol in table["rtol"].unique()}
+            each = [
+                pl.col("rtol").replace_strict(
+                    [*usual], [one[i] for one in usual.values()], return_dtype=pl.Float64
+                )
+                for i in range(3)
+            ]
+            typical, row = pl.col("error_typical"), pl.col("error_row")
+            left = pl.min_horizontal(_CANCELLED * typical, pl.lit(_CANCELLED_ROW))
+            left = pl.when(pl.col("kind") == "grad").then(left).otherwise(0.0)
+            as_large = (row >= _AS_LARGE) & (row > _AS_OTHERS * typical)
+            covered = (
+                (pl.max_horizontal("error", "error_extreme") <= each[0])
+                & (row <= pl.max_horizontal(each[1], left))
+                & (pl.col("error_element") <= pl.max_horizontal(each[2], left))
+            )
+            is_a_step = (pl.col("rtol") > 0) & (pl.col("max_ulp") == 1)
+            fine = (
+                pl.when(pl.col("error").is_null())
+                .then(fine | is_a_step.fill_null(False))
+                .when(pl.col("l2_a") == 0)
+                .then(fine)
+                .otherwise(~as_large & pl.col("fits_at").is_null() & covered)
+            )
+        found = pl.when(fine).then(pl.lit("close")).otherwise(pl.lit("differs"))
+        return table.select(found.alias("outcome"))["outcome"]
+
     def against_floor(self, row: Mapping[str, Any]) -> dict[str, float | None]:
         """Return the noise of a row's tags, and how many times that its difference is.
 
@@ -292,6 +339,11 @@ class History:
         self._last: dict[str, Allowance] = {}  # of each kind
         self._most: Allowance | None = None
         self._is_whole = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all pairs so far were within tolerance; else errors may not have grown."""
+        return self._is_whole
 
     def known(self, row: Mapping[str, Any]) -> Allowance | None:
         """Return the errors that may have grown to a pair's; None after a fault, or at first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -72,51 +73,41 @@ class Tap(TypedDict):
 
 def taps(rows: pl.DataFrame) -> list[Tap]:
     """Return the taps of manifest rows, in order of first execution."""
-    found: dict[tuple[str, str], _Gathered] = {}
-    columns = ("name", "kind", "tags", "rank", "step", "dtype", "shape", "nbytes")
-    for row in rows_of(rows.select(columns)):
-        found.setdefault((row["name"], row["kind"]), _Gathered()).add(row)
-    return [one.tap(name, kind) for (name, kind), one in found.items()]
+    import polars as pl
 
-
-class _Gathered:
-    """What the records of one name and kind have, each thing once and in order."""
-
-    def __init__(self) -> None:
-        self._tags: dict[str, dict[str, TagValue]] = {}
-        self._ranks: set[int] = set()
-        self._steps: set[int] = set()
-        self._dtypes: dict[str, None] = {}
-        self._shapes: dict[tuple[int, ...] | None, None] = {}
-        self._records = self._nbytes = 0
-
-    def add(self, row: ManifestRow) -> None:
-        for tag, value in parse_tags(row["tags"]).items():
-            values = self._tags.setdefault(tag, {})
+    by = ["name", "kind"]
+    sums = rows.group_by(by, maintain_order=True).agg(
+        ranks=pl.col("rank").unique().sort(),
+        steps=pl.col("step").unique().sort(),
+        records=pl.len(),
+        nbytes=pl.col("nbytes").sum(),
+    )
+    made: dict[tuple[str, str], Tap] = {}
+    for name, kind, ranks, steps, many, nbytes in sums.iter_rows():
+        made[name, kind] = {
+            "name": name, "kind": kind, "tags": {}, "ranks": ranks, "steps": steps,
+            "records": many, "dtypes": [], "shapes": [], "nbytes": nbytes or 0,
+        }  # fmt: skip
+    tags: dict[tuple[str, str], dict[str, dict[str, TagValue]]] = {key: {} for key in made}
+    for name, kind, text in _distinct(rows, [*by, "tags"]):
+        for tag, value in parse_tags(text).items():
+            values = tags[name, kind].setdefault(tag, {})
             if len(values) < _MOST_VALUES:
                 values[json.dumps(value)] = value
-        self._ranks.add(row["rank"])
-        self._steps.add(row["step"])
-        self._records += 1
-        self._nbytes += row["nbytes"] or 0
-        if row["dtype"] is not None:
-            self._dtypes[row["dtype"]] = None
-            if len(self._shapes) < _MOST_SHAPES:
-                shape = row["shape"]
-                self._shapes[None if shape is None else tuple(shape)] = None
+    tensors = rows.filter(pl.col("dtype").is_not_null())
+    for name, kind, dtype in _distinct(tensors, [*by, "dtype"]):
+        made[name, kind]["dtypes"].append(dtype)
+    for name, kind, shape in _distinct(tensors, [*by, "shape"]):
+        if len(made[name, kind]["shapes"]) < _MOST_SHAPES:
+            made[name, kind]["shapes"].append(shape)
+    for key, one in made.items():
+        one["tags"] = {tag: list(values.values()) for tag, values in tags[key].items()}
+    return [*made.values()]
 
-    def tap(self, name: str, kind: str) -> Tap:
-        return {
-            "name": name,
-            "kind": kind,
-            "tags": {tag: list(values.values()) for tag, values in self._tags.items()},
-            "ranks": sorted(self._ranks),
-            "steps": sorted(self._steps),
-            "records": self._records,
-            "dtypes": list(self._dtypes),
-            "shapes": [None if shape is None else list(shape) for shape in self._shapes],
-            "nbytes": self._nbytes,
-        }
+
+def _distinct(rows: pl.DataFrame, columns: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield what some columns hold, each thing once, in order."""
+    return rows.select(columns).unique(maintain_order=True).iter_rows()
 
 
 def records(recording: Recording, rows: pl.DataFrame) -> list[dict[str, Any]]:

@@ -176,6 +176,36 @@ class Index:
         ]
 
 
+def searched(
+    frame: pl.DataFrame, kind: str, group: Group, step: int, occurrence: int
+) -> dict[int, int]:
+    """Return what `Index.find` does of whole keys, without an index: it looks at every row.
+
+    Args:
+        frame: a manifest, as `Index.build` takes it.
+        kind: of the records.
+        group: of `whole_key`.
+        step: the step.
+        occurrence: the occurrence.
+    """
+    import polars as pl
+
+    wanted = {"step": step, "occurrence": occurrence, "kind": kind, "name": group[0]}
+    try:
+        same = pl.all_horizontal(pl.col(name) == value for name, value in wanted.items())
+        at = frame.select(same.arg_true()).to_series()
+    except (pl.exceptions.PolarsError, OverflowError):  # a number beyond its column's
+        return {}
+    rows = frame.select("rank", "seq", "tags")[at].with_columns(row=at)
+    found: dict[int, tuple[bool, int, int]] = {}
+    for rank, seq, text, row in rows.iter_rows():
+        tags = parse_tags(text)
+        if key_tags(tags) == group[1]:
+            one = is_recompute(tags), seq, row
+            found[rank] = min(one, found.get(rank, one))
+    return {rank: found[rank][2] for rank in sorted(found)}
+
+
 def _in_order(rows: pl.DataFrame) -> bool:
     """Whether rows are sorted by rank and seq."""
     rank, seq = rows["rank"], rows["seq"]

@@ -34,9 +34,10 @@ from ..thresholds import Threshold
 from .columns import COLUMNS, OUTCOMES, DiffRow, rows_of
 from .indices import MOST_INDICES
 from .nothing import over_nothing, why_nothing
+from .small import Done, batches, measured, table_of
 from .spread import ALONE, gathered, group, launched, share
-from .table import assembled, base_of, fingerprint, tasks_of, values_of
-from .work import MEMORY, MISSING_ROWS, Crew, Options, Task
+from .table import Todo, assembled, base_of, fingerprint, todo_of, values_of
+from .work import MEMORY, MISSING_ROWS, Crew, Options
 
 GOOD = ("equal", "close")
 _MISSING = ("only_a", "only_b")
@@ -78,7 +79,7 @@ class Diff:
     why_nothing: str
     over_nothing: pl.DataFrame = field(repr=False)
     _crew: Crew = field(repr=False)
-    _tasks: Mapping[int, Task] = field(repr=False)
+    _todo: Todo | None = field(repr=False)
 
     @property
     def pairs(self) -> pl.DataFrame:
@@ -175,7 +176,7 @@ class Diff:
         Raises:
             DamagedRecording: they cannot be read any more.
         """
-        task = self._tasks.get(row["pair"])
+        task = self._todo.task(self._crew.pairs, row["pair"]) if self._todo else None
         ranks = row["ranks_a"], row["ranks_b"]
         for two in self._crew.twos(task) if task else ():
             if isinstance(two, Two) and (list(two.ranks_a), list(two.ranks_b)) == ranks:
@@ -299,7 +300,7 @@ def diff(
         "",
         over_nothing(pairs, found.table),
         Crew(pairs, options),
-        {task.pair: task for task in found.tasks},
+        found.todo,
     )
     if rank.rank == 0 and not made.compared:
         return replace(made, why_nothing=why_nothing(pairs, chosen))
@@ -353,10 +354,10 @@ def _check(
 
 
 class _Compared(NamedTuple):
-    """What comparing some pairs came to: the table, the pairs whose tensors were read, notes."""
+    """What comparing some pairs came to: the table, what was measured, notes."""
 
     table: pl.DataFrame
-    tasks: Sequence[Task] = ()
+    todo: Todo | None = None
     notes: tuple[str, ...] = ()
     is_damaged: bool = False
 
@@ -371,31 +372,40 @@ class _Comparison(NamedTuple):
 
     def of(self, pairs: Pairs, rules: Rules) -> _Compared:
         base = base_of(pairs)
-        tasks, unread = ([], 0) if self.manifest_only else tasks_of(pairs, base)
+        todo = todo_of(pairs, base if not self.manifest_only else base.clear(), self.options.by)
         rows: list[DiffRow] = []
+        done: list[Done] = []
         problem: GraftError | None = None
-        own = share(tasks, self.rank)
-        if own:
-            with self.bar(sum(task.nbytes for task in own), "comparing") as progress:
+        own = share(todo.tasks, self.rank)
+        many = share([*batches(todo.small, self.options)], self.rank)
+        if own or many:
+            total = sum(task.nbytes for task in own) + sum(batch.nbytes for batch in many)
+            with self.bar(total, "comparing") as progress:
                 try:
-                    crew = Crew(pairs, replace(self.options, progress=progress))
-                    for found in crew.measure(own):
+                    options = replace(self.options, progress=progress)
+                    done = [*measured(pairs, many, options)]
+                    own += todo.left_of(pairs, [n for one in done for n in one.left])
+                    for found in Crew(pairs, options).measure(own):
                         rows += found
                 except GraftError as err:
                     problem = err
+        small = table_of(done, todo.small, self.options)
+        if self.rank.world_size > 1:
+            rows += rows_of(small)
+            small = small.clear()
         seen = fingerprint(pairs) if self.rank.world_size > 1 else ""
         everything = gathered(rows, problem, seen, self.rank)
         if everything is None:
             return _Compared(pl.DataFrame(schema=COLUMNS))
         everything += values_of(base)
         notes = [
-            f"{count(unread, 'pair')} recorded without elements (--level): their statistics and "
-            "digests alone were compared"
+            f"{count(todo.unread, 'pair')} recorded without elements (--level): their statistics "
+            "and digests alone were compared"
         ]
         return _Compared(
-            assembled(pairs, base, everything, rules),
-            tasks,
-            tuple(notes if unread else ()),
+            assembled(pairs, base, everything, small, rules),
+            todo,
+            tuple(notes if todo.unread else ()),
             any(row.get("failed") == "damaged" for row in everything),
         )
 

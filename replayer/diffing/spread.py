@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from recorder.bits import bytes_of
 from recorder.errors import GraftError, UsageError
 from recorder.ranks import Rank, from_variables
 
 from .columns import DiffRow
-from .work import Task
 
 ALONE = Rank(0, 1, "default")
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -55,7 +54,18 @@ def joined() -> bool:
     return dist.is_initialized()
 
 
-def share(tasks: Sequence[Task], rank: Rank) -> list[Task]:
+class Sized(Protocol):
+    """What has a size: a pair to measure, or several at once."""
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its records."""
+
+
+S = TypeVar("S", bound=Sized)
+
+
+def share(tasks: Sequence[S], rank: Rank) -> list[S]:
     """Return one rank's part of the pairs: the largest go one by one to who has least."""
     if rank.world_size == 1:
         return list(tasks)

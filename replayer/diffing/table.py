@@ -1,6 +1,6 @@
 """The table of a diff: what the manifests say of each pair, its measures, its outcome.
 
-1. `base_of` joins the pairs with both sides' columns; `tasks_of` is what tensors are to decide.
+1. `base_of` joins the pairs with both sides' columns; `todo_of` is what tensors are to decide.
 2. `assembled` adds what was measured, and what `bounds` proves of what could not be, and judges.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -36,9 +37,10 @@ from ..pairing.pairs import (
 )
 from ..rules import History, Rules, odd_place
 from . import bounds
-from .columns import COLUMNS, DiffRow, figures_of, row_of
+from .columns import COLUMNS, DiffRow, figures_of, row_of, rows_of
 from .grafts import grafted
 from .indices import dims_called
+from .small import small_of, task_of
 from .within import rows_of_keys, said_within, tasks_within
 from .work import Task
 
@@ -105,18 +107,51 @@ def fingerprint(pairs: Pairs) -> str:
     return found.hexdigest()
 
 
-def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
-    """Return the pairs to measure, and how many cannot be: recorded without their elements.
+class Todo(NamedTuple):
+    """What is to be measured.
+
+    Attributes:
+        tasks: pairs that are measured one by one.
+        small: pairs that are measured many at a time, of `small_of`.
+        unread: how many cannot be: recorded without their elements.
+    """
+
+    tasks: list[Task]
+    small: pl.DataFrame
+    unread: int
+
+    def left_of(self, pairs: Pairs, numbers: Sequence[int]) -> list[Task]:
+        """Return small pairs that are to be measured one by one after all."""
+        rows = self.small.filter(
+            pl.col("pair").is_in(pl.Series(numbers, dtype=pl.UInt32).implode())
+        )
+        return [task_of(pairs, *row) for row in rows.select("pair", "a", "b").iter_rows()]
+
+    def task(self, pairs: Pairs, number: int) -> Task | None:
+        """Return the task that a pair is, None where it was not read."""
+        found = [task for task in self.tasks if task.pair == number]
+        return next(iter([*found[-1:], *self.left_of(pairs, [number])]), None)
+
+
+def todo_of(pairs: Pairs, table: pl.DataFrame, by: str | None) -> Todo:
+    """Return the pairs to measure.
 
     A pair whose ranks all hold the same as the other side's may have replicas that are apart on
     both, so it is a task, too, where the ranks' digests are not all one. So is a recomputed forward
     that is not the first's, within one side.
+
+    Args:
+        pairs: what belongs together.
+        table: of `base_of`.
+        by: the dim whose indices get rows of their own, for which pairs are measured one by one.
     """
     # Of rows, digests do not say how many there are, nor whether those computed twice are the same.
     by_rows = (pl.col("state") == EQUAL) & (pl.col("how") == ROWS)
     todo = table.filter((pl.col("state") == TODO) | by_rows)
     found = tasks_within(pairs, table)
     unread = 0
+    small = small_of(pairs, todo if by is None else todo.clear())
+    todo = todo.join(small.select("pair"), on="pair", how="anti", maintain_order="left")
     layouts = todo.filter(pl.col("how").is_in(OF_SEVERAL))["key"].unique()
     of_key = [rows_of_keys(side.frame, layouts) for side in (pairs.a, pairs.b)]
     columns = ("pair", "how", "key", "a", "b", "state")
@@ -131,7 +166,7 @@ def tasks_of(pairs: Pairs, table: pl.DataFrame) -> tuple[list[Task], int]:
             unread += state == TODO
         else:
             found.append(Task(number, how, tuple(rows[0]), tuple(rows[1]), state == EQUAL))
-    return found, unread
+    return Todo(found, small, unread)
 
 
 def values_of(table: pl.DataFrame) -> list[DiffRow]:
@@ -242,7 +277,11 @@ def bounded(pairs: Pairs, table: pl.DataFrame, rules: Rules) -> pl.DataFrame:
 
 
 def assembled(
-    pairs: Pairs, table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules
+    pairs: Pairs,
+    table: pl.DataFrame,
+    measured: Sequence[DiffRow],
+    small: pl.DataFrame,
+    rules: Rules,
 ) -> pl.DataFrame:
     """Return the table of a diff, `COLUMNS`, in execution order.
 
@@ -250,9 +289,10 @@ def assembled(
         pairs: what belongs together.
         table: of `base_of`.
         measured: rows as of `Crew.measure` and `values_of`.
+        small: rows of `small.table_of`.
         rules: how to judge them.
     """
-    done = _judged(table, [row for row in measured if not row.get("about")], rules)
+    done = _judged(table, [row for row in measured if not row.get("about")], small, rules)
     rest = table.join(done.select("pair"), on="pair", how="anti")
     unread = bounded(pairs, rest.filter(pl.col("state") == TODO), rules)
     rest = rest.join(unread, on="pair", how="left", maintain_order="left", suffix="_least")
@@ -321,14 +361,23 @@ def _with_columns(part: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> pl.DataFrame:
+def _judged(
+    table: pl.DataFrame, measured: Sequence[DiffRow], small: pl.DataFrame, rules: Rules
+) -> pl.DataFrame:
     """Return measured rows as a table, each with its outcome, judged in the order of execution."""
     measured = sorted(measured, key=lambda row: row["pair"])
+    if not rules.judges_many:
+        measured = sorted([*measured, *rows_of(small)], key=lambda row: row["pair"])
+        small = small.clear()
     numbers = pl.Series([row["pair"] for row in measured], dtype=pl.UInt32)
-    about = table.select("name", "tags", "kind", "step", "rank")[numbers]
+    facts = table.select("name", "tags", "kind", "step", "rank")
+    about = facts[numbers]
+    small = small.hstack(facts[small["pair"]])
+    small = small.with_columns(rules.outcomes(small), growth=pl.lit(None, pl.Float64))
     parsed: dict[str, Mapping[str, Any]] = {}
     rows: list[DiffRow] = []
-    history = History(_usual_size(measured, about))
+    history = History(_usual_size(measured, about, small))
+    told = _Told(small, rules, history)
     whole: DiffRow = {}
     for row, known in zip(measured, about.iter_rows(named=True), strict=True):
         tags = parsed.get(known["tags"])
@@ -341,6 +390,7 @@ def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> p
                 found["outcome"] = "differs"
             rows.append(row_of(row, found))
             continue
+        told.before(row["pair"])
         whole = row_of(row, _outcome_after(row, tags, rules, history))
         if row.get("parts"):
             whole["ranks_differ"] = _ranks_that_differ(whole, tags, rules)
@@ -350,16 +400,76 @@ def _judged(table: pl.DataFrame, measured: Sequence[DiffRow], rules: Rules) -> p
     made: list[Mapping[str, Any]] = [*rows]
     columns = {name: [row.get(name) for row in made] for name in schema}
     columns["shape_b"] = columns["shape_a"]
-    return pl.DataFrame(columns, schema=schema, strict=False)
+    one_by_one = pl.DataFrame(columns, schema=schema, strict=False)
+    at_once = told.all().drop("rank")
+    missing = {name: pl.lit(None, dtype) for name, dtype in schema.items()}
+    there = {name: pl.col(name).cast(schema[name]) for name in at_once.columns if name in schema}
+    return pl.concat([one_by_one, at_once.select(**{**missing, **there})])
 
 
-def _usual_size(measured: Sequence[DiffRow], about: pl.DataFrame) -> float:
+class _Told:
+    """Small pairs that are judged in the order of execution, among those that stand alone.
+
+    What is before a pair matters to one that is beyond tolerance by itself: it may be rounding that
+    accumulated, as long as nothing before it was beyond.
+
+    Args:
+        small: their rows, with `outcome` as each has it by itself.
+        rules: how to judge them.
+        history: of all pairs so far.
+    """
+
+    def __init__(self, small: pl.DataFrame, rules: Rules, history: History) -> None:
+        self._small, self._rules, self._history = small, rules, history
+        self._numbers: list[int] = small["pair"].to_list()
+        self._outcomes: list[str] = small["outcome"].to_list()
+        differs = (small["outcome"] == "differs").arg_true()
+        self._last = int(differs[-1]) + 1 if len(differs) else 0
+        self._kinds: list[str] = small["kind"].to_list()
+        columns = ("kind", "name", "error", "error_extreme", "error_row", "error_element")
+        self._errors = small.select(columns).iter_rows(named=True)
+        self._at = 0
+        self._growth: dict[int, float | None] = {}
+
+    def before(self, number: int) -> None:
+        """Judge what comes before a pair, which may be rounding that accumulated."""
+        self._judge(bisect_left(self._numbers, number, self._at))
+
+    def all(self) -> pl.DataFrame:
+        """Judge the rest; return all rows, with `outcome` and `growth`."""
+        self._judge(self._last)
+        growth = self._growth
+        if not growth:
+            return self._small
+        at = pl.Series([*growth], dtype=pl.UInt32)
+        outcomes = self._small["outcome"].scatter(at, ["close"] * len(at))
+        sizes = self._small["growth"].scatter(at, [*growth.values()])
+        return self._small.with_columns(outcomes, sizes)
+
+    def _judge(self, until: int) -> None:
+        rules, history = self._rules, self._history
+        for at in range(self._at, until):
+            errors = next(self._errors)
+            if self._outcomes[at] == "close":
+                if history.is_whole:
+                    history.add(errors, True, rules.is_by_rounding)
+            elif history.is_whole or self._kinds[at] == "grad":
+                row = row_of(self._small.row(at, named=True))
+                found = _outcome_after(row, parse_tags(row["tags"]), rules, history)
+                if found["outcome"] == "close":
+                    self._growth[at] = found.get("growth")
+        self._at = max(self._at, until)
+
+
+def _usual_size(measured: Sequence[DiffRow], about: pl.DataFrame, small: pl.DataFrame) -> float:
     """Return the median root mean square of the baseline's gradients, 0 where there is none."""
     sizes = [
         (row.get("l2_a") or 0.0) / math.sqrt(row["numel"])
         for row, kind in zip(measured, about["kind"], strict=True)
         if kind == "grad" and row.get("by") is None and row.get("l2_a") and row.get("numel")
     ]
+    gradients = small.filter((pl.col("kind") == "grad") & (pl.col("l2_a") > 0))
+    sizes += [l2 / math.sqrt(n) for l2, n in gradients.select("l2_a", "numel").iter_rows()]
     return statistics.median(sizes) if sizes else 0.0
 
 

@@ -13,11 +13,11 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +40,9 @@ from .choices import fitting, flips
 from .columns import DiffRow, figures_of, row_of
 from .indices import rows_of_index
 from .tokens import FEWER, MOSTLY, facts_of, first_off, rows_off
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 REPLICAS = "replicas"
 ROWS_APART = "rows apart"
@@ -122,6 +125,35 @@ class _Room:
                 self._changed.notify_all()
 
 
+@contextmanager
+def threads(options: Options) -> Iterator[ThreadPoolExecutor]:
+    """Give as many threads as there are to be, in which torch has one each, as here meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pairs are what is done side by side
+    try:
+        with ThreadPoolExecutor(workers_of(options), initializer=_alone) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T], options: Options) -> Iterator[R]:
+    """Yield what a function returns of each item, in order, done on several threads."""
+    with threads(options) as pool:
+        done = [pool.submit(function, item) for item in items]
+        try:
+            for future in done:
+                yield future.result()
+        finally:
+            for future in done:
+                future.cancel()
+
+
+def workers_of(options: Options) -> int:
+    """Return how many threads are to measure."""
+    return options.workers or _cores()
+
+
 class Crew:
     """Threads that measure pairs.
 
@@ -131,7 +163,7 @@ class Crew:
     """
 
     def __init__(self, pairs: Pairs, options: Options) -> None:
-        self._pairs, self._options = pairs, options
+        self.pairs, self._options = pairs, options
         self._of_thread = threading.local()
         self._room = _Room(options.memory)
         self._beside = Beside(pairs.a.recording)
@@ -143,24 +175,11 @@ class Crew:
         measures, and `parts`, those of each rank's part; or `failed`, why there are none: `shape`,
         `layout` or `damaged`. One with `about` is about one side's own records instead.
         """
-        workers = self._options.workers or _cores()
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # the pairs are what is done side by side
-        try:
-            # Two pools: a pair that waits for its segments must not hold the thread they need.
-            with (
-                ThreadPoolExecutor(workers, initializer=_alone) as pool,
-                ThreadPoolExecutor(workers, initializer=_alone) as segments,
-            ):
-                done = [pool.submit(self._rows, task, segments.map) for task in tasks]
-                try:
-                    for future in done:
-                        yield future.result()
-                finally:
-                    for future in done:
-                        future.cancel()
-        finally:
-            torch.set_num_threads(before)
+        # Two pools: a pair that waits for its segments must not hold the thread they need.
+        with threads(self._options) as segments:
+            yield from side_by_side(
+                lambda task: self._rows(task, segments.map), tasks, self._options
+            )
 
     def _rows(self, task: Task, run: Callable[..., Iterator[Any]]) -> list[DiffRow]:
         # Blocks are read, and put together into as much again.
@@ -187,7 +206,7 @@ class Crew:
 
     def twos(self, task: Task) -> Iterator[Two | LayoutError]:
         """Yield a pair's tensors."""
-        a, b = self._pairs.a.recording, self._pairs.b.recording
+        a, b = self.pairs.a.recording, self.pairs.b.recording
         check = self._options.check
         if task.how == RANK:
             yield by_rank(a, task.a[0], b, task.b[0], check=check)
@@ -198,7 +217,7 @@ class Crew:
 
     def _common(self, task: Task) -> Common:
         """Return the rows that both sides of a pair have."""
-        a, b = self._pairs.a.recording, self._pairs.b.recording
+        a, b = self.pairs.a.recording, self.pairs.b.recording
         shared: tuple[Shared, Shared] = self._of_thread.__dict__.setdefault("shared", ({}, {}))
         check = self._options.check
         return Common.of(a, task.a, b, task.b, check=check, shared=shared)
@@ -236,7 +255,7 @@ class Crew:
                 continue
             if isinstance(two, TwoOfRows):
                 return two.common.also(rows, two.start, len(two.a))
-            return self._pairs.a.recording.read(rows[0], check=self._options.check)
+            return self.pairs.a.recording.read(rows[0], check=self._options.check)
         return None
 
     def _said_of(self, task: Task, two: TwoOfRows) -> str:
@@ -255,7 +274,7 @@ class Crew:
 
     def _within(self, task: Task) -> Iterator[Two]:
         """Yield tensors of one side that should be the same and are not."""
-        a, b = self._pairs.a.recording, self._pairs.b.recording
+        a, b = self.pairs.a.recording, self.pairs.b.recording
         check = self._options.check
         if task.how in SIDES:
             side = a if task.how == "A" else b

@@ -55,7 +55,7 @@ from .quantiles import percentiles
 
 SEGMENT = 1 << 22
 """Elements that one thread does at a time."""
-_CANCELLED = 1e-5  # of the mean |y - x|; a bias below that is added up again, exactly
+CANCELLED = 1e-5  # of the mean |y - x|; a bias below that is added up again, exactly
 _SUM_CHUNK = 1 << 18
 _SIXTEEN = torch.finfo(torch.float16).eps
 
@@ -345,8 +345,13 @@ def _place(segments: list[Pair], figures: list[Figures], name: str) -> dict[str,
 
 
 def _bias(segments: list[Pair], signed: Scaled, total: Scaled, n: int, run: Map) -> float:
-    if not total[0] or abs(_ratio(signed, total)) >= _CANCELLED:
+    if not total[0] or abs(_ratio(signed, total)) >= CANCELLED:
         return _ldexp(signed[0] / n, signed[1])
+    return exact_bias(segments, n, run)
+
+
+def exact_bias(segments: Sequence[Pair], n: int, run: Map = map) -> float:
+    """Return the mean of y - x over the `n` elements that are finite on both sides, exactly."""
     bias = sum(run(_exact_difference, segments), Fraction()) / n
     try:
         return float(bias)

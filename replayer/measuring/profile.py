@@ -19,7 +19,7 @@ beside the others, and off by no more than they are, is what was left when large
 it is no row of its own, where such rows are few. So is one of a gradient that is off by little more
 than the others.
 
-`rows` adds up each row; `_judged` and `_fitted` judge what was added up.
+`rows` adds up each row; `judged` and `_fitted` judge what was added up.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from .chunks import Map
 from .elements import as_numbers, unravelled
 from .rows import DD, DD_EXTREME, X4, XD, XX, XX_EXTREME, D, N, add_up
 
-_MOST_ROWS = 1 << 22
-_SMALL = 0.75  # of the median row's root mean square
-_SMALL_ERROR = 4.0  # times the error of the others
-_MASSIVE = 4.0  # times the median row's root mean square
-_FAR = 0.9  # of a row's size: so many of the rows may be left of larger numbers, where rows have
-_FEW, _FEW_OF_SHORT, _SHORT = 1 / 16, 1 / 2, 16  # as many elements, and where fewer
-_LEFT_OF_GRADIENT = 20.0  # times the median row's error, of gradients, whatever the row's size
-_ODD, _ODD_GRADIENT = 12.0, 100.0  # times the median row's error, that a row's own direction has
-_ODD_LONG, _LONG = 4.0, 64  # the same of rows of so many numbers
-_UNITS = 4.0  # of rounding at the median row's size, that a small row may be off by
-_SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
-_SHARE_OF_ALL = 0.3  # the same of the whole: of many rows, the errors do not agree by chance
-_LEAST = 8 - 1e-3  # numbers that a direction is told by, which are not added up exactly
+MOST_ROWS = 1 << 22
+SMALL = 0.75  # of the median row's root mean square
+SMALL_ERROR = 4.0  # times the error of the others
+MASSIVE = 4.0  # times the median row's root mean square
+FAR = 0.9  # of a row's size: so many of the rows may be left of larger numbers, where rows have
+FEW, FEW_OF_SHORT, SHORT = 1 / 16, 1 / 2, 16  # as many elements, and where fewer
+LEFT_OF_GRADIENT = 20.0  # times the median row's error, of gradients, whatever the row's size
+ODD, ODD_GRADIENT = 12.0, 100.0  # times the median row's error, that a row's own direction has
+ODD_LONG, LONG = 4.0, 64  # the same of rows of so many numbers
+UNITS = 4.0  # of rounding at the median row's size, that a small row may be off by
+SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
+SHARE_OF_ALL = 0.3  # the same of the whole: of many rows, the errors do not agree by chance
+LEAST = 8 - 1e-3  # numbers that a direction is told by, which are not added up exactly
 _LEAST_LEFT = 1e-12  # of |d|^2, that any direction leaves
 _ODDS = 30.0  # natural logarithm of the odds against a direction by chance
 
@@ -151,9 +151,7 @@ class Added(NamedTuple):
     scale: float
 
 
-def added_up(
-    a: torch.Tensor, b: torch.Tensor, run: Map = map, most_rows: int = _MOST_ROWS
-) -> Added:
+def added_up(a: torch.Tensor, b: torch.Tensor, run: Map = map, most_rows: int = MOST_ROWS) -> Added:
     """Add up the rows of a pair, of at least one element.
 
     Args:
@@ -165,7 +163,7 @@ def added_up(
     dims = a.dim()
     if a.is_complex() or b.is_complex():
         a, b = (torch.view_as_real(as_numbers(t).to(torch.complex128)) for t in (a, b))
-    leading = _leading(a.shape, dims, most_rows)
+    leading = leading_of(a.shape, dims, most_rows)
     rows = math.prod(leading)
     one, other = (as_numbers(t.detach()).reshape(rows, -1) for t in (a, b))
     sums, scale = add_up(one, other, run)
@@ -176,14 +174,14 @@ def profile_of(added: Added, eps: float, unit: float, is_gradient: bool) -> Prof
     """Return where the error of a pair lies, given what its rows add up to; see `profile`."""
     sums, leading = added.sums, added.leading
     rest = (-1,) * (added.dims - len(leading))
-    errors, elements, typical = _judged(sums, eps, is_gradient)
+    errors, elements, typical = judged(sums, eps, is_gradient)
     at = int(errors.argmax())
     row = float(errors[at])
     whole = sums.sum(0).tolist()
     found = _fitted(sums, errors, typical, leading, unit, is_gradient)
     return Profile(
-        _relative(whole[DD], whole[XX]),
-        _relative(whole[DD_EXTREME], whole[XX_EXTREME]),
+        relative(whole[DD], whole[XX]),
+        relative(whole[DD_EXTREME], whole[XX_EXTREME]),
         row,
         (*unravelled(at, leading), *rest) if row else None,
         typical,
@@ -194,7 +192,7 @@ def profile_of(added: Added, eps: float, unit: float, is_gradient: bool) -> Prof
     )
 
 
-def _leading(sizes: Sequence[int], dims: int, most_rows: int) -> tuple[int, ...]:
+def leading_of(sizes: Sequence[int], dims: int, most_rows: int) -> tuple[int, ...]:
     """Return the sizes of the dims whose indices are rows."""
     keep = max(0, dims - 1)
     while math.prod(sizes[:keep]) > most_rows:
@@ -202,36 +200,36 @@ def _leading(sizes: Sequence[int], dims: int, most_rows: int) -> tuple[int, ...]
     return tuple(sizes[:keep])
 
 
-def _relative(error: float, size: float) -> float:
+def relative(error: float, size: float) -> float:
     """Return the root of a ratio of sums of squares; infinite where something is off nothing."""
     if not error:
         return 0.0
     return math.sqrt(error / size) if size and error < math.inf else math.inf
 
 
-def _relative_of_rows(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """Return the same as `_relative` of each row, 0 of one without size."""
+def relative_of_rows(error: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return the same as `relative` of each row, 0 of one without size."""
     found = (error / size).sqrt().nan_to_num(0.0, float("inf"))
     return found.masked_fill(error.isinf(), float("inf"))
 
 
-_relative_of_rows = scripted(_relative_of_rows)
+relative_of_rows = scripted(relative_of_rows)
 
 
-def _judged(
+def judged(
     sums: torch.Tensor,
     eps: float,
     is_gradient: bool,
-    of_gradient: float = _LEFT_OF_GRADIENT,
-    few_numbers: float = _LEAST,
-    units: float = _UNITS,
-    short: int = _SHORT,
-    small: float = _SMALL,
-    small_error: float = _SMALL_ERROR,
-    far: float = _FAR,
-    few: float = _FEW,
-    few_of_short: float = _FEW_OF_SHORT,
-    massive: float = _MASSIVE,
+    of_gradient: float = LEFT_OF_GRADIENT,
+    few_numbers: float = LEAST,
+    units: float = UNITS,
+    short: int = SHORT,
+    small: float = SMALL,
+    small_error: float = SMALL_ERROR,
+    far: float = FAR,
+    few: float = FEW,
+    few_of_short: float = FEW_OF_SHORT,
+    massive: float = MASSIVE,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Return the relative errors of rows and of their elements, and the rows' median error.
 
@@ -245,7 +243,7 @@ def _judged(
     """
     xx, yy, _xd, dd, _d, x4, n, element, xx_extreme, yy_extreme, dd_extreme = sums.unbind(1)
     square = torch.maximum(xx, yy)
-    error = _relative_of_rows(dd, square)
+    error = relative_of_rows(dd, square)
     there = square > 0
     if not bool(there.any()):
         return error, element, 0.0
@@ -278,12 +276,12 @@ def _judged(
     error = error.masked_fill(left, 0.0)
     element = element.masked_fill(left, 0.0)
     if not is_gradient:  # whose extremes are left of larger numbers, too
-        outer = _relative_of_rows(dd_extreme, torch.maximum(xx_extreme, yy_extreme))
+        outer = relative_of_rows(dd_extreme, torch.maximum(xx_extreme, yy_extreme))
         error = torch.maximum(error, outer)
     return error, element, typical
 
 
-_judged = scripted(_judged)
+judged = scripted(judged)
 
 
 class _Fit(NamedTuple):
@@ -311,9 +309,9 @@ def _fitted(
     """
     if not bool((sums[:, DD] > unit**2 * sums[:, XX]).any()):
         return _Fit()  # no part of an error is larger than it
-    odd: torch.Tensor | float = _ODD_GRADIENT
+    odd: torch.Tensor | float = ODD_GRADIENT
     odds = _ODDS + math.log(1 + sum(leading) + len(sums))
-    of_all = _SHARE if is_gradient else _SHARE_OF_ALL
+    of_all = SHARE if is_gradient else SHARE_OF_ALL
     found = _direction(sums.unsqueeze(0), unit, odds, of_all)
     if found is not None:
         return found.fit._replace(along=(-1,) * len(leading))
@@ -322,7 +320,7 @@ def _fitted(
     several = [dim for dim, size in enumerate(leading) if size > 1]
     for dim in several if len(several) > 1 else ():
         places = shaped.movedim(dim, 0).reshape(leading[dim], -1, sums.shape[1])
-        found = _direction(places, unit, odds, _SHARE)
+        found = _direction(places, unit, odds, SHARE)
         if found is not None and found.explained > best[0]:
             if is_gradient and found.error <= odd * typical:
                 continue
@@ -332,9 +330,9 @@ def _fitted(
         return best[1]
     if not is_gradient:
         like = sums[:, XX].square() / sums[:, X4]
-        odd = torch.where(like >= _LONG, _ODD_LONG, _ODD)
+        odd = torch.where(like >= LONG, ODD_LONG, ODD)
     at = (errors > odd * typical).nonzero().flatten()
-    found = _direction(sums[at].unsqueeze(1), unit, odds, _SHARE)
+    found = _direction(sums[at].unsqueeze(1), unit, odds, SHARE)
     if found is None:
         return _Fit()
     return found.fit._replace(along=(*unravelled(int(at[found.place]), leading),))
@@ -363,7 +361,7 @@ def _direction(places: torch.Tensor, unit: float, odds: float, least: float) -> 
         odds: the logarithm of the odds that are no chance.
         least: how much of |d|^2 a direction is to explain.
     """
-    at, shares = _candidates(places, unit, least)
+    at, shares = candidates(places, unit, least)
     if not at.numel():  # as a rule
         return None
     places, (share_x, share_1) = places[at], shares
@@ -389,7 +387,7 @@ def _direction(places: torch.Tensor, unit: float, odds: float, least: float) -> 
     return _Found(int(at[best]), float(explained[best]), error, fit)
 
 
-def _candidates(
+def candidates(
     places: torch.Tensor, unit: float, least: float
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the places with a direction, and what of |d|^2 a factor there explains, and an offset.
@@ -406,7 +404,7 @@ def _candidates(
     return at, shares
 
 
-_candidates = scripted(_candidates)
+candidates = scripted(candidates)
 
 
 def _is_no_chance(
@@ -421,4 +419,4 @@ def _is_no_chance(
     sized = m * error
     alike = (sized.sum(1) / error.amax(1)).nan_to_num(0.0)
     evidence = torch.maximum(evidence, -0.5 * (alike - 1).clamp(min=0.0) * whole.log())
-    return (m.sum(1) >= _LEAST) & (evidence > odds)
+    return (m.sum(1) >= LEAST) & (evidence > odds)

@@ -32,6 +32,7 @@ _EXPONENT = {torch.float32: (23, 8), torch.float64: (52, 11)}  # the place of it
 _SCALED = {torch.float32: (10, 100), torch.float64: (200, 1000)}  # binades from 1; by how many
 _HIGH = 50  # binades above 1, whose squares float32 does not add up
 _SAFE_SQUARE = 2.0**-60  # the mean of a row's squares, at least, whose sums float32 holds
+_TINY, _HUGE = 2.0**-40, 2.0**60  # within these, numbers and differences are scaled exactly
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 # Columns of what is added up, of a row
@@ -126,6 +127,86 @@ def _great(
     return _great_from(counts, dtype)
 
 
+def sums_of_pairs(
+    one: torch.Tensor, other: torch.Tensor, pairs: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `add_up` does of many pairs at once, bit by bit the same, in units of 1.
+
+    Args:
+        one: the baselines' rows, of shape [pairs * rows, n], of dtypes that float32 holds.
+        other: the targets'.
+        pairs: how many pairs there are.
+
+    Returns:
+        The sums, of shape [pairs, rows, 11]; and of which pairs they are known, of shape [pairs]:
+        not of those where some numbers are great by a gap, or far from the others and from 1.
+    """
+    x, y = one.to(torch.float32), other.to(torch.float32)
+    size = torch.minimum(x.abs(), y.abs()).view(pairs, -1)
+    place, bits = _EXPONENT[torch.float32]
+    codes = (size.view(torch.int32) >> place).bitwise_and_((1 << bits) - 1)
+    codes += torch.arange(pairs, dtype=torch.int32).unsqueeze(1) << bits
+    counts = torch.bincount(codes.view(-1), minlength=pairs << bits).view(pairs, 1 << bits)
+    highest, is_known = _ungapped(counts)
+    scales = [_scale(e, torch.float32) for e in highest.tolist()]
+    is_scaled = any(scale != 1.0 for scale in scales)
+    if is_scaled:
+        # Scaled before they are subtracted, numbers have the same difference, but at the ends of
+        # what float32 holds.
+        scale, most = torch.tensor(scales), torch.maximum(x.abs(), y.abs()).view(pairs, -1)
+        tiny = torch.minimum(_or_one(x), _or_one(y)).view(pairs, -1).amin(1) < _TINY
+        is_known &= (scale == 1.0) | ((most.amax(1) * scale < _HUGE) & ((scale > 1.0) | ~tiny))
+        each = torch.where(is_known, scale, 1.0).repeat_interleave(len(x) // pairs)
+        each = each.unsqueeze(1)
+        found = _sums(x * each, y * each, math.inf, 1.0, 1.0, False, EXTREME)
+    else:
+        found = _sums(x, y, math.inf, 1.0, 1.0, False, EXTREME)
+    is_held = found.isfinite().all(1) & (found[:, XX] >= _SAFE_SQUARE * found[:, N])
+    if is_scaled:
+        known = zip(scales, is_known.tolist(), strict=True)
+        units = [_units(one, one) for one in (s if is_it else 1.0 for s, is_it in known)]
+        found *= torch.tensor(units, dtype=torch.float64).repeat_interleave(len(x) // pairs, 0)
+    if not bool(is_held.all()):
+        _add_up_again(found, x, y, is_held, math.inf)
+    return found.view(pairs, -1, found.shape[1]), is_known
+
+
+def _units(scale: float, outer: float) -> list[float]:
+    """Return what brings sums of numbers that were multiplied back, those of extremes apart."""
+    return [scale**-power for power in _POWERS] + [outer**-2] * 3
+
+
+def _or_one(values: torch.Tensor) -> torch.Tensor:
+    """Return the magnitudes of numbers, 1 for zeros."""
+    return values.abs().masked_fill(values == 0, 1.0)
+
+
+def _ungapped(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the greatest exponent of each pair, and of which none is far above those below.
+
+    Args:
+        counts: how often each has which, of shape [pairs, 256].
+    """
+    bias = (counts.shape[1] >> 1) - 1
+    counts[:, 0] = 0  # as `_great_from` has it
+    counts[:, -1] = 0
+    seen = counts.any(0).nonzero().flatten()
+    if not seen.numel():
+        nothing = torch.zeros(len(counts), dtype=torch.int64)
+        return nothing, torch.ones_like(nothing, dtype=torch.bool)
+    first = int(seen[0])
+    used = counts[:, first : int(seen[-1]) + 1]
+    places = torch.arange(first, first + used.shape[1])
+    there = torch.where(used > 0, places, -1)
+    before = there.cummax(1).values
+    highest = torch.where(before[:, -1] < 0, 0, before[:, -1] - bias)
+    below = used.cumsum(1) - used
+    least = (used.sum(1, keepdim=True) // _SHARE_BELOW).clamp_(min=_LEAST_BELOW)
+    gap = (there[:, 1:] - before[:, :-1] > _GAP) & (before[:, :-1] >= 0)
+    is_great = (gap & (below[:, 1:] >= least)).any(1)
+    return highest, ~is_great & (highest <= _HIGH)
+
+
 def has_gap(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether a sample of two matrices has numbers that are great by a gap, as masks leave them.
 
@@ -205,14 +286,20 @@ def _sums_narrow(
     square, n = found[:, XX], found[:, N]
     is_held = found.isfinite().all(1) & (square >= _SAFE_SQUARE * n)
     if scale != 1.0:
-        units = [scale**-power for power in _POWERS] + [outer**-2] * 3
-        found *= torch.tensor(units, dtype=torch.float64)
+        found *= torch.tensor(_units(scale, outer), dtype=torch.float64)
     if not bool(is_held.all()):
-        at = (~is_held).nonzero().flatten()
-        at = at[((x[at] != 0) | (y[at] != 0)).any(1)]
-        if at.numel():
-            found[at] = _sums(x[at].double(), y[at].double(), great, 1.0, 1.0, False, EXTREME)
+        _add_up_again(found, x, y, is_held, great)
     return found
+
+
+def _add_up_again(
+    found: torch.Tensor, x: torch.Tensor, y: torch.Tensor, is_held: torch.Tensor, great: float
+) -> None:
+    """Put in `found` the sums of rows that float32 does not hold."""
+    at = (~is_held).nonzero().flatten()
+    at = at[((x[at] != 0) | (y[at] != 0)).any(1)]
+    if at.numel():
+        found[at] = _sums(x[at].double(), y[at].double(), great, 1.0, 1.0, False, EXTREME)
 
 
 def _sums(

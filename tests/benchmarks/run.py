@@ -29,6 +29,7 @@ import modules
 import recording
 import replaying
 import rows
+import scale
 import taps
 import tokens
 from harness import Result
@@ -60,6 +61,7 @@ BENCHMARKS = {
     "diff-large": diffing.large,
     "diff-many": diffing.many,
     "diff-manifests": diffing.manifests,
+    "growth": scale.growth,
     "cuda": cuda.cuda,
     "cuda-compiled": compiled.compiled_on_cuda,
 }

@@ -21,6 +21,7 @@ from recorder.errors import (
     UnsupportedVersion,
     UsageError,
 )
+from recorder.format.index import Index, searched
 from recorder.format.schema import COLUMNS
 from recorder.writing import store as store_module
 from recorder.writing import summaries as summaries_module
@@ -419,3 +420,40 @@ def test_shapes_that_do_not_fit_their_bytes(record):
     for change in ({"shape": [1 << 40, 3]}, {"shape": [-2, -3]}, {"dtype": "nonsense"}):
         with pytest.raises(DamagedRecording):
             back.read({**row, **change})
+
+
+# Finding the first keys without an index ---------------------------------------------------------
+
+
+def test_a_key_is_found_without_an_index_as_with_one(record):
+    def tapped(rank):
+        for step in range(2):
+            for i in range(3):
+                tap("x", torch.ones(2) * i, layer=i % 2, z="a")
+                tap("y", i, layer=i % 2)
+            tap("x", torch.zeros(2), layer=0, z="a", recompute=True)
+            tap("again", torch.zeros(2), recompute=step == 0)
+            tap("again", torch.ones(2))
+
+    frame = record(tapped, 2).rows()
+    index = Index.build(frame)
+    keys = [(kind, group) for kind, group in index.groups]
+    seen = 0
+    for kind, group in [*keys, ("tensor", ("x", "{}")), ("tensor", ("none", "{}"))]:
+        for step in (0, 1, 2, 1 << 70):
+            for occurrence in (0, 1, 7):
+                found = searched(frame, kind, group, step, occurrence)
+                assert found == index.find(kind, group, step, occurrence)
+                seen += len(found)
+    assert seen >= 12
+
+
+def test_the_first_keys_make_no_index_and_all_are_the_same(record, monkeypatch):
+    run = record(lambda rank: [tap("x", torch.tensor(float(i)), i=i) for i in range(6)], 2)
+    built = []
+    build = Index.build
+    monkeypatch.setattr(Index, "build", lambda frame, **kwargs: built.append(1) or build(frame))
+    assert [run.load(1, "x", i=i).item() for i in range(2)] == [0.0, 1.0]
+    assert not built
+    assert [run.load(1, "x", i=i).item() for i in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert len(run.find_all("x", i=3)) == 2 and len(built) == 1
