@@ -31,7 +31,7 @@ _THROUGH = frozenset(
     | ({"invoke_subgraph"} if hasattr(effects, "_get_effect") else set())  # torch 2.10
 )
 """What the compiler traces by itself and effects lead out of."""
-LOWERING = 1
+LOWERING = 2
 """To be raised with what `_tell_inductor` tells: inductor's cache of programs asks not for that."""
 OUTSIDE_GRAPHS = () if _OUTSIDE is None else (_OUTSIDE,)
 """Tags of an operator that is to be run between CUDA graphs, and not captured."""
@@ -80,6 +80,7 @@ def _tell_inductor(operator: Any) -> None:
     buffer, and looks for it by that of its operation (pytorch/pytorch#188301).
     """
     try:
+        from torch._inductor.ir import MultiOutput
         from torch._inductor.lowering import fallback_handler, register_lowering
         from torch._inductor.virtualized import V
     except ImportError:  # there is no inductor, so nobody is to be told
@@ -93,11 +94,14 @@ def _tell_inductor(operator: Any) -> None:
         known = len(graph.operations)
         found = run(*args, **kwargs)
         made: list[Any] = graph.operations[known:]
+        effect: Any = None
         for one in made:
-            if before is not None and waits is not None:
-                waits[one.get_operation_name()].add(before.get_name())
             if getattr(one, "op_overload", None) is operator:
-                one.fx_node = _as_called(operator, one.fx_node)
+                if before is not None and waits is not None:
+                    waits[one.get_operation_name()].add(before.get_name())
+                one.fx_node = effect = _as_called(operator, one.fx_node)
+            elif isinstance(one, MultiOutput):  # a graph would be given what holds all of them
+                one.fx_node = effect
         return found
 
     register_lowering(operator, type_promotion_kind=None)(lowered)

@@ -344,12 +344,12 @@ def watch() -> None:
         return
     kind = backend.kind
     with _lock:
+        firing.capturing = hold
         if kind in _plain:
             return
         _plain[kind] = {name: vars(kind).get(name) for name in _WRAPPED}
         for name, wrapper in _WRAPPED.items():
             setattr(kind, name, _wrapped(getattr(kind, name), wrapper))
-    firing.capturing = hold
 
 
 def _wrapped(plain: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable[..., Any]:
@@ -363,13 +363,14 @@ def _wrapped(plain: Callable[..., Any], wrapper: Callable[..., Any]) -> Callable
 
 def unwatch() -> None:
     """Hear of them no more."""
-    kind = backend.kind
     with _lock:
-        for name, plain in _plain.pop(kind, {}).items():
-            if plain is None:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, plain)
-    firing.capturing = None
+        firing.capturing = None
+        while _plain:
+            kind, calls = _plain.popitem()
+            for name, plain in calls.items():
+                if plain is None:
+                    delattr(kind, name)
+                else:
+                    setattr(kind, name, plain)
     _captures.clear()
     _current.clear()

@@ -162,8 +162,14 @@ def test_a_graft_onto_an_expanded_tensor_is_refused_and_the_job_goes_on(run, cap
     assert "overlap in memory" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="torch has no such tag")
-@pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")
+def can_part(test):
+    """Mark a test of what inductor does around CUDA graphs."""
+    has_tag = hasattr(torch.Tag, "cudagraph_unsafe")
+    test = pytest.mark.skipif(not has_tag, reason="torch has no such tag")(test)
+    return pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler")(test)
+
+
+@can_part
 def test_inductor_keeps_taps_out_of_cuda_graphs(run, monkeypatch):
     from torch._inductor.scheduler import Scheduler
     from torch._inductor.utils import is_cudagraph_unsafe_op
@@ -183,3 +189,67 @@ def test_inductor_keeps_taps_out_of_cuda_graphs(run, monkeypatch):
         once(torch.compile(around(inner), fullgraph=True))
     assert len(seen) == 7  # taps, and both ends of two blocks
     assert all(map(is_cudagraph_unsafe_op, seen))
+
+
+def layers(x):
+    for i in range(2):
+        x = tap("h", torch.tanh(x) * 2, grad=True, layer=i)
+        with context(inner="y"):
+            tap("dead", x + 1, layer=i)
+            x = tap("z", torch.sin(x) * x, layer=i)
+        x = x * 3
+    return x
+
+
+@can_part
+@pytest.mark.parametrize("is_training", [False, True])
+def test_programs_that_inductor_parts_at_taps_run(tmp_path, monkeypatch, is_training):
+    """As it does for CUDA graphs, here without any: on a CPU it would part at each operation."""
+    from torch._inductor import config
+    from torch._inductor.ir import MultiOutput
+    from torch._inductor.scheduler import FusedSchedulerNode, Scheduler
+    from torch._inductor.utils import is_cudagraph_unsafe_op
+
+    parted = []
+
+    def should_partition(self, node, *args, **kwargs):
+        parts = node.snodes if isinstance(node, FusedSchedulerNode) else [node]
+        here = any(is_cudagraph_unsafe_op(part.node) for part in parts)
+        parted.append(here)
+        # A graph's function is given tensors alone: what holds several is none of its inputs.
+        assert here or not any(isinstance(part.node, MultiOutput) for part in parts)
+        return "a tap" if here else None
+
+    def run(job, seed):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+        x.requires_grad_(is_training)
+        y = job(x)
+        if is_training:
+            y.sum().backward()
+        step()
+        return y.detach(), x.grad
+
+    monkeypatch.setattr(Scheduler, "should_partition", should_partition)
+    with config.patch(
+        {"force_disable_caches": True, "graph_partition": True, "triton.cudagraphs": True}
+    ):
+        job = torch.compile(layers, fullgraph=True)
+        with Recorder(tmp_path / "parted"):
+            found = run(job, 0)
+        assert any(parted) and not all(parted)
+        with Replayer(tmp_path / "parted") as session:
+            grafted = run(job, 1)
+    assert set(outcomes(session)) == {"grafted"}
+    assert torch.equal(grafted[0], found[0])
+    with Recorder(tmp_path / "eager"):
+        wanted = run(layers, 0)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    one, other = (Recording.open(tmp_path / name) for name in ("parted", "eager"))
+    rows, others = one.manifest().sort("seq"), other.manifest().sort("seq")
+    columns = ["kind", "name", "tags"]
+    assert sorted(rows.select(columns).rows()) == sorted(others.select(columns).rows())
+    for name in ("h", "dead", "z"):
+        for layer in (0, 1):
+            tags = {"layer": layer} | ({} if name == "h" else {"inner": "y"})
+            torch.testing.assert_close(one.load(0, name, **tags), other.load(0, name, **tags))
