@@ -343,7 +343,7 @@ class Replacements:
             tags={**selected.tags, "name": selected.key.name},
             received_list=received,
             received_extras_list=[
-                json.loads(rows[sender]["extras"] or "{}") if sender in rows else None
+                _extras(rows[sender]) if sender in rows else None
                 for sender in range(self.recording.world_size)
             ],
             key=selected.key._replace(kind=declared.kind),
@@ -353,3 +353,9 @@ class Replacements:
             dims=declared.dims,
             sender_dims=next((row["dims"] for row in rows.values() if row["dims"]), ""),
         )
+
+
+def _extras(row: ManifestRow) -> dict[str, Any]:
+    """Return the extras of a record; most have none, and need no decoder."""
+    text = row["extras"]
+    return json.loads(text) if text and text != "{}" else {}

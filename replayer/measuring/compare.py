@@ -6,7 +6,8 @@ without the cancellation. All figures are over the elements that are finite on b
 differs elsewhere counts as changed.
 
 1. `_sums` goes over both tensors chunk by chunk, in memory that is reused, and adds up the squares
-   and the differences.
+   and the differences. Each element is widened before anything is computed of it, so that no figure
+   rests on float32; what is counted in float32 are flags, fewer than it can count.
 2. A chunk whose sums are not finite, or whose elements float64 cannot hold, is done again by
    `_exact`, element by element.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,35 +25,87 @@ import torch
 from recorder.bits import as_bits, has_statistics
 from recorder.scripting import scripted
 
-_CHUNK = 1 << 19  # elements; as float64 they fit a processor's last cache
+_CHUNK = 1 << 15  # elements; with all that is made of them they fit a core's second-level cache
+_CHUNK_ELSEWHERE = 1 << 19  # on a GPU, where each call costs more than the memory
 
 
 def _sums(
-    a: torch.Tensor, b: torch.Tensor, wide: torch.Tensor, size: int, take_equal: bool
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bits: tuple[torch.Tensor, torch.Tensor],
+    wide: torch.Tensor,
+    flags: torch.Tensor,
+    size: int,
+    take_equal: bool,
 ) -> torch.Tensor:
-    found = []  # for each chunk, what `_Figures` has
-    for one, other in zip(a.split(size), b.split(size)):  # noqa: B905  # scripts have no strict
+    """Return for each chunk what `_Figures` has, in a row.
+
+    Args:
+        a: elements.
+        b: as many others.
+        bits: the same two, as they are compared for being equal throughout.
+        wide: memory for two chunks, in float64.
+        flags: memory for one chunk in the tensors' dtype, where that is float32 or float64.
+        size: of a chunk, in elements.
+        take_equal: whether to ask that of each chunk.
+    """
+    found = []
+    ones, others = a.split(size), b.split(size)
+    each = size * bits[0].numel() // a.numel()
+    one_bits, other_bits = bits[0].split(each), bits[1].split(each)
+    for i in range(len(ones)):
+        one, other = ones[i], others[i]
         n = one.numel()
         x = wide.narrow(0, 0, n)
-        x.copy_(one)
-        if take_equal and torch.equal(one, other):
+        if take_equal and torch.equal(one_bits[i], other_bits[i]):
+            x.copy_(one)
             total = torch.dot(x, x)
             nothing = torch.zeros_like(total)
             found += [total + total, nothing, nothing, nothing, nothing]
         else:
-            y = wide.narrow(0, size, n)
+            # It goes first, since it waits least for memory, and the next find the chunk there.
+            is_flagged = flags.numel() > 0
+            if is_flagged:
+                torch.ne(one, other, out=flags.narrow(0, 0, n))
+            y = wide.narrow(0, n, n)
+            x.copy_(one)
             y.copy_(other)
-            found.append(torch.dot(x, x) + torch.dot(y, y))
+            both = wide.narrow(0, 0, 2 * n)
+            found.append(torch.dot(both, both))
             x.sub_(y)
             found.append(torch.dot(x, x))
             x.abs_()
             found.append(x.amax())
             found.append(x.sum())
-            found.append(x.sign_().sum())
+            if is_flagged:
+                found.append(flags.narrow(0, 0, n).sum().to(torch.float64))
+            else:
+                found.append(x.ne_(0.0).sum())
     return torch.stack(found).view(-1, 5)
 
 
+def _sums_of_one(one: torch.Tensor, other: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """Return the same of one chunk alone, with the fewest calls: for small tensors these are most.
+
+    Args:
+        one: elements.
+        other: as many others.
+        wide: memory for twice as many, in float64.
+    """
+    n = one.numel()
+    both = wide.narrow(0, 0, 2 * n)
+    x, y = wide.narrow(0, 0, n), wide.narrow(0, n, n)
+    x.copy_(one)
+    y.copy_(other)
+    total = torch.dot(both, both)
+    x.sub_(y)
+    squares = torch.dot(x, x)
+    x.abs_()
+    return torch.stack([total, squares, x.amax(), x.sum(), x.ne_(0.0).sum()]).view(-1, 5)
+
+
 _sums = scripted(_sums)
+_sums_of_one = scripted(_sums_of_one)
 _memory = threading.local()
 
 
@@ -86,13 +140,21 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
         changed = int((a.view(torch.uint8) != b.view(torch.uint8)).sum())
         return Difference(None, None, None, changed, numel)
     one, other = _flat(a), _flat(b)
-    size = min(_CHUNK, one.numel())
+    on_cpu = one.device.type == "cpu"
+    size = min(_CHUNK if on_cpu else _CHUNK_ELSEWHERE, numel)
     if a.dtype.is_complex or (a.dtype.itemsize == 8 and not a.dtype.is_floating_point):
-        rows = [[math.nan]] * -(-one.numel() // size)
+        rows = [[math.nan]] * -(-numel // size)
+    elif numel == size:
+        rows = _sums_of_one(one, other, _work_memory(one.device, size)).tolist()
     else:
         # On a GPU, asking whether chunks are equal would wait for each of them.
-        on_cpu = one.device.type == "cpu"
-        rows = _sums(one, other, _wide_memory(one.device, size), size, on_cpu).tolist()
+        bits = (_words(one), _words(other)) if on_cpu else (one, other)
+        if bits[0].numel() != bits[1].numel():
+            bits = one, other
+        wide = _work_memory(one.device, size)
+        is_flagged = one.dtype in (torch.float32, torch.float64)
+        flags = wide[2 * size :].view(one.dtype) if is_flagged else wide[:0]
+        rows = _sums(one, other, bits, wide, flags, size, on_cpu).tolist()
     figures = [
         _Figures(row[0], row[1], row[2], row[3], row[4], min(size, numel - i * size))
         if all(map(math.isfinite, row))
@@ -104,9 +166,9 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
     if not finite:
         undefined = None if changed else 0.0
         return Difference(undefined, undefined, undefined, changed, numel)
-    total = math.fsum(figure.total for figure in figures)
-    squares = math.fsum(figure.squares for figure in figures)
-    summed = math.fsum(figure.summed for figure in figures)
+    total = _added(figure.total for figure in figures)
+    squares = _added(figure.squares for figure in figures)
+    summed = _added(figure.summed for figure in figures)
     most = max(figure.most for figure in figures)
     relative = 0.0 if changed == 0 or most == 0 else math.nan
     if most and math.isfinite(total) and total > 0:
@@ -146,14 +208,33 @@ def _exact(one: torch.Tensor, other: torch.Tensor) -> _Figures:
     )
 
 
-def _wide_memory(device: torch.device, size: int) -> torch.Tensor:
-    """Return memory for two chunks as float64; reused on the CPU, where fresh pages cost most."""
+def _added(values: Iterable[float]) -> float:
+    """Return a sum of numbers that are not negative, rounded once; inf beyond float64."""
+    try:
+        return math.fsum(values)
+    except OverflowError:
+        return math.inf
+
+
+def _words(flat: torch.Tensor) -> torch.Tensor:
+    """Return elements eight bytes at a time, which is faster to compare; else as they are.
+
+    What has the same bits is equal but for NaN, and a chunk with NaN is done again.
+    """
+    each = 8 // flat.dtype.itemsize
+    if not flat.is_contiguous() or flat.numel() % each or flat.storage_offset() % each:
+        return flat
+    return flat if flat.data_ptr() % 8 else flat.view(torch.int64)
+
+
+def _work_memory(device: torch.device, size: int) -> torch.Tensor:
+    """Return memory for three chunks as float64; reused on the CPU, where fresh pages cost most."""
     if device.type != "cpu":
-        return torch.empty(2 * size, dtype=torch.float64, device=device)
+        return torch.empty(3 * size, dtype=torch.float64, device=device)
     kept: torch.Tensor | None = getattr(_memory, "wide", None)
-    if kept is None or kept.numel() < 2 * size:
+    if kept is None or kept.numel() < 3 * size:
         with torch.inference_mode(False):  # else it could be used under that mode alone
-            kept = _memory.wide = torch.empty(2 * size, dtype=torch.float64, device=device)
+            kept = _memory.wide = torch.empty(3 * size, dtype=torch.float64, device=device)
     return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -107,3 +108,87 @@ def test_memory_made_in_inference_mode_serves_outside_of_it():
     with torch.inference_mode():
         difference(torch.ones(5), torch.zeros(5))
     assert difference(torch.ones(5), torch.zeros(5)).max_abs == 1.0
+
+
+def exact(a, b):
+    """The figures' definitions over what is finite on both sides, in fractions."""
+    pairs = list(zip(a.tolist(), b.tolist(), strict=True))
+    changed = sum(x != y and not (x != x and y != y) for x, y in pairs)
+    finite = [(Fraction(x), Fraction(y)) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+    apart = [abs(x - y) for x, y in finite]
+    total = sum(x * x + y * y for x, y in finite)
+    relative = sum(d * d for d in apart) / total if total else Fraction(0)
+    return relative, max(apart), sum(apart) / len(apart), changed
+
+
+def sides(kind, dtype, n, g):
+    """Two tensors that differ in one way, before they are of a dtype."""
+    a = torch.randn(n, generator=g, dtype=torch.float64)
+    b = a + 1e-2 * torch.randn(n, generator=g, dtype=torch.float64)
+    if kind == "unrelated":
+        b = torch.randn(n, generator=g, dtype=torch.float64)
+    elif kind == "of all sizes":  # a difference of two of these is no float32
+        a, b = a * 2.0 ** torch.arange(-30, 30).repeat(n // 60 + 1)[:n], b.flip(0)
+    elif kind == "tiny":  # whose squares are nothing in the dtype itself
+        a, b = a * 2.0**-130, b * 2.0**-130
+    elif kind == "huge":  # whose squares are infinite there
+        a, b = a * 2.0**124, b * 2.0**124
+    elif kind == "signs of zero":
+        a[::2], b[::2] = 0.0, -0.0
+    elif kind == "some equal":
+        b = torch.where(torch.rand(n, generator=g) < 0.7, a, b)
+    elif kind == "one differs":
+        b = a.clone()
+        b[-1] += 1
+    elif kind == "not finite here and there":
+        a[3], b[3], a[5], b[700], a[-1] = math.nan, math.nan, math.inf, -math.inf, math.nan
+    return a.to(dtype), b.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n", [777, 1024, 1030])  # one chunk, whole chunks, and a rest
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "close", "unrelated", "of all sizes", "tiny", "huge", "signs of zero", "some equal",
+        "one differs", "not finite here and there",
+    ],
+)  # fmt: skip
+def test_agrees_with_fractions(monkeypatch, kind, n, dtype):
+    monkeypatch.setattr(compare, "_CHUNK", 800 if n == 777 else 256)
+    a, b = sides(kind, dtype, n, torch.Generator().manual_seed(n))
+    relative, most, mean, changed = exact(a, b)
+    d = difference(a, b)
+    assert d.rel_diff == pytest.approx(float(relative), rel=1e-12)
+    assert d.max_abs == pytest.approx(float(most), rel=1e-15)
+    assert d.mean_abs == pytest.approx(float(mean), rel=1e-12)
+    assert (d.changed, d.numel) == (changed, n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_elements_that_begin_anywhere_in_memory(monkeypatch, offset, dtype):
+    monkeypatch.setattr(compare, "_CHUNK", 64)
+    held = (20 * torch.randn(2, 600, generator=torch.Generator().manual_seed(0))).to(dtype)
+    a, b = held[0, offset : offset + 512], held[1, :512]
+    b[:200] = a[:200]
+    assert difference(a, b).changed == int((a != b).sum())
+    assert difference(a, b).max_abs == (a.double() - b.double()).abs().max()
+
+
+def test_sums_of_chunks_beyond_float64_leave_the_other_figures(monkeypatch):
+    monkeypatch.setattr(compare, "_CHUNK", 1)
+    a = torch.full((64,), 1.1e154, dtype=torch.float64)
+    d = difference(a, torch.zeros_like(a))
+    assert (d.rel_diff, d.max_abs, d.changed) == (None, 1.1e154, 64)
+
+
+def test_interpreted_and_compiled_sums_are_the_same(monkeypatch):
+    if not hasattr(compare._sums, "__wrapped__"):
+        pytest.skip("torch cannot compile it")
+    g = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(n, generator=g), torch.randn(n, generator=g)) for n in (100, 70_000)]
+    compiled = [difference(a, b) for a, b in pairs]
+    monkeypatch.setattr(compare, "_sums", compare._sums.__wrapped__)
+    monkeypatch.setattr(compare, "_sums_of_one", compare._sums_of_one.__wrapped__)
+    assert [difference(a, b) for a, b in pairs] == compiled
