@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -42,7 +41,7 @@ class Filling:
         self._is_on = about.get("options", {}).get("level", "tensors") == "tensors"
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._found: list[dict[str, Any]] = []
+        self._found: list[dict[str, float | int | None]] = []
         self.filled = self.missing = 0
         self.why = ""
 

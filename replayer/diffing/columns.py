@@ -14,7 +14,7 @@ OUTCOMES = ("differs", "shape", "error", "unmeasured", "only_a", "only_b", "clos
 """From the worst on: `equal` is bit for bit, `close` within tolerance, `unmeasured` other bytes
 whose elements were not read."""
 
-COLUMNS: dict[str, Any] = {
+COLUMNS: dict[str, pl.DataType | type[pl.DataType]] = {
     "pair": pl.Int64, "name": pl.String, "tags": pl.String, "kind": pl.String, "step": pl.Int64,
     "occurrence": pl.Int32, "rank": pl.Int32, "outcome": pl.String, "first": pl.String,
     "by": pl.String, "index": pl.Int64, "reordered": pl.Boolean, "grafted": pl.Boolean,
