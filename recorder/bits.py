@@ -62,6 +62,15 @@ def check(tensor: torch.Tensor) -> None:
         CaptureError: the reason, as one clause.
     """
     check_kind(tensor)
+    check_capturing(tensor)
+
+
+def check_capturing(tensor: torch.Tensor) -> None:
+    """Refuse a tensor that a CUDA graph is being captured from.
+
+    Raises:
+        CaptureError: the reason, as one clause.
+    """
     if is_capturing(tensor):
         raise CaptureError(
             "a CUDA graph is being captured, and a copy made now would be replayed with it; "
@@ -138,16 +147,18 @@ def _one_owner() -> tuple[int, int]:
         return _owners(torch.empty(1, device="cpu"))
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the bytes from `data_ptr` on are the tensor's elements, in order, on the CPU.
+def is_plain(tensor: torch.Tensor, device: str = "cpu") -> bool:
+    """Whether the bytes from `data_ptr` on are the tensor's elements, in order, on a device.
 
-    For most tensors this is all there is to find out; the others are for `as_bits`. The keys that
-    torch dispatches by say at once that it is strided, on the CPU, of no subclass, and not lazily
-    conjugate or negative; to ask for each gives the interpreter away, which a busy thread keeps.
+    For most tensors this is all there is to find out; the others are for `as_bits`. The keys
+    that torch dispatches by say at once that it is strided, on that device, of no subclass, and not
+    lazily conjugate or negative; to ask for each gives the interpreter away, which a busy thread
+    keeps.
     """
     if (
         type(tensor) not in _PLAIN_TYPES
-        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys()
+        or (device != "cpu" and tensor.device.type != device)
+        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys(device)
         or not tensor.is_contiguous()
     ):
         return False
@@ -158,12 +169,12 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _plain_keys() -> frozenset[int]:
+def _plain_keys(device: str) -> frozenset[int]:
     """Return the dispatch keys of plain tensors: inputs, leaves, and those of inference mode."""
-    with plainly():
-        made = [torch.empty(1, device="cpu"), torch.empty(1, device="cpu", requires_grad=True)]
+    with plainly(), torch.inference_mode(mode=False):
+        made = [torch.empty(1, device=device), torch.empty(1, device=device, requires_grad=True)]
         with torch.inference_mode():
-            made.append(torch.empty(1, device="cpu"))
+            made.append(torch.empty(1, device=device))
         return frozenset(torch._C._dispatch_keys(one).raw_repr() for one in made)
 
 

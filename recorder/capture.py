@@ -1,6 +1,7 @@
 """What of a tapped tensor is to be copied, or why it cannot be captured faithfully.
 
-1. `capture` knows at once the small tensors whose memory holds their elements in order.
+1. `capture` knows at once the tensors whose memory holds their elements in order: the small ones,
+   and those on a GPU.
 2. Of all others it takes the local part (`local_part`), and views that as integers
    (`bits.as_bits`), so that no copy on the way can change a NaN's payload.
 """
@@ -12,11 +13,23 @@ from typing import NamedTuple
 
 import torch
 
-from .bits import as_bits, is_plain
+from .bits import as_bits, check_capturing, is_plain
 from .mesh import axis_name
 
 FEW = 1 << 20
 """The most bytes that are copied on the spot, without a tensor operation."""
+
+# A copy of a contiguous one on its device is a copy of its bytes.
+_COPIED_AS_THEY_ARE = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+}
 
 
 class Snapshot(NamedTuple):
@@ -24,8 +37,8 @@ class Snapshot(NamedTuple):
 
     Attributes:
         local: the tensor on this rank, of any shape and strides.
-        bits: its elements viewed as integers, of its shape and strides; None where they are the few
-            bytes from `local.data_ptr()` on.
+        bits: its elements viewed as integers, of its shape and strides, or itself where it can be
+            copied as it is; None where they are the few bytes from `local.data_ptr()` on.
         placements: a DTensor's mesh and placements as text, else "".
     """
 
@@ -42,6 +55,9 @@ def capture(tensor: torch.Tensor) -> Snapshot:
     """
     if is_plain(tensor) and tensor.nbytes <= FEW:
         return Snapshot(tensor, None)
+    if is_plain(tensor, "cuda") and tensor.dtype in _COPIED_AS_THEY_ARE:
+        check_capturing(tensor)
+        return Snapshot(tensor, tensor)
     local, placements = local_part(tensor)
     return Snapshot(local, as_bits(local), placements)
 

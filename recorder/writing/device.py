@@ -1,7 +1,9 @@
 """Snapshots that leave a device behind the job's back.
 
-1. The job's stream copies the tensor aside on the device: all that it is held for.
-2. A stream of our own waits for that, and copies it on into pinned memory, while the job goes on.
+1. The job's stream copies the tensor aside on the device (`DeviceCopies.start`): all that it is
+   held for, and all that the job's thread asks of the device.
+2. The thread that writes brings many on at once (`DeviceCopies.bring`): a stream of our own waits
+   for them, and copies them into pinned memory.
 3. Whoever needs the bytes waits for the event at the end of that copy; the device is not
    synchronised.
 
@@ -10,13 +12,24 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby, zip_longest
 from typing import Any, Protocol
 
 import torch
 
 from ..diagnostics import say
+from ..errors import CaptureError
+
+_ASKED = 1 << 20  # bytes from which it is asked whether the device has room: it takes longer
+_ASKED_AGAIN = 1.0  # seconds
+_TOGETHER = 4 << 20  # bytes that are waited for at once
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 class Backend(Protocol):
@@ -26,6 +39,15 @@ class Backend(Protocol):
 
     def handles(self, device: torch.device) -> bool:
         """Whether this is for tensors on such a device."""
+
+    def relaxed(self) -> AbstractContextManager[Any]:
+        """Do inside what a capture in another thread forbids, and need not: of other streams."""
+
+    def use(self, device: torch.device) -> None:
+        """Let this thread work on a device from now on."""
+
+    def has_room(self, device: torch.device, nbytes: int) -> bool:
+        """Whether a device is likely to have memory for a copy without taking it from the job."""
 
     def pin(self, address: int, nbytes: int) -> bool:
         """Page-lock memory of the host; return whether that worked."""
@@ -51,11 +73,8 @@ class Backend(Protocol):
     def clone(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy a tensor on its device, on the current stream, into contiguous memory."""
 
-    def copy(self, into: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Copy to the host on the current stream; the host goes on."""
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """Reuse a tensor's memory only after what is enqueued on a stream now."""
+    def copy(self, into: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        """Copy tensors to the host on the current stream; the host goes on."""
 
 
 class Cuda:
@@ -66,6 +85,42 @@ class Cuda:
     def handles(self, device: torch.device) -> bool:
         """See `Backend`."""
         return device.type == "cuda"
+
+    def __init__(self) -> None:
+        self._free: dict[torch.device, tuple[float, int]] = {}
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """See `Backend`."""
+        exchange = _exchange_mode()
+        mode = ctypes.c_int(_RELAXED)
+        if exchange is not None:
+            exchange(ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            if exchange is not None:
+                exchange(ctypes.byref(mode))
+
+    def use(self, device: torch.device) -> None:
+        """See `Backend`."""
+        # Not just for as long as needed: to go back to device 0 would make a context there.
+        torch.cuda.set_device(device)
+
+    def has_room(self, device: torch.device, nbytes: int) -> bool:
+        """See `Backend`."""
+        if nbytes < _ASKED:
+            return True
+        now = time.monotonic()
+        asked, free = self._free.get(device, (-_ASKED_AGAIN, 0))
+        if now - asked >= _ASKED_AGAIN:
+            free = torch.cuda.mem_get_info(device)[0]
+            self._free[device] = now, free
+        if nbytes <= free:
+            return True
+        # What torch has and nobody uses: else it gives all of that back before it fails.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return nbytes <= idle
 
     def pin(self, address: int, nbytes: int) -> bool:
         """See `Backend`."""
@@ -100,32 +155,56 @@ class Cuda:
 
     def clone(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `Backend`."""
-        return tensor.clone(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            return tensor.clone(memory_format=torch.contiguous_format)
 
-    def copy(self, into: torch.Tensor, tensor: torch.Tensor) -> None:
+    def copy(self, into: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
         """See `Backend`."""
-        into.copy_(tensor, non_blocking=True)
-
-    def keep(self, tensor: torch.Tensor, stream: Any) -> None:
-        """See `Backend`."""
-        tensor.record_stream(stream)
+        torch._foreach_copy_(into, tensors, non_blocking=True)
 
 
-class _Arrival:
-    """A copy under way; its end is waited for once."""
+@functools.cache
+def _exchange_mode() -> Callable[[Any], int] | None:
+    """Return the driver's call that says how this thread minds the captures of others."""
+    try:
+        exchange = ctypes.PyDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):  # another maker's device
+        return None
+    exchange.argtypes = (ctypes.POINTER(ctypes.c_int),)
+    return exchange
 
-    def __init__(self, event: Any) -> None:
-        self._event = event
+
+class Copy:
+    """A tensor on its way from a device.
+
+    Attributes:
+        aside: it, as it was, on the device; None once it has arrived.
+        device: where that is.
+        stream: the job's, on which it was made.
+        ready: the event from which on it is there.
+        done: the event from which on it is in the host's memory; None until it is being brought.
+    """
+
+    __slots__ = ("_backend", "aside", "device", "done", "ready", "stream")
+
+    def __init__(self, backend: Backend, stream: Any, aside: torch.Tensor) -> None:
+        self._backend = backend
+        self.aside: torch.Tensor | None = aside
+        self.device = aside.device
+        self.stream = stream
+        self.ready = backend.record(stream)
+        self.done: Any = None
 
     def wait(self) -> None:
-        event = self._event
-        if event is not None:
-            event.synchronize()
-            self._event = None
+        """Return when it has arrived, or at once if nobody has begun to bring it."""
+        if self.done is not None and self.aside is not None:
+            with self._backend.relaxed():
+                self.done.synchronize()
+            self.aside = None
 
 
 class DeviceCopies:
-    """Starts copies from devices into a ring of the host's memory.
+    """Copies from devices into a ring of the host's memory.
 
     Memory on the device: no more than the ring's, since every copy has its room there first. Where
     the device has none to spare, the job's stream is held for the copy to the host instead.
@@ -137,39 +216,80 @@ class DeviceCopies:
         self._pinned: bool | None = None
         self._lock = threading.Lock()
 
-    def start(self, bits: torch.Tensor, into: torch.Tensor, arena: torch.Tensor) -> _Arrival | None:
-        """Start copying `bits` into a part of the arena; return what to wait for, if anything.
+    def handles(self, device: torch.device) -> bool:
+        """Whether this is for tensors on such a device."""
+        return self._backend.handles(device)
+
+    def start(
+        self, bits: torch.Tensor, into: Callable[[], torch.Tensor], arena: torch.Tensor
+    ) -> Copy:
+        """Copy `bits` aside on its device, to be brought to the host later.
 
         Args:
-            bits: a tensor of any strides, on any device.
-            into: the host's memory for it: its shape and dtype, contiguous.
-            arena: the memory `into` is a part of; pinned on the first call.
+            bits: a tensor of any strides, on a device that this is for.
+            into: returns the host's memory for it: its bytes as uint8.
+            arena: the memory of which that is a part.
+
+        Raises:
+            CaptureError: the device has no memory left for what this takes.
         """
-        if not self._backend.handles(bits.device):
-            into.copy_(bits)
-            return None
+        backend = self._backend
+        stream = backend.current_stream(bits.device)
+        if backend.has_room(bits.device, bits.numel() * bits.element_size()):
+            try:
+                return Copy(backend, stream, backend.clone(bits))
+            except backend.out_of_memory:
+                pass
+        if not bits.is_contiguous():
+            raise CaptureError("the device has no memory left for a copy, and it is not contiguous")
+        copy = Copy(backend, stream, bits)
+        self._bring([copy], [into()], arena)
+        backend.wait(stream, copy.done)
+        return copy
+
+    def bring(self, copies: Sequence[tuple[Copy, torch.Tensor]], arena: torch.Tensor) -> None:
+        """Bring to the host what was copied aside; from the thread that writes.
+
+        Args:
+            copies: each with the host's memory for it, its bytes as uint8.
+            arena: the memory of which these are parts.
+        """
+        with self._backend.relaxed():
+            for device, some in groupby(copies, lambda one: one[0].device):
+                self._backend.use(device)
+                few: list[Copy] = []
+                places: list[torch.Tensor] = []
+                size = 0
+                for copy, into in some:
+                    few.append(copy)
+                    places.append(into)
+                    size += into.numel()
+                    if size >= _TOGETHER:
+                        self._bring(few, places, arena)
+                        few, places, size = [], [], 0
+                if few:
+                    self._bring(few, places, arena)
+
+    def _bring(self, copies: list[Copy], into: list[torch.Tensor], arena: torch.Tensor) -> None:
+        """Bring copies of one device, so many that they are waited for at once."""
         if self._pinned is None:
             self._pin(arena)
         backend = self._backend
-        current, own = backend.current_stream(bits.device), self._stream(bits.device)
-        try:
-            aside: torch.Tensor | None = backend.clone(bits)
-        except backend.out_of_memory:
-            aside = None
-        backend.wait(own, backend.record(current))
+        own = self._stream(copies[0].device)
+        for copy, following in zip_longest(copies, copies[1:]):
+            if following is None or copy.stream != following.stream:  # the last says it for all
+                backend.wait(own, copy.ready)
         with backend.on(own):
-            backend.copy(into, bits if aside is None else aside)
+            backend.copy(into, [_flat(copy.aside) for copy in copies])
         done = backend.record(own)
-        if aside is None:
-            backend.wait(current, done)
-        else:
-            backend.keep(aside, own)
-        return _Arrival(done)
+        for copy in copies:
+            copy.done = done
 
     def close(self, arena: torch.Tensor) -> None:
         """Give the arena back as it was; no copy may be under way."""
         if self._pinned:
-            self._backend.unpin(arena.data_ptr())
+            with self._backend.relaxed():
+                self._backend.unpin(arena.data_ptr())
         self._pinned = None
 
     def _stream(self, device: torch.device) -> Any:
@@ -187,4 +307,9 @@ class DeviceCopies:
             except RuntimeError:
                 self._pinned = False
             if not self._pinned:
-                say("the staging memory cannot be pinned, so that taps wait for their copies")
+                say("the staging memory cannot be pinned, so that copies from the device are slow")
+
+
+def _flat(aside: torch.Tensor | None) -> torch.Tensor:
+    assert aside is not None  # nobody has waited for it yet
+    return aside.detach().view(-1).view(torch.uint8)

@@ -1,10 +1,10 @@
 """The memory that snapshots wait in until they are written: allocated once, touched once, reused.
 
 1. `Staging.put` finds room in a ring of bytes and copies a payload into it, or a part of one.
-2. Whoever needs the bytes reads `Staging.view` or `Staging.tensor`, once `Part.wait` has returned:
-   what comes from a device may still be on its way.
-3. When its last user has released a part, its room is free again, in the order of the puts.
-4. Who reads a part beside its users (`Staging.lend`) has it until the room is needed: it is taken
+2. What comes from a device is only copied aside there; `Staging.bring` has it come.
+3. Whoever needs the bytes reads `Staging.view` or `Staging.tensor`, once `Part.wait` has returned.
+4. When its last user has released a part, its room is free again, in the order of the puts.
+5. Who reads a part beside its users (`Staging.lend`) has it until the room is needed: it is taken
    back then, and what was made of it since is of no use.
 """
 
@@ -18,12 +18,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ..bits import plainly
-from .device import DeviceCopies
+from .device import Copy, DeviceCopies
 
 _ALIGNMENT = 64
 _SMALL = 64 << 10  # faster copied than the interpreter is given away and taken back
@@ -32,13 +32,6 @@ _WARM_STEP = 8 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; `mmap` has no name for it yet
 _LOOKED_AGAIN = 0.02  # seconds: that a part is needed no more, but lent, is not told
 _PARTS = 4_096  # rows take memory too, however small their payloads
-
-
-class Arrival(Protocol):
-    """A copy that is under way."""
-
-    def wait(self) -> None:
-        """Return when it has ended."""
 
 
 class Part:
@@ -51,7 +44,7 @@ class Part:
         users: how many still need them.
         is_lent: whether somebody reads them beside those.
         is_taken_back: whether they may have changed under whoever they were lent to.
-        arrival: the copy that brings them, or None where they are there.
+        arrival: the copy that brings them, or None where they are there already.
         payload: what they are of, as whoever put them in says.
         first: whether they begin it.
         last: whether they end it.
@@ -76,7 +69,7 @@ class Part:
         self.nbytes = nbytes
         self.size = size
         self.users = users
-        self.arrival: Arrival | None = None
+        self.arrival: Copy | None = None
         self.payload: Any = None
         self.first = self.last = True
         self.is_lent = self.is_taken_back = False
@@ -133,10 +126,10 @@ class Staging:
         self._bytes, self._arena, self._address = _allocate(self.budget)
         self._is_warm = False
 
-    @property
-    def largest(self) -> int:
-        """The most bytes that one `put` takes."""
-        return self.budget // 4
+    def largest(self, device: torch.device) -> int:
+        """Return the most bytes that one `put` takes of a tensor."""
+        # Each part costs calls on a device; on the CPU, one is written while the next is copied.
+        return self.budget // (2 if self._copies.handles(device) else 4)
 
     def put_bytes(
         self, address: int, nbytes: int, users: int, *, hold: bool, within: float = math.inf
@@ -161,15 +154,39 @@ class Staging:
 
         Returns:
             The part; None once the ring is closed, or where it is full and not to be waited for.
+
+        Raises:
+            CaptureError: its device has no memory left for what this takes.
         """
         nbytes = bits.numel() * bits.element_size()
         part = self._reserve(nbytes, users, hold, within)
         if part is None or nbytes == 0:
             return part
-        flat = self._arena[part.offset : part.offset + nbytes]
-        into = flat.view(bits.dtype).view(bits.shape)
-        part.arrival = self._copies.start(bits, into, self._arena)
+        if self._copies.handles(bits.device):
+            part.arrival = self._copies.start(bits, lambda: self._place(part), self._arena)
+        else:
+            self._place(part).view(bits.dtype).view(bits.shape).copy_(bits)
         return part
+
+    def bring(self, parts: Sequence[Part], following: Iterable[Part] = ()) -> None:
+        """Have parts come that were only copied aside on their devices.
+
+        Args:
+            parts: some that were put and have their payload.
+            following: more of them, to come meanwhile; looked at only where some of `parts` came.
+        """
+        if not any(part.arrival is not None for part in parts):
+            return
+        copies = [
+            (part.arrival, self._place(part))
+            for part in (*parts, *following)
+            if part.arrival is not None and part.arrival.done is None
+        ]
+        self._copies.bring(copies, self._arena)
+
+    def _place(self, part: Part) -> torch.Tensor:
+        """Return a part's memory as a tensor of uint8."""
+        return self._arena[part.offset : part.offset + part.nbytes]
 
     def view(self, part: Part) -> memoryview:
         """Return staged bytes without copying them."""

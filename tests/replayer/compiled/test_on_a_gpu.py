@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from tapping import outcomes
@@ -256,3 +258,61 @@ def test_dtypes_and_strides(tmp_path, dtype):
     assert set(outcomes(session)) == {"grafted"}
     for one, wanted in zip(given, values(0), strict=True):
         assert torch.equal(wide(one), wide(wanted))
+
+
+def test_what_was_tapped_comes_while_another_thread_captures(tmp_path):
+    """Graphs are captured so that other threads may do little, and the writer is one."""
+    values = [torch.full((64, 64), float(i), device="cuda") for i in range(12)]
+    graphs = []
+    with Recorder(tmp_path) as recorder:
+        for i, value in enumerate(values):
+            tap("x", value, i=i)
+            value.fill_(-1.0)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                doubled = value * 2
+                time.sleep(0.1)  # the writer lets a burst pass, then begins
+            graphs.append((graph, doubled))
+            assert i < 2 or recorder._writer.rows_written > 0
+        for graph, doubled in graphs:
+            graph.replay()
+            assert doubled.unique().tolist() == [-2.0]
+    back = Recording.open(tmp_path)
+    for i in range(12):
+        assert back.load(0, "x", i=i).unique().tolist() == [float(i)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_what_is_tapped_is_what_was_there_whatever_the_job_does_next(tmp_path, dtype):
+    """Large and small, contiguous or not, leaves and views, from two streams."""
+    bits = torch.randint(0, 256, (3 << 20,), dtype=torch.uint8, device="cuda")
+    bits = bits % 2 if dtype == torch.bool else bits
+    whole = bits.view(dtype).view(1024, -1)
+    taken = {
+        "whole": whole, "cut": whole.t(), "part": whole[5:9, 3:7], "scalar": whole[3, 4],
+        "none": whole[:0], "negative": whole.conj() if whole.is_complex() else whole[1],
+    }  # fmt: skip
+    if dtype == torch.float32:
+        taken["leaf"] = torch.nn.Parameter(whole.clone())
+        taken["made"] = taken["leaf"] * 2
+    expected = {name: value.detach().resolve_conj().cpu() for name, value in taken.items()}
+    side = torch.cuda.Stream()
+    with Recorder(tmp_path):
+        for stream in (torch.cuda.current_stream(), side):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for name, value in taken.items():
+                    tap(name, value)
+        side.synchronize()
+        bits.zero_()
+    back = Recording.open(tmp_path)
+    for name, value in expected.items():
+        for occurrence in range(2):
+            found = back.load(0, name, occurrence=occurrence)
+            assert found.dtype == value.dtype and found.shape == value.shape
+            assert (
+                found.contiguous()
+                .view(-1)
+                .view(torch.uint8)
+                .equal(value.contiguous().view(-1).view(torch.uint8))
+            )
