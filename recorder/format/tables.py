@@ -23,6 +23,7 @@ from .schema import polars_schema
 if TYPE_CHECKING:
     import polars as pl
 
+_TRIES = 100
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -193,6 +194,33 @@ def read_parquet(
             names the first path where it is not known which.
         FileNotFoundError: one is not there (any more).
     """
+    # Polars opens a file more than once: of one that is replaced meanwhile it reads half of each.
+    for _ in range(_TRIES):
+        before = _versions(paths)
+        try:
+            frame = _read_once(paths, columns, source, is_checked, optional)
+        except DamagedRecording:
+            if _versions(paths) == before:
+                raise
+        else:
+            if _versions(paths) == before:
+                return frame
+    raise DamagedRecording(paths[0], "it is replaced again and again while it is read")
+
+
+def _versions(paths: list[Path]) -> list[tuple[int, int, int]]:
+    """Return what tells a file from one that took its place."""
+    found = [path.stat() for path in paths]
+    return [(stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in found]
+
+
+def _read_once(
+    paths: list[Path],
+    columns: dict[str, str],
+    source: str,
+    is_checked: bool,
+    optional: Collection[str],
+) -> pl.DataFrame:
     import polars as pl
 
     path, schema = paths[0], polars_schema(columns)

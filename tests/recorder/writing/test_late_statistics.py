@@ -112,6 +112,28 @@ def test_figures_that_come_late_are_put_where_their_rows_are_sealed(
     assert "without statistics" not in capsys.readouterr().err
 
 
+def test_a_manifest_that_is_replaced_while_it_is_read_is_read_again(run, monkeypatch):
+    """Its parts may be gathered from two files else: polars opens what it reads more than once."""
+    with Recorder(run):
+        for i in range(3):
+            tap("x", torch.full((100,), float(i)), i=i)
+    (path,) = run.rglob("*.parquet")
+    real, read = pl.read_parquet, []
+
+    def replaced(*args, **options):
+        frame = real(*args, **options)
+        read.append(frame)
+        if len(read) < 3:
+            frame.with_columns(mean=pl.lit(float(len(read)))).write_parquet(path)
+        if len(read) == 1:
+            raise pl.exceptions.ComputeError("some of this file and some of that")
+        return frame
+
+    monkeypatch.setattr(pl, "read_parquet", replaced)
+    assert Recording.open(run).rows()["mean"].to_list() == [2.0, 2.0, 2.0]
+    assert len(read) == 3
+
+
 def test_a_killed_job_leaves_rows_whose_figures_had_not_come(run, gate, small_parts, tmp_path):
     with Recorder(run) as recorder:
         for i in range(40):
