@@ -50,6 +50,7 @@ UNITS = 4.0  # of rounding at the median row's size, that a small row may be off
 SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
 SHARE_OF_ALL = 0.3  # the same of the whole: of many rows, the errors do not agree by chance
 LEAST = 8 - 1e-3  # numbers that a direction is told by, which are not added up exactly
+LEFT_OF_Y = 0.5  # of |y|^2, that a factor may leave
 _LEAST_LEFT = 1e-12  # of |d|^2, that any direction leaves
 _ODDS = 30.0  # natural logarithm of the odds against a direction by chance
 
@@ -388,16 +389,23 @@ def _direction(places: torch.Tensor, unit: float, odds: float, least: float) -> 
 
 
 def candidates(
-    places: torch.Tensor, unit: float, least: float
+    places: torch.Tensor,
+    unit: float,
+    least: float,
+    left_of_y: float = LEFT_OF_Y,
+    least_left: float = _LEAST_LEFT,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the places with a direction, and what of |d|^2 a factor there explains, and an offset.
 
-    A share is 0 where it is too little, or what it belongs to is too near 1 or 0.
+    A share is 0 where it is too little, or what it belongs to is too near 1 or 0, and of a factor
+    where y is mostly something else.
     """
-    xx, _yy, xd, dd, d, _x4, n = places.sum(1).unbind(1)[:7]
+    xx, yy, xd, dd, d, _x4, n = places.sum(1).unbind(1)[:7]
     share_x = xd.square() / (xx * dd)
     share_1 = d.square() / (n * dd)
-    fits_x = (share_x >= least) & (xd.abs() > unit * xx)
+    # Of two that have nothing in common, y - x has the direction of -x, half of it.
+    is_of_x = (1 - share_x) * dd <= left_of_y * yy + least_left * dd
+    fits_x = (share_x >= least) & (xd.abs() > unit * xx) & is_of_x
     fits_1 = (share_1 >= least) & (d.abs() > unit * (xx * n).sqrt())
     at = (fits_x | fits_1).nonzero().flatten()
     shares = [s.masked_fill(~fits, 0.0)[at] for s, fits in ((share_x, fits_x), (share_1, fits_1))]

@@ -282,3 +282,18 @@ def test_a_row_behind_a_stronger_one_that_is_not_odd_is_found():
     b[7] *= 1.02
     b[9] *= 1.2
     assert profile(a, b, 2**-7, 0.03).along == (9, -1)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1000,), (64, 64), (8, 32, 64)])
+@pytest.mark.parametrize("times", [1.0, 30.0, 1 / 30])
+def test_two_that_have_nothing_in_common_are_no_multiples_of_each_other(shape, times):
+    """Their difference has half the direction of -x: B would be 0.0004 x A."""
+    g = torch.Generator().manual_seed(3)
+    a, b = (torch.randn(shape, generator=g) for _ in range(2))
+    found = profile(a, b * times, 1.2e-7, 1e-5)
+    assert found.factor is None and found.offset is None and found.along is None
+    for known in (0.0, 0.5, -1.0, 3.0):
+        assert profile(a, a * known, 1.2e-7, 1e-5).factor == pytest.approx(known)
+    if a.numel() >= 1000:  # of fewer it may be chance
+        made = profile(a, a * 0.5 + b * 0.1, 1.2e-7, 1e-5)
+        assert made.factor == pytest.approx(0.5, abs=0.1)
