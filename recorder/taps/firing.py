@@ -211,17 +211,19 @@ def outside_dynamo(function: F) -> F:
 def _dispatch(call: Call, rows: Mapping[str, Any] | tuple[Ids, ...] | None) -> None:
     if sessions.active and sessions.active[0].order < 0:
         sessions.open_waiting()
-    calls = [call]
+    parts: list[Call] = []
     try:
         if not _has_rows(call, rows):
             return
         if _has_parts(call.dims):
-            calls = _parts_of(call)
-        for one in calls:
-            _offer(one)
+            parts = _parts_of(call)
+            for part in parts:
+                _offer(part)
+        else:
+            _offer(call)
     finally:
-        for one in calls:
-            one.forget()
+        for part in parts:
+            part.forget()
         call.forget()
 
 

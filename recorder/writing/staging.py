@@ -126,10 +126,15 @@ class Staging:
         self._bytes, self._arena, self._address = _allocate(self.budget)
         self._is_warm = False
 
-    def largest(self, device: torch.device) -> int:
+    @property
+    def largest(self) -> int:
+        """The most bytes that one `put` takes of the CPU's memory."""
+        return self.budget // 4
+
+    def largest_on(self, device: torch.device) -> int:
         """Return the most bytes that one `put` takes of a tensor."""
         # Each part costs calls on a device; on the CPU, one is written while the next is copied.
-        return self.budget // (2 if self._copies.handles(device) else 4)
+        return self.budget // 2 if self._copies.handles(device) else self.largest
 
     def put_bytes(
         self, address: int, nbytes: int, users: int, *, hold: bool, within: float = math.inf

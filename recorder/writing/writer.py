@@ -194,7 +194,7 @@ class Writer:
             Whether there was room for it.
         """
         local, bits, _ = snapshot
-        if bits is None and local.nbytes <= self._staging.largest(local.device):
+        if bits is None and local.nbytes <= self._staging.largest:
             return self._submit_few(row, local)
         bits = as_bits(local) if bits is None else bits  # the ring is smaller than any sensible one
         with self._turn():
@@ -202,7 +202,7 @@ class Writer:
             if self._closing or not self._is_in_time(nbytes):
                 return False
             payload = Payload(row, local.dtype, local.shape, nbytes)
-            split = list(pieces(bits, self._staging.largest(bits.device)))
+            split = list(pieces(bits, self._staging.largest_on(bits.device)))
             for i, piece in enumerate(split):
                 # Once its first part is in, a payload is waited for.
                 hold = self._hold or i > 0
