@@ -37,7 +37,7 @@ from .modules.watch import end as end_taps
 from .paths import Path as ModulePath
 from .progress import Progress, Publisher
 from .provenance import command_line
-from .ranks import Rank, RankWatch, is_group_up
+from .ranks import Rank, RankWatch
 from .rowing import RowRecords
 from .settings import RecordSettings
 from .sizes import count, format_duration, format_size
@@ -221,10 +221,7 @@ class Recorder:
 
     def on_tap(self, call: Call) -> None:
         """Record a tap if it is wanted."""
-        if self.state != "running":
-            return
-        # Only a group that came up tells more of a rank; asked here, it costs a tap one call.
-        if not self._rank.is_final and is_group_up() and not self._confirm_rank():
+        if self.state != "running" or not (self._rank.is_final or self._confirm_rank()):
             return
         selected = self._selection.select_or_warn(call, self._rank.rank, self._once)
         if call.inside and selected is None:
