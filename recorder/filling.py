@@ -7,7 +7,7 @@ threads, and writes a part's at once, where its rows are sealed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -37,8 +37,7 @@ class Filling:
     """
 
     def __init__(self, about: Description) -> None:
-        # With another level nobody asked for them, or there is nothing to gather them from.
-        self._is_on = about.get("options", {}).get("level", "tensors") == "tensors"
+        self._is_on = _can_be_filled_in(about)
         self._local = threading.local()
         self._lock = threading.Lock()
         self._found: list[dict[str, float | int | None]] = []
@@ -89,6 +88,20 @@ class Filling:
             self.why = self.why or why
         else:
             self.filled += len(found)
+
+
+def lacking(about: Description, rows: Iterable[ManifestRow]) -> int:
+    """Return how many of some records have no statistics that `verify` may fill in."""
+    if not _can_be_filled_in(about):
+        return 0
+    dtypes = (getattr(torch, row["dtype"] or "", None) for row in rows if _has_none(row))
+    return sum(isinstance(dtype, torch.dtype) and has_statistics(dtype) for dtype in dtypes)
+
+
+def _can_be_filled_in(about: Description) -> bool:
+    """Whether statistics were asked for, and there is something to gather them from."""
+    level: str = about.get("options", {}).get("level", "tensors")
+    return level == "tensors"
 
 
 def _has_none(row: ManifestRow) -> bool:

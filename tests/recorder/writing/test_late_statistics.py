@@ -316,9 +316,13 @@ class TestWhatVerifyFillsIn:
 
     def test_the_command_says_what_it_did(self, bare, shell):
         run = bare()
+        shown = shell(shell.graft, "show", run)
+        assert "20 records of these without statistics, which were not gathered" in shown.stderr
+        assert "of these" not in shell(shell.graft, "show", run, "--filter", "i > 99").stderr
         said = shell(shell.graft, "verify", run)
         assert said.returncode == 0 and "statistics of 20 records filled in" in said.stdout
         assert "filled in" not in shell(shell.graft, "verify", run).stdout
+        assert "of these" not in shell(shell.graft, "show", run, "--json").stderr
 
 
 def values():
