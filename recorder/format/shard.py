@@ -74,6 +74,10 @@ class Place(NamedTuple):
     nbytes: int
 
 
+Extent = tuple[int, int]
+"""What a `Place` is of, as a plain tuple, of which Python's collector of garbage keeps no track."""
+
+
 def header_room(index: int) -> int:
     """Return the bytes reserved for the header of a rank's `index`-th shard, length included.
 
@@ -236,8 +240,8 @@ class ShardWriter:
         disk.remove(self.partial)
 
 
-def read_header(path: Path) -> dict[str, Place]:
-    """Return where each tensor of a finished shard lies; that may be behind a file's end.
+def read_header(path: Path) -> dict[str, Extent]:
+    """Return the offset and length of each tensor of a finished shard; it may be behind its end.
 
     Raises:
         DamagedRecording: the header is no header, or contradicts itself.
@@ -262,14 +266,15 @@ def read_header(path: Path) -> dict[str, Place]:
         places = _as_json(raw, base, path)
     end = base
     for place in sorted(places.values()):
-        if place.offset < end:
+        offset, nbytes = place
+        if offset < end:
             tensor = next(name for name, one in places.items() if one is place)
             raise DamagedRecording(path, f"tensor {tensor!r:.100} overlaps another")
-        end = place.offset + place.nbytes
+        end = offset + nbytes
     return places
 
 
-def _as_written(raw: bytes, base: int) -> dict[str, Place] | None:
+def _as_written(raw: bytes, base: int) -> dict[str, Extent] | None:
     """Return the places in a header that `ShardWriter` wrote; None of any other, or a wrong one.
 
     As JSON, each of its many tensors is several objects, and Python's collector of garbage goes
@@ -278,7 +283,7 @@ def _as_written(raw: bytes, base: int) -> dict[str, Place] | None:
     text = raw.decode("ascii", "replace")
     if not _HAS_ENTRIES(text):
         return None
-    places: dict[str, Place] = {}
+    places: dict[str, Extent] = {}
     sizes: dict[str, int] = {}
     found = _FIND_ENTRIES(text)
     for tensor, about, begin, end in found:
@@ -292,11 +297,11 @@ def _as_written(raw: bytes, base: int) -> dict[str, Place] | None:
                 return None
             if _read_entry(entry, base)[1] is None:
                 return None
-        places[tensor] = Place(base + first, nbytes)
+        places[tensor] = base + first, nbytes
     return places if len(places) == len(found) else None
 
 
-def _as_json(raw: bytes, base: int, path: Path) -> dict[str, Place]:
+def _as_json(raw: bytes, base: int, path: Path) -> dict[str, Extent]:
     """Return the places in any header; raise `DamagedRecording` where it is none."""
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
@@ -306,7 +311,7 @@ def _as_json(raw: bytes, base: int, path: Path) -> dict[str, Place]:
         raise DamagedRecording(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise DamagedRecording(path, "its header is not a JSON object")
-    places: dict[str, Place] = {}
+    places: dict[str, Extent] = {}
     for tensor, entry in header.items():
         if tensor == "__metadata__":
             continue
@@ -317,7 +322,7 @@ def _as_json(raw: bytes, base: int, path: Path) -> dict[str, Place]:
     return places
 
 
-def _read_entry(entry: Any, base: int) -> tuple[str, Place | None]:
+def _read_entry(entry: Any, base: int) -> tuple[str, Extent | None]:
     """Return where a header's entry says that a tensor lies, or what is wrong with it."""
     entry = entry if isinstance(entry, dict) else {}
     offsets, shape = entry.get("data_offsets"), entry.get("shape")
@@ -328,7 +333,7 @@ def _read_entry(entry: Any, base: int) -> tuple[str, Place | None]:
     nbytes, itemsize = offsets[1] - offsets[0], _ITEMSIZES.get(str(entry.get("dtype")))
     if itemsize is not None and math.prod(shape) * itemsize != nbytes:
         return f"{nbytes} bytes, and the shape {shape!r:.100} of {entry['dtype']}", None
-    return "", Place(base + offsets[0], nbytes)
+    return "", (base + offsets[0], nbytes)
 
 
 class _Duplicate(ValueError):
