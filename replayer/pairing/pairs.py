@@ -1,7 +1,7 @@
 """Two manifests to pairs of records, without reading a tensor.
 
-1. `_numbered` renames and selects each side's rows, and numbers what counts of their keys; `_keyed`
-   makes that one number, equal for equal keys.
+1. `_counted` renames each side's names and tags, and says what counts of them; `_numbered` selects
+   the rows and numbers that; `_keyed` makes one number of a whole key, equal for equal keys.
 2. `pair` puts rows of one key together: rank by rank, or all ranks' blocks of a key at once where
    both sides declare a layout, and says of each pair what the manifests alone decide.
 3. Where both sides say which row is which, all records of a name and tags are one pair (`marked`).
