@@ -38,7 +38,7 @@ from .format.schema import (
     rank_folder,
     read_description,
 )
-from .format.shard import Place, read_header
+from .format.shard import Extent, Place, read_header
 from .mesh import FrozenMesh
 from .tags import canonical, clean, label
 
@@ -72,7 +72,7 @@ class Recording:
         self._rows: pl.DataFrame | None = None
         self._claims: list[ClaimData] = []
         self._places: dict[tuple[str, str], Place] = {}
-        self._headers: dict[str, dict[str, Place]] = {}
+        self._headers: dict[str, dict[str, Extent]] = {}
         self._frames: dict[int | None, pl.DataFrame] = {}
         self._indices: dict[int | None, Index] = {}
         self._looked_up = 0
@@ -451,14 +451,14 @@ class Recording:
             these = list(group)
             try:
                 path = self._shard_path(shard, rank)
-                places = [self._place(shard, tensor, path) for _, (*_, tensor, _) in these]
-                if any(place.nbytes != nbytes for place in places):
+                places = [self._extent(shard, tensor, path) for _, (_, _, tensor, _) in these]
+                if any(size != nbytes for _, size in places):
                     raise DamagedRecording(path, "a tensor has another size than the manifest says")
                 self.read_runs(path, into, _runs(these[0][0] * nbytes, places))
             except (DamagedRecording, OSError):
                 wrong += [number for number, _ in these]
                 continue
-            for number, (*_, digest) in these if check else ():
+            for number, (_, _, _, digest) in these if check else ():
                 data = into[number * nbytes : (number + 1) * nbytes]
                 if xxhash.xxh3_128_hexdigest(data) != digest:
                     wrong.append(number)
@@ -478,7 +478,7 @@ class Recording:
         if shard is None or tensor is None:
             raise UsageError(self._why_no_tensor(row))
         path = self._shard_path(shard, row["rank"])
-        place = self._place(shard, tensor, path)
+        place = Place(*self._extent(shard, tensor, path))
         if place.nbytes != row["nbytes"]:
             raise DamagedRecording(
                 path,
@@ -565,30 +565,38 @@ class Recording:
             known = self._paths[shard, rank] = shard_path(self.path, shard, rank)
         return known
 
-    def _place(self, shard: str, tensor: str, path: Path) -> Place:
+    def _extent(self, shard: str, tensor: str, path: Path) -> Extent:
         place = self._places.get((shard, tensor))
         if place is not None:
             return place
+        header = self._headers.get(shard)
+        if header is None:
+            header = self._header(shard, path)
+        if tensor not in header:
+            raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
+        return header[tensor]
+
+    def _header(self, shard: str, path: Path) -> dict[str, Extent]:
         with self._lock:
             header = self._headers.get(shard)
             if header is None:
                 if len(self._headers) >= _HEADERS_KEPT:
                     self._headers.pop(next(iter(self._headers)))
                 header = self._headers[shard] = read_header(path)
-        if tensor not in header:
-            raise DamagedRecording(path, f"it holds no tensor {tensor!r}")
-        return header[tensor]
+            return header
 
 
-def _runs(at: int, places: Iterable[Place]) -> list[tuple[int, int, int]]:
+def _runs(at: int, places: Iterable[Extent]) -> list[tuple[int, int, int]]:
     """Return what `read_runs` reads places by, one behind the other in memory from `at` on."""
     runs: list[tuple[int, int, int]] = []
-    for place in places:
-        if runs and runs[-1][0] + runs[-1][2] - runs[-1][1] == place.offset:
-            runs[-1] = (*runs[-1][:2], at + place.nbytes)
+    behind = -1  # the file's byte behind the last
+    for offset, nbytes in places:
+        if offset == behind:
+            runs[-1] = (*runs[-1][:2], at + nbytes)
         else:
-            runs.append((place.offset, at, at + place.nbytes))
-        at += place.nbytes
+            runs.append((offset, at, at + nbytes))
+        at += nbytes
+        behind = offset + nbytes
     return runs
 
 

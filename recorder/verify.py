@@ -289,7 +289,7 @@ class _RankCheck:
     def _header(self, path: Path, shard: str) -> Places | None:
         if shard not in self._headers:
             header = self._try(path, lambda: read_header(path))
-            self._headers[shard] = header and {(shard, t): p for t, p in header.items()}
+            self._headers[shard] = header and {(shard, t): Place(*p) for t, p in header.items()}
         return self._headers[shard]
 
     def _check_own_shard(self, part: Part, places: Places) -> None:

@@ -128,6 +128,11 @@ class MatchOn:
         return self.tags is None and not self.order
 
     @property
+    def use_name(self) -> bool:
+        """Whether the name counts."""
+        return self.whole or "name" in (self.tags or ())
+
+    @property
     def use_step(self) -> bool:
         """Whether the step counts."""
         return not self.order and (self.tags is None or "step" in self.tags)

@@ -17,9 +17,8 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import xxhash
 
@@ -57,13 +56,26 @@ CODES = {
 }
 _ITEMSIZES = {code: max(1, int(re.sub(r"_.*|\D", "", code) or 8) // 8) for code in CODES.values()}
 
+# A header as `ShardWriter` writes it.
+_SIZE = "0|[1-9][0-9]{0,17}"
+_ENTRY = (
+    r'"(t[0-9]+)":\{("dtype":"[0-9A-Z_]+","shape":\[[0-9, ]*\]),'
+    rf'"data_offsets":\[({_SIZE}),({_SIZE})\]\}}'
+)
+_UNNAMED = re.sub(r"(?<!\\)\(", "(?:", _ENTRY)
+_FIND_ENTRIES = re.compile(_ENTRY).findall
+_HAS_ENTRIES = re.compile(rf"\{{{_UNNAMED}(?:,{_UNNAMED})*\}} *").fullmatch
 
-@dataclass(frozen=True)
-class Place:
+
+class Place(NamedTuple):
     """Where a payload lies: absolute byte offset in the shard, and length in bytes."""
 
     offset: int
     nbytes: int
+
+
+Extent = tuple[int, int]
+"""What a `Place` is of, as a plain tuple, of which Python's collector of garbage keeps no track."""
 
 
 def header_room(index: int) -> int:
@@ -228,8 +240,8 @@ class ShardWriter:
         disk.remove(self.partial)
 
 
-def read_header(path: Path) -> dict[str, Place]:
-    """Return where each tensor of a finished shard lies; that may be behind a file's end.
+def read_header(path: Path) -> dict[str, Extent]:
+    """Return the offset and length of each tensor of a finished shard; it may be behind its end.
 
     Raises:
         DamagedRecording: the header is no header, or contradicts itself.
@@ -248,6 +260,49 @@ def read_header(path: Path) -> dict[str, Place]:
             raw = file.read(length)
     except OSError as err:
         raise DamagedRecording(path, err.strerror or str(err)) from err
+    base = _PREAMBLE + length
+    places = _as_written(raw, base)
+    if places is None:
+        places = _as_json(raw, base, path)
+    end = base
+    for place in sorted(places.values()):
+        offset, nbytes = place
+        if offset < end:
+            tensor = next(name for name, one in places.items() if one is place)
+            raise DamagedRecording(path, f"tensor {tensor!r:.100} overlaps another")
+        end = offset + nbytes
+    return places
+
+
+def _as_written(raw: bytes, base: int) -> dict[str, Extent] | None:
+    """Return the places in a header that `ShardWriter` wrote; None of any other, or a wrong one.
+
+    As JSON, each of its many tensors is several objects, and Python's collector of garbage goes
+    over all of them again and again.
+    """
+    text = raw.decode("ascii", "replace")
+    if not _HAS_ENTRIES(text):
+        return None
+    places: dict[str, Extent] = {}
+    sizes: dict[str, int] = {}
+    found = _FIND_ENTRIES(text)
+    for tensor, about, begin, end in found:
+        first = int(begin)
+        nbytes = int(end) - first
+        if sizes.get(about) != nbytes:  # as a rule it is what others have
+            sizes[about] = nbytes
+            try:
+                entry = json.loads(f'{{{about},"data_offsets":[{begin},{end}]}}')
+            except ValueError:
+                return None
+            if _read_entry(entry, base)[1] is None:
+                return None
+        places[tensor] = base + first, nbytes
+    return places if len(places) == len(found) else None
+
+
+def _as_json(raw: bytes, base: int, path: Path) -> dict[str, Extent]:
+    """Return the places in any header; raise `DamagedRecording` where it is none."""
     try:
         header = json.loads(raw, object_pairs_hook=_without_duplicates)
     except _Duplicate as err:
@@ -256,7 +311,7 @@ def read_header(path: Path) -> dict[str, Place]:
         raise DamagedRecording(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise DamagedRecording(path, "its header is not a JSON object")
-    base, places = _PREAMBLE + length, {}
+    places: dict[str, Extent] = {}
     for tensor, entry in header.items():
         if tensor == "__metadata__":
             continue
@@ -264,15 +319,10 @@ def read_header(path: Path) -> dict[str, Place]:
         if place is None:
             raise DamagedRecording(path, f"tensor {tensor!r:.100} has {wrong}")
         places[tensor] = place
-    end = base
-    for tensor, place in sorted(places.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if place.offset < end:
-            raise DamagedRecording(path, f"tensor {tensor!r:.100} overlaps another")
-        end = place.offset + place.nbytes
     return places
 
 
-def _read_entry(entry: Any, base: int) -> tuple[str, Place | None]:
+def _read_entry(entry: Any, base: int) -> tuple[str, Extent | None]:
     """Return where a header's entry says that a tensor lies, or what is wrong with it."""
     entry = entry if isinstance(entry, dict) else {}
     offsets, shape = entry.get("data_offsets"), entry.get("shape")
@@ -283,7 +333,7 @@ def _read_entry(entry: Any, base: int) -> tuple[str, Place | None]:
     nbytes, itemsize = offsets[1] - offsets[0], _ITEMSIZES.get(str(entry.get("dtype")))
     if itemsize is not None and math.prod(shape) * itemsize != nbytes:
         return f"{nbytes} bytes, and the shape {shape!r:.100} of {entry['dtype']}", None
-    return "", Place(base + offsets[0], nbytes)
+    return "", (base + offsets[0], nbytes)
 
 
 class _Duplicate(ValueError):

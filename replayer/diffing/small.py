@@ -28,6 +28,8 @@ from .work import Options, Task, side_by_side, workers_of
 _WIDTHS = {dtype_name(dtype): dtype.itemsize for dtype in DTYPES}
 _FEWEST = 2  # pairs of one dtype and shape that are worth it
 _PLACES = ("max_beyond_at", "max_abs_at", "max_rel_at")
+_OF_ROW = "error_row_at"
+_NUMBERS = (*_PLACES, _OF_ROW)
 _SAME = {"odd_at": None, "nan_a": 0, "nan_b": 0, "inf_a": 0, "inf_b": 0, "bitwise": False}
 _COLUMNS = (
     "pair", "message", "dim_names", "numel", "bitwise", "changed", "mismatched", "max_beyond",
@@ -200,11 +202,12 @@ def table_of(found: Iterable[Done], small: pl.DataFrame, options: Options) -> pl
             "dim_names": list(map(str, range(len(shape)))),
             "message": "",
         }
-        types = {name: pl.Int64 if name in _PLACES else schema[name] for name in figures}
+        types = {name: pl.Int64 if name in _NUMBERS else schema[name] for name in figures}
         part = pl.DataFrame({"pair": numbers, **figures}, schema={"pair": pl.UInt32, **types})
         parts.append(
             part.with_columns(
                 *(_unravelled(name, shape) for name in _PLACES),
+                _unravelled(_OF_ROW, shape[:-1], [-1] * len(shape[-1:])),
                 *(pl.lit(value, schema[name]).alias(name) for name, value in about.items()),
             )
         )
@@ -213,12 +216,11 @@ def table_of(found: Iterable[Done], small: pl.DataFrame, options: Options) -> pl
     return table.sort("pair").join(ranks, on="pair", how="left", maintain_order="left")
 
 
-def _unravelled(name: str, shape: Sequence[int]) -> pl.Expr:
-    """Return places as lists of indices, null where there are none."""
-    at, indices = pl.col(name), []
+def _unravelled(name: str, shape: Sequence[int], rest: Sequence[int] = ()) -> pl.Expr:
+    """Return numbers of elements as lists of indices and what follows, null where they are."""
+    at, indices = pl.col(name), [pl.lit(index, pl.Int64) for index in rest]
     for size in reversed(shape):
-        indices.append(at % size)
+        indices.insert(0, at % size)
         at = at // size
-    empty = pl.lit([], pl.List(pl.Int64))
-    place = pl.concat_list(indices[::-1]) if indices else empty
+    place = pl.concat_list(indices) if indices else pl.lit([], pl.List(pl.Int64))
     return pl.when(pl.col(name).is_not_null()).then(place).alias(name)

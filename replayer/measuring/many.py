@@ -94,8 +94,9 @@ def measure_many(
         beyond, beyond_at = y.mul_(w).max(1)
     ulp = _steps(signed_bits(one), signed_bits(other), x, y)
     ranks = [max(1, math.ceil(n * q / 1000)) for q in (500, 990, 999)]
-    high = w.topk(n - ranks[1] + 1, dim=1).values
-    percentiles = w.kthvalue(ranks[0], dim=1).values, high[:, -1], high[:, n - ranks[2]]
+    half = w.topk(n - ranks[0] + 1, dim=1, sorted=False).values  # faster than `kthvalue`
+    high = half.topk(n - ranks[1] + 1, dim=1).values
+    percentiles = half.amin(1), high[:, -1], high[:, n - ranks[2]]
     bias = signed / n
     for i in (signed.abs() < CANCELLED * (1 + _WIDER) * total).nonzero().flatten().tolist():
         bias[i] = exact_bias([(one[i], other[i])], n)

@@ -50,7 +50,7 @@ Columns = dict[str, list[Any]]
 
 
 def profiles(a: torch.Tensor, b: torch.Tensor, which: torch.Tensor, is_gradient: bool) -> Columns:
-    """Return where the errors of pairs lie, as columns of `as_row`.
+    """Return where the errors of pairs lie, as columns of `as_row`, a place as a row's number.
 
     Args:
         a: the baselines', of shape [pairs, ...], on the CPU, of float32 or floats of 16 bits.
@@ -78,17 +78,18 @@ def _profiles(a: torch.Tensor, b: torch.Tensor, is_gradient: bool) -> Columns:
     for i in (is_known & ~is_judged).nonzero().flatten().tolist():
         errors[i], elements[i], typical[i] = judged(sums[i], eps, is_gradient)
     row, at = errors.max(1)
-    whole = sums.sum(1).tolist()
-    rest = [-1] * (len(shape) - len(leading))
-    places = [[*place, *rest] for place in _unravelled(at, leading)]
+    whole = sums.sum(1).unbind(1)
+    places = [
+        place if is_off else None
+        for place, is_off in zip(at.tolist(), (row > 0).tolist(), strict=True)
+    ]
     columns: Columns = {
-        "error": [relative(one[DD], one[XX]) for one in whole],
-        "error_extreme": [relative(one[DD_EXTREME], one[XX_EXTREME]) for one in whole],
+        "error": list(map(relative, whole[DD].tolist(), whole[XX].tolist())),
+        "error_extreme": list(
+            map(relative, whole[DD_EXTREME].tolist(), whole[XX_EXTREME].tolist())
+        ),
         "error_row": row.tolist(),
-        "error_row_at": [
-            place if is_off else None
-            for place, is_off in zip(places, (row > 0).tolist(), strict=True)
-        ],
+        "error_row_at": places,
         "error_typical": typical.tolist(),
         "error_element": elements.amax(1).tolist(),
         "factor": [None] * pairs,
@@ -103,16 +104,17 @@ def _profiles(a: torch.Tensor, b: torch.Tensor, is_gradient: bool) -> Columns:
             found = profile(a[i], b[i], eps, unit, is_gradient=is_gradient)
         for name, value in as_row(found).items():
             columns[name][i] = value
+        if found.row_at is not None:
+            columns["error_row_at"][i] = _raveled(found.row_at, leading)
     return columns
 
 
-def _unravelled(at: torch.Tensor, sizes: Sequence[int]) -> list[list[int]]:
-    """Return the places of elements that are so many-th of tensors of some shape."""
-    found = []
-    for size in reversed(sizes):
-        found.append(at % size)
-        at = at // size
-    return torch.stack(found[::-1], 1).tolist() if found else [[] for _ in range(len(at))]
+def _raveled(place: Sequence[int], sizes: Sequence[int]) -> int:
+    """Return the number of a row, given its place and the sizes of the dims that it is one of."""
+    at = 0
+    for index, size in zip(place[: len(sizes)], sizes, strict=True):
+        at = at * size + index
+    return at
 
 
 def _judged(

@@ -1,7 +1,7 @@
 """Two manifests to pairs of records, without reading a tensor.
 
-1. `_numbered` renames and selects each side's rows, and numbers what counts of their keys; `_keyed`
-   makes that one number, equal for equal keys.
+1. `_counted` renames each side's names and tags, and says what counts of them; `_numbered` selects
+   the rows and numbers that; `_keyed` makes one number of a whole key, equal for equal keys.
 2. `pair` puts rows of one key together: rank by rank, or all ranks' blocks of a key at once where
    both sides declare a layout, and says of each pair what the manifests alone decide.
 3. Where both sides say which row is which, all records of a name and tags are one pair (`marked`).
@@ -18,7 +18,7 @@ import polars as pl
 
 from recorder.errors import DamagedRecording, UsageError
 from recorder.filters import Filter
-from recorder.format.index import Group, Grouping
+from recorder.format.index import Grouping
 from recorder.format.rows import matching, parse_tags
 from recorder.recording import Recording
 from recorder.sizes import count
@@ -126,12 +126,18 @@ def pair(
     frames = [a.latest(), b.latest().with_columns(pl.col("step") + step_offset)]
     names = [frame["name"].unique().to_list() for frame in frames]
     kept, notes = oriented(renames, *names)
-    groups: dict[Group, int] = {}
-    sides = [
-        _numbered(frame, side, filter, match_on, group, groups)
+    keys = [
+        _counted(frame, side, match_on, group)
         for frame, side, group in zip(
             frames, ([], kept), (match_on.group, match_on.group_of_target), strict=True
         )
+    ]
+    of_group = ["group_name", "group_tags"]
+    groups = pl.concat(one.select(of_group) for one in keys).unique(maintain_order=True)
+    groups = groups.with_columns(group=pl.int_range(pl.len()))
+    sides = [
+        _numbered(frame, one.join(groups, on=of_group, how="left"), filter, match_on, bool(side))
+        for frame, one, side in zip(frames, keys, ([], kept), strict=True)
     ]
     keyed = _keyed(*marked(sides[0], sides[1], match_on))
     left, right = Side(a, keyed[0]), Side(b, keyed[1])
@@ -146,38 +152,62 @@ def pair(
     return Pairs(left, right, table, tuple(notes), step_offset, alike, seen, tuple(skipped))
 
 
+def _counted(
+    frame: pl.DataFrame, renames: Sequence[Rename], match_on: MatchOn, group_of: Grouping
+) -> pl.DataFrame:
+    """Return what there is to know of each name and tags of a side's rows.
+
+    It has `name_0` and `tags_0`, which were recorded; `key_0`, the tags that count for the key;
+    `name` and `tags` as the baseline has them; `group_name` and `group_tags`, what counts for a
+    match; `firing`, 1 of a second forward; and `own`, a number.
+    """
+    names = frame.select(name_0="name", tags_0="tags").unique(maintain_order=True)
+    by = ["name_0", "tags_0"] if renames else ["tags_0"]
+    known = names.select(by).unique(maintain_order=True)  # many names have the same tags
+    rows: list[tuple[Any, ...]] = []
+    for *name, text in known.iter_rows():
+        tags = parse_tags(text)
+        new = renamed(renames, name[0] if name else "", tags)
+        rows.append(
+            (
+                key_tags(tags),
+                new[0] if name else None,
+                canonical(new[1]),
+                group_of(*new)[1],
+                int(is_recompute(tags)),
+            )
+        )
+    schema = {
+        "key_0": pl.String, "name": pl.String, "tags": pl.String, "group_tags": pl.String,
+        "firing": pl.Int64,
+    }  # fmt: skip
+    known = known.hstack(pl.DataFrame(rows, schema=schema, orient="row"))
+    return (
+        names.join(known, on=by, how="left", maintain_order="left")
+        .with_columns(name=pl.coalesce("name", "name_0"), own=pl.int_range(pl.len()))
+        .with_columns(group_name="name" if match_on.use_name else pl.lit(""))
+    )
+
+
 def _numbered(
     frame: pl.DataFrame,
-    renames: Sequence[Rename],
+    keys: pl.DataFrame,
     filter: Filter | None,
     match_on: MatchOn,
-    group_of: Grouping,
-    groups: dict[Group, int],
+    is_renamed: bool,
 ) -> pl.DataFrame:
     """Return a side's rows that the filter selects, with what counts of their key as numbers.
 
-    `groups` numbers the keys of both sides, and gets those that are new.
+    Args:
+        frame: all of them.
+        keys: of `_counted`, with `group`, the number of what counts of it for a match.
+        filter: which take part.
+        match_on: what counts.
+        is_renamed: whether some have another name in the baseline.
     """
-    names = frame.select("name", "tags").unique(maintain_order=True)
-    rows: list[tuple[Any, ...]] = []
-    for name, text in names.iter_rows():
-        tags = parse_tags(text)
-        new = renamed(renames, name, tags)
-        group = groups.setdefault(group_of(*new), len(groups))
-        second = int(is_recompute(tags))
-        rows.append(
-            (name, text, key_tags(tags), new[0], canonical(new[1]), group, second, len(rows))
-        )
-    table = pl.DataFrame(
-        rows,
-        schema={
-            "name_0": pl.String, "tags_0": pl.String, "key_0": pl.String, "name": pl.String,
-            "tags": pl.String, "group": pl.Int64, "firing": pl.Int64, "own": pl.Int64,
-        },
-        orient="row",
-    )  # fmt: skip
+    columns = ["name_0", "tags_0", "key_0", "name", "tags", "group", "firing", "own"]
     frame = frame.rename({"name": "name_0", "tags": "tags_0"}).join(
-        table, on=["name_0", "tags_0"], how="left", maintain_order="left"
+        keys.select(columns), on=["name_0", "tags_0"], how="left", maintain_order="left"
     )
     if filter is not None:
         frame = frame.filter(matching(frame, filter))
@@ -189,7 +219,7 @@ def _numbered(
             match_occurrence=pl.int_range(pl.len(), dtype=pl.Int32).over(within)
         )
         frame = _as_first(frame)
-    elif renames:
+    elif is_renamed:
         _check_distinct(frame)
     return frame
 

@@ -344,11 +344,30 @@ def test_huge_claims_of_a_shard_take_no_memory(made):
         ("[" * 100_000, "not JSON"),
     ],
 )  # fmt: skip
-def test_headers_that_contradict_themselves(tmp_path, header, said):
+@pytest.mark.parametrize("named", ["as others do", "as a shard's writer does"])
+def test_headers_that_contradict_themselves(tmp_path, header, said, named):
     path = tmp_path / "x.safetensors"
+    if named == "as a shard's writer does":
+        header = header.replace('"t"', '"t0"').replace('"u"', '"t1"')
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(64))
     with pytest.raises(GraftError, match=said):
         read_header(path)
+
+
+def test_a_header_says_the_same_however_it_is_written(tmp_path):
+    header = {
+        "t00000000": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "t00000001": {"dtype": "U8", "shape": [], "data_offsets": [24, 25]},
+        "t00000002": {"dtype": "BF16", "shape": [0], "data_offsets": [25, 25]},
+    }
+    found = []
+    for separators in ((",", ":"), (", ", ": ")):
+        text = json.dumps(header, separators=separators).ljust(400).encode()
+        path = tmp_path / f"x{len(found)}.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(25))
+        found.append(read_header(path))
+    places = {"t00000000": (408, 24), "t00000001": (432, 1), "t00000002": (433, 0)}
+    assert found == [places, places]
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def damage(run, name, at):
     row = run.find(0, name)
     (shard,) = run.path.rglob("*.safetensors")
     data = bytearray(shard.read_bytes())
-    data[read_header(shard)[row["tensor"]].offset + at] ^= 1
+    data[read_header(shard)[row["tensor"]][0] + at] ^= 1
     shard.write_bytes(data)
 
 

@@ -530,7 +530,7 @@ def test_a_damaged_tensor_fails_its_pair_alone_and_is_status_2(held, tmp_path, r
     row = b.find(0, "x")
     from recorder.format.shard import read_header
 
-    at = read_header(shard)[row["tensor"]].offset
+    at = read_header(shard)[row["tensor"]][0]
     data[at] ^= 1
     shard.write_bytes(data)
     found = diff(a.path, b.path)

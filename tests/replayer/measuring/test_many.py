@@ -13,6 +13,7 @@ from recorder import Recorder, tap
 from replayer import diff
 from replayer.diffing import small
 from replayer.diffing.columns import COLUMNS, figures_of
+from replayer.measuring.elements import unravelled
 from replayer.measuring.many import measure_many
 from replayer.measuring.measures import measure
 from replayer.rules import Rules
@@ -104,6 +105,9 @@ def test_each_pair_has_the_figures_it_has_by_itself(seed):
     for at, i in enumerate(kept):
         alone = figures_of(measure(a[i], b[i], is_gradient=is_gradient))
         row = {name: values[at] for name, values in found.items()}
+        if row["error_row_at"] is not None:
+            rest = [-1] * len(shape[-1:])
+            row["error_row_at"] = [*unravelled(row["error_row_at"], shape[:-1]), *rest]
         assert {*alone} - {*row} <= {*ALIKE}
         for name, value in row.items():
             assert is_near(name, value, alone.get(name), alone), (i, name, value, alone.get(name))
