@@ -51,7 +51,7 @@ SHARE = 0.9  # of |d|^2 that a direction explains, of an index or a row
 SHARE_OF_ALL = 0.3  # the same of the whole: of many rows, the errors do not agree by chance
 LEAST = 8 - 1e-3  # numbers that a direction is told by, which are not added up exactly
 LEFT_OF_Y = 0.5  # of |y|^2, that a factor may leave
-_LEAST_LEFT = 1e-12  # of |d|^2, that any direction leaves
+LEAST_LEFT = 1e-12  # of |d|^2, that any direction leaves
 _ODDS = 30.0  # natural logarithm of the odds against a direction by chance
 
 
@@ -393,7 +393,7 @@ def candidates(
     unit: float,
     least: float,
     left_of_y: float = LEFT_OF_Y,
-    least_left: float = _LEAST_LEFT,
+    least_left: float = LEAST_LEFT,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the places with a direction, and what of |d|^2 a factor there explains, and an offset.
 
@@ -419,11 +419,11 @@ def _is_no_chance(
     rest: torch.Tensor, error: torch.Tensor, m: torch.Tensor, odds: float
 ) -> torch.Tensor:
     """Whether a direction leaves too little of the rows' errors, of shape [places, rows]."""
-    left = (rest / error).nan_to_num(1.0).clamp(min=_LEAST_LEFT)
+    left = (rest / error).nan_to_num(1.0).clamp(min=LEAST_LEFT)
     m = m * (error > 0)
     evidence = -0.5 * ((m - 1).clamp(min=0.0) * left.log()).sum(1)
     # All rows as one: where they are short, and of one size.
-    whole = (rest.sum(1) / error.sum(1)).nan_to_num(1.0).clamp(min=_LEAST_LEFT)
+    whole = (rest.sum(1) / error.sum(1)).nan_to_num(1.0).clamp(min=LEAST_LEFT)
     sized = m * error
     alike = (sized.sum(1) / error.amax(1)).nan_to_num(0.0)
     evidence = torch.maximum(evidence, -0.5 * (alike - 1).clamp(min=0.0) * whole.log())

@@ -19,7 +19,9 @@ from .profile import (
     FEW,
     FEW_OF_SHORT,
     LEAST,
+    LEAST_LEFT,
     LEFT_OF_GRADIENT,
+    LEFT_OF_Y,
     LONG,
     MASSIVE,
     MOST_ROWS,
@@ -42,7 +44,7 @@ from .profile import (
     relative,
     relative_of_rows,
 )
-from .rows import DD, DD_EXTREME, X4, XD, XX, XX_EXTREME, D, N, sums_of_pairs
+from .rows import DD, DD_EXTREME, X4, XD, XX, XX_EXTREME, YY, D, N, sums_of_pairs
 
 _LESS = 1 - 1e-9  # what a direction may explain is less than `profile` asks for by this
 
@@ -205,10 +207,11 @@ def _points(sums: torch.Tensor, unit: float, least: float) -> torch.Tensor:
         unit: what a factor is further from 1 than.
         least: how much of |d|^2 a direction is to explain.
     """
-    xx, xd, dd, d, n = (sums[..., column] for column in (XX, XD, DD, D, N))
+    xx, yy, xd, dd, d, n = (sums[..., column] for column in (XX, YY, XD, DD, D, N))
     share_x = xd.square() / (xx * dd)
     share_1 = d.square() / (n * dd)
     least, unit = least * _LESS, unit * _LESS
-    fits_x = (share_x >= least) & (xd.abs() > unit * xx)
+    is_of_x = (1 - share_x) * dd * _LESS <= LEFT_OF_Y * yy + LEAST_LEFT * dd
+    fits_x = (share_x >= least) & (xd.abs() > unit * xx) & is_of_x
     fits_1 = (share_1 >= least) & (d.abs() > unit * (xx * n).sqrt())
     return fits_x | fits_1
