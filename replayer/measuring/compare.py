@@ -34,7 +34,6 @@ def _sums(
     b: torch.Tensor,
     bits: tuple[torch.Tensor, torch.Tensor],
     wide: torch.Tensor,
-    flags: torch.Tensor,
     size: int,
     take_equal: bool,
 ) -> torch.Tensor:
@@ -45,7 +44,6 @@ def _sums(
         b: as many others.
         bits: the same two, as they are compared for being equal throughout.
         wide: memory for two chunks, in float64.
-        flags: memory for one chunk in the tensors' dtype, where that is float32 or float64.
         size: of a chunk, in elements.
         take_equal: whether to ask that of each chunk.
     """
@@ -53,55 +51,53 @@ def _sums(
     ones, others = a.split(size), b.split(size)
     each = size * bits[0].numel() // a.numel()
     one_bits, other_bits = bits[0].split(each), bits[1].split(each)
+    x, y = wide.narrow(0, 0, size), wide.narrow(0, size, size)
+    both = wide.narrow(0, 0, 2 * size)
     for i in range(len(ones)):
         one, other = ones[i], others[i]
         n = one.numel()
-        x = wide.narrow(0, 0, n)
+        if n < size:  # the last
+            x, y = wide.narrow(0, 0, n), wide.narrow(0, n, n)
+            both = wide.narrow(0, 0, 2 * n)
+        x.copy_(one)
         if take_equal and torch.equal(one_bits[i], other_bits[i]):
-            x.copy_(one)
             total = torch.dot(x, x)
             nothing = torch.zeros_like(total)
             found += [total + total, nothing, nothing, nothing, nothing]
         else:
-            # It goes first, since it waits least for memory, and the next find the chunk there.
-            is_flagged = flags.numel() > 0
-            if is_flagged:
-                torch.ne(one, other, out=flags.narrow(0, 0, n))
-            y = wide.narrow(0, n, n)
-            x.copy_(one)
             y.copy_(other)
-            both = wide.narrow(0, 0, 2 * n)
             found.append(torch.dot(both, both))
             x.sub_(y)
             found.append(torch.dot(x, x))
             x.abs_()
             found.append(x.amax())
             found.append(x.sum())
-            if is_flagged:
-                found.append(flags.narrow(0, 0, n).sum().to(torch.float64))
-            else:
-                found.append(x.ne_(0.0).sum())
+            x.ne_(0.0)
+            found.append(x.sum())
     return torch.stack(found).view(-1, 5)
 
 
-def _sums_of_one(one: torch.Tensor, other: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+def _sums_of_one(
+    one: torch.Tensor, other: torch.Tensor, x: torch.Tensor, y: torch.Tensor, both: torch.Tensor
+) -> list[float]:
     """Return the same of one chunk alone, with the fewest calls: for small tensors these are most.
 
     Args:
         one: elements.
         other: as many others.
-        wide: memory for twice as many, in float64.
+        x: memory for as many, in float64.
+        y: likewise.
+        both: the two as one.
     """
-    n = one.numel()
-    both = wide.narrow(0, 0, 2 * n)
-    x, y = wide.narrow(0, 0, n), wide.narrow(0, n, n)
     x.copy_(one)
     y.copy_(other)
     total = torch.dot(both, both)
     x.sub_(y)
     squares = torch.dot(x, x)
     x.abs_()
-    return torch.stack([total, squares, x.amax(), x.sum(), x.ne_(0.0).sum()]).view(-1, 5)
+    most, summed = x.amax(), x.sum()
+    x.ne_(0.0)
+    return [float(total), float(squares), float(most), float(summed), float(x.sum())]
 
 
 _sums = scripted(_sums)
@@ -144,17 +140,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> Difference:
     size = min(_CHUNK if on_cpu else _CHUNK_ELSEWHERE, numel)
     if a.dtype.is_complex or (a.dtype.itemsize == 8 and not a.dtype.is_floating_point):
         rows = [[math.nan]] * -(-numel // size)
-    elif numel == size:
-        rows = _sums_of_one(one, other, _work_memory(one.device, size)).tolist()
+    elif numel == size and on_cpu:
+        rows = [_sums_of_one(one, other, *_work_views(size))]
     else:
         # On a GPU, asking whether chunks are equal would wait for each of them.
         bits = (_words(one), _words(other)) if on_cpu else (one, other)
         if bits[0].numel() != bits[1].numel():
             bits = one, other
-        wide = _work_memory(one.device, size)
-        is_flagged = one.dtype in (torch.float32, torch.float64)
-        flags = wide[2 * size :].view(one.dtype) if is_flagged else wide[:0]
-        rows = _sums(one, other, bits, wide, flags, size, on_cpu).tolist()
+        rows = _sums(one, other, bits, _work_memory(one.device, size), size, on_cpu).tolist()
     figures = [
         _Figures(row[0], row[1], row[2], row[3], row[4], min(size, numel - i * size))
         if all(map(math.isfinite, row))
@@ -228,13 +221,23 @@ def _words(flat: torch.Tensor) -> torch.Tensor:
 
 
 def _work_memory(device: torch.device, size: int) -> torch.Tensor:
-    """Return memory for three chunks as float64; reused on the CPU, where fresh pages cost most."""
+    """Return memory for two chunks as float64; reused on the CPU, where fresh pages cost most."""
     if device.type != "cpu":
-        return torch.empty(3 * size, dtype=torch.float64, device=device)
+        return torch.empty(2 * size, dtype=torch.float64, device=device)
     kept: torch.Tensor | None = getattr(_memory, "wide", None)
-    if kept is None or kept.numel() < 3 * size:
+    if kept is None or kept.numel() < 2 * size:
         with torch.inference_mode(False):  # else it could be used under that mode alone
-            kept = _memory.wide = torch.empty(3 * size, dtype=torch.float64, device=device)
+            kept = _memory.wide = torch.empty(2 * size, dtype=torch.float64, device=device)
+    return kept
+
+
+def _work_views(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the memory on the CPU as one chunk, the other, and both; most come in one size."""
+    kept: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = getattr(_memory, "views", None)
+    if kept is None or kept[0].numel() != size:
+        wide = _work_memory(torch.device("cpu"), size)
+        with torch.inference_mode(False):  # likewise
+            kept = _memory.views = wide[:size], wide[size : 2 * size], wide[: 2 * size]
     return kept
 
 
