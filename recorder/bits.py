@@ -189,6 +189,8 @@ def as_bits(tensor: torch.Tensor, *, in_graph: bool = False) -> torch.Tensor:
         CaptureError: it cannot be captured faithfully.
     """
     try:
+        if is_plain(tensor) and tensor.element_size() in _BITS:
+            return tensor.detach().view(_BITS[tensor.element_size()])
         (check_kind if in_graph else check)(tensor)
         plain = tensor.detach()
         if type(plain) is not torch.Tensor:

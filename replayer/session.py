@@ -466,7 +466,7 @@ class Replayer:
         if self._is_passed_over(selected, kind):
             return
         tried = _Tried()
-        shared = ""
+        tap, shared = named(selected), ""
         try:
             with plainly():
                 target, placements = local_part(value)
@@ -476,7 +476,7 @@ class Replayer:
                     raise ReplayError(call.run.why)
                 made = self._make(tried, call, selected, target, kind, placements, mesh, ids)
                 if call.run is None:
-                    shared = self._sharing.overwrite(target, made.tensor, named(selected))
+                    shared = self._sharing.overwrite(target, made.tensor, tap)
                 else:  # memory of the tap's own, which its graph reads
                     graft.overwrite(target, made.tensor)
             repeat_to_the_end()
@@ -492,9 +492,7 @@ class Replayer:
             of_callable if call.is_made_here else "",
         )
         if shared:
-            self._outcomes.once(
-                (selected.key.name, "sharing"), f"tap {named(selected)} was grafted: {shared}"
-            )
+            self._outcomes.once((selected.key.name, "sharing"), f"tap {tap} was grafted: {shared}")
         row = self._finish(selected, kind, start, tried, note)
         if call.run is not None:
             self._settle(call.run, row, tried)

@@ -35,7 +35,7 @@ class _Place(NamedTuple):
 @dataclass
 class _Written:
     place: _Place
-    sample: torch.Tensor
+    sample: torch.Tensor  # as bits
     start: int  # in bytes, as the other
     end: int
     tap: str
@@ -96,7 +96,7 @@ class Sharing:
                 for one in known.written.values()
                 if one.start < here.end and here.start < one.end and known.is_as_left(one)
                 for view in (_view(one.place, target),)
-                if _equal(_sampled(view), one.sample)
+                if torch.equal(as_bits(_sampled(view)), one.sample)
             ]
             # Of the very same place no copy is needed: it becomes what is new.
             same = [one for one, view in met if one.place == here.place and not _equal(view, new)]
@@ -126,7 +126,7 @@ def _written(target: torch.Tensor, new: torch.Tensor, tap: str) -> _Written:
     else:
         reach = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     end = (offset + reach) * size
-    sample = _sampled(new).clone()
+    sample = as_bits(_sampled(new)).clone()
     place = _Place(target.dtype, offset, shape, strides)
     return _Written(place, sample, offset * size, end, tap, weakref.ref(target))
 
