@@ -15,7 +15,10 @@ import torch
 from ..scripting import scripted
 
 CHUNK = 1 << 19
-"""The most elements worked on at once; as float64 they fit a processor's last cache."""
+"""The most elements whose moments are one."""
+AT_ONCE = (1 << 15) - 64
+"""The most elements worked on at once: as float64 they fit a core's second-level cache, and are too
+few for torch to take more threads, which are the job's. So does `dot`, of however few."""
 
 # aminmax takes these as they are, and then needs not read twice as many bytes.
 _ORDERED = {
@@ -32,25 +35,29 @@ _ORDERED = {
 _CANCELLED = 1e-6  # of the squares; what is left of 53 bits below that is too little
 
 
-def _moments(values: torch.Tensor, wide: torch.Tensor, ordered: bool) -> torch.Tensor:
-    n = wide.numel()
-    lows = []
-    highs = []
-    sums = []
-    squares = []
-    for part in values.split(n):
-        x = wide.narrow(0, 0, part.numel())
-        x.copy_(part)
-        if ordered:
-            low, high = torch.aminmax(part)
-        else:
-            low, high = torch.aminmax(x)
-        lows.append(low.double())
-        highs.append(high.double())
-        sums.append(x.sum())
-        squares.append(torch.dot(x, x))
-    found = [torch.stack(lows), torch.stack(highs), torch.stack(sums), torch.stack(squares)]
-    return torch.stack(found)
+def _moments(values: torch.Tensor, wide: torch.Tensor, step: int, ordered: bool) -> torch.Tensor:
+    found = []
+    for chunk in values.split(wide.numel()):
+        lows = []
+        highs = []
+        sums = []
+        norms = []
+        for part in chunk.split(step):
+            x = wide.narrow(0, 0, part.numel())
+            x.copy_(part)
+            if ordered:
+                low, high = torch.aminmax(part)
+            else:
+                low, high = torch.aminmax(x)
+            lows.append(low)
+            highs.append(high)
+            sums.append(x.sum())
+            norms.append(torch.linalg.vector_norm(x, 2.0))
+        found.append(torch.stack(lows).amin().double())
+        found.append(torch.stack(highs).amax().double())
+        found.append(torch.stack(sums).sum())
+        found.append(torch.stack(norms).square_().sum())
+    return torch.stack(found).view(-1, 4).t()
 
 
 def _moments_of_rows(rows: torch.Tensor, wide: torch.Tensor, ordered: bool) -> torch.Tensor:
@@ -105,7 +112,7 @@ class Statistics:
             values = torch.view_as_real(values).flatten()
         values = _convertible(values)
         chunks = values.split(CHUNK)
-        moments = _moments(values, self._wide, values.dtype in _ORDERED)
+        moments = _moments(values, self._wide, AT_ONCE, values.dtype in _ORDERED)
         for chunk, low, high, total, squares in zip(chunks, *moments.tolist(), strict=True):
             n = chunk.numel()
             top = max(abs(low), abs(high))
@@ -185,7 +192,7 @@ def of_many(
 
     Args:
         raw: their bytes, a row each, of shape [payloads, bytes]; rows may be strided. No more than
-            `CHUNK` elements.
+            `AT_ONCE` elements.
         dtype: the dtype of all of them; not complex.
         wide: memory to work in, as `workspace` makes it.
     """

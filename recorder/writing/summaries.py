@@ -19,7 +19,7 @@ import torch
 
 from ..bits import has_statistics
 from .staging import Part, Staging
-from .statistics import CHUNK, Statistics, of_many, workspace
+from .statistics import AT_ONCE, Statistics, of_many, workspace
 from .store import Payload
 
 _TOGETHER = 1_024
@@ -179,7 +179,7 @@ def _alike(parts: list[Part], part: Part) -> bool:
         part.nbytes == nbytes
         and part.payload.dtype == dtype
         and distance == before.size
-        and 0 < nbytes * (len(parts) + 1) <= CHUNK * dtype.itemsize
+        and 0 < nbytes * (len(parts) + 1) <= AT_ONCE * dtype.itemsize
         and first.is_whole
         and part.is_whole
         and not dtype.is_complex

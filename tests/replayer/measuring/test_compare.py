@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from fractions import Fraction
 
 import pytest
@@ -192,3 +193,29 @@ def test_interpreted_and_compiled_sums_are_the_same(monkeypatch):
     monkeypatch.setattr(compare, "_sums", compare._sums.__wrapped__)
     monkeypatch.setattr(compare, "_sums_of_one", compare._sums_of_one.__wrapped__)
     assert [difference(a, b) for a, b in pairs] == compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int16])
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_several_threads_find_what_one_does(monkeypatch, dtype, threads):
+    g = torch.Generator().manual_seed(threads)
+    a = torch.randn(3_001, generator=g).mul(100).to(dtype)
+    b = a.clone()
+    b[::7] += 3
+    if dtype.is_floating_point:
+        b[1234], a[2000], b[2000] = math.inf, math.nan, math.nan
+    monkeypatch.setattr(compare, "_CHUNK", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    alone = compare.difference(a, b)
+    asked = []
+    real = compare._rows
+
+    def rows(*args):
+        asked.append(threading.get_ident())
+        return real(*args)
+
+    monkeypatch.setattr(compare, "_rows", rows)
+    monkeypatch.setattr(compare, "_A_THREAD", 600)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert compare.difference(a, b) == alone
+    assert len(asked) == threads and threading.get_ident() not in asked
