@@ -157,8 +157,7 @@ def is_plain(tensor: torch.Tensor, device: str = "cpu") -> bool:
     """
     if (
         type(tensor) not in _PLAIN_TYPES
-        or (device != "cpu" and tensor.device.type != device)
-        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys(device)
+        or torch._C._dispatch_keys(tensor).raw_repr() not in _plain_keys(tensor, device)
         or not tensor.is_contiguous()
     ):
         return False
@@ -168,14 +167,28 @@ def is_plain(tensor: torch.Tensor, device: str = "cpu") -> bool:
     return has_all and (tensor.data_ptr() != 0 or nbytes == 0)
 
 
-@functools.cache
-def _plain_keys(device: str) -> frozenset[int]:
-    """Return the dispatch keys of plain tensors: inputs, leaves, and those of inference mode."""
-    with plainly(), torch.inference_mode(mode=False):
-        made = [torch.empty(1, device=device), torch.empty(1, device=device, requires_grad=True)]
-        with torch.inference_mode():
-            made.append(torch.empty(1, device=device))
-        return frozenset(torch._C._dispatch_keys(one).raw_repr() for one in made)
+_plain: dict[str, frozenset[int]] = {}
+
+
+def _plain_keys(tensor: torch.Tensor, kind: str) -> frozenset[int]:
+    """Return the dispatch keys of plain tensors on devices of a kind, of which the tensor may be.
+
+    They are those of inputs, of leaves, and of what is made in inference mode.
+    """
+    found = _plain.get(kind)
+    if found is None:
+        device = tensor.device
+        if device.type != kind:
+            return frozenset()
+        # Of no elements, and on its very device: nothing is allocated, and no other one is touched.
+        with plainly(), torch._C._DisableFuncTorch(), torch.inference_mode(mode=False):
+            made = [torch.empty(0, device=device)]
+            made.append(torch.empty(0, device=device, requires_grad=True))
+            with torch.inference_mode():
+                made.append(torch.empty(0, device=device))
+        found = frozenset(torch._C._dispatch_keys(one).raw_repr() for one in made)
+        _plain[kind] = found
+    return found
 
 
 def as_bits(tensor: torch.Tensor, *, in_graph: bool = False) -> torch.Tensor:

@@ -57,7 +57,7 @@ def capture(tensor: torch.Tensor) -> Snapshot:
         return Snapshot(tensor, None)
     if is_plain(tensor, "cuda") and tensor.dtype in _COPIED_AS_THEY_ARE:
         check_capturing(tensor)
-        return Snapshot(tensor, tensor)
+        return Snapshot(tensor, tensor.detach() if tensor.requires_grad else tensor)
     local, placements = local_part(tensor)
     return Snapshot(local, as_bits(local), placements)
 

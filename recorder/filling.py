@@ -90,11 +90,23 @@ class Filling:
             self.filled += len(found)
 
 
-def lacking(about: Description, rows: Iterable[ManifestRow]) -> int:
-    """Return how many of some records have no statistics that `verify` may fill in."""
+def lacking(about: Description, claims: Iterable[ClaimData], rows: Iterable[ManifestRow]) -> int:
+    """Return how many of some records have no statistics, and none to come, that `verify` fills in.
+
+    Args:
+        about: what the recording says of itself.
+        claims: what each attempt of each rank says of itself.
+        rows: the records.
+    """
     if not _can_be_filled_in(about):
         return 0
-    dtypes = (getattr(torch, row["dtype"] or "", None) for row in rows if _has_none(row))
+    ended = {
+        (claim.get("rank"), claim.get("attempt"))
+        for claim in claims
+        if claim.get("state") in _ENDED
+    }
+    bare = (row for row in rows if (row["rank"], row["attempt"]) in ended and _has_none(row))
+    dtypes = (getattr(torch, row["dtype"] or "", None) for row in bare)
     return sum(isinstance(dtype, torch.dtype) and has_statistics(dtype) for dtype in dtypes)
 
 

@@ -100,7 +100,7 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
         listing.print_records(recording, rows, terminal_width())
     if why:
         note(why)
-    if bare := lacking(recording.meta, rows_of(rows)):
+    if bare := lacking(recording.meta, recording.claims(), rows_of(rows)):
         note(
             f"{count(bare, 'record')} of these without statistics, which were not gathered in "
             f"time; graft verify {run} fills them in"

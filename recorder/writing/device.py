@@ -49,6 +49,9 @@ class Backend(Protocol):
     def has_room(self, device: torch.device, nbytes: int) -> bool:
         """Whether a device is likely to have memory for a copy without taking it from the job."""
 
+    def was_full(self, device: torch.device) -> None:
+        """Hear that a device had no room, whatever was foreseen."""
+
     def pin(self, address: int, nbytes: int) -> bool:
         """Page-lock memory of the host; return whether that worked."""
 
@@ -117,10 +120,15 @@ class Cuda:
             free = torch.cuda.mem_get_info(device)[0]
             self._free[device] = now, free
         if nbytes <= free:
+            self._free[device] = self._free[device][0], free - nbytes
             return True
         # What torch has and nobody uses: else it gives all of that back before it fails.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return nbytes <= idle
+
+    def was_full(self, device: torch.device) -> None:
+        """See `Backend`."""
+        self._free[device] = time.monotonic(), 0
 
     def pin(self, address: int, nbytes: int) -> bool:
         """See `Backend`."""
@@ -239,11 +247,12 @@ class DeviceCopies:
             try:
                 return Copy(backend, stream, backend.clone(bits))
             except backend.out_of_memory:
-                pass
+                backend.was_full(bits.device)
         if not bits.is_contiguous():
             raise CaptureError("the device has no memory left for a copy, and it is not contiguous")
         copy = Copy(backend, stream, bits)
-        self._bring([copy], [into()], arena)
+        with backend.relaxed():
+            self._bring([copy], [into()], arena)
         backend.wait(stream, copy.done)
         return copy
 

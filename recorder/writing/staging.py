@@ -173,7 +173,7 @@ class Staging:
             self._place(part).view(bits.dtype).view(bits.shape).copy_(bits)
         return part
 
-    def bring(self, parts: Sequence[Part], following: Iterable[Part] = ()) -> None:
+    def bring(self, parts: Sequence[Part], following: deque[Part] | None = None) -> None:
         """Have parts come that were only copied aside on their devices.
 
         Args:
@@ -184,7 +184,7 @@ class Staging:
             return
         copies = [
             (part.arrival, self._place(part))
-            for part in (*parts, *following)
+            for part in (*parts, *(following.copy() if following else ()))
             if part.arrival is not None and part.arrival.done is None
         ]
         self._copies.bring(copies, self._arena)

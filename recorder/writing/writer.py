@@ -404,7 +404,7 @@ class Writer:
             size += batch[-1].nbytes
         if self._queue:
             self._queued_since = min(self._queued_since, self._taken_since)
-        self._staging.bring(batch, self._queue.copy())
+        self._staging.bring(batch, self._queue)
         if self._summaries is not None:
             self._leave_to_verify(batch)
             self._summaries.add([part for part in batch if part.payload.dtype is not None])

@@ -202,9 +202,12 @@ def _side_by_side(
     parts = zip(
         one.split(most), other.split(most), bits[0].split(each), bits[1].split(each), strict=True
     )
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda part: _rows(part[0], part[1], (part[2], part[3]), size), parts)
-        return [row for rows in found for row in rows]
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda part: _rows(part[0], part[1], (part[2], part[3]), size), parts)
+            return [row for rows in found for row in rows]
+    except RuntimeError:  # no threads are to be had any more: the interpreter ends
+        return _rows(one, other, bits, size)
 
 
 class _Figures(NamedTuple):

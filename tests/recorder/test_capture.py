@@ -110,6 +110,26 @@ def test_a_tensor_larger_than_the_staging_memory_is_recorded_whole(record):
     assert Recording.open(run.path).rows()["mean"].to_list() == pytest.approx([49999.5] * 2)
 
 
+@pytest.mark.parametrize("first", ["grad", "vmap", "inference", "meta"])
+def test_what_is_plain_is_known_wherever_it_is_first_asked(monkeypatch, first):
+    monkeypatch.setattr(bits, "_plain", {})
+    x = torch.ones(3)
+
+    def ask(y):
+        assert not bits.is_plain(y) and not bits.is_plain(y, "cuda")
+        return y.sum()
+
+    if first == "inference":
+        with torch.inference_mode():
+            assert bits.is_plain(torch.ones(3))
+    elif first == "meta":
+        ask(x.to("meta"))
+    else:
+        (torch.func.grad if first == "grad" else torch.vmap)(ask)(torch.ones(2, 3))
+    assert bits.is_plain(x) and bits.is_plain(torch.nn.Parameter(x))
+    assert not bits.is_plain(x, "cuda") and not bits.is_plain(x.to("meta"))
+
+
 def test_under_another_default_device_and_dtype(record):
     t = torch.ones(2)
     torch.set_default_dtype(torch.float64)

@@ -62,6 +62,7 @@ class FakeDevice:
         self.job, self.own = Stream(), None
         self.now = [self.job]
         self.synchronized, self.pinned, self.used, self.brought = [], [], [], []
+        self.was_full_at = []
         self.waits = self.clones = 0
         self.room, self.pins, self.foresees = room, pins, foresees
 
@@ -73,6 +74,9 @@ class FakeDevice:
 
     def has_room(self, device, nbytes):
         return self.room or not self.foresees
+
+    def was_full(self, device):
+        self.was_full_at.append(device)
 
     def pin(self, address, nbytes):
         self.pinned.append(address)
@@ -203,6 +207,7 @@ def test_without_memory_on_the_device_the_stream_waits_for_the_copy_to_the_host(
     part = staged(staging, x)
     device.job.enqueue(lambda: x.fill_(2.0))
     assert device.clones == (not foresees)  # to try costs the job all that its allocator keeps
+    assert len(device.was_full_at) == (not foresees)
     device.job.run(device.job.end)
     assert device.own.end == device.own.done and device.used == []
     assert set(brought(staging, part)[0].view(torch.float32).tolist()) == {1.0}

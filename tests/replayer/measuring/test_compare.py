@@ -219,3 +219,19 @@ def test_several_threads_find_what_one_does(monkeypatch, dtype, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert compare.difference(a, b) == alone
     assert len(asked) == threads and threading.get_ident() not in asked
+
+
+def test_where_no_thread_is_to_be_had_one_does_it_all(monkeypatch):
+    """As behind the end of the main thread."""
+
+    def none(*args):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    a, b = torch.randn(2, 5_000, generator=torch.Generator().manual_seed(0))
+    expected = compare.difference(a, b)
+    monkeypatch.setattr(compare, "_A_THREAD", 600)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(compare, "ThreadPoolExecutor", none)
+    found = compare.difference(a, b)
+    assert (found.changed, found.max_abs) == (expected.changed, expected.max_abs)
+    assert found.rel_diff == pytest.approx(expected.rel_diff, rel=1e-13)
