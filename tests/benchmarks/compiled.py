@@ -104,7 +104,7 @@ def _compiled(base: Path, quick: bool, device: torch.device) -> list[Result]:
     return [
         Result(
             name + where, micro[ours], peer, micro[theirs], "us",
-            f"{micro[ours] / micro[theirs]:.2f} x", "none set", None,
+            f"{micro[ours] / micro[theirs]:.2f}x", "", None,
         )
         for name, ours, peer, theirs in rows
     ]  # fmt: skip
