@@ -19,7 +19,7 @@ from .mesh import axis_name
 FEW = 1 << 20
 """The most bytes that are copied on the spot, without a tensor operation."""
 
-# A copy of a contiguous one on its device is a copy of its bytes.
+# Of these, a contiguous tensor is surely copied as bytes; `as_bits` makes that sure of all others.
 _COPIED_AS_THEY_ARE = {
     torch.float64,
     torch.float32,

@@ -21,6 +21,9 @@ from .format.schema import COLUMNS, STATISTICS, Description, ManifestRow
 from .format.tables import add_to_parquet
 from .writing.statistics import Statistics, workspace
 
+NOT_GATHERED = (
+    "without statistics, which were not gathered in time; graft verify {run} fills them in"
+)
 _ENDED = ("complete", "stopped", "failed")
 
 
@@ -48,11 +51,8 @@ class Filling:
         """Return what takes in the bytes of records that share a payload; None where none does."""
         if not self._is_on or not any(map(_has_none, rows)):
             return None
-        try:
-            dtype = parse_dtype(rows[0]["dtype"], "")
-        except DamagedRecording:
-            return None
-        if not has_statistics(dtype):
+        dtype = _summable(rows[0])
+        if dtype is None:
             return None
         if getattr(self._local, "wide", None) is None:
             self._local.wide = workspace()
@@ -106,14 +106,22 @@ def lacking(about: Description, claims: Iterable[ClaimData], rows: Iterable[Mani
         if claim.get("state") in _ENDED
     }
     bare = (row for row in rows if (row["rank"], row["attempt"]) in ended and _has_none(row))
-    dtypes = (getattr(torch, row["dtype"] or "", None) for row in bare)
-    return sum(isinstance(dtype, torch.dtype) and has_statistics(dtype) for dtype in dtypes)
+    return sum(_summable(row) is not None for row in bare)
 
 
 def _can_be_filled_in(about: Description) -> bool:
     """Whether statistics were asked for, and there is something to gather them from."""
     level: str = about.get("options", {}).get("level", "tensors")
     return level == "tensors"
+
+
+def _summable(row: ManifestRow) -> torch.dtype | None:
+    """Return the dtype of a record's elements where they have statistics."""
+    try:
+        dtype = parse_dtype(row["dtype"], "")
+    except DamagedRecording:
+        return None
+    return dtype if has_statistics(dtype) else None
 
 
 def _has_none(row: ManifestRow) -> bool:

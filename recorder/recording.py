@@ -369,9 +369,11 @@ class Recording:
             UsageError: the row holds no tensor.
             DamagedRecording: the bytes are not there, or not those that were written.
         """
-        files = self._opened()
+        from .bits import plainly
+        from .format.payload import parse_dtype, restore
+
         path, place = self.place_of(row)
-        data = self._through_names(path, lambda file: files.read(file, place))
+        data = self._through_names(path, lambda file: self._opened().read(file, place))
         about = (row["shard"] or "", row["tensor"] or "", row["digest"])
         if check and about not in self._checked:
             import xxhash
@@ -383,7 +385,8 @@ class Recording:
                     f"occurrence={row['occurrence']} do not have the digest that was recorded",
                 )
             self._checked.add(about)
-        return files.restored(data, row["dtype"], row["shape"] or [], path)
+        with plainly():
+            return restore(data, parse_dtype(row["dtype"], path), row["shape"] or [], path)
 
     def ids(self, row: ManifestRow, *, check: bool = True) -> tuple[Taken, ...]:
         """Return the ids that the rows of a record have, () where it has none.

@@ -23,6 +23,7 @@ from .bits import never_compiled, plainly
 from .capture import capture, dims_text
 from .diagnostics import Warnings, say
 from .errors import CaptureError, GraftError, LayoutError, UsageError, is_from_the_job
+from .filling import NOT_GATHERED
 from .filters import Filter
 from .format.claims import ClaimData
 from .format.disk import ACCESS
@@ -323,10 +324,7 @@ class Recorder:
             self._say(why)
         bare = 0 if self._writer is None else self._writer.without_statistics
         if bare:
-            self._say(
-                f"{count(bare, 'record')} without statistics, which were not gathered in time; "
-                f"graft verify {self.path} fills them in"
-            )
+            self._say(f"{count(bare, 'record')} {NOT_GATHERED.format(run=self.path)}")
         for said in self._blocks.told():
             self._once((said,), said)
         nothing = self._selection.why_nothing()

@@ -87,7 +87,7 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
     Example:
       graft show runs/base --rank 0 --filter 'name == "attn_out" and layer == 3'
     """
-    from ..filling import lacking
+    from ..filling import NOT_GATHERED, lacking
     from ..format.rows import rows_of
     from ..recording import Recording
     from . import listing
@@ -101,10 +101,7 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
     if why:
         note(why)
     if bare := lacking(recording.meta, recording.claims(), rows_of(rows)):
-        note(
-            f"{count(bare, 'record')} of these without statistics, which were not gathered in "
-            f"time; graft verify {run} fills them in"
-        )
+        note(f"{count(bare, 'record')} of these {NOT_GATHERED.format(run=run)}")
 
 
 @click.command("verify", short_help="Check every shard and every tensor of a recording.")

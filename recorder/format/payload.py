@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from ..bits import plainly
 from ..errors import DamagedRecording
 from .shard import CODES, Place
 
@@ -78,15 +77,6 @@ class Files:
             raise
         except OSError as err:
             raise DamagedRecording(path, err.strerror or str(err)) from err
-
-    @staticmethod
-    def restored(data: memoryview, dtype: str, shape: Sequence[int], path: object) -> torch.Tensor:
-        """Return what was read as the tensor it was, plain in any mode; as `restore` for the rest.
-
-        Here, so that who reads many imports nothing for each.
-        """
-        with plainly():
-            return restore(data, parse_dtype(dtype, path), shape, path)
 
     def _file(self, path: Path) -> _File:
         with self._lock:

@@ -85,12 +85,13 @@ class Cuda:
 
     out_of_memory: type[BaseException] = torch.OutOfMemoryError
 
+    def __init__(self) -> None:
+        # When it was asked what is free on a device, and how much of that is left.
+        self._free: dict[torch.device, tuple[float, int]] = {}
+
     def handles(self, device: torch.device) -> bool:
         """See `Backend`."""
         return device.type == "cuda"
-
-    def __init__(self) -> None:
-        self._free: dict[torch.device, tuple[float, int]] = {}
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
