@@ -35,6 +35,12 @@ def until(holds):
         time.sleep(0.005)
 
 
+def until_looked(run):
+    """Return once what is there has been seen, and whoever saw it has said what is to be said."""
+    watched = control._watched[run]
+    until(lambda: watched._seen is not None and not watched._looking.locked())
+
+
 def switch(run, action, expr=None):
     """Ask for something, and return once this process has seen it."""
     run.mkdir(exist_ok=True)
@@ -241,7 +247,7 @@ def test_a_file_that_cannot_be_made_sense_of_is_ignored_and_said_once(run, capsy
         one(0)
         text = data if isinstance(data, bytes) else json.dumps(data).encode()
         disk.replace(run / FILE, text)
-        until(lambda: control._watched[run]._seen is not None)
+        until_looked(run)
         control._watched[run].look()
         one(1)
         err = capsys.readouterr().err
@@ -260,7 +266,7 @@ def test_what_is_no_file_is_ignored_too(run, capsys, make):
     with Recorder(run):
         one(0)
         make(run / FILE)
-        until(lambda: control._watched[run]._seen is not None)
+        until_looked(run)
         one(1)
     assert f"{FILE} is ignored: it " in capsys.readouterr().err
     assert len(seen(run)) == 2

@@ -60,7 +60,7 @@ class FakeDevice:
 
     def __init__(self, room=True, pins=True, foresees=True):
         self.job, self.own = Stream(), None
-        self.now = [self.job]
+        self.now = threading.local()  # each thread has its own current stream, as torch's do
         self.synchronized, self.pinned, self.used, self.brought = [], [], [], []
         self.was_full_at = []
         self.waits = self.clones = 0
@@ -91,13 +91,13 @@ class FakeDevice:
         return self.own
 
     def current_stream(self, device):
-        return self.now[-1]
+        return getattr(self.now, "stream", self.job)
 
     @contextmanager
     def on(self, stream):
-        self.now.append(stream)
+        before, self.now.stream = self.current_stream(None), stream
         yield
-        self.now.pop()
+        self.now.stream = before
 
     def record(self, stream):
         return Event(stream, self.synchronized)
@@ -117,13 +117,13 @@ class FakeDevice:
         if not self.room:
             raise MemoryError
         new = torch.full(tensor.shape, -7, dtype=tensor.dtype)
-        self.now[-1].enqueue(lambda: new.copy_(tensor))
+        self.current_stream(None).enqueue(lambda: new.copy_(tensor))
         return new
 
     def copy(self, into, tensors):
         self.brought.append(len(into))
         for one, tensor in zip(into, tensors, strict=True):
-            self.now[-1].enqueue(lambda one=one, tensor=tensor: one.copy_(tensor))
+            self.current_stream(None).enqueue(lambda one=one, tensor=tensor: one.copy_(tensor))
 
 
 def staged(staging, tensor, users=1):
