@@ -148,12 +148,13 @@ def sums_of_pairs(
     codes += torch.arange(pairs, dtype=torch.int32).unsqueeze(1) << bits
     counts = torch.bincount(codes.view(-1), minlength=pairs << bits).view(pairs, 1 << bits)
     highest, is_known = _ungapped(counts)
-    scales = [_scale(e, torch.float32) for e in highest.tolist()]
-    is_scaled = any(scale != 1.0 for scale in scales)
+    heights, height_of = highest.unique(return_inverse=True)
+    scales = torch.tensor([_scale(e, torch.float32) for e in heights.tolist()])
+    is_scaled = bool((scales != 1.0).any())
     if is_scaled:
         # Scaled before they are subtracted, numbers have the same difference, but at the ends of
         # what float32 holds.
-        scale, most = torch.tensor(scales), torch.maximum(x.abs(), y.abs()).view(pairs, -1)
+        scale, most = scales[height_of], torch.maximum(x.abs(), y.abs()).view(pairs, -1)
         tiny = torch.minimum(_or_one(x), _or_one(y)).view(pairs, -1).amin(1) < _TINY
         is_known &= (scale == 1.0) | ((most.amax(1) * scale < _HUGE) & ((scale > 1.0) | ~tiny))
         each = torch.where(is_known, scale, 1.0).repeat_interleave(len(x) // pairs)
@@ -163,9 +164,10 @@ def sums_of_pairs(
         found = _sums(x, y, math.inf, 1.0, 1.0, False, EXTREME)
     is_held = found.isfinite().all(1) & (found[:, XX] >= _SAFE_SQUARE * found[:, N])
     if is_scaled:
-        known = zip(scales, is_known.tolist(), strict=True)
-        units = [_units(one, one) for one in (s if is_it else 1.0 for s, is_it in known)]
-        found *= torch.tensor(units, dtype=torch.float64).repeat_interleave(len(x) // pairs, 0)
+        units = [_units(scale, scale) for scale in (*scales.tolist(), 1.0)]
+        unit_of = torch.where(is_known, height_of, len(scales))
+        back = torch.tensor(units, dtype=torch.float64)[unit_of]
+        found *= back.repeat_interleave(len(x) // pairs, 0)
     if not bool(is_held.all()):
         _add_up_again(found, x, y, is_held, math.inf)
     return found.view(pairs, -1, found.shape[1]), is_known
