@@ -56,15 +56,14 @@ CODES = {
 }
 _ITEMSIZES = {code: max(1, int(re.sub(r"_.*|\D", "", code) or 8) // 8) for code in CODES.values()}
 
-# A header as `ShardWriter` writes it.
+# An entry of a header as `ShardWriter` writes it, without what stands between two of them.
+_BETWEEN = '},"'
 _SIZE = "0|[1-9][0-9]{0,17}"
 _ENTRY = (
-    r'"(t[0-9]+)":\{("dtype":"[0-9A-Z_]+","shape":\[[0-9, ]*\]),'
-    rf'"data_offsets":\[({_SIZE}),({_SIZE})\]\}}'
+    r'^(t[0-9]+)":\{("dtype":"[0-9A-Z_]+","shape":\[[0-9, ]*\]),'
+    rf'"data_offsets":\[({_SIZE}),({_SIZE})\]$'
 )
-_UNNAMED = re.sub(r"(?<!\\)\(", "(?:", _ENTRY)
-_FIND_ENTRIES = re.compile(_ENTRY).findall
-_HAS_ENTRIES = re.compile(rf"\{{{_UNNAMED}(?:,{_UNNAMED})*\}} *").fullmatch
+_FEW_BYTES = 16 << 10  # of a header that is read as any other
 
 
 class Place(NamedTuple):
@@ -275,29 +274,35 @@ def read_header(path: Path) -> dict[str, Extent]:
 
 
 def _as_written(raw: bytes, base: int) -> dict[str, Extent] | None:
-    """Return the places in a header that `ShardWriter` wrote; None of any other, or a wrong one.
+    """Return the places in a large header that `ShardWriter` wrote; None of any other.
 
     As JSON, each of its many tensors is several objects, and Python's collector of garbage goes
-    over all of them again and again.
+    over all of them again and again, while no other thread can do anything.
     """
-    text = raw.decode("ascii", "replace")
-    if not _HAS_ENTRIES(text):
+    import polars as pl
+
+    end = raw.rfind(b"}") + 1
+    if end < _FEW_BYTES or raw[end:] != b" " * (len(raw) - end):
         return None
-    places: dict[str, Extent] = {}
-    sizes: dict[str, int] = {}
-    found = _FIND_ENTRIES(text)
-    for tensor, about, begin, end in found:
-        first = int(begin)
-        nbytes = int(end) - first
-        if sizes.get(about) != nbytes:  # as a rule it is what others have
-            sizes[about] = nbytes
-            try:
-                entry = json.loads(f'{{{about},"data_offsets":[{begin},{end}]}}')
-            except ValueError:
-                return None
-            if _read_entry(entry, base)[1] is None:
-                return None
-        places[tensor] = base + first, nbytes
+    text = raw[:end].decode("ascii", "replace")
+    if not (text.startswith('{"') and text.endswith("}}")):
+        return None
+    entries = pl.Series([text[2:-2]]).str.split(_BETWEEN).explode()
+    found = entries.str.extract_groups(_ENTRY).struct.unnest()
+    if any(column.has_nulls() for column in found):
+        return None
+    found.columns = ["tensor", "about", "start", "end"]
+    found = found.with_columns(pl.col("start", "end").cast(pl.Int64))
+    found = found.with_columns(size=pl.col("end") - pl.col("start"), start=pl.col("start") + base)
+    for about, size in found.select("about", "size").unique().iter_rows():
+        try:
+            entry = json.loads(f'{{{about},"data_offsets":[0,{size}]}}')
+        except ValueError:
+            return None
+        if _read_entry(entry, base)[1] is None:
+            return None
+    extents = zip(found["start"].to_list(), found["size"].to_list(), strict=True)
+    places = dict(zip(found["tensor"].to_list(), extents, strict=True))
     return places if len(places) == len(found) else None
 
 

@@ -19,8 +19,6 @@ from harness import Result, child, folder
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 RANKS = 64
-MOST_PAYLOADS = 100_000
-"""Records of a size whose tensors are made and read; of more, there are manifests alone."""
 COLUMNS = {
     "record": "recording",
     "ls": "`graft ls`",
@@ -36,10 +34,9 @@ def growth(base: Path, quick: bool) -> list[Result]:
     for rows in SIZES[:2] if quick else SIZES:
         with folder(base) as out:
             _make(out, rows)
-            kinds = [kind for kind in COLUMNS if rows <= MOST_PAYLOADS or kind in _OF_MANIFESTS]
             table[rows] = {
                 kind: json.loads(child("scale.py", kind, out, rows).splitlines()[-1])
-                for kind in kinds
+                for kind in COLUMNS
             }
     print(markdown(table))
     return []
@@ -50,16 +47,11 @@ def markdown(table: dict[int, dict[str, list[float]]]) -> str:
     lines = [f"| records | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
     for rows, found in table.items():
         cells = [
-            f"{found[kind][0] / rows * 1e6:.3g} us, {found[kind][1]:.0f} MiB"
-            if kind in found
-            else ""
-            for kind in COLUMNS
+            f"{seconds / rows * 1e6:.3g} us, {memory:.0f} MiB"
+            for seconds, memory in (found[kind] for kind in COLUMNS)
         ]
         lines.append(f"| {rows:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-_OF_MANIFESTS = ("ls", "manifests", "find")
 
 
 def _make(out: Path, rows: int) -> None:

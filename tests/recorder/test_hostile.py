@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from recorder import Recorder, Recording, step, tap
 from recorder.errors import GraftError
 from recorder.format import parts as parts_module
+from recorder.format import shard as shard_module
 from recorder.format.inflation import check_claims, measure
 from recorder.format.rows import tag_columns
 from recorder.format.shard import read_header
@@ -88,9 +90,14 @@ def fuzz(make, read, count, seed):
     return seen
 
 
+LARGE = pytest.mark.parametrize("few", [0, 1 << 30], ids=["as large ones", "as small ones"])
+
+
 @EXTENT
+@LARGE
 @pytest.mark.filterwarnings("ignore")
-def test_shard_headers(tmp_path, extent):
+def test_shard_headers(tmp_path, extent, few, monkeypatch):
+    monkeypatch.setattr(shard_module, "_FEW_BYTES", few)
     path = tmp_path / "a0-00000.safetensors"
     save_file({f"t{i:08d}": torch.zeros(i, 3) for i in range(5)}, path)
     good = path.read_bytes()
@@ -108,6 +115,37 @@ def test_shard_headers(tmp_path, extent):
 
     seen = fuzz(make, lambda: read_header(path), 60_000 if extent == "long" else 1_500, 1)
     assert seen["DamagedRecording"] > seen["read"] > 0
+
+
+def test_a_large_header_says_what_it_says_as_json(tmp_path, monkeypatch):
+    """However it was changed: the same places, or an error both times."""
+    monkeypatch.setattr(shard_module, "_FEW_BYTES", 0)
+    rng = random.Random(5)
+    entries, at = [], 0
+    for i in range(40):
+        shape = [rng.randrange(4) for _ in range(rng.randrange(3))]
+        size = math.prod(shape) * 4
+        about = f'"dtype":"F32","shape":{json.dumps(shape)},"data_offsets":[{at},{at + size}]'
+        entries.append(f'"t{i:08d}":{{{about}}}')
+        at += size
+    good = f"{{{','.join(entries)}}}".ljust(4096)
+    pieces = ["9", "0", "[", "]", "{", "}", ",", '"', " ", "\n", "t", "-", '},"', "é", "\\u0031"]
+    seen = Counter()
+    for _ in range(1_500):
+        text = list(good)
+        for _ in range(rng.randrange(3)):
+            where = rng.randrange(len(text) if rng.random() < 0.2 else at + 60)
+            size = rng.randrange(3)
+            text[where : where + size] = rng.choice([*pieces, *entries])
+        raw = "".join(text).encode()
+        try:
+            expected = shard_module._as_json(raw, 8, tmp_path)
+        except GraftError:
+            expected = None
+        found = shard_module._as_written(raw, 8)
+        assert found is None or found == expected, raw
+        seen[found is None, expected is None] += 1
+    assert seen[False, False] > 100 and seen[True, True] > 100 and not seen[False, True]
 
 
 @EXTENT
@@ -345,7 +383,9 @@ def test_huge_claims_of_a_shard_take_no_memory(made):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("named", ["as others do", "as a shard's writer does"])
-def test_headers_that_contradict_themselves(tmp_path, header, said, named):
+@LARGE
+def test_headers_that_contradict_themselves(tmp_path, header, said, named, few, monkeypatch):
+    monkeypatch.setattr(shard_module, "_FEW_BYTES", few)
     path = tmp_path / "x.safetensors"
     if named == "as a shard's writer does":
         header = header.replace('"t"', '"t0"').replace('"u"', '"t1"')
@@ -354,7 +394,9 @@ def test_headers_that_contradict_themselves(tmp_path, header, said, named):
         read_header(path)
 
 
-def test_a_header_says_the_same_however_it_is_written(tmp_path):
+@LARGE
+def test_a_header_says_the_same_however_it_is_written(tmp_path, few, monkeypatch):
+    monkeypatch.setattr(shard_module, "_FEW_BYTES", few)
     header = {
         "t00000000": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
         "t00000001": {"dtype": "U8", "shape": [], "data_offsets": [24, 25]},
