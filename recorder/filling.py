@@ -26,6 +26,9 @@ NOT_GATHERED = (
 )
 _ENDED = ("complete", "stopped", "failed")
 
+Gathered = dict[torch.dtype, Statistics]
+"""Of one payload: as each of the dtypes that its bytes were tapped as."""
+
 
 class Filling:
     """The statistics of a rank's records that have none.
@@ -47,27 +50,32 @@ class Filling:
         self.filled = self.missing = 0
         self.why = ""
 
-    def begin(self, rows: Sequence[ManifestRow]) -> Statistics | None:
-        """Return what takes in the bytes of records that share a payload; None where none does."""
-        if not self._is_on or not any(map(_has_none, rows)):
-            return None
-        dtype = _summable(rows[0])
-        if dtype is None:
-            return None
-        if getattr(self._local, "wide", None) is None:
+    def begin(self, rows: Sequence[ManifestRow]) -> Gathered:
+        """Return what takes in the bytes of records that share a payload; empty where none does.
+
+        Equal bytes may be of several dtypes.
+        """
+        found = {_summable(row) for row in rows if _has_none(row)} if self._is_on else set()
+        dtypes = [dtype for dtype in found if dtype is not None]
+        if dtypes and getattr(self._local, "wide", None) is None:
             self._local.wide = workspace()
-        return Statistics(dtype, self._local.wide)
+        return {dtype: Statistics(dtype, self._local.wide) for dtype in dtypes}
 
-    def add(self, statistics: Statistics, piece: memoryview) -> None:
-        """Take in a piece of a payload, a whole number of elements."""
+    def add(self, gathered: Gathered, piece: memoryview) -> None:
+        """Take in a piece of a payload, a whole number of elements of any dtype."""
         with plainly():
-            statistics.add(torch.frombuffer(piece, dtype=torch.uint8))
+            raw = torch.frombuffer(piece, dtype=torch.uint8)
+            for statistics in gathered.values():
+                statistics.add(raw)
 
-    def end(self, statistics: Statistics, rows: Sequence[ManifestRow]) -> None:
+    def end(self, gathered: Gathered, rows: Sequence[ManifestRow]) -> None:
         """Note the statistics of records whose payload is whole."""
-        found = statistics.result()
+        found = {dtype: statistics.result() for dtype, statistics in gathered.items()}
+        bare = [(row["seq"], _summable(row)) for row in rows if _has_none(row)]
         with self._lock:
-            self._found += [{"seq": row["seq"], **found} for row in rows if _has_none(row)]
+            self._found += [
+                {"seq": seq, **found[dtype]} for seq, dtype in bare if dtype is not None
+            ]
 
     def write(self, part: Part, claim: ClaimData) -> None:
         """Write what was found of a part's records; what cannot be is counted."""
@@ -80,7 +88,7 @@ class Filling:
         if not why:
             try:
                 access = disk.access_of(part.folder)
-                add_to_parquet(part.path, found, COLUMNS, STATISTICS, access)
+                add_to_parquet(part.path, found, COLUMNS, STATISTICS, access, durable=True)
             except (OSError, DamagedRecording) as err:
                 why = (isinstance(err, OSError) and err.strerror) or str(err)
         if why:

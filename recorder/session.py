@@ -388,11 +388,13 @@ class Recorder:
         with self._lock:
             if self._claim is not None or self.state != "running" or self._claiming:
                 return self._claim is not None  # also to a handler's tap while the first claims
-            options = self.settings.described()
-            del options["overwrite"]
-            about = Description(command=command_line(), options=options)
+            self._claiming = True
             try:
-                self._claiming = True
+                if self._claim is not None:  # a handler's tap came just before the mark
+                    return True
+                options = self.settings.described()
+                del options["overwrite"]
+                about = Description(command=command_line(), options=options)
                 self._claim = claim_rank(
                     self.path,
                     self._rank,
@@ -427,7 +429,8 @@ class Recorder:
             ):
                 self._starting = True
                 try:
-                    self._start_writer(self._claim)
+                    if self._writer is None:  # else a handler's tap came just before the mark
+                        self._start_writer(self._claim)
                 finally:
                     self._starting = False
             return self._writer is not None

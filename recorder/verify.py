@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 from .errors import DamagedRecording, MixedRecordings, RecordingError, UnsupportedVersion
-from .filling import Filling
+from .filling import Filling, Gathered
 from .format import disk
 from .format.claims import ClaimData, attempt_files, check_claim, read_claim
 from .format.members import LINKED, linked_folders, own_folders
@@ -302,15 +302,14 @@ class _RankCheck:
         """Return what is wrong with a payload, "" where nothing is; called from many threads."""
         if any(row["nbytes"] != place.nbytes for row in rows):
             return f"it has {place.nbytes} bytes, the manifest says {rows[0]['nbytes']}"
-        filling = self._filling
-        missing = None
+        filling, missing = self._filling, Gathered()
         if filling is not None and not any(map(_wrong_row, rows)):
             missing = filling.begin(rows)
         try:
             hashed = xxhash.xxh3_128()
             for piece in pieces_of(path, place):
                 hashed.update(piece)
-                if filling is not None and missing is not None:
+                if filling is not None and missing:
                     filling.add(missing, piece)
         except FileNotFoundError:
             return "its shard is missing"
@@ -318,7 +317,7 @@ class _RankCheck:
             return str(err.strerror or err)
         if any(row["digest"] != hashed.hexdigest() for row in rows):
             return "its bytes do not have the digest that was recorded"
-        if filling is not None and missing is not None:
+        if filling is not None and missing:
             filling.end(missing, rows)
         return ""
 
@@ -355,7 +354,12 @@ def pieces_of(path: Path, place: Place) -> Iterator[memoryview]:
     Raises:
         OSError: the file ends before, or cannot be read.
     """
-    file = disk.open_regular(path)
+    try:
+        file = disk.open_regular(path)
+    except FileNotFoundError:
+        if path.suffix != ".partial":
+            raise
+        file = disk.open_regular(path.with_suffix(".safetensors"))  # sealed since it was looked for
     try:
         buffer = memoryview(bytearray(min(_PIECE, place.nbytes)))
         done = 0

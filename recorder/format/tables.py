@@ -89,14 +89,16 @@ def seal_journal(
 
 
 @through_interrupts
-def trim_parquet(path: Path, columns: dict[str, str], first_step: int, access: Access) -> int:
+def trim_parquet(
+    path: Path, columns: dict[str, str], first_step: int, access: Access, *, durable: bool = False
+) -> int:
     """Leave out the rows of steps before `first_step`; return how many there were."""
     import polars as pl
 
     frame = read_parquet([path], columns)
     kept = frame.filter(pl.col("step") >= first_step)
     if kept.height < frame.height:
-        _write_frame(path, kept, access)
+        _write_frame(path, kept, access, durable)
     return frame.height - kept.height
 
 
@@ -107,6 +109,8 @@ def add_to_parquet(
     columns: dict[str, str],
     later: Iterable[str],
     access: Access = PRIVATE,
+    *,
+    durable: bool = False,
 ) -> None:
     """Add to rows of a parquet file, by their `seq`; one that is not there any more is left so.
 
@@ -116,6 +120,7 @@ def add_to_parquet(
         columns: names and polars types.
         later: the columns that may be added to; what is there already stays.
         access: who may read it.
+        durable: whether it is to be on the device before it takes the other's place.
 
     Raises:
         OSError: it cannot be written; the file is as it was.
@@ -133,7 +138,7 @@ def add_to_parquet(
         added.unique("seq", keep="last"), on="seq", how="left", suffix="_new", maintain_order="left"
     )
     filled = both.with_columns(pl.coalesce(name, f"{name}_new").alias(name) for name in names)
-    _write_frame(path, filled.select(list(columns)), access)
+    _write_frame(path, filled.select(list(columns)), access, durable)
 
 
 @through_interrupts

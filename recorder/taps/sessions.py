@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
 import logging
 import os
@@ -144,6 +145,7 @@ def activate(session: Session) -> None:
         _arrange((*every(), session))
     if session.order >= 0:
         signals.guard(_close_all)
+        _close_left_at_exit()
         if session in parked:
             (folder,) = session.folders
             say(f"{folder} is off; switch it on with: graft ctl {folder} on")
@@ -344,6 +346,17 @@ def at_exit(function: Callable[..., None], *args: Any) -> None:
 def _close_last(session: Session) -> None:
     with suppress(KeyboardInterrupt):  # which has ended what it could; the session has said so
         session.close()
+
+
+@functools.cache
+def _close_left_at_exit() -> None:
+    """See to it, once, that what nobody closes is closed as the process ends."""
+    at_exit(_close_left)
+
+
+def _close_left() -> None:
+    for session in reversed(every()):
+        _close_last(session)
 
 
 def _after_fork_in_child() -> None:

@@ -295,6 +295,12 @@ class DeviceCopies:
         for copy in copies:
             copy.done = done
 
+    def settle(self) -> None:
+        """Return when nothing is on its way into the host's memory."""
+        with self._backend.relaxed():
+            for stream in list(self._streams.values()):
+                stream.synchronize()
+
     def close(self, arena: torch.Tensor) -> None:
         """Give the arena back as it was; no copy may be under way."""
         if self._pinned:

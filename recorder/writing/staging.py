@@ -290,7 +290,7 @@ class Staging:
         with self._lock:
             if self._last is not None and self._last.payload is None:
                 # An interrupt came before anybody took it on; nobody will release it.
-                self._last.wait()
+                self._copies.settle()
                 self._last.users = 0
                 self._free_released()
                 self.backlog = sum(part.size for part in self._waiting)

@@ -247,7 +247,9 @@ class Store:
             path = self._folder / f"{stem(self._attempt, index)}.parquet"
             rows = self._late.pop(index)
             with contextlib.suppress(OSError, DamagedRecording):
-                add_to_parquet(path, rows, COLUMNS, STATISTICS, self._limits.access)
+                add_to_parquet(
+                    path, rows, COLUMNS, STATISTICS, self._limits.access, durable=self._is_durable
+                )
 
     def write_out(self) -> None:
         """Write what was gathered; the bytes that were added may change from then on.
@@ -325,7 +327,13 @@ class Store:
         for part in self._sealed:
             if part.steps.first < self._first_kept:
                 path = self._folder / f"{stem(self._attempt, part.number)}.parquet"
-                self.rows -= trim_parquet(path, COLUMNS, self._first_kept, self._limits.access)
+                self.rows -= trim_parquet(
+                    path,
+                    COLUMNS,
+                    self._first_kept,
+                    self._limits.access,
+                    durable=self._is_durable,
+                )
 
     def salvage(self) -> None:
         """After a failure: keep what was written, as a seal would leave it if that can be done."""
@@ -380,6 +388,11 @@ class Store:
         return _RING_BYTES if most is None else min(_RING_BYTES, most // _RING_SHARDS)
 
     @property
+    def _is_durable(self) -> bool:
+        """Whether a shard and its rows are to be on the device once it is sealed."""
+        return self._limits.fsync != "off"
+
+    @property
     def _first_kept(self) -> int:
         return max(0, self._step - (self._limits.keep_last or self._step))
 
@@ -387,7 +400,7 @@ class Store:
         shard, journal = self._shard, self._journal
         if shard is None or journal is None:
             return
-        durable = self._limits.fsync != "off"
+        durable = self._is_durable
         nbytes = shard.data_bytes
         # In this order a reader finds every row at every moment; see format/schema.py.
         if shard.is_empty:

@@ -233,7 +233,7 @@ class Writer:
         if self._tells_steps:
             with self._turn():
                 if not self._closing:
-                    part = self._staging.put_bytes(0, 0, 1, hold=True, within=self._within)
+                    part = self._staging.put_bytes(0, 0, 1, hold=self._hold, within=self._within)
                     if part is not None:  # else the next step's end stands for this one's too
                         self._put(part, Payload({}, None, (), 0, completed))
         self._refill()

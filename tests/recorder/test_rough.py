@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -390,6 +391,84 @@ def test_a_handler_that_taps_in_the_middle_of_a_tap_never_hangs(run, capsys):
     rows = Recording.open(run).rows()
     assert rows.filter(rows["name"] == "x").height == 3_000
     assert rows["seq"].is_unique().all()
+
+
+@pytest.mark.parametrize("where", ["command_line", "claim_rank", "Writer", "stored_bytes"])
+def test_a_handler_that_taps_while_the_first_tap_begins_the_recording_loses_nothing(
+    run, monkeypatch, capsys, where
+):
+    real, done = getattr(session_module, where), []
+
+    def interrupted(*args, **options):
+        if not done:
+            done.append(where)
+            signal.raise_signal(signal.SIGALRM)
+        return real(*args, **options)
+
+    monkeypatch.setattr(session_module, where, interrupted)
+    old = signal.signal(signal.SIGALRM, lambda *_: tap("of_handler", torch.zeros(3)))
+    try:
+        with Recorder(run, max_bytes="1GB") as recorder:
+            for i in range(5):
+                tap("x", torch.ones(3), i=i)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert done and recorder.state == "complete"
+    rows = Recording.open(run).rows()
+    assert rows.filter(rows["name"] == "x").height == 5
+    assert not [p for report in Checker(run).ranks() for p in report.problems]
+
+
+@pytest.mark.parametrize("mark", ["_claiming", "_starting"])
+def test_a_handler_that_taps_just_before_the_first_tap_s_mark_loses_nothing(run, monkeypatch, mark):
+    """Between the look whether anybody has begun and the mark that somebody does."""
+    done = []
+
+    def set_mark(self, value):
+        if value and not done:
+            done.append(mark)
+            signal.raise_signal(signal.SIGALRM)
+        vars(self)[mark] = value
+
+    class Marked(Recorder):
+        pass
+
+    setattr(Marked, mark, property(lambda self: vars(self)[mark], set_mark))
+    old = signal.signal(signal.SIGALRM, lambda *_: tap("of_handler", torch.zeros(3)))
+    try:
+        with Marked(run) as recorder:
+            for i in range(5):
+                tap("x", torch.ones(3), i=i)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert done and recorder.state == "complete"
+    names = Recording.open(run).rows()["name"].to_list()
+    assert sorted(names) == ["of_handler", *["x"] * 5]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("how", ["", "raise KeyboardInterrupt", "sys.exit(3)"])
+def test_what_nobody_closes_is_closed_as_the_process_ends(shell, how):
+    """In a notebook, or with an ExitStack: else a thread in C++ ends the process with an abort."""
+    job = shell.write(
+        "job.py",
+        f"""
+        import sys, torch
+        from recorder import Recorder, tap
+        recorder = Recorder("run").__enter__()
+        for i in range(20):
+            tap("x", torch.randn(100_000), i=i)
+        {how}
+        """,
+    )
+    statuses = {"": 0, "sys.exit(3)": 3}
+    for _ in range(3):
+        done = shell(shell.python, job)
+        assert done.returncode == statuses.get(how, done.returncode), done.stderr
+        assert done.returncode not in (134, -signal.SIGABRT) and "terminate" not in done.stderr
+        back = Recording.open(shell.folder / "run")
+        assert back.claims()[0]["state"] == "complete" and back.rows().height == 20
+        shutil.rmtree(shell.folder / "run")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -54,6 +55,27 @@ def row_of(back, **key):
     for column, value in key.items():
         rows = rows.filter(rows[column] == value)
     return rows.row(0, named=True)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_shard_that_is_sealed_while_it_is_checked_is_whole(run, tmp_path, keep):
+    """It has another name from then on."""
+    recorder = Recorder(run)
+    with recorder:
+        for i in range(50):
+            tap("x", torch.full((100,), float(i)), i=i)
+        while not run.exists() or Recording.open(run).rows().height < 50:
+            time.sleep(0.01)
+        assert list(run.rglob("*.partial"))
+        checker = Checker(run, keep=keep)
+        checker.progress = lambda nbytes: recorder.close()
+        if keep:
+            assert repair(checker, tmp_path / "saved", lambda report: None) == 50
+            assert not problems(tmp_path / "saved")
+        else:
+            (report,) = checker.ranks()
+            assert (report.records, report.problems) == (50, [])
+    assert not list(run.rglob("*.partial"))
 
 
 def test_a_whole_recording_is_whole(made, shell):

@@ -35,6 +35,9 @@ class Stream:
                 work()
                 self.done += 1
 
+    def synchronize(self):
+        self.run(self.end)
+
     @property
     def end(self):
         with TURN:  # else one that runs just now counts on neither side
@@ -263,6 +266,34 @@ def test_a_copy_that_fails_leaves_its_room_to_others():
             staging.put(torch.zeros(64), 2, hold=True)
     assert staging.backlog == 256  # of the last; the next put lets go of it
     assert staging.put_bytes(0, 0, 1, hold=True).offset == 0
+
+
+@pytest.mark.parametrize("call", ["copy", "record", "wait"])
+def test_a_copy_that_was_interrupted_writes_to_no_other_s_room(call):
+    """Ctrl-C between a copy's start and the note of it, on a device without room."""
+    device = FakeDevice(room=False)
+    on_device = [True]
+    device.handles = lambda of: on_device[0]
+    real = getattr(device, call)
+
+    def interrupted(*args):
+        found = real(*args)
+        if device.brought:
+            raise KeyboardInterrupt
+        return found
+
+    setattr(device, call, interrupted)
+    staging = Staging(4096, DeviceCopies(device))
+    with pytest.raises(KeyboardInterrupt):
+        staging.put(torch.full((64,), 111, dtype=torch.int32), 1, hold=True)
+    setattr(device, call, real)
+    on_device[0] = False
+    value = torch.full((64,), 5, dtype=torch.int32)
+    part = staging.put_bytes(value.data_ptr(), 256, 1, hold=True)
+    part.payload = "a payload"
+    device.own.synchronize()
+    found = staging.tensor(part.offset, 256).view(torch.int32)
+    assert set(found.tolist()) == {5}
 
 
 def test_a_recording_waits_for_its_copies_and_nothing_else(run, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from recorder import Recorder, Recording, filling, step, tap
+from recorder.format import disk
 from recorder.format.schema import STATISTICS
 from recorder.format.tables import add_to_parquet
 from recorder.verify import Checker
@@ -135,6 +137,43 @@ def test_a_manifest_that_is_replaced_while_it_is_read_is_read_again(run, monkeyp
     assert len(read) == 3
 
 
+@pytest.mark.parametrize("fsync", ["off", "shard", "step"])
+@pytest.mark.parametrize("keep_last", [None, 2])
+def test_what_takes_the_place_of_what_is_on_the_device_is_there_first(
+    run, gate, small_parts, monkeypatch, fsync, keep_last
+):
+    synced, placed = set(), {}
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def open(self, *given):
+            file = os.open(*given)
+            synced.discard(os.fstat(file).st_ino)  # the number of one that is gone
+            return file
+
+        def fsync(self, file):
+            synced.add(os.fstat(file).st_ino)
+            os.fsync(file)
+
+        def replace(self, old, new):
+            if str(new).endswith(".parquet"):
+                placed.setdefault(new.name, []).append(old.stat().st_ino in synced)
+            old.replace(new)
+
+    monkeypatch.setattr(disk, "os", Watched())
+    with Recorder(run, fsync=fsync, keep_last=keep_last, staging=64 * MIB):
+        for i in range(96):
+            tap("x", torch.full((100,), float(i)), i=i)
+            if i % 12 == 11:
+                step()
+        wait_for(lambda: run.exists() and Recording.open(run).rows()["seq"].max() == 95)
+        gate.set()
+    assert max(map(len, placed.values())) > 1  # some were replaced
+    assert {is_there for each in placed.values() for is_there in each} == {fsync != "off"}
+
+
 def test_a_killed_job_leaves_rows_whose_figures_had_not_come(run, gate, small_parts, tmp_path):
     with Recorder(run) as recorder:
         for i in range(40):
@@ -170,7 +209,7 @@ def test_a_disk_that_refuses_late_figures_costs_these_alone(run, gate, small_par
             tap("x", torch.full((100,), float(i)), i=i)
         wait_for(lambda: recorder._writer.rows_written == 40)
 
-        def refuse(*args):
+        def refuse(*args, **how):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(store_module, "add_to_parquet", refuse)
@@ -278,6 +317,35 @@ class TestWhatVerifyFillsIn:
         assert row["mean"] == pytest.approx(value.mean().item(), rel=1e-12, abs=1e-15)
         assert row["max"] == value.max().item()
 
+    def test_equal_bytes_have_the_statistics_of_each_dtype_they_were_tapped_as(
+        self, run, gate, monkeypatch, tmp_path
+    ):
+        """They are stored once: what they mean is each record's own."""
+        monkeypatch.setattr(writer_module, "_FIGURES_SECONDS", 0.05)
+        raw = torch.randn(64, generator=torch.Generator().manual_seed(0)).view(torch.uint8)
+        dtypes = [
+            *(torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32, torch.bfloat16),
+            *(torch.float64, torch.complex64, torch.float8_e5m2, torch.bool),
+        ]
+
+        def job():
+            for i, dtype in enumerate(dtypes):
+                tap("x", (raw & 1 if dtype is torch.bool else raw).view(dtype), i=i)
+                tap("two", torch.zeros(8, dtype=torch.uint8).view(dtype), i=i)
+
+        with Recorder(run):
+            job()
+        gate.set()
+        (report,) = Checker(run).ranks()
+        assert report.filled == 2 * len(dtypes) and not report.problems
+        with Recorder(tmp_path / "other"):
+            job()
+        rows, others = (
+            Recording.open(path).rows().sort("seq") for path in (run, tmp_path / "other")
+        )
+        assert rows["tensor"].n_unique() == 3
+        assert rows.select("seq", *STATISTICS).equals(others.select("seq", *STATISTICS))
+
     @pytest.mark.parametrize("level", ["digests", "stats"])
     def test_what_nobody_asked_for_or_nothing_is_left_of_stays_so(self, bare, level):
         (report,) = Checker(bare(level=level)).ranks()
@@ -297,7 +365,7 @@ class TestWhatVerifyFillsIn:
     def test_what_cannot_be_written_is_said(self, bare, monkeypatch):
         run = bare()
 
-        def refuse(*args):
+        def refuse(*args, **how):
             raise OSError(30, "Read-only file system")
 
         monkeypatch.setattr(filling, "add_to_parquet", refuse)

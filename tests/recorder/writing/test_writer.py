@@ -158,6 +158,23 @@ def test_the_end_of_a_step_does_not_hold_a_job_any_longer_either(run, slow_disk)
     assert recorder.state == "complete"
 
 
+@pytest.mark.parametrize("options", [{"keep_last": 2}, {"fsync": "step"}], ids=str)
+def test_the_end_of_a_step_does_not_hold_a_job_whose_taps_are_dropped(run, stuck_disk, options):
+    """Not even where the staging memory is full to the last byte."""
+    with Recorder(run, staging=4 * MIB, when_full="drop", **options) as recorder:
+        tap("w", torch.ones(4))
+        settled(recorder)
+        stuck_disk.clear()
+        quarter = recorder._writer._staging.budget // 4
+        for s in range(2):
+            for i in range(6):
+                tap("x", torch.full((quarter,), i, dtype=torch.uint8), s=s, i=i)
+            step()
+        assert recorder.progress().dropped and recorder.progress().held == 0
+        stuck_disk.set()
+    assert recorder.state == "complete"
+
+
 def test_no_limit_to_the_hold_is_needed_where_taps_are_dropped(run, slow_disk, capsys):
     with Recorder(run, staging=8 * MIB, when_full="drop", max_hold=5):
         for i in range(12):
