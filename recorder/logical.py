@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from .layouts.assemble import assemble, check_replicas
 from .layouts.blocks import Block, coordinates
 from .layouts.dims import TOKENS, Dims
 from .layouts.lengths import counts_sequences
-from .layouts.parse import gradient_dims, parse_dims
+from .layouts.parse import gradient_dims, layout_of
 from .layouts.plan import Plan, plan, whole
 from .mesh import PIPELINE, FrozenMesh
 from .tags import label
@@ -24,26 +23,6 @@ from .tags import label
 _MOST_PLANS = 256
 _MOST_PIECES = 20_000  # a plan of more is not worth its memory
 _READ_WHOLE = 1 << 20  # bytes; less than this is read, and checked, in one go
-
-
-def layout_of(dims: str, kind: str) -> Dims:
-    """Return the layout of a record or a tap.
-
-    Args:
-        dims: as declared.
-        kind: `tensor` or `grad`. Where nothing is said of the gradient, it is laid out as its
-            value; but the gradient of a summand is that of the sum: nothing is partial about it. A
-            DTensor's gradient says so itself.
-
-    Raises:
-        LayoutError: it cannot be read.
-    """
-    if kind != "grad":
-        return parse_dims(dims)
-    if declared := gradient_dims(dims):
-        return parse_dims(declared)
-    found = parse_dims(dims)
-    return replace(found, partial=()) if found.mesh is None else found
 
 
 def with_gradient(dims: Dims, axis: str) -> str:

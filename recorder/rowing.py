@@ -14,8 +14,8 @@ from .bits import bytes_of
 from .capture import Snapshot
 from .format.ids import packed
 from .format.schema import ROWS, TOKENS, ManifestRow
+from .layouts.parse import layout_of
 from .layouts.rowed import rowed
-from .logical import layout_of
 from .taps.rows import Ids, check_meant
 from .tokens.taken import Taken
 

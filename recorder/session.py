@@ -29,7 +29,7 @@ from .format.claims import ClaimData
 from .format.disk import ACCESS
 from .format.schema import Description, ManifestRow
 from .job import Job
-from .logical import layout_of
+from .layouts.parse import layout_of
 from .mailbox import write_report
 from .mesh import Mesh
 from .modules.request import Request

@@ -17,8 +17,8 @@ import torch
 from recorder.capture import dims_text
 from recorder.errors import GraftError, LayoutError, TransformError, is_from_the_job
 from recorder.format.schema import ManifestRow
+from recorder.layouts.parse import layout_of
 from recorder.layouts.rowed import rowed
-from recorder.logical import layout_of
 from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.recording import Recording

@@ -22,9 +22,9 @@ from recorder.layouts.agreeing import Told, check_taps, told_in
 from recorder.layouts.assemble import assemble, keep_padding
 from recorder.layouts.blocks import Block
 from recorder.layouts.dims import TOKENS, Dims
-from recorder.layouts.parse import gradient_dims
+from recorder.layouts.parse import gradient_dims, layout_of
 from recorder.layouts.plan import Plan, plan, undeclared, whole
-from recorder.logical import Recorded, block_of, layout_of, open_axes, with_gradient
+from recorder.logical import Recorded, block_of, open_axes, with_gradient
 from recorder.mesh import FrozenMesh
 from recorder.ranks import Rank
 from recorder.recording import Recording

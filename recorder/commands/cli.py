@@ -12,7 +12,6 @@ import click
 from ..filters import Filter
 from ..format import disk
 from ..settings import RecordSettings
-from ..sizes import count
 from .clicking import COMMAND, FilterType, WrappingCommand, expected_errors, note, options_of
 from .outcome import recorded
 from .tables import bar, terminal_width
@@ -87,8 +86,6 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
     Example:
       graft show runs/base --rank 0 --filter 'name == "attn_out" and layer == 3'
     """
-    from ..filling import NOT_GATHERED, lacking
-    from ..format.rows import rows_of
     from ..recording import Recording
     from . import listing
 
@@ -100,8 +97,8 @@ def show(run: str, filter: Filter | None, rank: int | None, as_json: bool) -> No
         listing.print_records(recording, rows, terminal_width())
     if why:
         note(why)
-    if bare := lacking(recording.meta, recording.claims(), rows_of(rows)):
-        note(f"{count(bare, 'record')} of these {NOT_GATHERED.format(run=run)}")
+    if lack := listing.lack_of_statistics(recording, rows):
+        note(lack)
 
 
 @click.command("verify", short_help="Check every shard and every tensor of a recording.")

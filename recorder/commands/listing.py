@@ -13,7 +13,7 @@ from ..errors import LayoutError
 from ..filters import Filter
 from ..format.rows import decoded, matching, parse_tags, rows_of, seen_in, taps_of
 from ..format.schema import ManifestRow
-from ..logical import layout_of
+from ..layouts.parse import layout_of
 from ..mesh import FrozenMesh
 from ..recording import Recording
 from ..sizes import count, format_size
@@ -31,6 +31,19 @@ _MOST_VALUES, _MOST_SHAPES = 1000, 100
 _TEXTS = ("tap", "ranks", "steps", "dtype and shape", "rank", "step", "occ", "layout")
 _LONGEST = 120  # characters of a name
 _NARROW = 72  # columns of a terminal in which names still fit beside statistics
+
+
+def lack_of_statistics(recording: Recording, rows: pl.DataFrame) -> str:
+    """Say how many of some rows lack statistics that `verify` fills in; "" where none does."""
+    bare = rows.filter(rows["nan_count"].is_null() & rows["dtype"].is_not_null())
+    if bare.is_empty():
+        return ""
+    from ..filling import NOT_GATHERED, lacking  # these take torch, which takes seconds
+
+    lack = lacking(recording.meta, recording.claims(), rows_of(bare))
+    return f"{count(lack, 'record')} of these {NOT_GATHERED.format(run=recording.path)}" * bool(
+        lack
+    )
 
 
 def selected(

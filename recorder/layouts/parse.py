@@ -79,6 +79,26 @@ def gradient_dims(text: str) -> str:
     return f"{grad} # {text[placed.start() :]}" if grad and placed is not None else grad or ""
 
 
+def layout_of(dims: str, kind: str) -> Dims:
+    """Return the layout of a record or a tap.
+
+    Args:
+        dims: as declared.
+        kind: `tensor` or `grad`. Where nothing is said of the gradient, it is laid out as its
+            value; but the gradient of a summand is that of the sum: nothing is partial about it. A
+            DTensor's gradient says so itself.
+
+    Raises:
+        LayoutError: it cannot be read.
+    """
+    if kind != "grad":
+        return parse_dims(dims)
+    if declared := gradient_dims(dims):
+        return parse_dims(declared)
+    found = parse_dims(dims)
+    return replace(found, partial=()) if found.mesh is None else found
+
+
 def parted(text: str) -> tuple[str, str | None]:
     """Return what is declared of a value and of its gradient; None where nothing is of that."""
     placed = DTENSOR.search(text)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from recorder.errors import LayoutError
-from recorder.logical import layout_of
+from recorder.layouts.parse import layout_of
 
 from ..measuring.look import Place
 from .segments import Row

@@ -17,8 +17,8 @@ import torch
 
 from recorder.errors import BadRows, LayoutError, ReplicasDiffer
 from recorder.format.schema import ManifestRow
+from recorder.layouts.parse import layout_of
 from recorder.layouts.rowed import rowed
-from recorder.logical import layout_of
 from recorder.recording import Recording
 from recorder.sizes import count
 from recorder.tokens.hashing import previous

@@ -12,8 +12,8 @@ import torch
 from recorder.errors import LayoutError, ShapesDiffer
 from recorder.format.schema import ManifestRow
 from recorder.layouts.agreeing import check_taps
+from recorder.layouts.parse import layout_of
 from recorder.layouts.plan import Plan
-from recorder.logical import layout_of
 from recorder.recording import Recording
 
 _BOTH = {"senders": "A's ranks", "receiver": "B"}

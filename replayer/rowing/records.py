@@ -14,8 +14,8 @@ import torch
 from recorder.errors import BadRows, DamagedRecording
 from recorder.format.schema import ManifestRow
 from recorder.layouts.dims import Dims
+from recorder.layouts.parse import layout_of
 from recorder.layouts.rowed import rowed
-from recorder.logical import layout_of
 from recorder.tokens.taken import real
 
 from ..log import SEQ_BITS

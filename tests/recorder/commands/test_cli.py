@@ -394,6 +394,17 @@ def test_ls_lists_a_line_a_tap_and_json_alone(shell, some):
     assert [t["kind"] for t in taps] == ["tensor", "value"]
 
 
+@pytest.mark.parametrize("words", [["ls"], ["ls", "--json"], ["show"], ["show", "--rank", "0"]])
+def test_a_manifest_is_shown_without_torch_which_takes_seconds_to_import(shell, some, words):
+    code = (
+        "import sys; from replayer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules, file=sys.stderr)"
+    )
+    done = shell(shell.python, "-c", code, *words, some)
+    assert done.stderr.splitlines()[-1] == "0 False" and "attn_out" in done.stdout
+
+
 def test_show_gives_each_record_with_statistics(shell, some):
     done = shell(shell.graft, "show", some, "--filter", "layer == 2", "--rank", "0", "--json")
     records = json.loads(done.stdout)
