@@ -363,6 +363,7 @@ def _after_fork_in_child() -> None:
     global _ending, _guard, _opening
     _ending = ()
     _guard = threading.RLock()  # the parent's may be held by a thread that is not here
+    _close_left_at_exit.cache_clear()  # multiprocessing forgets what is registered
     listening = every()
     if _opening or any(s.order >= 0 for s in listening):
         _opening = False

@@ -471,6 +471,32 @@ def test_what_nobody_closes_is_closed_as_the_process_ends(shell, how):
         shutil.rmtree(shell.folder / "run")
 
 
+@pytest.mark.processes
+def test_what_a_forked_child_opens_and_does_not_close_is_closed_too(shell):
+    job = shell.write(
+        "job.py",
+        """
+        import multiprocessing, torch
+        from recorder import Recorder, tap
+
+        def child():
+            Recorder("child").__enter__()
+            tap("x", torch.ones(3))
+
+        with Recorder("parent"):
+            pass
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        """,
+    )
+    done = shell(shell.python, job)
+    assert done.returncode == 0, done.stderr
+    claim = Recording.open(shell.folder / "child").claims()[0]
+    assert claim["state"] == "complete" and claim["rows"] == 1
+
+
 @pytest.mark.slow
 def test_sigterm_during_close_loses_nothing(shell):
     job = shell.write(
