@@ -124,12 +124,13 @@ def test_signals_reach_the_command_and_its_end_is_told(shell, run):
     shell.write(
         "wait.py",
         """
-        import signal, sys, torch
+        import signal, sys, time, torch
         from recorder import tap
         tap("x", torch.ones(3))
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
         print("ready", flush=True)
-        signal.pause()
+        while True:  # `signal.pause` would not hear of one that came just before it
+            time.sleep(0.1)
         """,
     )
     words = [*shell.graft, "record", "-o", str(run), "--", sys.executable, "wait.py"]
