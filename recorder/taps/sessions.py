@@ -144,8 +144,7 @@ def activate(session: Session) -> None:
         _meet(session)
         _arrange((*every(), session))
     if session.order >= 0:
-        signals.guard(_close_all)
-        _close_left_at_exit()
+        _see_to_the_end()
         if session in parked:
             (folder,) = session.folders
             say(f"{folder} is off; switch it on with: graft ctl {folder} on")
@@ -250,9 +249,19 @@ def ended(session: Session) -> None:
         signals.release()
 
 
+def _see_to_the_end() -> None:
+    """See to it that sessions are closed by whatever ends the process."""
+    signals.guard(_close_all)
+    _close_left_at_exit()
+
+
+def _left() -> tuple[Session, ...]:
+    """Return every session that is to be closed, the one that sees a tap last first."""
+    return (*reversed(parked), *reversed(active), *_ending)
+
+
 def _close_all() -> None:
-    """Close every session, the one that sees a tap last first."""
-    for session in (*reversed(parked), *reversed(active), *_ending):
+    for session in _left():
         session.close()
 
 
@@ -294,7 +303,7 @@ def open_waiting() -> None:
                         _meet(one)
                     _arrange((*(s for s in every() if s is not session), *opened))
                     if opened:
-                        signals.guard(_close_all)
+                        _see_to_the_end()
         finally:
             _opening = False
 
@@ -320,8 +329,6 @@ def _opened() -> list[Session]:
 
             write_report({"session": variable, "state": "refused", "reason": fact})
             continue
-        for session in sessions:
-            close_at_exit(session)
         found += sessions
     return found
 
@@ -350,12 +357,12 @@ def _close_last(session: Session) -> None:
 
 @functools.cache
 def _close_left_at_exit() -> None:
-    """See to it, once, that what nobody closes is closed as the process ends."""
+    """Once: have what nobody closes closed as the process ends."""
     at_exit(_close_left)
 
 
 def _close_left() -> None:
-    for session in reversed(every()):
+    for session in _left():
         _close_last(session)
 
 
