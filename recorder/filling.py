@@ -35,6 +35,7 @@ class Filling:
 
     Args:
         about: what the recording says of itself.
+        is_on: whether any are to be filled in.
 
     Attributes:
         filled: how many records have got theirs.
@@ -42,8 +43,8 @@ class Filling:
         why: why not, "" where all have.
     """
 
-    def __init__(self, about: Description) -> None:
-        self._is_on = _can_be_filled_in(about)
+    def __init__(self, about: Description, is_on: bool = True) -> None:
+        self._is_on = is_on and _can_be_filled_in(about)
         self._local = threading.local()
         self._lock = threading.Lock()
         self._found: list[dict[str, float | int | None]] = []
@@ -63,6 +64,8 @@ class Filling:
 
     def add(self, gathered: Gathered, piece: memoryview) -> None:
         """Take in a piece of a payload, a whole number of elements of any dtype."""
+        if not gathered:
+            return
         with plainly():
             raw = torch.frombuffer(piece, dtype=torch.uint8)
             for statistics in gathered.values():
@@ -70,12 +73,12 @@ class Filling:
 
     def end(self, gathered: Gathered, rows: Sequence[ManifestRow]) -> None:
         """Note the statistics of records whose payload is whole."""
-        found = {dtype: statistics.result() for dtype, statistics in gathered.items()}
-        bare = [(row["seq"], _summable(row)) for row in rows if _has_none(row)]
+        bare = [(row["seq"], _summable(row)) for row in rows if gathered and _has_none(row)]
+        found = [
+            {"seq": seq, **gathered[dtype].result()} for seq, dtype in bare if dtype is not None
+        ]
         with self._lock:
-            self._found += [
-                {"seq": seq, **found[dtype]} for seq, dtype in bare if dtype is not None
-            ]
+            self._found += found
 
     def write(self, part: Part, claim: ClaimData) -> None:
         """Write what was found of a part's records; what cannot be is counted."""

@@ -161,7 +161,7 @@ class _RankCheck:
         self._keep = keep
         self._report = RankReport(rank)
         self._headers: dict[str, Places | None] = {}
-        self._filling = None if keep else Filling(about)  # what is kept is recorded anew
+        self._filling = Filling(about, is_on=not keep)  # what is kept is recorded anew
 
     def run(self, pool: ThreadPoolExecutor, progress: Callable[[int], None]) -> RankReport:
         self._read_claims()
@@ -261,12 +261,9 @@ class _RankCheck:
             self._report.nbytes += place.nbytes if place is not None else 0
             for row in rows:
                 self._settle(row, path, fact or _wrong_row(row), place)
-        if self._filling is not None:
-            self._filling.write(part, self._report.claims.get(part.attempt, {}))
-            report, filling = self._report, self._filling
-            report.filled, report.unfilled, report.why = (
-                filling.filled, filling.missing, filling.why
-            )  # fmt: skip
+        report, filling = self._report, self._filling
+        filling.write(part, report.claims.get(part.attempt, {}))
+        report.filled, report.unfilled, report.why = filling.filled, filling.missing, filling.why
         self._check_own_shard(part, places)
 
     def _find(
@@ -302,23 +299,20 @@ class _RankCheck:
         """Return what is wrong with a payload, "" where nothing is; called from many threads."""
         if any(row["nbytes"] != place.nbytes for row in rows):
             return f"it has {place.nbytes} bytes, the manifest says {rows[0]['nbytes']}"
-        filling, missing = self._filling, Gathered()
-        if filling is not None and not any(map(_wrong_row, rows)):
-            missing = filling.begin(rows)
+        filling = self._filling
+        gathered = Gathered() if any(map(_wrong_row, rows)) else filling.begin(rows)
         try:
             hashed = xxhash.xxh3_128()
             for piece in pieces_of(path, place):
                 hashed.update(piece)
-                if filling is not None and missing:
-                    filling.add(missing, piece)
+                filling.add(gathered, piece)
         except FileNotFoundError:
             return "its shard is missing"
         except OSError as err:
             return str(err.strerror or err)
         if any(row["digest"] != hashed.hexdigest() for row in rows):
             return "its bytes do not have the digest that was recorded"
-        if filling is not None and missing:
-            filling.end(missing, rows)
+        filling.end(gathered, rows)
         return ""
 
     def _settle(self, row: ManifestRow, path: Path, fact: str, place: Place | None = None) -> None:

@@ -41,9 +41,9 @@ def lack_of_statistics(recording: Recording, rows: pl.DataFrame) -> str:
     from ..filling import NOT_GATHERED, lacking  # these take torch, which takes seconds
 
     lack = lacking(recording.meta, recording.claims(), rows_of(bare))
-    return f"{count(lack, 'record')} of these {NOT_GATHERED.format(run=recording.path)}" * bool(
-        lack
-    )
+    if not lack:
+        return ""
+    return f"{count(lack, 'record')} of these {NOT_GATHERED.format(run=recording.path)}"
 
 
 def selected(
